@@ -1,5 +1,6 @@
 """Small networks: the built-in default, and the architectures of the shipped weights."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [n_features, *hidden]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
         self.output = nn.Linear(widths[-1], n_classes)
