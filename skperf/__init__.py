@@ -1,0 +1,10 @@
+"""Scikit-learn estimators for people who already have a trained torch network."""
+
+from skperf.backbone._edited import EditedClassifier
+from skperf.backbone._modules import from_module
+from skperf.backbone._nets import Net, default_net
+from skperf.backbone.architectures import MLP
+
+__version__ = "0.1.0"
+
+__all__ = ["MLP", "EditedClassifier", "Net", "default_net", "from_module"]

@@ -1,0 +1,171 @@
+"""One number for each example, read from a classifier's logits."""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Output = Callable[[Tensor, Tensor], Tensor]
+
+
+def logit(logits: Tensor, codes: Tensor) -> Tensor:
+    """Logit of the label.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (n, n_classes)
+        Class logits.
+    codes : Tensor of shape (n,)
+        Column of each row's label.
+
+    Returns
+    -------
+    Tensor of shape (n,)
+        The output of each example.
+    """
+    return logits.gather(1, codes[:, None])[:, 0]
+
+
+def margin(logits: Tensor, codes: Tensor) -> Tensor:
+    """Logit of the label minus the largest other logit.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (n, n_classes)
+        Class logits.
+    codes : Tensor of shape (n,)
+        Column of each row's label.
+
+    Returns
+    -------
+    Tensor of shape (n,)
+        Positive where the label is predicted.
+    """
+    return logit(logits, codes) - _without_label(logits, codes).amax(1)
+
+
+def log_odds(logits: Tensor, codes: Tensor) -> Tensor:
+    """Log odds of the label, ``log(p / (1 - p))``.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (n, n_classes)
+        Class logits.
+    codes : Tensor of shape (n,)
+        Column of each row's label.
+
+    Returns
+    -------
+    Tensor of shape (n,)
+        The logit of the label minus the log-sum-exp of the others.
+    """
+    return logit(logits, codes) - _without_label(logits, codes).logsumexp(1)
+
+
+def loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Cross-entropy of the label.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (n, n_classes)
+        Class logits.
+    codes : Tensor of shape (n,)
+        Column of each row's label.
+
+    Returns
+    -------
+    Tensor of shape (n,)
+        Nats, one loss a row.
+    """
+    return functional.cross_entropy(logits, codes, reduction="none")
+
+
+def proba(logits: Tensor, codes: Tensor) -> Tensor:
+    """Probability of the label.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (n, n_classes)
+        Class logits.
+    codes : Tensor of shape (n,)
+        Column of each row's label.
+
+    Returns
+    -------
+    Tensor of shape (n,)
+        Between 0 and 1.
+    """
+    return logit(logits.softmax(1), codes)
+
+
+OUTPUTS: dict[str, Output] = {
+    "margin": margin,
+    "log_odds": log_odds,
+    "logit": logit,
+    "loss": loss,
+    "proba": proba,
+}
+
+
+def resolve_output(
+    output: str | Output, *, argument: str = "output", allowed: Collection[str] = tuple(OUTPUTS)
+) -> Output:
+    """Find an output by name, or guard one given as a function.
+
+    Parameters
+    ----------
+    output : str or callable
+        A key of ``OUTPUTS``, or ``output(logits, codes)`` that returns one number a row.
+    argument : str, default="output"
+        What to call it in messages.
+    allowed : collection of str
+        The names that may be used.
+
+    Returns
+    -------
+    callable
+        ``(logits, codes) -> Tensor of shape (n,)``. A function of the user raises
+        ValueError when what it returns has another shape or is not finite.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
+    if isinstance(output, str):
+        if output not in allowed:
+            raise ValueError(
+                f"{argument}={output!r} is unknown; use one of {sorted(allowed)} or a function "
+                "of (logits, codes)."
+            )
+        return OUTPUTS[output]
+    return _Guarded(output, argument)
+
+
+class _Guarded:
+    """An output function of the user, its answers checked."""
+
+    def __init__(self, function: Output, argument: str) -> None:
+        self.function = function
+        self.argument = argument
+
+    def __call__(self, logits: Tensor, codes: Tensor) -> Tensor:
+        values = self.function(logits, codes)
+        if not isinstance(values, Tensor) or values.shape != codes.shape:
+            seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"{self.argument} must return one number for each example, a tensor of shape "
+                f"{tuple(codes.shape)}; it returned {seen}."
+            )
+        if not torch.isfinite(values).all():
+            row = int((~torch.isfinite(values)).nonzero()[0, 0])
+            raise ValueError(
+                f"{self.argument} returned a value that is not finite, first at row {row}."
+            )
+        return values
+
+
+def _without_label(logits: Tensor, codes: Tensor) -> Tensor:
+    label = functional.one_hot(codes, logits.shape[1]).bool()
+    return logits.masked_fill(label, -torch.inf)
