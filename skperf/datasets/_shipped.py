@@ -1,0 +1,166 @@
+"""Loaders of the small real data sets that ship with the package."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.utils import Bunch
+
+FASHION_NAMES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+
+
+def load_fashion_mnist(*, subset: str = "all", return_X_y: bool = False) -> Any:
+    """Load 3,000 images of Fashion-MNIST, balanced over the ten classes.
+
+    The first 1,000 rows are from the training set, on which the networks of `load_fashion_cnn`
+    and `load_small_resnet` were trained; the other 2,000 are from the test set, which they
+    never saw.
+
+    Parameters
+    ----------
+    subset : {"all", "train", "test"}, default="all"
+        Which of these rows.
+    return_X_y : bool, default=False
+        Whether to return ``(data, target)`` instead of a Bunch.
+
+    Returns
+    -------
+    Bunch or tuple
+        With ``data`` (n, 784) float32 in [0, 1], ``images`` (n, 28, 28) uint8, ``target`` (n,)
+        int, ``target_names`` (10,), ``is_train`` (n,) bool and ``DESCR``.
+
+    Raises
+    ------
+    ValueError
+        If `subset` is none of the three.
+
+    References
+    ----------
+    Xiao, Rasul, Vollgraf: Fashion-MNIST: a novel image dataset for benchmarking machine learning
+    algorithms. arXiv:1708.07747. Copyright 2017 Zalando SE, MIT licence.
+    """
+    arrays = load_arrays(data_file("fashion_mnist.npz"))
+    chosen = chosen_subsets(subset)
+    target = np.concatenate([arrays[f"target_{each}"] for each in chosen])
+    sizes = [len(arrays[f"target_{each}"]) for each in chosen]
+    return image_bunch(
+        np.concatenate([arrays[f"images_{each}"] for each in chosen]),
+        target,
+        FASHION_NAMES,
+        "3,000 images of Fashion-MNIST; MIT licence, copyright 2017 Zalando SE.",
+        return_X_y=return_X_y,
+        is_train=np.repeat([each == "train" for each in chosen], sizes),
+    )
+
+
+def chosen_subsets(subset: str) -> tuple[str, ...]:
+    """Return the names of the parts that a subset is made of.
+
+    Parameters
+    ----------
+    subset : {"all", "train", "test"}
+        The subset.
+
+    Returns
+    -------
+    tuple of str
+        One part or both.
+
+    Raises
+    ------
+    ValueError
+        If `subset` is none of the three.
+    """
+    if subset not in ("all", "train", "test"):
+        raise ValueError(f"subset must be 'all', 'train' or 'test', got {subset!r}")
+    return ("train", "test") if subset == "all" else (subset,)
+
+
+def image_bunch(
+    images: np.ndarray,
+    target: np.ndarray,
+    target_names: Any,
+    description: str,
+    *,
+    return_X_y: bool = False,
+    **more: Any,
+) -> Any:
+    """Put images and labels into the form that scikit-learn's loaders return.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, ...), uint8
+        Images.
+    target : ndarray of shape (n,)
+        Class codes.
+    target_names : sequence of str
+        Names of the classes in the order of their codes.
+    description : str
+        What the data are and their licence.
+    return_X_y : bool, default=False
+        Whether to return ``(data, target)`` instead.
+    **more : dict
+        Further entries of the Bunch.
+
+    Returns
+    -------
+    Bunch or tuple
+        ``data`` is the images as flat rows of float32 in [0, 1].
+    """
+    data = images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
+    target = target.astype(np.int64)
+    if return_X_y:
+        return data, target
+    return Bunch(
+        data=data,
+        images=images,
+        target=target,
+        target_names=np.array(target_names),
+        DESCR=description,
+        **more,
+    )
+
+
+def data_file(name: str) -> Path:
+    """Return the path of a shipped file.
+
+    Parameters
+    ----------
+    name : str
+        Its name in ``skperf/datasets/data``.
+
+    Returns
+    -------
+    Path
+        The path.
+    """
+    return Path(str(files("skperf.datasets") / "data" / name))
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read all arrays of an ``.npz`` file; nothing in it is ever unpickled.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    dict of str to ndarray
+        The arrays by name.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
