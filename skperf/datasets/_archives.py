@@ -113,7 +113,9 @@ def check(path: Path, archive: Archive) -> None:
 
 def _download_from_pip(archive: Archive, folder: str) -> None:
     # Platform and Python are those of the recorded file, not of this machine: it is only read.
-    target = ["--python-version", "3.11", "--platform", "manylinux2014_x86_64", "--platform", "any"]
+    target = ["--python-version", "3.11"]
+    for platform in ("any", "manylinux2014_x86_64", "manylinux_2_28_x86_64"):
+        target += ["--platform", platform]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", *target, "-d", ".", archive.requirement]
     _run(command, folder)

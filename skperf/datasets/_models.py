@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file
 
-from skperf.backbone.architectures import SmallConvNet, SmallResNet
+from skperf.backbone.architectures import RNet, SmallConvNet, SmallResNet
 from skperf.datasets._shipped import data_file
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -37,6 +37,20 @@ def load_small_resnet() -> SmallResNet:
         In eval mode, on the CPU.
     """
     return _with_shipped_weights(SmallResNet(), "fashion_resnet")
+
+
+def load_rnet() -> RNet:
+    """Load R-Net, a face detector of 140 convolution filters (from facenet-pytorch, MIT licence).
+
+    It takes images with values in [0, 1] as (n, 3, 24, 24) and returns the logits of "not a face"
+    and "face", the order of ``load_faces().target_names``.
+
+    Returns
+    -------
+    RNet
+        In eval mode, on the CPU.
+    """
+    return _with_shipped_weights(RNet(), "rnet")
 
 
 def _with_shipped_weights(module: Module, name: str) -> Module:

@@ -65,6 +65,36 @@ def load_fashion_mnist(*, subset: str = "all", return_X_y: bool = False) -> Any:
     )
 
 
+def load_faces(*, return_X_y: bool = False) -> Any:
+    """Load 100 faces and 100 pieces of background, to try `load_rnet` on.
+
+    Parameters
+    ----------
+    return_X_y : bool, default=False
+        Whether to return ``(data, target)`` instead of a Bunch.
+
+    Returns
+    -------
+    Bunch or tuple
+        With ``data`` (200, 1728) float32 in [0, 1], ``images`` (200, 3, 24, 24) uint8 (grey, three
+        equal channels), ``target`` (200,) int, ``target_names`` and ``DESCR``.
+
+    References
+    ----------
+    Huang, Mattar, Lee, Learned-Miller: Learning to align from scratch. NIPS 2012. Cut out of
+    Labeled Faces in the Wild by scikit-image, which distributes them under the BSD licence;
+    reduced to 24 x 24 pixels.
+    """
+    arrays = load_arrays(data_file("faces.npz"))
+    return image_bunch(
+        np.repeat(arrays["images"][:, None], 3, axis=1),
+        arrays["target"],
+        ("not a face", "face"),
+        "100 faces and 100 non-faces out of Labeled Faces in the Wild, from scikit-image (BSD).",
+        return_X_y=return_X_y,
+    )
+
+
 def chosen_subsets(subset: str) -> tuple[str, ...]:
     """Return the names of the parts that a subset is made of.
 
