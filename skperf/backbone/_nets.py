@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+from contextlib import suppress
 from copy import deepcopy
 
 import numpy as np
@@ -20,6 +21,10 @@ from skperf.backbone.modes import preserved_rng
 from skperf.backbone.network import Network, first_column
 
 _INITIALISING = threading.Lock()
+
+
+class _StopTraining(Exception):
+    """A callback asks for the end of training."""
 
 
 def seed_of(random_state):
@@ -237,9 +242,26 @@ class Net(NeuralNetClassifier):
         with preserved_rng(network.device):
             torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator_)))
             self.notify("on_train_begin", X=inputs, y=targets)
-            self.fit_loop(inputs, targets)
+            with suppress(_StopTraining):
+                self.fit_loop(inputs, targets)
             self.notify("on_train_end", X=inputs, y=targets)
         return self
+
+    def notify(self, method_name, **cb_kwargs):
+        """Call the callbacks.
+
+        Parameters
+        ----------
+        method_name : str
+            Which of their methods.
+        **cb_kwargs : dict
+            What they get.
+        """
+        try:
+            super().notify(method_name, **cb_kwargs)
+        except KeyboardInterrupt:
+            # skorch's way for a callback to end training; anywhere else it is the user
+            raise _StopTraining from None
 
     def predict_proba(self, X):
         """Compute class probabilities.

@@ -64,7 +64,8 @@ def fit_estimator(estimator, X, y, *, sample_weight=None, random_state=None):
         inner = estimator.estimator
         return _probed(inner, X) if isinstance(inner, ModuleClassifier) else estimator
     if callable(getattr(estimator, "to_module", None)):
-        check_is_fitted(estimator)
+        if isinstance(estimator, BaseEstimator):
+            check_is_fitted(estimator)
         return estimator
     if estimator is None:
         estimator = default_net()

@@ -89,6 +89,8 @@ def untouched(module: nn.Module) -> Iterator[nn.Module]:
                 for parameter in module.parameters():
                     if parameter.is_leaf:
                         parameter.requires_grad_(False)
+                    # backward passes would accumulate into the user's own tensor
+                    parameter.grad = None
             visit.visitors += 1
         try:
             yield module

@@ -1,0 +1,286 @@
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.base import BaseEstimator, clone
+from sklearn.datasets import load_iris
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.naive_bayes import GaussianNB
+from sklearn.neural_network import MLPClassifier
+from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier
+from torch import nn
+
+from skperf import MLP, EditedClassifier, Net, from_module
+from skperf.backbone._edited import edited
+from skperf.backbone._opening import class_logits, fit_estimator, open_network
+from skperf.backbone._validation import check_labelled_rows, check_rows
+from skperf.backbone.network import Network, logits_of_model_output
+
+X, y = load_iris(return_X_y=True)
+NAMES = np.array(["setosa", "versicolor", "virginica"])[y]
+TWO = y < 2
+
+
+def trained_module():
+    return Net(MLP, lr=0.01, max_epochs=20, random_state=0).fit(X, y).module_
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "logistic", "identity"])
+@pytest.mark.parametrize("rows", [slice(None), TWO], ids=["three classes", "two classes"])
+def test_mlp_classifier_is_converted_exactly(activation, rows):
+    mlp = MLPClassifier((5, 4), activation=activation, random_state=0, max_iter=2000, tol=1e-2)
+    mlp.fit(X[rows], NAMES[rows])
+    network = open_network(mlp)
+    assert network.dtype == torch.float64
+    proba = network.logits(X[rows]).softmax(1).numpy()
+    np.testing.assert_allclose(proba, mlp.predict_proba(X[rows]), atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [slice(None), TWO], ids=["three classes", "two classes"])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_logistic_regression_is_converted_exactly(rows, intercept):
+    model = LogisticRegression(fit_intercept=intercept, max_iter=1000).fit(X[rows], NAMES[rows])
+    network = open_network(model)
+    proba = network.logits(X[rows]).softmax(1).numpy()
+    np.testing.assert_allclose(proba, model.predict_proba(X[rows]), atol=1e-12)
+    expected = model.coef_.size + intercept * len(model.coef_)
+    n_parameters = sum(p.numel() for p in network.module.parameters())
+    assert n_parameters == model.coef_.size + len(model.coef_) >= expected
+
+
+def test_a_classifier_is_cloned_and_fitted():
+    net = Net(MLP, max_epochs=2)
+    fitted = fit_estimator(net, X, NAMES, random_state=0)
+    assert fitted is not net
+    assert not net.initialized_
+    assert fitted.classes_.tolist() == ["setosa", "versicolor", "virginica"]
+
+
+def test_a_fitted_classifier_is_fitted_anew_with_a_warning():
+    with pytest.warns(UserWarning, match=r"its weights are not used.*FrozenEstimator\(estimator\)"):
+        fit_estimator(GaussianNB().fit(X, y), X, y)
+
+
+@pytest.mark.parametrize("freeze", [FrozenEstimator, lambda e: from_module(e.module_, e.classes_)])
+def test_a_frozen_network_is_used_as_it_is(freeze):
+    net = Net(MLP, max_epochs=5, random_state=0).fit(X, NAMES)
+    frozen = freeze(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = fit_estimator(clone(frozen), X, NAMES)
+    assert open_network(fitted).module is net.module_
+    assert open_network(fitted).classes.tolist() == net.classes_.tolist()
+
+
+def test_a_module_means_codes_as_labels():
+    module = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)), nn.Flatten())
+    fitted = fit_estimator(module, X, y)
+    assert open_network(fitted).module is module
+    assert fitted.classes_.tolist() == [0, 1, 2]
+
+
+def test_a_module_must_return_one_row_of_logits_for_each_row():
+    with pytest.raises(
+        ValueError, match=r"must return logits of shape \(n, n_classes\).*\(1, 3, 1\)"
+    ):
+        fit_estimator(nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))), X, y)
+
+
+def test_a_single_logit_separates_two_classes():
+    module = nn.Linear(4, 1)
+    classifier = from_module(module, ["no", "yes"])
+    z = module(torch.tensor(X, dtype=torch.float32))[:, 0].detach()
+    np.testing.assert_allclose(classifier.predict_proba(X)[:, 1], z.sigmoid(), rtol=1e-5)
+    np.testing.assert_allclose(classifier.decision_function(X), z, rtol=1e-5)
+
+
+def test_a_wrong_number_of_classes_is_refused():
+    classifier = from_module(nn.Linear(4, 3), ["a", "b"])
+    with pytest.raises(ValueError, match="one column for each of its classes"):
+        classifier.predict(X)
+
+
+def test_from_module_refuses_what_is_no_module_and_repeated_labels():
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got GaussianNB"):
+        from_module(GaussianNB())
+    with pytest.raises(ValueError, match="different labels"):
+        from_module(nn.Linear(4, 2), ["a", "a"])
+
+
+def test_from_module_reads_the_number_of_classes_off_the_last_layer():
+    assert from_module(nn.Sequential(nn.Linear(4, 7), nn.Softplus())).classes_.tolist() == [
+        *range(7)
+    ]
+    with pytest.raises(AttributeError, match="cannot be read off Flatten"):
+        from_module(nn.Flatten()).predict(X)
+
+
+@pytest.mark.parametrize("labels", [y, NAMES], ids=["codes", "names"])
+def test_stock_skorch_nets(labels):
+    net = NeuralNetClassifier(
+        MLP(4, 3), criterion=nn.CrossEntropyLoss, lr=0.1, max_epochs=60, train_split=None, verbose=0
+    )
+    weights = [parameter.clone() for parameter in net.module.parameters()]
+    fitted = fit_estimator(net, X, labels, random_state=0)
+    assert (fitted.predict_proba(X).argmax(1) == y).mean() > 0.9
+    assert open_network(fitted).classes.tolist() == np.unique(labels).tolist()
+    assert all(map(torch.equal, weights, net.module.parameters()))
+
+
+def test_stock_net_with_probabilities_is_read_as_their_logarithm():
+    module = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
+    net = NeuralNetClassifier(module, train_split=None, verbose=0, max_epochs=2)
+    fitted = fit_estimator(net, X, y, random_state=0)
+    proba = open_network(fitted).logits(X).softmax(1).numpy()
+    np.testing.assert_allclose(proba, fitted.predict_proba(X.astype("f4")), rtol=1e-5)
+
+
+def test_stock_binary_net():
+    net = NeuralNetBinaryClassifier(
+        nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), train_split=None, verbose=0, max_epochs=2
+    )
+    fitted = fit_estimator(net, X[TWO], y[TWO], random_state=0)
+    proba = open_network(fitted).logits(X[TWO]).softmax(1).numpy()
+    np.testing.assert_allclose(proba, fitted.predict_proba(X[TWO].astype("f4")), rtol=1e-5)
+
+
+def test_stock_net_refuses_sample_weight():
+    net = NeuralNetClassifier(MLP(4, 3), verbose=0)
+    with pytest.raises(ValueError, match=r"takes no sample_weight; skperf\.Net does"):
+        fit_estimator(net, X, y, sample_weight=np.ones(150))
+
+
+def test_what_has_to_module_is_used_as_it_is():
+    class Reprogrammed:
+        classes_ = np.array(["a", "b", "c"])
+
+        def __init__(self):
+            self.module = trained_module()
+
+        def fit(self, X, y):
+            raise AssertionError("must not be fitted")
+
+        def __sklearn_is_fitted__(self):
+            return True
+
+        def to_module(self):
+            return self.module
+
+    estimator = Reprogrammed()
+    assert fit_estimator(estimator, X, y) is estimator
+    assert open_network(estimator).module is estimator.module
+    assert open_network(estimator).classes.tolist() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("wrong", ["resnet50", 3, object()])
+def test_other_objects_are_refused(wrong):
+    with pytest.raises(TypeError, match=r"estimator must be a scikit-learn classifier.*got"):
+        fit_estimator(wrong, X, y)
+
+
+def test_a_classifier_without_a_network_says_so():
+    with pytest.raises(TypeError, match="no torch network inside: GaussianNB"):
+        open_network(GaussianNB().fit(X, y))
+
+
+def test_class_logits_of_any_classifier():
+    proba = GaussianNB().fit(X, y)
+    logits = class_logits(proba, X)
+    shift = logits - np.log(np.clip(proba.predict_proba(X), np.finfo(float).tiny, None))
+    assert np.abs(shift).max() < 1e-12
+    margin = RidgeClassifier().fit(X[TWO], y[TWO])
+    np.testing.assert_array_equal(class_logits(margin, X)[:, 1], margin.decision_function(X))
+    with pytest.raises(TypeError, match="must have predict_proba or decision_function"):
+        class_logits(Mute(), X)
+
+
+class Mute:
+    classes_ = (0, 1)
+
+
+class Improper(Mute):
+    def predict_proba(self, X):
+        return np.full((len(X), 2), 0.7)
+
+
+def test_class_logits_refuses_improper_probabilities():
+    with pytest.raises(ValueError, match="each row summing to 1"):
+        class_logits(Improper(), X)
+
+
+def test_seeds_decide_and_leave_the_global_stream_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    fits = [fit_estimator(None, X, y, random_state=s).predict_proba(X) for s in (0, 0, 1)]
+    assert np.array_equal(fits[0], fits[1])
+    assert not np.array_equal(fits[0], fits[2])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_tensor_casts_by_what_the_module_takes():
+    floats = Network(nn.Linear(4, 2), np.arange(2))
+    assert floats.tensor(np.arange(4)).dtype == torch.float32
+    images = np.full((2, 1, 3, 3), 255, dtype=np.uint8)
+    assert floats.tensor(images).max() == 1
+    assert floats.tensor(images.reshape(2, 9)).max() == 255
+    tokens = Network(nn.EmbeddingBag(10, 2), np.arange(2))
+    assert tokens.tensor(np.arange(4)).dtype == torch.long
+    double = Network(nn.Linear(4, 2).double(), np.arange(2))
+    assert double.tensor(X.astype("f4")).dtype == torch.float64
+
+
+def test_codes_follow_the_classes_and_refuse_others():
+    network = Network(nn.Linear(4, 3), np.array(["b", "c", "a"]))
+    assert network.codes(["a", "b", "c"]).tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match=r"does not know: \['z'\].*'b', 'c', 'a'"):
+        network.codes(["a", "z"])
+
+
+def test_logits_do_not_depend_on_the_batch_size():
+    network = Network(trained_module(), np.arange(3))
+    torch.testing.assert_close(network.logits(X, 7), network.logits(X, 1000))
+
+
+def test_readout_of_model_outputs():
+    class Output:
+        logits = torch.zeros(2, 3)
+
+    assert logits_of_model_output(Output) is Output.logits
+    assert logits_of_model_output((Output.logits, None)) is Output.logits
+
+
+def test_rows_may_be_tensors_frames_or_images():
+    class Bare(BaseEstimator):
+        pass
+
+    bare = Bare()
+    assert check_rows(bare, torch.tensor(X), reset=True).shape == X.shape
+    check_labelled_rows(bare, pd.DataFrame(X, columns=[*"abcd"]), NAMES, reset=True)
+    assert bare.feature_names_in_.tolist() == [*"abcd"]
+    images = check_rows(Bare(), np.zeros((5, 3, 8, 8), np.uint8), reset=True)
+    assert images.dtype == np.uint8
+    with pytest.raises(ValueError, match="NaN"):
+        check_rows(Bare(), np.full((3, 2), np.nan), reset=True)
+    with pytest.raises(ValueError, match="Unknown label type"):
+        check_labelled_rows(Bare(), X, X[:, 0], reset=True)
+
+
+def test_edited_classifier():
+    original = FrozenEstimator(Net(MLP, max_epochs=5, random_state=0).fit(X, NAMES))
+    network = open_network(original).copy()
+    with torch.no_grad():
+        list(network.module.parameters())[-1].add_(torch.tensor([0.0, 100.0, 0.0]))
+    classifier = edited(original, network, {"k": 1})
+    assert isinstance(classifier, EditedClassifier)
+    assert (classifier.predict(X) == "versicolor").all()
+    assert classifier.edit_report_ == {"k": 1}
+    assert classifier.revert() is original
+    assert clone(classifier) is classifier
+    assert fit_estimator(classifier, X, NAMES) is classifier
+    loaded = pickle.loads(pickle.dumps(classifier))
+    assert np.array_equal(loaded.predict_proba(X), classifier.predict_proba(X))
+    assert (original.predict(X) != "versicolor").any()
