@@ -122,11 +122,17 @@ def test_from_module_reads_the_number_of_classes_off_the_last_layer():
 @pytest.mark.parametrize("labels", [y, NAMES], ids=["codes", "names"])
 def test_stock_skorch_nets(labels):
     net = NeuralNetClassifier(
-        MLP(4, 3), criterion=nn.CrossEntropyLoss, lr=0.1, max_epochs=60, train_split=None, verbose=0
+        MLP(4, 3),
+        criterion=nn.CrossEntropyLoss,
+        lr=0.1,
+        max_epochs=60,
+        train_split=None,
+        iterator_train__shuffle=True,
+        verbose=0,
     )
     weights = [parameter.clone() for parameter in net.module.parameters()]
     fitted = fit_estimator(net, X, labels, random_state=0)
-    assert (fitted.predict_proba(X).argmax(1) == y).mean() > 0.9
+    assert (fitted.predict_proba(X.astype("f4")).argmax(1) == y).mean() > 0.9
     assert open_network(fitted).classes.tolist() == np.unique(labels).tolist()
     assert all(map(torch.equal, weights, net.module.parameters()))
 
