@@ -2,33 +2,58 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := pip install --quiet --disable-pip-version-check
 MATHEMATICS = $(wildcard $(foreach d,backbone performative reprogramming influence components,skperf/$(d)/[!_]*.py))
+# several processes of one thread each are faster here than one process of several
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:[^#]*##/\t/' | expand -t 18
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/$(PIP_INSTALL) -c constraints.txt torch==2.13.0
+	$(BIN)/$(PIP_INSTALL) -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/$(PIP_INSTALL) -c constraints.txt -e '.[docs]'
 	touch $@
 
 quickstart: $(VENV)/.installed  ## run every estimator on the shipped real data
 	$(BIN)/python -m skperf
 
-test: $(VENV)/.installed  ## run the tests
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.installed  ## run the tests and the notebooks in quick mode
+	SKPERF_QUICK=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 tests notebooks
 
-lint: $(VENV)/.installed  ## ruff, mypy, import-linter, docstrings
+lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --strict $(MATHEMATICS)
 	$(BIN)/lint-imports
 
-clean:  ## remove what the other targets made
-	rm -rf $(VENV) docs/_build skperf_quickstart .mypy_cache .ruff_cache
+notebooks: $(VENV)/.installed  ## run the notebooks whole and keep their outputs
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-.PHONY: help quickstart test lint clean
+benchmark: $(VENV)/.installed  ## measure against peers; BENCHMARK=influence for one of them
+	sh benchmarks/run.sh $(VENV) $(BENCHMARK)
+
+docs/_static/mathjax/tex-mml-chtml.js:
+	mkdir -p docs/_static/mathjax
+	cd docs/_static/mathjax && npm pack --silent mathjax@3.2.2 && tar xzf mathjax-3.2.2.tgz --strip-components=2 package/es5 && rm mathjax-3.2.2.tgz
+
+docs: $(VENV)/.installed-docs docs/_static/mathjax/tex-mml-chtml.js  ## build the documentation
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+test-oldest:  ## run the tests on the oldest supported versions
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/$(PIP_INSTALL) torch==2.13.0 -r oldest.txt
+	.venv-oldest/bin/$(PIP_INSTALL) -c oldest.txt -e '.[test]'
+	.venv-oldest/bin/python -m pytest -n 2 tests
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) .venv-oldest docs/_build docs/_static/mathjax skperf_quickstart
+
+.PHONY: help quickstart test lint notebooks benchmark docs test-oldest clean

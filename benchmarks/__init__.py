@@ -1,0 +1,1 @@
+"""Side by side with peers: each script prints a table and writes its figures."""
