@@ -1,0 +1,537 @@
+"""The estimator: a frozen encoder, reprogrammed for a task of one's own."""
+
+import copy
+
+import numpy as np
+import torch
+from scipy.special import softmax
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+)
+from sklearn.utils import Bunch, check_random_state
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.validation import check_is_fitted
+
+from skperf.backbone._sklearn import check_sample_weight, fit_context
+from skperf.backbone._validation import check_labelled_rows, check_rows
+from skperf.backbone.network import Network
+from skperf.reprogramming._judging import assemble, choose, represent, score_path
+from skperf.reprogramming._program_file import read_program, write_program
+from skperf.reprogramming._task import (
+    ALPHA_GRID,
+    CONSTRAINTS,
+    RELEASED_SETTINGS,
+    as_images,
+    settle,
+)
+from skperf.reprogramming._training import hold_out, make_net, prepare_head
+from skperf.reprogramming.rejection import SCORES
+from skperf.reprogramming.residual import alpha_curve
+
+_SHARED = ("encoder", "processor", "tokenizer")
+_PRIVATE = ("_task", "_module", "_n_features_out")
+
+
+class Reprogrammer(
+    ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator
+):
+    """A classifier around a frozen encoder that it never touches.
+
+    DOCSTRING
+    """
+
+    _parameter_constraints = CONSTRAINTS
+
+    def __init__(
+        self,
+        encoder=None,
+        *,
+        processor=None,
+        tokenizer=None,
+        class_names=None,
+        prompts="a photo of a {}",
+        image_shape=None,
+        channels="first",
+        input_range=(0.0, 1.0),
+        normalize="auto",
+        canvas="auto",
+        layout="overlay",
+        border=16,
+        resize="bicubic",
+        bound="tanh",
+        clip="inward",
+        init="zeros",
+        text="auto",
+        head="auto",
+        mapping="blm",
+        mapping_m=1,
+        mapping_interval=1,
+        mapping_smoothing=1.0,
+        objective="cross_entropy",
+        focal_gamma=0.0,
+        focal_alpha=1.0,
+        alpha="auto",
+        renormalize=False,
+        logit_scale="encoder",
+        ood_score="mcm",
+        ood_temperature=1.0,
+        ood_retention=0.95,
+        lr=0.02,
+        text_lr=0.002,
+        head_lr=0.05,
+        weight_decay=0.0,
+        text_decay=0.0,
+        warmup=0.05,
+        schedule="cosine",
+        max_epochs=25,
+        batch_size=128,
+        validation_fraction=0.1,
+        early_stopping=False,
+        n_iter_no_change=5,
+        class_weight=None,
+        gradient="exact",
+        n_directions=8,
+        smoothing=0.01,
+        query_budget=None,
+        device=None,
+        random_state=None,
+        verbose=0,
+        net_params=None,
+    ):
+        self.encoder = encoder
+        self.processor = processor
+        self.tokenizer = tokenizer
+        self.class_names = class_names
+        self.prompts = prompts
+        self.image_shape = image_shape
+        self.channels = channels
+        self.input_range = input_range
+        self.normalize = normalize
+        self.canvas = canvas
+        self.layout = layout
+        self.border = border
+        self.resize = resize
+        self.bound = bound
+        self.clip = clip
+        self.init = init
+        self.text = text
+        self.head = head
+        self.mapping = mapping
+        self.mapping_m = mapping_m
+        self.mapping_interval = mapping_interval
+        self.mapping_smoothing = mapping_smoothing
+        self.objective = objective
+        self.focal_gamma = focal_gamma
+        self.focal_alpha = focal_alpha
+        self.alpha = alpha
+        self.renormalize = renormalize
+        self.logit_scale = logit_scale
+        self.ood_score = ood_score
+        self.ood_temperature = ood_temperature
+        self.ood_retention = ood_retention
+        self.lr = lr
+        self.text_lr = text_lr
+        self.head_lr = head_lr
+        self.weight_decay = weight_decay
+        self.text_decay = text_decay
+        self.warmup = warmup
+        self.schedule = schedule
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.early_stopping = early_stopping
+        self.n_iter_no_change = n_iter_no_change
+        self.class_weight = class_weight
+        self.gradient = gradient
+        self.n_directions = n_directions
+        self.smoothing = smoothing
+        self.query_budget = query_budget
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+        self.net_params = net_params
+
+    @classmethod
+    def released(cls, encoder=None, **params):
+        """Make an estimator with the settings of the authors' released code.
+
+        Parameters
+        ----------
+        encoder : object, optional
+            As in the constructor.
+        **params : dict
+            Override the settings; on small images the border, on short training the
+            warm-up must be.
+
+        Returns
+        -------
+        Reprogrammer
+            Not fitted.
+        """
+        return cls(encoder, **(RELEASED_SETTINGS | params))
+
+    @fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X, y, sample_weight=None):
+        """Train the programs, then choose alpha and the threshold on rows held out.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, 3, H, W), (n, 1, H, W) or (n, n_features)
+            Images in [0, 1] or uint8; flat rows need `image_shape`.
+        y : array-like of shape (n,)
+            Labels.
+        sample_weight : array-like of shape (n,), optional
+            Weights of the rows.
+
+        Returns
+        -------
+        Reprogrammer
+            Itself.
+        """
+        self._forget()
+        images, codes, classes, weight = self._open(X, y, sample_weight)
+        task = settle(self, images, classes)
+        train, held_out = self._split(codes)
+        judged = held_out if len(held_out) else train
+        net = make_net(self, task, images, codes, train, held_out)
+        with task.encoder.open():
+            net.begin(images, task.n_classes)
+            prepare_head(net, self, images[train], codes[train], _rows(weight, train))
+            net.learn(images[train], codes[train], _rows(weight, train))
+            choice = choose(
+                self, net, task.alphas, images[judged], codes[judged], _rows(weight, judged)
+            )
+            self.__dict__.update(assemble(self, net, task, classes, choice))
+        return self
+
+    @fit_context(prefer_skip_nested_validation=False)
+    def partial_fit(self, X, y, classes=None, sample_weight=None):
+        """Train the programs one epoch further, at a constant rate.
+
+        From the second call on, alpha and the threshold are chosen on the new rows before
+        these are learned.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, 3, H, W), (n, 1, H, W) or (n, n_features)
+            As in :meth:`fit`.
+        y : array-like of shape (n,)
+            Labels.
+        classes : array-like of shape (n_classes,), optional
+            All labels there will be; needed at the first call if `y` lacks some.
+        sample_weight : array-like of shape (n,), optional
+            Weights of the rows.
+
+        Returns
+        -------
+        Reprogrammer
+            Itself.
+        """
+        first = not hasattr(self, "net_")
+        known = classes if first else self.classes_
+        images, codes, labels, weight = self._open(X, y, sample_weight, known, reset=first)
+        task = settle(self, images, labels) if first else self._task
+        with task.encoder.open():
+            if first:
+                net = make_net(self, task, images, codes, np.arange(len(images)), ())
+                net.begin(images, task.n_classes)
+                prepare_head(net, self, images, codes, weight)
+                alphas = task.alphas[:1]
+            else:
+                net, alphas = copy.deepcopy(self.net_), task.alphas
+            choice = choose(self, net, alphas, images, codes, weight)
+            net.set_params(max_epochs=1, callbacks=[], train_split=None)
+            net.learn(images, codes, weight)
+            self.__dict__.update(assemble(self, net, task, labels, choice))
+        return self
+
+    def predict(self, X):
+        """Predict labels.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images or rows as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            The class with the largest logit.
+        """
+        codes = self._logits(X).argmax(1)
+        return self.classes_[codes]
+
+    def predict_proba(self, X):
+        """Compute class probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images or rows as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes)
+            Softmax of the class logits.
+        """
+        return softmax(self._logits(X).astype(np.float64), axis=1)
+
+    def decision_function(self, X):
+        """Compute class logits.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images or rows as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes) or (n,)
+            Logits; with two classes, of the second against the first.
+        """
+        logits = self._logits(X)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def score_samples(self, X):
+        """Score how much rows look like the task's images.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images or rows as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            Higher is more in-distribution.
+        """
+        if self.ood_score == "disagreement":
+            return self._run(X, lambda module, images: module.agreement(images))
+        score = SCORES[self.ood_score]
+        temperature = self.ood_temperature
+
+        def scored(module, images):
+            return score(module.similarities(module.represent(images)), temperature)
+
+        return self._run(X, scored)
+
+    def predict_inlier(self, X):
+        """Tell which rows belong to the task at all.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images or rows as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            +1 where the score reaches ``ood_threshold_``, else -1.
+        """
+        scores = self.score_samples(X)
+        return np.where(scores >= self.ood_threshold_, 1, -1)
+
+    def transform(self, X):
+        """Embed rows with the programs and the residual.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images or rows as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n, n_outputs)
+            Mixed unit embeddings; for other encoders what they return.
+        """
+        embeddings = self._run(X, lambda module, images: module.represent(images))
+        return embeddings.astype(np.float32, copy=False)
+
+    def reprogram(self, X):
+        """Give the images that the encoder sees, before its normalisation.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images or rows as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n, channels, height, width)
+            In [0, 1].
+        """
+        images = self._images(X)
+        module = self._module
+        return self._run(
+            images, lambda x: module.program.add(module.program.place(x), module.weights)
+        )
+
+    def alpha_path(self, X, y, alphas=ALPHA_GRID):
+        """Follow accuracy and score along the residual, without refitting.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images as in :meth:`fit`.
+        y : array-like of shape (n,)
+            Labels.
+        alphas : sequence of float, default=(0, 0.1, ..., 1)
+            Mixes, 0 = reprogrammed, 1 = zero-shot.
+
+        Returns
+        -------
+        Bunch
+            ``alphas``, and at each of them ``accuracy``, ``loss`` and ``score`` (the mean
+            of what :meth:`score_samples` would give).
+
+        Raises
+        ------
+        ValueError
+            If the encoder has no zero-shot representation.
+        """
+        images = self._images(X)
+        module, size = self.net_.module_, self.net_.batch_size
+        if not module.has_unit_embeddings:
+            raise ValueError("there is no alpha to vary: the encoder has no zero-shot head.")
+        codes = Network(self._module, self.classes_).codes(y).cpu()
+        with self.encoder_.open():
+            representations = represent(module, images, size)
+        options = {"scale": self.logit_scale_, "renormalize": self.renormalize}
+        curve = alpha_curve(representations, codes, alphas, **options)
+        return Bunch(
+            alphas=np.array(curve.alphas),
+            accuracy=np.array(curve.accuracy),
+            loss=np.array(curve.loss),
+            score=score_path(self, representations, alphas),
+        )
+
+    def to_module(self):
+        """Give the whole as a module from images in [0, 1] to class logits.
+
+        Returns
+        -------
+        nn.Module
+            Contains the encoder itself, not a copy.
+        """
+        check_is_fitted(self)
+        return self._module
+
+    def save_program(self, path):
+        """Write everything but the encoder to a safetensors file.
+
+        Parameters
+        ----------
+        path : path-like
+            Where to.
+        """
+        check_is_fitted(self)
+        write_program(self, path)
+
+    def load_program(self, path):
+        """Read what :meth:`save_program` wrote; the encoder must be the same.
+
+        Parameters
+        ----------
+        path : path-like
+            Where from.
+
+        Returns
+        -------
+        Reprogrammer
+            Itself, fitted, with the parameters that belong to the program.
+
+        Raises
+        ------
+        ValueError
+            If the program was made for another encoder.
+        """
+        read_program(self, path)
+        return self
+
+    def __sklearn_clone__(self):
+        handles = copy.copy(self)
+        for name in _SHARED:
+            setattr(handles, name, _Handle(getattr(self, name)))
+        twin = super(Reprogrammer, handles).__sklearn_clone__()
+        for name in _SHARED:
+            setattr(twin, name, getattr(self, name))
+        return twin
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "net_")
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        tags.input_tags.three_d_array = True
+        return tags
+
+    def _forget(self):
+        for name in [name for name in vars(self) if name.endswith("_") or name in _PRIVATE]:
+            delattr(self, name)
+
+    def _open(self, X, y, sample_weight, classes=None, *, reset=True):
+        X, y = check_labelled_rows(self, X, y, reset=reset)
+        images = self._as_images(X)
+        labels = np.unique(y if classes is None else np.asarray(classes))
+        if len(labels) < 2:
+            raise ValueError(f"y holds one class only ({labels.tolist()}); at least 2 are needed.")
+        known = np.isin(y, labels)
+        if not known.all():
+            raise ValueError(f"y holds labels that are not among the classes: {y[~known][:10]}.")
+        weight = None
+        if sample_weight is not None or self.class_weight is not None:
+            weight = check_sample_weight(sample_weight, X, dtype=np.float64)
+            weight = weight * compute_sample_weight(self.class_weight, y)
+            if len(np.unique(y[weight > 0])) < 2:
+                raise ValueError("only one class has rows of positive weight.")
+        return images, np.searchsorted(labels, y), labels, weight
+
+    def _as_images(self, X):
+        return as_images(
+            X,
+            image_shape=self.image_shape,
+            channels=self.channels,
+            input_range=self.input_range,
+            any_rows=self.encoder is None,
+        )
+
+    def _images(self, X):
+        check_is_fitted(self)
+        return self._as_images(check_rows(self, X))
+
+    def _split(self, codes):
+        rows = np.arange(len(codes))
+        if self.max_epochs == 0:
+            # nothing is trained, so every row is as good as held out
+            return rows, rows[:0]
+        return hold_out(codes, self.validation_fraction, check_random_state(self.random_state))
+
+    def _logits(self, X):
+        return self._run(X, lambda module, images: module(images))
+
+    def _run(self, X, function):
+        images, module = self._images(X), self._module
+        with self.encoder_.open(), torch.inference_mode():
+            parts = [
+                function(module, batch.to(module.weights)).cpu()
+                for batch in images.split(self.batch_size)
+            ]
+        return torch.cat(parts).numpy()
+
+
+class _Handle:
+    """Carries an object through `clone` as it is."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __sklearn_clone__(self):
+        return self
+
+
+def _rows(weight, rows):
+    return None if weight is None else weight[rows]

@@ -1,0 +1,198 @@
+"""From the labels that a classifier knows to the labels of the task at hand.
+
+All mappings are matrices of shape (n_source, n_classes); target logits are source logits
+times the matrix.
+
+References
+----------
+Chen et al., "Understanding and Improving Visual Prompting: A Label-Mapping Perspective"
+(CVPR 2023); Cai et al., "Bayesian-guided Label Mapping for Visual Reprogramming" (NeurIPS
+2024).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def cooccurrence(
+    source_logits: Tensor,
+    codes: Tensor,
+    n_classes: int,
+    *,
+    weight: Tensor | None = None,
+    top: int | None = None,
+) -> Tensor:
+    """Count which source labels the rows of each class get.
+
+    Parameters
+    ----------
+    source_logits : Tensor of shape (n, n_source)
+        What the classifier says.
+    codes : LongTensor of shape (n,)
+        Classes; some may be absent.
+    n_classes : int
+        Number of classes.
+    weight : Tensor of shape (n,), optional
+        Weights of the rows.
+    top : int, optional
+        Sum the probabilities of the `top` likeliest source labels instead of counting
+        the likeliest one.
+
+    Returns
+    -------
+    Tensor of shape (n_source, n_classes)
+        Counts, or sums of probabilities.
+    """
+    if top is None:
+        values, labels = (
+            source_logits.new_ones(len(codes), 1),
+            source_logits.argmax(1, keepdim=True),
+        )
+    else:
+        values, labels = source_logits.softmax(1).topk(min(top, source_logits.shape[1]), 1)
+    if weight is not None:
+        values = values * weight[:, None].to(values)
+    counts = source_logits.new_zeros(source_logits.shape[1], n_classes)
+    flat = labels * n_classes + codes[:, None]
+    counts.view(-1).index_add_(0, flat.reshape(-1), values.reshape(-1))
+    return counts
+
+
+def one_to_one(counts: Tensor, per_class: int = 1) -> Tensor:
+    """Give each class the source labels that it gets most often, none of them twice.
+
+    Parameters
+    ----------
+    counts : Tensor of shape (n_source, n_classes)
+        From :func:`cooccurrence`. The largest count is served first; a class without any
+        takes what is left.
+    per_class : int, default=1
+        Source labels for each class; their logits are averaged.
+
+    Returns
+    -------
+    Tensor of shape (n_source, n_classes)
+        Entries 1 / per_class and 0.
+
+    Raises
+    ------
+    ValueError
+        If there are too few source labels.
+    """
+    n_source, n_classes = counts.shape
+    _check_enough(n_source, n_classes, per_class)
+    mapping = torch.zeros_like(counts)
+    for _ in range(per_class):
+        left = counts.masked_fill(mapping.sum(1, keepdim=True) > 0, -1)
+        for _ in range(n_classes):
+            source, target = divmod(int(left.argmax()), n_classes)
+            mapping[source, target] = 1 / per_class
+            left[source] = -2
+            left[:, target] = -2
+    return mapping
+
+
+def random_mapping(
+    n_source: int, n_classes: int, per_class: int, generator: torch.Generator
+) -> Tensor:
+    """Give each class source labels drawn at random, none of them twice.
+
+    Parameters
+    ----------
+    n_source : int
+        Number of source labels.
+    n_classes : int
+        Number of classes.
+    per_class : int
+        Source labels for each class.
+    generator : torch.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    Tensor of shape (n_source, n_classes)
+        Entries 1 / per_class and 0.
+
+    Raises
+    ------
+    ValueError
+        If there are too few source labels.
+    """
+    _check_enough(n_source, n_classes, per_class)
+    drawn = torch.randperm(n_source, generator=generator)[: n_classes * per_class]
+    mapping = torch.zeros(n_source, n_classes)
+    mapping[drawn, torch.arange(n_classes).repeat(per_class)] = 1 / per_class
+    return mapping
+
+
+def bayesian(counts: Tensor, smoothing: float = 1.0) -> Tensor:
+    """Estimate how likely each class is given a source label, columns scaled to sum 1.
+
+    Parameters
+    ----------
+    counts : Tensor of shape (n_source, n_classes)
+        From :func:`cooccurrence`.
+    smoothing : float, default=1.0
+        Added to each source label's total: rare ones weigh less.
+
+    Returns
+    -------
+    Tensor of shape (n_source, n_classes)
+        Columns sum to 1; that of a class without any count is uniform.
+    """
+    given_source = counts / (counts.sum(1, keepdim=True) + smoothing).clamp_min(1e-12)
+    totals = given_source.sum(0)
+    mapping = given_source / totals.clamp_min(torch.finfo(totals.dtype).tiny)
+    return torch.where(totals > 0, mapping, 1 / len(counts))
+
+
+def _frequent(counts: Tensor, per_class: int, smoothing: float) -> Tensor:
+    return one_to_one(counts, per_class)
+
+
+def _bayesian(counts: Tensor, per_class: int, smoothing: float) -> Tensor:
+    return bayesian(counts, smoothing)
+
+
+#: How a mapping follows from counts; those not named here need none.
+FROM_COUNTS: dict[str, Callable[[Tensor, int, float], Tensor]] = {
+    "flm": _frequent,
+    "ilm": _frequent,
+    "blm": _bayesian,
+    "blm+": _bayesian,
+}
+
+#: Mappings that are estimated anew while the program is trained.
+REFRESHED = frozenset({"ilm", "blm", "blm+"})
+
+#: Share of the classes that the soft form of the Bayesian mapping looks at.
+SOFT_TOP_SHARE = 0.15
+
+
+def labels_of_interest(name: str, n_classes: int) -> int | None:
+    """Tell how many source labels a mapping looks at in one row.
+
+    Parameters
+    ----------
+    name : str
+        Name of the mapping.
+    n_classes : int
+        Number of classes.
+
+    Returns
+    -------
+    int or None
+        None for the likeliest one only.
+    """
+    return max(1, int(SOFT_TOP_SHARE * n_classes)) if name == "blm+" else None
+
+
+def _check_enough(n_source: int, n_classes: int, per_class: int) -> None:
+    if per_class * n_classes > n_source:
+        raise ValueError(
+            f"a one-to-one mapping of {per_class} source labels for each of {n_classes} classes "
+            f"needs {per_class * n_classes}; the encoder has {n_source}. Use mapping='blm' or "
+            "head='linear'."
+        )

@@ -1,0 +1,367 @@
+"""A frozen encoder with programs around it, in training and in use."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from skperf.reprogramming.encoders import FrozenEncoder
+from skperf.reprogramming.programs import InputProgram, TextProgram, class_embeddings
+from skperf.reprogramming.rejection import agreement
+from skperf.reprogramming.residual import mixed
+
+
+class ProgrammedEncoder(nn.Module):
+    """The trainable part: program, text delta and head. The encoder is no child of it.
+
+    Parameters
+    ----------
+    encoder : FrozenEncoder
+        Shared, and not part of the state.
+    program : InputProgram
+        What is added to the images.
+    n_outputs : int
+        Width of what the encoder returns.
+    n_classes : int
+        Number of classes.
+    head : {"prompts", "mapping", "linear"}
+        From the encoder's outputs to class logits.
+    text : TextProgram, optional
+        What is added to the tokens.
+    ids : LongTensor of shape (n_classes * n_templates, length), optional
+        Tokens of the prompts.
+    init : {"zeros", "normal"}, default="zeros"
+        First weights of the image program.
+    exact : bool, default=True
+        Whether gradients flow through the encoder.
+    """
+
+    zero_shot: Tensor | None
+    mapping: Tensor
+    shift: Tensor
+    stretch: Tensor
+
+    def __init__(
+        self,
+        encoder: FrozenEncoder,
+        program: InputProgram,
+        n_outputs: int,
+        n_classes: int,
+        head: str,
+        *,
+        text: TextProgram | None = None,
+        ids: Tensor | None = None,
+        init: str = "zeros",
+        exact: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.program = program
+        self.text_program = text
+        self.ids = ids
+        self.head_kind = head
+        self.exact = exact
+        self.n_queries = 0
+        self.outputs: Tensor | None = None
+        draw = torch.randn if init == "normal" else torch.zeros
+        self.image = nn.Parameter(draw(program.shape))
+        self.text = None if text is None else nn.Parameter(torch.zeros(text.shape))
+        self.head = nn.Linear(n_outputs, n_classes) if head == "linear" else None
+        self.register_buffer("zero_shot", self._zero_shot(n_classes))
+        self.register_buffer("mapping", torch.full((n_outputs, n_classes), 1 / n_outputs))
+        self.register_buffer("shift", torch.zeros(n_outputs))
+        self.register_buffer("stretch", torch.ones(n_outputs))
+        if self.head is not None:
+            start = torch.zeros(n_classes, n_outputs) if self.zero_shot is None else self.zero_shot
+            self.head.weight.data.copy_(start)
+            self.head.bias.data.zero_()
+        if encoder.dtype == torch.float64:
+            self.double()
+
+    @property
+    def has_unit_embeddings(self) -> bool:
+        """Whether images and classes meet in the space of a text-image encoder."""
+        return self.zero_shot is not None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute class logits of reprogrammed images.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, channels, height, width)
+            In [0, 1], of any size.
+
+        Returns
+        -------
+        Tensor of shape (n, n_classes)
+            Class logits.
+        """
+        return self.logits(self.encode(images, self.image))
+
+    def encode(self, images: Tensor, weights: Tensor | None) -> Tensor:
+        """Encode images.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, channels, height, width)
+            In [0, 1], of any size.
+        weights : Tensor, optional
+            Of the image program; None leaves the images as they are.
+
+        Returns
+        -------
+        Tensor of shape (n, n_outputs)
+            Unit embeddings, features or logits.
+        """
+        self.n_queries += len(images)
+        with torch.set_grad_enabled(self.exact and torch.is_grad_enabled()):
+            placed = self.program.place(images)
+            seen = placed if weights is None else self.program.add(placed, weights)
+            outputs = self.encoder.encode_image(seen)
+        if self.has_unit_embeddings:
+            outputs = functional.normalize(outputs, dim=-1)
+        self.outputs = outputs.detach()
+        return outputs
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Compute class logits from the encoder's outputs.
+
+        Parameters
+        ----------
+        outputs : Tensor of shape (n, n_outputs)
+            From :meth:`encode`.
+
+        Returns
+        -------
+        Tensor of shape (n, n_classes)
+            Class logits.
+        """
+        if self.head_kind == "mapping":
+            return outputs @ self.mapping
+        if not self.has_unit_embeddings:
+            assert self.head is not None
+            logits: Tensor = self.head((outputs - self.shift) * self.stretch)
+            return logits
+        scale, bias = self.encoder.logit_scale, self.encoder.logit_bias
+        return scale * outputs @ self.classes().T + bias
+
+    def classes(self) -> Tensor:
+        """Embed the classes, with the text program or as the linear head has them.
+
+        Returns
+        -------
+        Tensor of shape (n_classes, n_outputs)
+            Unit embeddings where they come from prompts.
+        """
+        assert self.zero_shot is not None
+        if self.head is not None:
+            return self.head.weight
+        if self.text_program is None or self.text is None or self.ids is None:
+            return self.zero_shot
+        hook = self.text_program.hook(self.text)
+        return class_embeddings(self.encoder, self.ids, len(self.zero_shot), hook)
+
+    def batches(
+        self, images: Tensor, batch_size: int, *, programmed: bool = True
+    ) -> Iterator[Tensor]:
+        """Encode many images without gradients, batch by batch.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, channels, height, width)
+            In [0, 1].
+        batch_size : int
+            Images that go through the encoder at once.
+        programmed : bool, default=True
+            Whether to add the program.
+
+        Yields
+        ------
+        Tensor of shape (batch_size, n_outputs)
+            On the CPU.
+        """
+        weights = self.image if programmed else None
+        with self.encoder.open(), torch.inference_mode():
+            for batch in images.split(batch_size):
+                yield self.encode(batch.to(self.image), weights).cpu()
+
+    def standardise(self, outputs: Tensor) -> None:
+        """Take over the means and deviations of outputs, for the linear head.
+
+        Parameters
+        ----------
+        outputs : Tensor of shape (n, n_outputs)
+            Of the unprogrammed training images.
+        """
+        deviation = outputs.double().std(0, correction=0)
+        self.shift.copy_(outputs.double().mean(0))
+        self.stretch.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), 1.0))
+
+    def _zero_shot(self, n_classes: int) -> Tensor | None:
+        if self.ids is None:
+            return None
+        with self.encoder.open(), torch.no_grad():
+            return class_embeddings(self.encoder, self.ids, n_classes).detach().clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the encoder travels with whoever holds this module, once
+        return {**self.__dict__, "encoder": None, "outputs": None}
+
+
+class ReprogrammedClassifier(nn.Module):
+    """From images to class logits, the encoder included; nothing left to train.
+
+    Parameters
+    ----------
+    programmed : ProgrammedEncoder
+        After training.
+    alpha : float
+        Share of the zero-shot representation.
+    scale : float
+        From similarities to logits.
+    image_shape : tuple of int, optional
+        (channels, height, width), into which flat rows are brought.
+    renormalize : bool, default=False
+        Whether mixes are scaled back to unit length.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The encoder, not a copy.
+    """
+
+    weights: Tensor
+    table: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        programmed: ProgrammedEncoder,
+        *,
+        alpha: float,
+        scale: float,
+        image_shape: tuple[int, ...] | None = None,
+        renormalize: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = programmed.encoder
+        self.model = self.encoder.model if self.encoder.differentiable else None
+        self.program = programmed.program
+        self.alpha = alpha
+        self.scale = scale
+        self.image_shape = image_shape
+        self.renormalize = renormalize
+        self.unit = programmed.has_unit_embeddings
+        self.bias = self.encoder.logit_bias if self.unit else 0.0
+        with torch.no_grad(), self.encoder.open():
+            self.register_buffer("weights", programmed.image.detach().clone())
+            self.register_buffer("table", self._table(programmed).detach().clone())
+            self.register_buffer("offset", self._offset(programmed).detach().clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute class logits.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, channels, height, width) or (n, n_features)
+            In [0, 1].
+
+        Returns
+        -------
+        Tensor of shape (n, n_classes)
+            Class logits.
+        """
+        return self.scale * self.similarities(self.represent(images)) + self.bias
+
+    def represent(self, images: Tensor) -> Tensor:
+        """Encode images with the programs and the residual.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, channels, height, width) or (n, n_features)
+            In [0, 1].
+
+        Returns
+        -------
+        Tensor of shape (n, n_outputs)
+            Mixed embeddings, or outputs of the encoder.
+        """
+        placed = self._placed(images)
+        if self.alpha == 1:
+            return self._encode(placed)
+        outputs = self._encode(self.program.add(placed, self.weights))
+        if self.alpha == 0:
+            return outputs
+        return mixed(outputs, self._encode(placed), self.alpha, renormalize=self.renormalize)
+
+    def reprogram(self, images: Tensor) -> Tensor:
+        """Add the program.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, channels, height, width) or (n, n_features)
+            In [0, 1].
+
+        Returns
+        -------
+        Tensor of shape (n, channels, canvas height, canvas width)
+            What the encoder sees, before its normalisation.
+        """
+        return self.program.add(self._placed(images), self.weights)
+
+    def agreement(self, images: Tensor) -> Tensor:
+        """Compare embeddings with and without the program.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, channels, height, width) or (n, n_features)
+            In [0, 1].
+
+        Returns
+        -------
+        Tensor of shape (n,)
+            Cosines.
+        """
+        programmed = self._encode(self.reprogram(images))
+        return agreement(programmed, self._encode(self._placed(images)))
+
+    def similarities(self, representation: Tensor) -> Tensor:
+        """Hold representations against the classes.
+
+        Parameters
+        ----------
+        representation : Tensor of shape (n, n_outputs)
+            From :meth:`represent`.
+
+        Returns
+        -------
+        Tensor of shape (n, n_classes)
+            Cosines for text-image encoders, logits for others.
+        """
+        similarities: Tensor = representation @ self.table.T + self.offset
+        return similarities
+
+    def _placed(self, images: Tensor) -> Tensor:
+        if self.image_shape is not None:
+            images = images.view(-1, *self.image_shape)
+        return self.program.place(images)
+
+    def _encode(self, placed: Tensor) -> Tensor:
+        outputs = self.encoder.encode_image(placed, self.model)
+        return functional.normalize(outputs, dim=-1) if self.unit else outputs
+
+    def _table(self, programmed: ProgrammedEncoder) -> Tensor:
+        if programmed.zero_shot is not None:
+            classes = programmed.classes()
+            zero = programmed.zero_shot
+            return mixed(classes, zero, self.alpha, renormalize=self.renormalize)
+        if programmed.head is None:
+            return programmed.mapping.T
+        return programmed.head.weight * programmed.stretch
+
+    def _offset(self, programmed: ProgrammedEncoder) -> Tensor:
+        if programmed.head is None or self.unit:
+            return torch.zeros(len(self.table), device=self.table.device)
+        return programmed.head.bias - self.table @ programmed.shift
