@@ -20,7 +20,9 @@ extensions = [
     "sphinx.ext.mathjax",
     "numpydoc",
     "myst_nb",
+    "sphinx_design",
     "benchmark_tables",
+    "peer_table",
 ]
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
