@@ -8,15 +8,65 @@ Shipped, nothing to download:
 - `load_small_resnet`: a residual network with 560 filters trained on Fashion-MNIST.
 - `load_faces`: 100 faces and 100 non-faces, 24 x 24.
 - `load_rnet`: a face detector of 140 filters.
+- `load_emoji`: 600 emoji in two drawing styles, with names and categories, 32 x 32.
+- `load_text_image_encoder`: a CLIP-like encoder of images and short texts, and its tokenizer.
+- `load_email_vectors`: sentence vectors of 600 e-mails, half of them spam.
+
+Fetched first, by ``python -m skperf.datasets fetch NAME ...`` (``list`` shows the names):
+
+- images: `fetch_fashion_mnist`, `fetch_mnist`, `fetch_emoji`, `fetch_imagenet_photos`;
+- texts: `fetch_r8`, `fetch_newsgroups`, `fetch_spam_assassin`, `fetch_imagenet_classes`;
+- models: `fetch_efficientnet_lite0`, `fetch_minilm` (run by `sentence_vectors`),
+  `fetch_wordllama`.
+
+Sources and licences of the shipped files: ``skperf/datasets/data/LICENSES.md``.
 """
 
-from skperf.datasets._models import load_fashion_cnn, load_rnet, load_small_resnet
-from skperf.datasets._shipped import load_faces, load_fashion_mnist
+from skperf.datasets._fetched import (
+    fetch_efficientnet_lite0,
+    fetch_emoji,
+    fetch_fashion_mnist,
+    fetch_imagenet_classes,
+    fetch_imagenet_photos,
+    fetch_minilm,
+    fetch_mnist,
+    fetch_newsgroups,
+    fetch_r8,
+    fetch_spam_assassin,
+)
+from skperf.datasets._models import (
+    load_fashion_cnn,
+    load_rnet,
+    load_small_resnet,
+    load_text_image_encoder,
+)
+from skperf.datasets._shipped import (
+    load_email_vectors,
+    load_emoji,
+    load_faces,
+    load_fashion_mnist,
+)
+from skperf.datasets._text import fetch_wordllama, sentence_vectors
 
 __all__ = [
+    "fetch_efficientnet_lite0",
+    "fetch_emoji",
+    "fetch_fashion_mnist",
+    "fetch_imagenet_classes",
+    "fetch_imagenet_photos",
+    "fetch_minilm",
+    "fetch_mnist",
+    "fetch_newsgroups",
+    "fetch_r8",
+    "fetch_spam_assassin",
+    "fetch_wordllama",
+    "load_email_vectors",
+    "load_emoji",
     "load_faces",
     "load_fashion_cnn",
     "load_fashion_mnist",
     "load_rnet",
     "load_small_resnet",
+    "load_text_image_encoder",
+    "sentence_vectors",
 ]

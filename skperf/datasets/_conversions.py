@@ -95,9 +95,7 @@ def convert_mnist(archive: Path, output: Path) -> None:
 
 
 def convert_emoji(archive: Path, output: Path) -> None:
-    """Write one drawing style of the emoji as ``.npz``, on white, in Unicode's order.
-
-    Flags are left out: their images say little and their names are countries.
+    """Write one drawing style of the emoji as ``.npz``, on white.
 
     Parameters
     ----------
@@ -107,13 +105,7 @@ def convert_emoji(archive: Path, output: Path) -> None:
     members = read_members(archive, lambda name: name.endswith(".png") and "/64/" in name)
     images_by_file = {Path(name).name: content for name, content in members.items()}
     table = read_members(archive, lambda name: name == "package/emoji.json")
-    emoji = json.loads(table["package/emoji.json"])
-    emoji = [
-        each
-        for each in sorted(emoji, key=lambda each: each["sort_order"])
-        if each["category"] not in ("Flags", "Component")
-        and all(each[f"has_img_{style}"] for style in EMOJI_STYLES)
-    ]
+    emoji = chosen_emoji(json.loads(table["package/emoji.json"]))
     images = [decode_image(images_by_file[each["image"]], 64) for each in emoji]
     np.savez(
         output,
@@ -123,6 +115,29 @@ def convert_emoji(archive: Path, output: Path) -> None:
         categories=np.array([each["category"] for each in emoji]),
         subcategories=np.array([each["subcategory"] for each in emoji]),
     )
+
+
+def chosen_emoji(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the emoji that both styles draw, without flags, in Unicode's order.
+
+    Flags are left out: their images say little and their names are countries.
+
+    Parameters
+    ----------
+    records : list of dict
+        The content of ``emoji.json``.
+
+    Returns
+    -------
+    list of dict
+        1,636 of them.
+    """
+    return [
+        each
+        for each in sorted(records, key=lambda each: each["sort_order"])
+        if each["category"] not in ("Flags", "Component")
+        and all(each[f"has_img_{style}"] for style in EMOJI_STYLES)
+    ]
 
 
 def decode_image(content: bytes, side: int) -> np.ndarray:

@@ -95,6 +95,80 @@ def load_faces(*, return_X_y: bool = False) -> Any:
     )
 
 
+def load_emoji(style: str = "google", *, subset: str = "all", return_X_y: bool = False) -> Any:
+    """Load 600 emoji of 32 x 32 pixels, labelled with their category.
+
+    Half of them are pictures that `load_text_image_encoder` was trained on (in the Google style
+    only), half were held out of its training. Row i is the same emoji in both styles.
+
+    Parameters
+    ----------
+    style : {"google", "twitter"}, default="google"
+        Who drew them: Google (Noto Emoji, Apache-2.0) or Twitter (Twemoji, copyright Twitter, Inc.
+        and other contributors, CC-BY-4.0; reduced in size, laid on white).
+    subset : {"all", "train", "test"}, default="all"
+        All of them, those of the training or those held out.
+    return_X_y : bool, default=False
+        Whether to return ``(data, target)`` instead of a Bunch.
+
+    Returns
+    -------
+    Bunch or tuple
+        With ``data`` (n, 3072) float32 in [0, 1], ``images`` (n, 3, 32, 32) uint8, ``target``
+        (n,) int, ``target_names`` (8 categories), ``names`` (n,), ``is_train`` (n,) bool and
+        ``DESCR``.
+
+    Raises
+    ------
+    ValueError
+        If `style` or `subset` is unknown.
+    """
+    if style not in ("google", "twitter"):
+        raise ValueError(f"style must be 'google' or 'twitter', got {style!r}")
+    chosen = chosen_subsets(subset)
+    arrays = load_arrays(data_file("emoji.npz"))
+    kept = np.isin(np.where(arrays["is_train"], "train", "test"), chosen)
+    names, target = np.unique(arrays["categories"], return_inverse=True)
+    return image_bunch(
+        arrays[f"images_{style}"][kept],
+        target[kept],
+        names,
+        "Emoji drawn by Google (Apache-2.0) or Twitter (CC-BY-4.0), reduced to 32 x 32.",
+        return_X_y=return_X_y,
+        names=arrays["names"][kept],
+        is_train=arrays["is_train"][kept],
+    )
+
+
+def load_email_vectors(*, return_X_y: bool = False) -> Any:
+    """Load the sentence vectors of 600 e-mails, half of them spam.
+
+    Made by all-MiniLM-L6-v2 of the bodies of e-mails of the SpamAssassin public corpus (CC0).
+
+    Parameters
+    ----------
+    return_X_y : bool, default=False
+        Whether to return ``(data, target)`` instead of a Bunch.
+
+    Returns
+    -------
+    Bunch or tuple
+        With ``data`` (600, 384) float32, ``target`` (600,) int, ``target_names``, ``groups`` (the
+        folders of the corpus; "hard-ham-1" looks like spam) and ``DESCR``.
+    """
+    arrays = load_arrays(data_file("email_vectors.npz"))
+    data, target = arrays["vectors"].astype(np.float32), arrays["target"].astype(np.int64)
+    if return_X_y:
+        return data, target
+    return Bunch(
+        data=data,
+        target=target,
+        target_names=np.array(["ham", "spam"]),
+        groups=arrays["groups"],
+        DESCR="MiniLM vectors of 600 e-mails of the SpamAssassin public corpus; CC0.",
+    )
+
+
 def chosen_subsets(subset: str) -> tuple[str, ...]:
     """Return the names of the parts that a subset is made of.
 
