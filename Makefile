@@ -54,6 +54,6 @@ test-oldest:  ## run the tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest -n 2 tests
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .venv-oldest docs/_build docs/_static/mathjax skperf_quickstart
+	rm -rf $(VENV) .venv-oldest docs/_build docs/api docs/_static/mathjax skperf_quickstart
 
 .PHONY: help quickstart test lint notebooks benchmark docs test-oldest clean

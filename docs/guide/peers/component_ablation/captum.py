@@ -9,7 +9,7 @@ def margin(inputs, targets):
 
 
 columns = []
-for name, layer in module.named_modules():
+for layer in module.modules():
     if isinstance(layer, torch.nn.Conv2d):
         shape = (1, layer.out_channels, 1, 1)
         groups = torch.arange(layer.out_channels).reshape(shape)
