@@ -19,11 +19,11 @@ from skperf import (
 
 transformers = pytest.importorskip("transformers", reason="the extra `clip` is not installed")
 
-WORDS = {
-    "sport": ["goal", "match", "team", "score", "player", "league", "coach", "final", "race", "win"],
-    "money": ["bank", "profit", "share", "market", "trade", "stock", "price", "loan", "tax", "debt"],
-}
-VOCABULARY = ["[PAD]", *WORDS["sport"], *WORDS["money"], *["the", "a", "of", "and", "in", "to", "was", "said"]]
+SPORT = ("goal", "match", "team", "score", "player", "league", "coach", "final", "race", "win")
+MONEY = ("bank", "profit", "share", "market", "trade", "stock", "price", "loan", "tax", "debt")
+COMMON = ("the", "a", "of", "and", "in", "to", "was", "said")
+WORDS = {"sport": SPORT, "money": MONEY}
+VOCABULARY = ("[PAD]", *SPORT, *MONEY, *COMMON)
 
 
 def make_texts(n=120, length=12, seed=0):
@@ -31,7 +31,7 @@ def make_texts(n=120, length=12, seed=0):
     y = rng.choice(["money", "sport"], n)
     texts = [
         " ".join(
-            rng.choice(WORDS[label]) if rng.random() < 0.4 else rng.choice(VOCABULARY[21:])
+            rng.choice(WORDS[label]) if rng.random() < 0.4 else rng.choice(COMMON)
             for _ in range(length)
         )
         for label in y
