@@ -414,6 +414,10 @@ class Net(NeuralNetClassifier):
 def default_net(**params):
     """Build the small network behind ``estimator=None``.
 
+    It computes in double precision and takes all rows at once, so that a row of weight two
+    counts exactly like the row given twice. For more than some ten thousand rows, set
+    ``batch_size``.
+
     Parameters
     ----------
     **params : dict
@@ -430,4 +434,11 @@ def default_net(**params):
     >>> default_net(max_epochs=5).max_epochs
     5
     """
-    return Net(MLP, **({"lr": 0.01, "max_epochs": 30} | params))
+    small = {
+        "module__dtype": torch.float64,
+        "lr": 0.01,
+        "max_epochs": 100,
+        "batch_size": -1,
+        "iterator_train__shuffle": False,
+    }
+    return Net(MLP, **(small | params))

@@ -1,6 +1,7 @@
 """The names that scikit-learn keeps private, imported here and nowhere else."""
 
 from sklearn.base import _fit_context as fit_context
+from sklearn.utils._metadata_requests import _MetadataRequester as MetadataRequester
 from sklearn.utils._param_validation import (
     HasMethods,
     Interval,
@@ -14,6 +15,7 @@ __all__ = [
     "HasMethods",
     "Interval",
     "InvalidParameterError",
+    "MetadataRequester",
     "Options",
     "StrOptions",
     "check_sample_weight",

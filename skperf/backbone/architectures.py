@@ -19,16 +19,25 @@ class MLP(nn.Module):
         Number of logits.
     hidden : sequence of int, default=(64,)
         Widths of the hidden layers; empty for a linear classifier.
+    dtype : torch.dtype, default=torch.float32
+        Of the parameters.
     """
 
-    def __init__(self, n_features: int, n_classes: int, hidden: Sequence[int] = (64,)) -> None:
+    def __init__(
+        self,
+        n_features: int,
+        n_classes: int,
+        hidden: Sequence[int] = (64,),
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         widths = [n_features, *hidden]
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
-            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+            layers += [nn.Linear(n_in, n_out, dtype=dtype), nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
-        self.output = nn.Linear(widths[-1], n_classes)
+        self.output = nn.Linear(widths[-1], n_classes, dtype=dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits of a batch.

@@ -211,7 +211,7 @@ class Network:
         device, dtype, takes_tokens = self.device, self.dtype, self.takes_tokens
 
         def convert(X: ArrayLike) -> Tensor:
-            rows = X.detach() if isinstance(X, Tensor) else torch.as_tensor(np.asarray(X))
+            rows = X.detach() if isinstance(X, Tensor) else _as_tensor(np.asarray(X))
             if rows.dtype == torch.uint8 and rows.ndim >= 3:
                 return rows.to(device, dtype) / 255
             if takes_tokens and not rows.is_floating_point():
@@ -223,6 +223,11 @@ class Network:
     def _first_floating(self) -> Tensor | None:
         tensors = chain(self.module.parameters(), self.module.buffers())
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def _as_tensor(array: NDArray[Any]) -> Tensor:
+    # torch warns of read-only memory, such as the maps that joblib hands to its workers
+    return torch.as_tensor(array if array.flags.writeable else array.copy())
 
 
 class WithReadout(nn.Module):
