@@ -19,6 +19,8 @@ Fetched first, by ``python -m skperf.datasets fetch NAME ...`` (``list`` shows t
 - models: `fetch_efficientnet_lite0`, `fetch_minilm` (run by `sentence_vectors`),
   `fetch_wordllama`.
 
+A world that answers to the deployed model, made of real rows: `PerformativeStream`.
+
 Sources and licences of the shipped files: ``skperf/datasets/data/LICENSES.md``.
 """
 
@@ -46,9 +48,11 @@ from skperf.datasets._shipped import (
     load_faces,
     load_fashion_mnist,
 )
+from skperf.datasets._stream import PerformativeStream
 from skperf.datasets._text import fetch_wordllama, sentence_vectors
 
 __all__ = [
+    "PerformativeStream",
     "fetch_efficientnet_lite0",
     "fetch_emoji",
     "fetch_fashion_mnist",

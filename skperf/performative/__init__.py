@@ -1,0 +1,1 @@
+"""PerformativeAdapter and its mathematics."""

@@ -1,0 +1,390 @@
+"""The adapter's record of rounds: what is deployed, what is measured, what is learned."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from torch import nn
+
+from skperf.performative._neural import fit_neural
+from skperf.performative.anticipation import (
+    MIXES,
+    STRENGTHS,
+    Anticipation,
+    Candidate,
+    Rows,
+    Settings,
+    blend,
+    observe,
+)
+from skperf.performative.label_shift import (
+    bbse_prior,
+    em_prior,
+    log_loss,
+    probabilities,
+    smooth_shares,
+    soft_confusion,
+)
+from skperf.performative.paper import fit_paper
+from skperf.performative.response import FITTERS, SHARED
+from skperf.performative.trajectory import STATISTICS
+
+LADDER = ("fixed", "tied", "curve", "linear", "mlp")
+ROWS_A_ROUND = 256  # kept for the log-loss objective
+ROWS_A_CLASS = 200  # kept to watch the worst recall
+LOSSES = ("none", "last", "adapter", "oracle")
+
+
+def settings_of(adapter, *, seed, n_statistics, n_classes):
+    """Translate an adapter's parameters.
+
+    Parameters
+    ----------
+    adapter : PerformativeAdapter
+        With valid parameters.
+    seed : int
+        Of neural maps.
+    n_statistics, n_classes : int
+        Widths; a slope shared by the classes needs them equal.
+
+    Returns
+    -------
+    Settings
+        For `observe`.
+    """
+    names = _names(adapter.adapter, n_statistics == n_classes)
+    is_paper = adapter.adapter == "paper"
+    strength = 1.0 if is_paper and adapter.strength == "auto" else adapter.strength
+    mix = 0.0 if is_paper and adapter.mix == "auto" else adapter.mix
+    return Settings(
+        candidates={
+            _name_of(kind): _candidate(kind, adapter, seed, alone=len(names) == 1) for kind in names
+        },
+        strengths=STRENGTHS if isinstance(strength, str) else np.array([float(strength)]),
+        mixes=MIXES if isinstance(mix, str) else np.array([float(mix)]),
+        l2=adapter.l2,
+        decay=adapter.decay,
+        buffer_size=adapter.buffer_size,
+        min_rounds=adapter.min_rounds,
+    )
+
+
+def _names(adapter, one_entry_a_class):
+    if isinstance(adapter, list | tuple):
+        return tuple(adapter)
+    if not (isinstance(adapter, str) and adapter == "auto"):
+        return (adapter,)
+    return tuple(name for name in LADDER if one_entry_a_class or name not in SHARED)
+
+
+def _name_of(kind):
+    return kind if isinstance(kind, str) else kind.__name__
+
+
+def _candidate(kind, adapter, seed, *, alone):
+    if isinstance(kind, str) and kind in FITTERS:
+        return Candidate(FITTERS[kind])
+    if isinstance(kind, str) and kind == "paper":
+        return Candidate(partial(fit_paper, seed=seed), weigh=False)
+    given = {"module": kind} if isinstance(kind, type) and issubclass(kind, nn.Module) else {}
+    fit = partial(
+        fit_neural,
+        **given,
+        seed=seed,
+        hidden=adapter.hidden_layer_sizes,
+        lr=adapter.lr,
+        max_epochs=adapter.max_epochs,
+        batch_size=adapter.batch_size,
+        weight_decay=adapter.weight_decay,
+    )
+    # among others a network only enters once it has something to learn from
+    first, growth = (1, 1.1) if alone else (20, 1.25)
+    return Candidate(fit, first_pair=first, growth=growth, weigh=False)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Immutable state of a fitted adapter; `add_round` returns the next one.
+
+    Attributes
+    ----------
+    anticipation : Anticipation
+        Trajectory, maps, choice.
+    confusion : ndarray of shape (n_classes, n_classes)
+        Summed probabilities at the base mix by true class.
+    losses : tuple of dict
+        By round: number, losses of no correction, last mix, adapter and oracle, worst recall,
+        total variation to the last mix, and the mixes predicted and realised.
+    memory : tuple of ndarray or None
+        Scores and classes of recent rows, for the worst recall.
+    """
+
+    anticipation: Anticipation
+    confusion: np.ndarray
+    losses: tuple = ()
+    memory: tuple | None = None
+
+    @property
+    def log_base(self):
+        return self.anticipation.log_base
+
+
+def measure(statistic, smoothing, codes, predicted, logits, classes, weight):
+    """Compute a statistic by name or by a callable that takes labels.
+
+    Parameters
+    ----------
+    statistic : str or callable
+        As the adapter's parameter.
+    smoothing : float
+        Of recalls.
+    codes, predicted : ndarray of shape (n,)
+        True and predicted columns.
+    logits : ndarray of shape (n, n_classes)
+        Scores the predictions came from.
+    classes : ndarray of shape (n_classes,)
+        Labels.
+    weight : ndarray of shape (n,) or None
+        Weights of the rows.
+
+    Returns
+    -------
+    ndarray of shape (n_statistics,)
+        Finite numbers.
+    """
+    proba = probabilities(logits)
+    if not callable(statistic):
+        function = STATISTICS[statistic]
+        return function(codes, predicted, proba, classes, weight, smoothing=smoothing)
+    values = np.asarray(
+        statistic(classes[codes], classes[predicted], proba, classes, weight), dtype=np.float64
+    )
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(
+            f"statistic must return finite numbers of shape (n_statistics,), got {values!r}."
+        )
+    return values
+
+
+def add_round(record, settings, number, logits, codes, statistic, log_prior, *, weight, objective):
+    """Learn from one round.
+
+    Parameters
+    ----------
+    record : Record
+        Before it.
+    settings : Settings
+        As everywhere.
+    number : int
+        Of the round.
+    logits : ndarray of shape (n, n_classes)
+        Calibrated scores at the base mix.
+    codes : ndarray of shape (n,)
+        Classes.
+    statistic : ndarray of shape (n_statistics,)
+        Of the deployed model in this round.
+    log_prior : ndarray of shape (n_classes,)
+        Log of the mix the deployed model was corrected for.
+    weight : ndarray of shape (n,)
+        Weights of the rows.
+    objective : {"marginal", "log_loss"}
+        Whether rows are kept.
+
+    Returns
+    -------
+    Record
+        After it.
+    """
+    n_classes = len(record.log_base)
+    counts = np.bincount(codes, weight, minlength=n_classes)
+    right = weight * (logits.argmax(axis=1) == codes)
+    rows = _kept_rows(logits - record.log_base, codes, weight) if objective == "log_loss" else None
+    anticipation = observe(
+        record.anticipation,
+        settings,
+        number,
+        statistic,
+        counts,
+        hits=np.bincount(codes, right, minlength=n_classes),
+        rows=rows,
+    )
+    proba = probabilities(logits)
+    return replace(
+        record,
+        anticipation=anticipation,
+        confusion=record.confusion + soft_confusion(proba, codes, weight),
+        losses=(*record.losses, _losses(record, number, counts, log_prior, logits, codes, weight)),
+        memory=_remembered(record.memory, logits - record.log_base, codes),
+    )
+
+
+def add_counts(record, settings, number, counts, statistic):
+    """Learn from a round without rows: its label counts and its statistic."""
+    log_prior = record.anticipation.log_prior(record.anticipation.trajectory.in_force())
+    anticipation = observe(record.anticipation, settings, number, statistic, counts)
+    losses = _losses(record, number, counts, log_prior)
+    return replace(record, anticipation=anticipation, losses=(*record.losses, losses))
+
+
+def _losses(record, number, counts, log_prior, logits=None, codes=None, weight=None):
+    trajectory = record.anticipation.trajectory
+    shares = counts / max(counts.sum(), np.finfo(np.float64).tiny)
+    last = np.log(smooth_shares(trajectory.counts[-1])) if len(trajectory) else record.log_base
+    mixes = (record.log_base, last, log_prior, np.log(np.maximum(shares, 1e-12)))
+    if logits is None:
+        losses = [-float(shares @ mix) for mix in mixes]
+        worst = np.nan
+    else:
+        scores = logits - record.log_base
+        losses = [log_loss(scores + mix, codes, weight) for mix in mixes]
+        right = np.bincount(codes, (scores + log_prior).argmax(axis=1) == codes, len(counts))
+        rows = np.bincount(codes, minlength=len(counts))
+        worst = float((right[rows > 0] / rows[rows > 0]).min())
+    moved = 0.5 * np.abs(shares - np.exp(last)).sum() if len(trajectory) else 0.0
+    named = dict(zip(LOSSES, losses, strict=True))
+    return (
+        {"round": number}
+        | named
+        | {
+            "worst_recall": worst,
+            "tv": float(moved),
+            "predicted": np.exp(log_prior),
+            "realised": shares,
+        }
+    )
+
+
+def _kept_rows(scores, codes, weight):
+    kept = np.flatnonzero(weight > 0)
+    kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), ROWS_A_ROUND)).astype(int)]
+    return Rows(scores[kept], codes[kept], weight[kept] * weight.sum() / weight[kept].sum())
+
+
+def _remembered(memory, scores, codes):
+    if memory is None:
+        return None
+    scores, codes = np.vstack([memory[0], scores]), np.append(memory[1], codes)
+    latest = [np.flatnonzero(codes == c)[-ROWS_A_CLASS:] for c in range(scores.shape[1])]
+    kept = np.sort(np.concatenate(latest))
+    return scores[kept], codes[kept]
+
+
+def prior_of(record, statistic, floor):
+    """Anticipate the log mix, weakened where it would drown a class.
+
+    Parameters
+    ----------
+    record : Record
+        What is known.
+    statistic : ndarray of shape (n_statistics,) or None
+        Of the deployed model.
+    floor : float or None
+        Recall that no class should fall below, judged on remembered rows.
+
+    Returns
+    -------
+    log_prior : ndarray of shape (n_classes,)
+        Log of the mix.
+    strength : float
+        That it took.
+    """
+    state = record.anticipation
+    chosen = state.choice.strength
+    if floor is None or record.memory is None or not len(record.memory[1]) or chosen == 0.0:
+        return state.log_prior(statistic), chosen
+    options = chosen * np.array([1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1, 0.0])
+    priors = [state.log_prior(statistic, strength=strength) for strength in options]
+    worst = [_worst_recall(record.memory, prior) for prior in priors]
+    enough = np.flatnonzero(np.array(worst) >= floor)
+    best = int(enough[0]) if len(enough) else int(np.argmax(worst))
+    return priors[best], float(options[best])
+
+
+def _worst_recall(memory, log_prior):
+    scores, codes = memory
+    right = (scores + log_prior).argmax(axis=1) == codes
+    rows = np.bincount(codes, minlength=len(log_prior))
+    hits = np.bincount(codes, right, len(log_prior))
+    return float((hits[rows > 0] / rows[rows > 0]).min())
+
+
+def batch_prior(record, logits, log_prior, *, how, strength):
+    """Refine an anticipated mix by the unlabelled rows it is meant for.
+
+    Parameters
+    ----------
+    record : Record
+        What is known.
+    logits : ndarray of shape (n, n_classes)
+        Calibrated scores of the batch at the base mix.
+    log_prior : ndarray of shape (n_classes,)
+        Log of the anticipated mix.
+    how : {"em", "bbse", "map_em"}
+        Estimator; only the last uses the anticipation.
+    strength : float or "auto"
+        Labels that the anticipation is worth to ``"map_em"``; "auto" follows from how well
+        the latest rounds were anticipated.
+
+    Returns
+    -------
+    ndarray of shape (n_classes,)
+        Log of the mix.
+    """
+    if how == "bbse":
+        prior = bbse_prior(probabilities(logits), record.confusion)
+        return np.log(np.maximum(prior, 1e-6))
+    if how == "em":
+        return np.log(np.maximum(em_prior(logits, record.log_base).prior, 1e-12))
+    worth = _pseudo_labels(record) if isinstance(strength, str) else strength
+    mean = np.exp(log_prior)
+    return np.log(
+        np.maximum(em_prior(logits, record.log_base, mean=mean, strength=worth).prior, 1e-12)
+    )
+
+
+def _pseudo_labels(record):
+    """Concentration of label mixes around the anticipated ones, in labels."""
+    state = record.anticipation
+    size = state.trajectory.counts.sum(axis=1).mean() if len(state.trajectory) else 1.0
+    return float(np.clip((size - state.spread) / max(state.spread - 1.0, 1e-2), 1.0, 10 * size))
+
+
+def interval_of(record, prior, level=0.9):
+    """Find where the realised shares of a round of usual size will lie.
+
+    Parameters
+    ----------
+    record : Record
+        What is known.
+    prior : ndarray of shape (..., n_classes)
+        Anticipated mixes.
+    level : float
+        Of the interval of each share.
+
+    Returns
+    -------
+    ndarray of shape (2, ..., n_classes)
+        Quantiles of Beta laws whose width follows from how far the latest rounds were from
+        what was anticipated of them.
+    """
+    from scipy.stats import beta
+
+    state = record.anticipation
+    size = state.trajectory.counts.sum(axis=1).mean() if len(state.trajectory) else 1.0
+    worth = max(1.0, size / state.spread)
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])[(...,) + (None,) * prior.ndim]
+    return beta.ppf(tails, worth * prior, np.maximum(worth * (1 - prior), 1e-9))
+
+
+__all__ = [
+    "LADDER",
+    "Record",
+    "add_counts",
+    "add_round",
+    "batch_prior",
+    "blend",
+    "interval_of",
+    "measure",
+    "prior_of",
+    "settings_of",
+]

@@ -1,0 +1,358 @@
+"""Anticipate the next label mix: several response maps, judged one step ahead.
+
+Before a round is added to the record, every map says what it expected; the cumulative
+likelihood of what then came picks map, strength and mix. Strength 0, which means no correction,
+is always among the choices, so a world that does not answer the model costs next to nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+
+from skperf.performative.label_shift import log_loss, probabilities
+from skperf.performative.response import Fitter, ResponseMap, deviance, dispersion
+from skperf.performative.trajectory import Trajectory
+
+Array = NDArray[np.float64]
+Codes = NDArray[np.int64]
+
+STRENGTHS = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
+MIXES = np.array([0.0, 0.01, 0.03, 0.1, 0.25, 0.5])
+MEMORY = 0.9  # of the running dispersion: about ten rounds
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How one kind of map is fitted.
+
+    Attributes
+    ----------
+    fit : callable
+        As `fit_fixed`.
+    first_pair : int
+        Pairs of statistic and counts to wait for.
+    growth : float
+        Refit when the number of pairs has grown by this factor; 1 means at every round.
+    weigh : bool
+        Whether counts are divided by their dispersion before the fit.
+    """
+
+    fit: Fitter
+    first_pair: int = 1
+    growth: float = 1.0
+    weigh: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stays the same over all rounds.
+
+    Attributes
+    ----------
+    candidates : dict of str to Candidate
+        Kinds of maps in competition.
+    strengths, mixes : ndarray
+        Grids of the blend, see `blend`.
+    l2 : float
+        Shrinkage of the maps.
+    decay : float
+        Weight of a round against the one after it, in (0, 1].
+    buffer_size : int or None
+        Most pairs to learn from, the latest; None means all.
+    min_rounds : int
+        Rounds before anything is corrected.
+    """
+
+    candidates: Mapping[str, Candidate]
+    strengths: Array = field(default_factory=STRENGTHS.copy)
+    mixes: Array = field(default_factory=MIXES.copy)
+    l2: float = 1.0
+    decay: float = 1.0
+    buffer_size: int | None = None
+    min_rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Labelled rows of a round, kept for the log-loss objective.
+
+    Attributes
+    ----------
+    scores : ndarray of shape (n, n_classes)
+        Calibrated logits minus the log of the base mix.
+    codes : ndarray of shape (n,)
+        Classes.
+    weight : ndarray of shape (n,)
+        Labels that each row stands for.
+    """
+
+    scores: Array
+    codes: Codes
+    weight: Array
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A fitted map and its record.
+
+    Attributes
+    ----------
+    response : ResponseMap
+        The map.
+    scores : ndarray of shape (n_strengths, n_mixes)
+        Cumulative one-step-ahead log likelihood.
+    dispersion : float
+        Of counts around the map, see `dispersion`.
+    fitted_at : int
+        Pairs seen at the last fit.
+    """
+
+    response: ResponseMap
+    scores: Array
+    dispersion: float
+    fitted_at: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The map in use: its name, and the strength and mix of `blend`."""
+
+    name: str
+    strength: float
+    mix: float
+
+
+@dataclass(frozen=True)
+class Anticipation:
+    """Everything known after some rounds; `observe` gives the next state and changes nothing.
+
+    Attributes
+    ----------
+    log_base : ndarray of shape (n_classes,)
+        Log of the base mix.
+    trajectory : Trajectory
+        Rounds so far.
+    contenders : dict of str to Contender
+        Maps fitted so far.
+    choice : Choice
+        The one in use.
+    spread : float
+        Dispersion of the latest counts around what was anticipated; labels of a round are worth
+        this much less.
+    n_rounds, n_pairs : int
+        Seen so far, also when no longer in the buffer.
+    rows : tuple of Rows
+        One for each pair in the buffer under the log-loss objective, else empty.
+    """
+
+    log_base: Array
+    trajectory: Trajectory
+    contenders: Mapping[str, Contender] = field(default_factory=dict)
+    choice: Choice = Choice("fixed", 0.0, 0.0)
+    spread: float = 10.0
+    n_rounds: int = 0
+    n_pairs: int = 0
+    rows: tuple[Rows, ...] = ()
+
+    def log_prior(self, statistic: Array | None, *, strength: float | None = None) -> Array:
+        """Anticipate the log mix (n_classes,) that answers a statistic; the base without one.
+
+        Parameters
+        ----------
+        statistic : ndarray of shape (n_statistics,) or None
+            Statistic of the deployed model.
+        strength : float, optional
+            Instead of the chosen one.
+        """
+        chosen = self.choice
+        strength = chosen.strength if strength is None else strength
+        if statistic is None or strength == 0.0 or chosen.name not in self.contenders:
+            return self.log_base
+        answer = self.contenders[chosen.name].response.log_prior(statistic[None])[0]
+        return blend(answer, self.log_base, strength, chosen.mix)
+
+
+def blend(answer: Array, log_base: Array, strength: float | Array, mix: float | Array) -> Array:
+    """Move from the base mix towards a map's answer.
+
+    ``log q = log pi_0 + strength (log((1 - mix) T(S) + mix pi_0) - log pi_0)``, normalised.
+
+    Parameters
+    ----------
+    answer : ndarray of shape (n_classes,)
+        Log of the map's mix T(S).
+    log_base : ndarray of shape (n_classes,)
+        Log of the base mix pi_0.
+    strength, mix : float or ndarray broadcasting to (..., 1)
+        In [0, 1] and [0, 1).
+
+    Returns
+    -------
+    ndarray of shape (..., n_classes)
+        ``log q``.
+    """
+    with np.errstate(divide="ignore"):
+        mixed = np.logaddexp(answer + np.log1p(-mix), log_base + np.log(mix))
+    blended: Array = log_softmax(log_base + strength * (mixed - log_base), axis=-1)
+    return blended
+
+
+def observe(
+    state: Anticipation,
+    settings: Settings,
+    number: int,
+    statistic: Array,
+    counts: Array,
+    *,
+    hits: Array | None = None,
+    rows: Rows | None = None,
+) -> Anticipation:
+    """Add a round: score what each map expected of it, then learn from it.
+
+    Parameters
+    ----------
+    state : Anticipation
+        Before the round.
+    settings : Settings
+        The same at every round.
+    number : int
+        Of the round.
+    statistic : ndarray of shape (n_statistics,)
+        Of the model that was deployed in the round.
+    counts : ndarray of shape (n_classes,)
+        Labels of the round.
+    hits : ndarray of shape (n_classes,), optional
+        Rows of each class that the uncorrected classifier had right.
+    rows : Rows, optional
+        Given under the log-loss objective: maps are fitted and judged through the corrected
+        logits of these rows instead of the counts.
+
+    Returns
+    -------
+    Anticipation
+        After it.
+    """
+    before = state.trajectory.in_force()
+    limit = settings.buffer_size
+    trajectory = state.trajectory.append(number, statistic, counts, hits)
+    trajectory = trajectory.latest(None if limit is None else limit + trajectory.lag)
+    state = replace(state, trajectory=trajectory, n_rounds=state.n_rounds + 1)
+    if before is None:
+        return state
+    contenders = {
+        name: replace(one, scores=settings.decay * one.scores + gains)
+        for name, one in state.contenders.items()
+        for gains in [_gains(one, state.log_base, settings, before, counts, rows)]
+    }
+    kept = (*state.rows, rows)[-limit if limit else None :] if rows is not None else ()
+    state = replace(
+        state,
+        contenders=contenders,
+        spread=_updated_spread(state, before, counts),
+        n_pairs=state.n_pairs + 1,
+        rows=kept,
+    )
+    state = replace(state, contenders=_refitted(state, settings))
+    return replace(state, choice=_chosen(state, settings))
+
+
+def _gains(
+    contender: Contender,
+    log_base: Array,
+    settings: Settings,
+    statistic: Array,
+    counts: Array,
+    rows: Rows | None,
+) -> Array:
+    """Log likelihood of a round for every strength and mix, (n_strengths, n_mixes)."""
+    answer = contender.response.log_prior(statistic[None])[0]
+    expected = blend(
+        answer, log_base, settings.strengths[:, None, None], settings.mixes[None, :, None]
+    )
+    if rows is None:
+        return np.asarray(expected @ counts)
+    losses = [
+        log_loss(rows.scores + q, rows.codes, rows.weight)
+        for q in expected.reshape(-1, len(log_base))
+    ]
+    return -rows.weight.sum() * np.reshape(losses, expected.shape[:2])
+
+
+def _updated_spread(state: Anticipation, statistic: Array, counts: Array) -> float:
+    freedom = max(1, len(counts) - 1)
+    surprise = float(deviance(state.log_prior(statistic)[None], counts[None])[0]) / freedom
+    return max(1.0, MEMORY * state.spread + (1 - MEMORY) * surprise)
+
+
+def _refitted(state: Anticipation, settings: Settings) -> dict[str, Contender]:
+    contenders = dict(state.contenders)
+    for name, candidate in settings.candidates.items():
+        known = state.contenders.get(name)
+        due = candidate.first_pair if known is None else known.fitted_at * candidate.growth
+        if state.n_pairs >= due:
+            contenders[name] = _fitted(state, settings, candidate, known)
+    return contenders
+
+
+def _fitted(
+    state: Anticipation, settings: Settings, candidate: Candidate, known: Contender | None
+) -> Contender:
+    statistics, counts = state.trajectory.pairs()
+    excess = known.dispersion if known else 10.0
+    ages = settings.decay ** np.arange(len(counts) - 1, -1, -1)[:, None]
+    weights = ages / excess if candidate.weigh else ages
+    response = known.response if known else None
+    n_passes = 3 if state.rows else 1
+    for _ in range(n_passes):
+        targets = _targets(state, response, statistics, counts)
+        response = candidate.fit(
+            statistics,
+            weights * targets,
+            log_base=state.log_base,
+            l2=settings.l2,
+            start=response,
+        )
+    if known is None:
+        known = Contender(response, _opening_scores(state, settings), excess, 0)
+    factor = dispersion(response, statistics, counts) if candidate.weigh else 1.0
+    return replace(known, response=response, dispersion=factor, fitted_at=state.n_pairs)
+
+
+def _targets(
+    state: Anticipation, response: ResponseMap | None, statistics: Array, counts: Array
+) -> Array:
+    """Give the counts to fit: the labels, or under the log-loss objective their pseudo-counts.
+
+    With mass the sum of corrected probabilities, the gradient of the log loss is mass minus
+    counts; counts - mass + total * prior give the label likelihood the same gradient.
+    """
+    if not state.rows:
+        return counts
+    start = np.tile(state.log_base, (len(counts), 1))
+    log_prior = start if response is None else response.log_prior(statistics)
+    return np.array(
+        [
+            np.bincount(one.codes, one.weight, minlength=len(q))
+            - one.weight @ probabilities(one.scores + q)
+            + one.weight.sum() * np.exp(q)
+            for one, q in zip(state.rows, log_prior, strict=True)
+        ]
+    )
+
+
+def _opening_scores(state: Anticipation, settings: Settings) -> Array:
+    """Start a late contender level with the best so far, so that it is judged from now on."""
+    best = max((one.scores.max() for one in state.contenders.values()), default=0.0)
+    return np.full((len(settings.strengths), len(settings.mixes)), best)
+
+
+def _chosen(state: Anticipation, settings: Settings) -> Choice:
+    nothing = Choice("fixed", 0.0, 0.0)
+    if state.n_rounds < settings.min_rounds or not state.contenders:
+        return nothing
+    name, best = max(state.contenders.items(), key=lambda item: item[1].scores.max())
+    row, column = np.unravel_index(int(best.scores.argmax()), best.scores.shape)
+    return Choice(name, float(settings.strengths[row]), float(settings.mixes[column]))

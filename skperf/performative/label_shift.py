@@ -1,0 +1,333 @@
+"""Correct a classifier for a change of label mix, and estimate that change from a batch.
+
+Under label shift the classes look as before and only their shares move, so Bayes' rule turns
+logits ``f`` trained at the mix ``pi_0`` into ``f + log pi - log pi_0`` at the mix ``pi``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize, nnls
+from scipy.special import log_softmax, logsumexp
+
+Array = NDArray[np.float64]
+Codes = NDArray[np.int64]
+TINY = float(np.finfo(np.float64).tiny)
+
+
+def correct_logits(logits: Array, log_prior: Array, log_base: Array) -> Array:
+    """Move logits from one label mix to another.
+
+    Parameters
+    ----------
+    logits : ndarray of shape (n, n_classes)
+        Class scores that are calibrated at the base mix, up to a constant in each row.
+    log_prior : ndarray of shape (n_classes,)
+        Log of the mix to be corrected for.
+    log_base : ndarray of shape (n_classes,)
+        Log of the mix the scores were made for.
+
+    Returns
+    -------
+    ndarray of shape (n, n_classes)
+        ``logits + log_prior - log_base``.
+    """
+    return logits + (log_prior - log_base)
+
+
+def smooth_shares(counts: Array, pseudo_count: float = 1.0) -> Array:
+    """Turn label counts of shape (..., n_classes) into shares, none of them 0."""
+    filled: Array = counts + pseudo_count / counts.shape[-1]
+    return filled / filled.sum(axis=-1, keepdims=True)
+
+
+def probabilities(logits: Array) -> Array:
+    """Compute the softmax of every row, in one buffer."""
+    shifted: Array = logits - logits.max(axis=1, keepdims=True)
+    np.exp(shifted, out=shifted)
+    shifted /= shifted.sum(axis=1, keepdims=True)
+    return shifted
+
+
+def log_loss(logits: Array, codes: Codes, weight: Array | None = None) -> float:
+    """Mean negative log probability of the labels.
+
+    Parameters
+    ----------
+    logits : ndarray of shape (n, n_classes)
+        Class scores.
+    codes : ndarray of shape (n,)
+        Column of each row's label.
+    weight : ndarray of shape (n,), optional
+        Weights of the rows.
+
+    Returns
+    -------
+    float
+        In nats.
+    """
+    losses = logsumexp(logits, axis=1) - logits[np.arange(len(codes)), codes]
+    return float(np.average(losses, weights=weight))
+
+
+@dataclass(frozen=True)
+class PriorEstimate:
+    """A label mix found by iteration.
+
+    Attributes
+    ----------
+    prior : ndarray of shape (n_classes,)
+        The mix.
+    n_iter : int
+        Iterations done.
+    converged : bool
+        Whether the last one changed no share by more than the tolerance.
+    """
+
+    prior: Array
+    n_iter: int
+    converged: bool
+
+
+def em_prior(
+    logits: Array,
+    log_base: Array,
+    *,
+    mean: Array | None = None,
+    strength: float = 0.0,
+    max_iter: int = 1000,
+    tol: float = 1e-7,
+) -> PriorEstimate:
+    """Estimate the label mix of unlabelled rows by expectation maximisation.
+
+    The responsibilities of shape (n, n_classes) are never formed: with the fixed matrix
+    ``P = softmax(logits) / base`` an iteration is the two products ``d = P q`` and ``P' (1 / d)``.
+
+    Parameters
+    ----------
+    logits : ndarray of shape (n, n_classes)
+        Class scores calibrated at the base mix.
+    log_base : ndarray of shape (n_classes,)
+        Log of the base mix.
+    mean : ndarray of shape (n_classes,), optional
+        Mix expected beforehand; also where the iteration starts. By default the base mix.
+    strength : float
+        How many labels the expectation is worth: the answer is the posterior mode under a
+        Dirichlet prior with that many pseudo-labels. At 0 it is the likelihood's maximum.
+    max_iter : int
+        Most iterations.
+    tol : float
+        Stop when no share changes by more.
+
+    Returns
+    -------
+    PriorEstimate
+        The mix.
+
+    References
+    ----------
+    Saerens, Latinne, Decaestecker (2002), "Adjusting the outputs of a classifier to new a
+    priori probabilities: a simple procedure".
+    """
+    ratios = logits - log_base
+    ratios = np.exp(ratios - ratios.max(axis=1, keepdims=True))
+    expected = np.exp(log_base) if mean is None else np.asarray(mean, dtype=np.float64)
+    pseudo, total = strength * expected, len(logits) + strength
+    prior, change, step = expected / expected.sum(), np.inf, 0
+    while step < max_iter and change > tol:
+        mass = ratios.T @ (1.0 / np.maximum(ratios @ prior, TINY))
+        update = (prior * mass + pseudo) / total
+        update /= update.sum()
+        change, prior, step = float(np.abs(update - prior).max()), update, step + 1
+    return PriorEstimate(prior, step, change <= tol)
+
+
+def soft_confusion(proba: Array, codes: Codes, weight: Array | None = None) -> Array:
+    """Sum predicted probabilities by true class.
+
+    Parameters
+    ----------
+    proba : ndarray of shape (n, n_classes)
+        Probabilities at the base mix.
+    codes : ndarray of shape (n,)
+        True classes.
+    weight : ndarray of shape (n,), optional
+        Weights of the rows.
+
+    Returns
+    -------
+    ndarray of shape (n_classes, n_classes)
+        Row k holds the sum over the rows of class k; sums of several samples add up.
+    """
+    sums = np.zeros((proba.shape[1], proba.shape[1]))
+    np.add.at(sums, codes, proba if weight is None else proba * weight[:, None])
+    return sums
+
+
+def bbse_prior(proba: Array, confusion: Array, *, pseudo_count: float = 1.0) -> Array:
+    """Estimate the label mix of unlabelled rows by inverting the confusion matrix.
+
+    Parameters
+    ----------
+    proba : ndarray of shape (n, n_classes)
+        Probabilities of the unlabelled rows at the base mix.
+    confusion : ndarray of shape (n_classes, n_classes)
+        What `soft_confusion` sums up over labelled rows of any mix.
+    pseudo_count : float
+        Rows of a perfect classifier added to every class, so that a class never seen stays
+        identifiable.
+
+    Returns
+    -------
+    ndarray of shape (n_classes,)
+        The mix ``q >= 0`` with sum 1 for which ``q C`` is nearest to the mean prediction.
+
+    References
+    ----------
+    Lipton, Wang, Smola (2018), "Detecting and correcting for label shift with black box
+    predictors".
+    """
+    filled = confusion + pseudo_count * np.eye(len(confusion))
+    rates = filled / filled.sum(axis=1, keepdims=True)
+    # a heavy extra row makes the non-negative solution sum to one
+    system = np.vstack([rates.T, np.full(len(rates), 1e3)])
+    solution, _ = nnls(system, np.append(proba.mean(axis=0), 1e3))
+    shares: Array = solution / solution.sum()
+    return shares
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Temperature and bias of logits at the base mix.
+
+    Attributes
+    ----------
+    temperature : float
+        Divides the logits.
+    bias : ndarray of shape (n_classes,)
+        Added after that; zero for plain temperature scaling.
+    """
+
+    temperature: float
+    bias: Array
+
+    def __call__(self, logits: Array) -> Array:
+        """Calibrate logits of shape (n, n_classes)."""
+        return logits / self.temperature + self.bias
+
+
+def fit_calibration(
+    logits: Array,
+    codes: Codes,
+    log_offset: Array,
+    *,
+    kind: Literal["temperature", "bcts"] = "temperature",
+    l2: float = 1.0,
+    weight: Array | None = None,
+) -> Calibration:
+    """Fit a temperature, and biases for ``"bcts"``, by maximum likelihood.
+
+    Parameters
+    ----------
+    logits : ndarray of shape (n, n_classes)
+        Scores of rows the classifier was not trained on.
+    codes : ndarray of shape (n,)
+        Their classes.
+    log_offset : ndarray of shape (n_classes,)
+        Log of the rows' label mix over the base mix, so that rows of any mix calibrate the
+        scores at the base mix.
+    kind : {"temperature", "bcts"}
+        Without or with biases.
+    l2 : float
+        Shrinks log temperature and biases to 0, on the scale of one row.
+    weight : ndarray of shape (n,), optional
+        Weights of the rows.
+
+    Returns
+    -------
+    Calibration
+        Fitted.
+
+    References
+    ----------
+    Alexandari, Kundaje, Shrikumar (2020), "Maximum likelihood with bias-corrected calibration
+    is hard-to-beat at label shift adaptation".
+    """
+    n_classes = logits.shape[1]
+    weights = np.ones(len(codes)) if weight is None else weight
+    targets = np.eye(n_classes)[codes]
+
+    def penalised(theta: Array) -> tuple[float, Array]:
+        bias = theta[1:] if kind == "bcts" else np.zeros(n_classes)
+        scaled = logits * np.exp(-theta[0])
+        log_proba = log_softmax(scaled + bias + log_offset, axis=1)
+        residual = (np.exp(log_proba) - targets) * weights[:, None]
+        gradient = np.append(-np.sum(residual * scaled), residual.sum(axis=0))[: len(theta)]
+        loss = -np.sum(weights * log_proba[np.arange(len(codes)), codes])
+        return loss + 0.5 * l2 * float(theta @ theta), gradient + l2 * theta
+
+    start = np.zeros(1 + n_classes if kind == "bcts" else 1)
+    theta = minimize(penalised, start, jac=True, method="L-BFGS-B").x
+    bias = theta[1:] - theta[1:].mean() if kind == "bcts" else np.zeros(n_classes)
+    return Calibration(float(np.exp(theta[0])), bias)
+
+
+def estimate_base_prior(
+    logits: Array,
+    codes: Codes,
+    *,
+    l2: float = 5.0,
+    weight: Array | None = None,
+    max_iter: int = 100,
+) -> Array:
+    """Find the label mix at which a trained classifier's scores are right.
+
+    Nobody need know what mix a network was trained on: ``softmax(f + log pi - log pi_0)``
+    gives labelled rows of a known mix ``pi`` their largest likelihood at the true ``pi_0``.
+
+    Parameters
+    ----------
+    logits : ndarray of shape (n, n_classes)
+        Class scores of labelled rows.
+    codes : ndarray of shape (n,)
+        Their classes.
+    l2 : float
+        Shrinks the log shares towards those of the rows, on the scale of one row.
+    weight : ndarray of shape (n,), optional
+        Weights of the rows.
+    max_iter : int
+        Most iterations of the optimiser.
+
+    Returns
+    -------
+    ndarray of shape (n_classes,)
+        The mix.
+    """
+    n_classes = logits.shape[1]
+    weights = np.ones(len(codes)) if weight is None else weight
+    counts = np.bincount(codes, weights, minlength=n_classes)
+    log_mix = np.log(np.maximum(counts, TINY) / counts.sum())
+    centre = np.log(smooth_shares(counts))
+    seen = counts > 0
+
+    def penalised(theta: Array) -> tuple[float, Array]:
+        scores = logits[:, seen] + log_mix[seen] - theta[seen]
+        log_proba = log_softmax(scores, axis=1)
+        chosen = (logits + log_mix - theta)[np.arange(len(codes)), codes]
+        loss = np.sum(weights * (logsumexp(scores, axis=1) - chosen))
+        distance = theta - centre
+        gradient = l2 * distance
+        gradient[seen] += counts[seen] - weights @ np.exp(log_proba)
+        return loss + 0.5 * l2 * float(distance @ distance), gradient
+
+    result = minimize(
+        penalised,
+        centre,
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": max_iter},
+    )
+    prior: Array = np.exp(log_softmax(result.x))
+    return prior
