@@ -214,7 +214,9 @@ def rename_in_order(source: dict[str, Any], like: dict[str, Any]) -> dict[str, A
     renamed = {}
     for (name, expected), (old, tensor) in zip(like.items(), source.items(), strict=True):
         if expected.shape != tensor.shape:
-            raise ValueError(f"{old} has shape {tuple(tensor.shape)}, {name} {expected.shape}")
+            raise ValueError(
+                f"{old} has shape {tuple(tensor.shape)}, {name} {tuple(expected.shape)}"
+            )
         renamed[name] = tensor.contiguous()
     return renamed
 

@@ -1,0 +1,227 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from skperf import datasets
+from skperf.datasets import _recipes
+from skperf.datasets.__main__ import main
+from skperf.datasets._archives import Archive
+from skperf.datasets._conversions import pack_texts
+from skperf.datasets._efficientnet import EfficientNetLite0, _SamePaddedConv2d
+from skperf.datasets._recipes import RECIPES, Recipe, prepare
+from skperf.datasets._text import WordVectors
+
+FETCHERS = {
+    "fetch_fashion_mnist": "fashion_mnist",
+    "fetch_mnist": "mnist",
+    "fetch_emoji": "emoji_google",
+    "fetch_r8": "r8",
+    "fetch_newsgroups": "newsgroups",
+    "fetch_spam_assassin": "spam_assassin",
+    "fetch_imagenet_classes": "imagenet_classes",
+    "fetch_imagenet_photos": "imagenet_photos",
+    "fetch_efficientnet_lite0": "efficientnet_lite0",
+    "fetch_minilm": "minilm",
+    "fetch_wordllama": "wordllama",
+}
+
+
+@pytest.mark.parametrize("fetcher", FETCHERS)
+def test_missing_file_message_says_what_to_run(cache, fetcher):
+    command = f"python -m skperf.datasets fetch {FETCHERS[fetcher]}"
+    with pytest.raises(FileNotFoundError, match=f"is not in {cache}; run: {command}"):
+        getattr(datasets, fetcher)()
+
+
+def test_unknown_emoji_style_is_refused(cache):
+    with pytest.raises(ValueError, match="style must be one of"):
+        datasets.fetch_emoji("apple")
+
+
+@pytest.fixture
+def filled(cache):
+    cache.mkdir()
+    images, target = np.zeros((2, 28, 28), np.uint8), np.array([1, 0], np.uint8)
+    np.savez(
+        cache / "fashion_mnist.npz",
+        images_train=images,
+        images_test=images[:1] + 255,
+        target_train=target,
+        target_test=target[:1],
+    )
+    texts = {
+        f"{key}_{subset}": value
+        for subset in ("train", "test")
+        for key, value in pack_texts([f"{subset} one", "two"]).items()
+    }
+    labels = np.array(["ship", "earn"])
+    np.savez(cache / "r8.npz", labels_train=labels, labels_test=labels, **texts)
+    groups = np.array(["hard-ham-1", "spam-2"])
+    np.savez(cache / "spam_assassin.npz", groups=groups, **pack_texts(["hello", "buy"]))
+    return cache
+
+
+def test_images_of_either_subset(filled):
+    everything = datasets.fetch_fashion_mnist(subset="all")
+    assert everything.data.shape == (3, 784)
+    assert everything.data[:, 0].tolist() == [0, 0, 1]
+    assert everything.is_train.tolist() == [True, True, False]
+    assert len(datasets.fetch_fashion_mnist().target) == 2
+
+
+def test_labelled_texts(filled):
+    everything = datasets.fetch_r8(subset="all")
+    assert everything.data == ["train one", "two", "test one", "two"]
+    assert everything.target_names[everything.target].tolist() == ["ship", "earn"] * 2
+    assert datasets.fetch_r8(subset="test").data == ["test one", "two"]
+
+
+def test_emails(filled):
+    emails = datasets.fetch_spam_assassin()
+    assert emails.data == ["hello", "buy"]
+    assert emails.target_names[emails.target].tolist() == ["ham", "spam"]
+
+
+@pytest.fixture
+def recipe(monkeypatch, tmp_path):
+    """A recipe whose archive needs no download."""
+    monkeypatch.setattr(_recipes, "download", lambda archive: tmp_path / archive.filename)
+    (tmp_path / "thing.whl").write_bytes(b"archive")
+    archive = Archive("pip", "thing==1", "thing.whl", "0" * 64, 7, "CC0-1.0")
+
+    def use(convert):
+        monkeypatch.setitem(RECIPES, "thing", Recipe("a thing", "thing.txt", archive, convert))
+
+    return use
+
+
+def test_prepare_converts_once(cache, recipe):
+    cache.mkdir()
+    calls = []
+    recipe(lambda archive, output: calls.append(output.write_text("converted")))
+    assert prepare("thing").read_text() == "converted"
+    assert prepare("thing") == cache / "thing.txt"
+    assert len(calls) == 1
+
+
+def test_prepare_can_drop_the_archive(cache, recipe, tmp_path):
+    cache.mkdir()
+    recipe(lambda archive, output: output.write_text("converted"))
+    prepare("thing", keep_archive=False)
+    assert not (tmp_path / "thing.whl").exists()
+
+
+def test_interrupted_conversion_leaves_nothing(cache, recipe):
+    def stop_half_way(archive, output):
+        output.write_text("half")
+        raise KeyboardInterrupt
+
+    cache.mkdir()
+    recipe(stop_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("thing")
+    assert list(cache.iterdir()) == []
+
+
+def test_command_lists_everything(cache, capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert str(cache) in shown
+    assert all(name in shown for name in RECIPES)
+
+
+def test_command_fetches(cache, recipe, capsys):
+    cache.mkdir()
+    recipe(lambda archive, output: output.write_text("converted"))
+    assert main(["fetch", "thing"]) == 0
+    assert str(cache / "thing.txt") in capsys.readouterr().out
+
+
+def test_command_reports_failure_in_its_status(cache, recipe, capsys):
+    def fail(archive, output):
+        raise OSError("the registry is down")
+
+    cache.mkdir()
+    recipe(fail)
+    assert main(["fetch", "thing"]) == 1
+    assert "thing: the registry is down" in capsys.readouterr().err
+
+
+def test_command_refuses_unknown_names(capsys):
+    with pytest.raises(SystemExit):
+        main(["fetch", "imagenet"])
+    assert "invalid choice: 'imagenet'" in capsys.readouterr().err
+
+
+def test_word_vectors_average_tokens():
+    class Tokenizer:
+        def encode_batch(self, texts, add_special_tokens):
+            words = {"red": 1, "car": 2}
+            return [type("E", (), {"ids": [words[w] for w in text.split()]})() for text in texts]
+
+    vectors = WordVectors(np.array([[9.0], [1.0], [2.0]], np.float32), Tokenizer())
+    assert vectors.encode(["red car", "car"], length=3).tolist() == [[1, 2, 0], [2, 0, 0]]
+    assert vectors.embed(["red car", "car", ""]).ravel().tolist() == [1.5, 2, 0]
+
+
+def test_efficientnet_has_the_filters_of_the_published_one():
+    network = EfficientNetLite0().eval()
+    convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
+    assert len(convolutions) == 49
+    assert sum(each.out_channels for each in convolutions) == 21_008
+    assert sum(each.numel() for each in network.parameters()) == 4_652_008
+    with torch.inference_mode():
+        assert network(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel_size", "stride"), [(8, 3, 2), (7, 3, 2), (7, 5, 1), (6, 5, 2)]
+)
+def test_same_padding_puts_the_surplus_behind(side, kernel_size, stride):
+    convolution = _SamePaddedConv2d(1, 1, kernel_size, stride, bias=False)
+    image = torch.randn(1, 1, side, side)
+    n_out = -(-side // stride)
+    surplus = max((n_out - 1) * stride + kernel_size - side, 0)
+    padded = nn.functional.pad(image, [surplus // 2, surplus - surplus // 2] * 2)
+    expected = nn.functional.conv2d(padded, convolution.weight, stride=stride)
+    assert expected.shape[-1] == n_out
+    torch.testing.assert_close(convolution(image), expected)
+
+
+def test_import_stays_light():
+    code = (
+        "import sys, skorch; before = set(sys.modules); import skperf.datasets; "
+        "heavy = {'matplotlib', 'pandas', 'transformers', 'tokenizers', 'PIL'}; "
+        "print(*heavy & (set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.fetched("efficientnet_lite0", "imagenet_photos")
+def test_efficientnet_knows_photographs():
+    photos = datasets.fetch_imagenet_photos()
+    with torch.inference_mode():
+        logits = datasets.fetch_efficientnet_lite0()(torch.from_numpy(photos.images).float() / 255)
+    assert (logits.argmax(1).numpy() == photos.target).mean() >= 0.8
+
+
+@pytest.mark.fetched("wordllama", "r8")
+def test_word_vectors_tell_topics():
+    train, test = (datasets.fetch_r8(subset=subset) for subset in ("train", "test"))
+    vectors = datasets.fetch_wordllama()
+    rows = vectors.embed(train.data[:1000])
+    centres = np.stack([rows[train.target[:1000] == c].mean(0) for c in range(8)])
+    answers = (vectors.embed(test.data[:300]) @ centres.T).argmax(1)
+    assert (answers == test.target[:300]).mean() > 0.6
+
+
+@pytest.mark.fetched("imagenet_classes")
+def test_class_names():
+    names = datasets.fetch_imagenet_classes()
+    assert len(names) == 1000
+    assert names[:2] == ["tench", "goldfish"]
