@@ -1,0 +1,7 @@
+"""Which training rows made a prediction, how long that stays true, and what to do about it."""
+
+from skperf.influence._display import FadingDisplay, InfluenceDisplay
+from skperf.influence._scorer import InfluenceScorer
+from skperf.influence.retraining import Recipe
+
+__all__ = ["FadingDisplay", "InfluenceDisplay", "InfluenceScorer", "Recipe"]

@@ -1,0 +1,292 @@
+"""Open a scorer's networks and state its choices."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from skperf.backbone._nets import seed_of
+from skperf.backbone._opening import fit_estimator, open_network
+from skperf.backbone.parameters import select_parameters
+from skperf.influence.captures import record, record_reference
+from skperf.influence.layers import find_layers
+from skperf.influence.problem import Problem, Settings
+from skperf.influence.tiles import Shelf, budget_in_bytes
+
+
+def fitted_members(scorer, X, y, sample_weight):
+    """Fit every member that is not fitted.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        With its estimator, or list of them.
+    X : ndarray of shape (n, ...)
+        Validated rows.
+    y : ndarray of shape (n,)
+        Their labels.
+    sample_weight : ndarray of shape (n,) or None
+        Their weights.
+
+    Returns
+    -------
+    list of classifiers
+        Fitted.
+    """
+    members = scorer.estimator
+    if not isinstance(members, list | tuple):
+        members = [members]
+    elif not members:
+        raise ValueError("estimator is an empty list; an ensemble needs at least one network.")
+    else:
+        members = [_kept_if_fitted(member) for member in members]
+    seed = None if scorer.random_state is None else seed_of(scorer.random_state)
+    fitted = [
+        fit_estimator(
+            member,
+            X,
+            y,
+            sample_weight=sample_weight,
+            random_state=None if seed is None else (seed + i) % (2**31),
+        )
+        for i, member in enumerate(members)
+    ]
+    first = open_network(fitted[0]).classes
+    for other in fitted[1:]:
+        classes = open_network(other).classes
+        if len(classes) != len(first) or (classes != first).any():
+            raise ValueError(
+                f"the members of an ensemble must know the same classes in the same order: "
+                f"{first.tolist()[:20]} and {classes.tolist()[:20]}."
+            )
+    return fitted
+
+
+def _kept_if_fitted(member):
+    if isinstance(member, BaseEstimator) and not isinstance(member, FrozenEstimator):
+        try:
+            check_is_fitted(member)
+        except NotFittedError:
+            return member
+        return FrozenEstimator(member)
+    return member
+
+
+def networks_of(scorer):
+    """Open a fitted scorer's networks.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        With ``estimators_``.
+
+    Returns
+    -------
+    list of (Network, float)
+        Each with its weight in the scores.
+    """
+    networks = [open_network(estimator) for estimator in scorer.estimators_]
+    if getattr(scorer, "method_", scorer.method) == "tracin":
+        return _checkpoints(scorer, networks)
+    if getattr(scorer, "method_", None) == "exact":
+        networks = [_in_double(network) for network in networks]
+    return [(network, 1 / len(networks)) for network in networks]
+
+
+def _in_double(network):
+    if network.dtype == torch.float64:
+        return network
+    copy = network.copy()
+    return replace(copy, module=copy.module.double())
+
+
+def _checkpoints(scorer, networks):
+    if not scorer.checkpoints:
+        raise ValueError(
+            "method='tracin' sums over checkpoints: give a list of state dicts, modules or fitted "
+            "estimators, or use method='gradient_dot' for the final weights alone."
+        )
+    rates = scorer.learning_rate
+    rates = (
+        [1.0 if rates is None else rates] * len(scorer.checkpoints) if _is_number(rates) else rates
+    )
+    if len(rates) != len(scorer.checkpoints):
+        raise ValueError(
+            f"learning_rate has {len(rates)} entries for {len(scorer.checkpoints)} checkpoints."
+        )
+    return [
+        (_loaded(network, checkpoint, i), float(rate) / len(networks))
+        for network in networks
+        for i, (checkpoint, rate) in enumerate(zip(scorer.checkpoints, rates, strict=True))
+    ]
+
+
+def _is_number(rates):
+    return rates is None or not hasattr(rates, "__len__")
+
+
+def _loaded(network, checkpoint, i):
+    if isinstance(checkpoint, Mapping):
+        state = checkpoint
+    else:
+        module = (
+            checkpoint if isinstance(checkpoint, nn.Module) else open_network(checkpoint).module
+        )
+        state = module.state_dict()
+    own = network.module.state_dict()
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            seen = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
+            raise ValueError(
+                f"checkpoint {i} does not fit the estimator: {name!r} is {seen}, expected shape "
+                f"{tuple(tensor.shape)}."
+            )
+    copy = network.copy()
+    copy.module.load_state_dict(dict(state), strict=False)
+    return copy
+
+
+def named_settings(scorer):
+    """State a scorer's choices for the mathematics.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        With ``estimators_``.
+
+    Returns
+    -------
+    Settings
+        Plain values.
+    """
+    tied = scorer.horizon is not None or scorer.damping in ("horizon", "flow")
+    return Settings(
+        curvature=scorer.curvature,
+        damping=scorer.damping if isinstance(scorer.damping, str) else float(scorer.damping),
+        horizon=scorer.horizon,
+        learning_rate=learning_rate_of(scorer) if tied else None,
+        weight_decay=weight_decay_of(scorer.estimators_[0]),
+        kept_trace=scorer.kept_trace,
+        max_rows=scorer.max_rows,
+        rank=scorer.rank,
+        n_components=scorer.n_components,
+        n_projections=scorer.n_projections,
+        tol=scorer.tol,
+        max_iter=scorer.max_iter,
+        scale=scorer.lissa_scale,
+        select=scorer.select,
+        ratio=scorer.ratio,
+        ridge=scorer.ridge,
+        seed=0 if scorer.random_state is None else seed_of(scorer.random_state),
+        verbose=scorer.verbose,
+    )
+
+
+def learning_rate_of(scorer):
+    """Find the step size of further training.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        With ``estimators_``.
+
+    Returns
+    -------
+    float or None
+        The scorer's own, else the estimator's, None where neither is known.
+    """
+    if scorer.learning_rate is not None:
+        return float(scorer.learning_rate)
+    params = params_of(scorer.estimators_[0])
+    rate = params.get("lr", params.get("learning_rate_init"))
+    return None if rate is None else float(rate)
+
+
+def weight_decay_of(fitted):
+    """Find the weight decay that an estimator was trained with.
+
+    Parameters
+    ----------
+    fitted : classifier
+        Any.
+
+    Returns
+    -------
+    float
+        0 where none is known.
+    """
+    return float(params_of(fitted).get("optimizer__weight_decay", 0.0))
+
+
+def params_of(fitted):
+    """Parameters of an estimator, frozen or not.
+
+    Parameters
+    ----------
+    fitted : classifier
+        Any.
+
+    Returns
+    -------
+    dict
+        Empty where there are none.
+    """
+    if isinstance(fitted, FrozenEstimator):
+        fitted = fitted.estimator
+    return fitted.get_params(deep=False) if hasattr(fitted, "get_params") else {}
+
+
+def open_problem(scorer, network):
+    """State the problem that a method is fitted on.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        With the training rows.
+    network : Network
+        One of its members.
+
+    Returns
+    -------
+    Problem
+        Not kept: it holds the user's network.
+    """
+    parameters = select_parameters(network.module, scorer.parameters)
+    if scorer.gradients == "reference":
+        layers = []
+
+        def recorder(network, inputs):
+            return record_reference(network, inputs, parameters)
+    else:
+        layers = find_layers(network.module, parameters)
+
+        def recorder(network, inputs):
+            return record(network, inputs, layers)
+
+    weights = scorer.sample_weight_
+    n = len(scorer.X_)
+    shares = torch.full((n,), 1 / n, dtype=torch.float64)
+    if weights is not None:
+        shares = torch.as_tensor(weights, dtype=torch.float64) / float(weights.sum())
+    return Problem(
+        network,
+        parameters,
+        layers,
+        recorder,
+        scorer.X_,
+        network.codes(scorer.y_).cpu(),
+        shares,
+        scorer.settings_,
+        scorer.batch_size or _batch_size(network),
+        Shelf(budget_in_bytes(scorer.memory_budget), scorer.storage),
+    )
+
+
+def _batch_size(network):
+    convolves = any(isinstance(part, nn.Conv2d | nn.Conv1d) for part in network.module.modules())
+    return 64 if convolves else 1024

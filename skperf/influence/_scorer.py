@@ -1,0 +1,521 @@
+"""Which training rows made a prediction: the estimator."""
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import Bunch
+from sklearn.utils.validation import check_is_fitted
+
+from skperf.backbone._sklearn import check_sample_weight, fit_context
+from skperf.backbone._validation import check_labelled_rows, check_rows
+from skperf.backbone.outputs import resolve_output
+from skperf.influence._actions import remove, repair
+from skperf.influence._constraints import CONSTRAINTS, TARGETS
+from skperf.influence._members import (
+    fitted_members,
+    named_settings,
+    networks_of,
+    open_problem,
+)
+from skperf.influence._rows import detect_mislabels, group_influence, loo_effect, losses
+from skperf.influence._trust import fading, score
+from skperf.influence.methods import METHODS, self_scores, with_damping
+from skperf.influence.neighbours import features_of, nearest
+from skperf.influence.tiles import (
+    Largest,
+    budget_in_bytes,
+    bytes_of_row,
+    only_candidates,
+    scored_tiles,
+    tile_lengths,
+)
+
+
+class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Score how much every training row contributed to a network's answers.
+
+    ``influence(X, y)[i, j]`` estimates how much the loss on query i would rise if training
+    row j were left out of the mean loss: positive rows helped (proponents), negative ones
+    hurt (opponents). Curvature methods estimate the rise itself,
+    ``g_i' (C + damping)^-1 g_j / n_train``; first-order methods give inner products of
+    gradients (see `unit_`).
+
+    Parameters
+    ----------
+    estimator : classifier, nn.Module, list of these, or None, default=None
+        A torch network in any form: an unfitted classifier is cloned and fitted; a fitted one
+        in ``FrozenEstimator``, a module, or whatever has ``to_module()`` is used as it is and
+        never changed. A list is an ensemble: the scores of its members are averaged, and
+        fitted members are used as they are. None means a small built-in network.
+    method : str, default="auto"
+        ``"ggn"`` row-space Gauss-Newton; ``"ekfac"``, ``"kfac"`` Kronecker-factored;
+        ``"exact"`` dense, in double precision; ``"cg"``, ``"lissa"``, ``"arnoldi"`` iterative;
+        ``"datainf"``; ``"trak"``; ``"gif"`` generalised influence on few parameters;
+        ``"gradient_dot"``; ``"tracin"`` over `checkpoints`. ``"auto"`` is exact for a single
+        linear layer of at most 5,000 weights, else ``"ggn"``.
+    parameters : str or list of str, default="all"
+        ``"all"``, ``"last"`` (the last layer) or globs of parameter names.
+    target : {"loss", "log_odds", "logit", "margin", "proba"} or callable, default="loss"
+        What is influenced. A function of (logits, codes) returns one number a row, larger
+        for better; whatever the target, positive means proponent.
+    curvature : {"ggn", "hessian", "empirical"}, default="ggn"
+        Gauss-Newton with the exact expectation over labels; the Hessian (``"cg"``,
+        ``"lissa"``, ``"arnoldi"``, ``"gif"``, ``"exact"``); or the second moment of the
+        training gradients (``"ggn"``, ``"ekfac"``, ``"kfac"``).
+    damping : float, "auto", "horizon" or "flow", default="auto"
+        Added to the eigenvalues of the mean loss's curvature; ``"auto"`` is a share of its
+        mean eigenvalue. ``"horizon"`` is ``1 / (learning_rate * horizon)``; ``"flow"``
+        replaces the damped inverse by the filter of `horizon` further gradient steps
+        (``"ggn"`` only).
+    horizon : int, optional
+        Number of further training steps whose effect is predicted; ties ``damping="auto"``
+        to it.
+    learning_rate : float, optional
+        Of those steps; by default the estimator's own. For ``"tracin"``, the weight of every
+        checkpoint.
+    kept_trace : float, default=0.99
+        Curvature rows are kept until they hold this share of the trace at the logits.
+    max_rows : int or None, default=1000
+        Most curvature rows of ``"ggn"``.
+    rank : int or None, default=16
+        Most terms of the separable EKFAC score; None for the exact one.
+    n_components : int, default=100
+        Eigenpairs that ``"arnoldi"`` keeps.
+    n_projections : int, default=512
+        Coordinates of ``"trak"``.
+    checkpoints : list of state dicts, modules or estimators, optional
+        For ``"tracin"``: stages of the same network.
+    select : {"output", "gradient", "sam", "random"}, default="output"
+        How ``"gif"`` and :meth:`remove` choose parameters.
+    ratio : float, default=0.05
+        Share of the parameters they may change.
+    ridge : float, default=0.001
+        Penalty in their least-squares problem.
+    max_iter : int, optional
+        Most iterations of the iterative methods; each has its own default.
+    tol : float, default=0.0001
+        Their relative tolerance.
+    lissa_scale : float, optional
+        Divisor of the Neumann series; estimated by default.
+    candidates : int, optional
+        Score only this many nearest training rows of each query, in the features before the
+        last layer; all others get 0.
+    gradients : {"factorised", "reference"}, default="factorised"
+        ``"reference"`` differentiates row by row with ``torch.func``: slower, any network.
+    batch_size : int, optional
+        Rows differentiated at once; never changes a result.
+    memory_budget : str or float, default="2GB"
+        What gradients of the training rows, and one tile of scores, may take. Gradients
+        beyond it go to temporary files.
+    storage : str or path, optional
+        Folder of those files.
+    random_state : int, RandomState or None, default=None
+        Seeds training, random projections and starting vectors.
+    n_jobs : int, optional
+        Tiles scored at once, through joblib.
+    verbose : int, default=0
+        Show progress.
+
+    Attributes
+    ----------
+    estimator_ : classifier
+        The fitted classifier; of an ensemble, the first.
+    estimators_ : list of classifiers
+        All members.
+    classes_ : ndarray of shape (n_classes,)
+        Labels.
+    method_ : str
+        The method in use.
+    unit_ : str
+        ``"loss"``, ``"relative loss"`` or ``"squared gradient"``.
+    damping_ : float or list of float
+        What was added to the curvature's eigenvalues, of every layer for Kronecker factors.
+    kept_trace_ : float
+        Share of the curvature's trace at the logits taken into account.
+    coverage_ : float
+        Share of the network's parameters taken into account.
+    self_influence_ : ndarray of shape (n_train,)
+        Influence of every training row on itself.
+    loss_ : ndarray of shape (n_train,)
+        Loss of every training row, the baseline for :meth:`detect_mislabels`.
+    n_features_in_ : int
+        Columns of the rows seen in fit.
+
+    References
+    ----------
+    Schioppa, Filippova, Titov, Zablotskaia, "Theoretical and Practical Perspectives on what
+    Influence Functions Do" (2023); Grosse et al., "Studying Large Language Model
+    Generalization with Influence Functions" (2023); Lyu, Jang, Ryu, Yang, arXiv 2312.05586.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from skperf import InfluenceScorer
+    >>> X, y = load_iris(return_X_y=True)
+    >>> scorer = InfluenceScorer(random_state=0).fit(X, y)
+    >>> scorer.influence(X[:2], y[:2]).shape
+    (2, 150)
+    """
+
+    _parameter_constraints = CONSTRAINTS
+
+    def __init__(
+        self,
+        estimator=None,
+        *,
+        method="auto",
+        parameters="all",
+        target="loss",
+        curvature="ggn",
+        damping="auto",
+        horizon=None,
+        learning_rate=None,
+        kept_trace=0.99,
+        max_rows=1000,
+        rank=16,
+        n_components=100,
+        n_projections=512,
+        checkpoints=None,
+        select="output",
+        ratio=0.05,
+        ridge=1e-3,
+        max_iter=None,
+        tol=1e-4,
+        lissa_scale=None,
+        candidates=None,
+        gradients="factorised",
+        batch_size=None,
+        memory_budget="2GB",
+        storage=None,
+        random_state=None,
+        n_jobs=None,
+        verbose=0,
+    ):
+        self.estimator = estimator
+        self.method = method
+        self.parameters = parameters
+        self.target = target
+        self.curvature = curvature
+        self.damping = damping
+        self.horizon = horizon
+        self.learning_rate = learning_rate
+        self.kept_trace = kept_trace
+        self.max_rows = max_rows
+        self.rank = rank
+        self.n_components = n_components
+        self.n_projections = n_projections
+        self.checkpoints = checkpoints
+        self.select = select
+        self.ratio = ratio
+        self.ridge = ridge
+        self.max_iter = max_iter
+        self.tol = tol
+        self.lissa_scale = lissa_scale
+        self.candidates = candidates
+        self.gradients = gradients
+        self.batch_size = batch_size
+        self.memory_budget = memory_budget
+        self.storage = storage
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+    @fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X, y, sample_weight=None):
+        """Remember what is needed of the training rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_train, ...)
+            Training rows.
+        y : array-like of shape (n_train,)
+            Their labels.
+        sample_weight : array-like of shape (n_train,), optional
+            Weights of the rows in the mean loss.
+
+        Returns
+        -------
+        InfluenceScorer
+            Itself.
+        """
+        X, y = check_labelled_rows(self, X, y, reset=True)
+        if sample_weight is not None:
+            sample_weight = check_sample_weight(sample_weight, X, dtype=np.float64)
+        budget_in_bytes(self.memory_budget)
+        self.estimators_ = fitted_members(self, X, y, sample_weight)
+        self.estimator_ = self.estimators_[0]
+        self.X_, self.y_, self.sample_weight_ = X, y, sample_weight
+        members = networks_of(self)
+        self.classes_ = members[0][0].classes
+        self.settings_ = named_settings(self)
+        self.method_ = self._resolved_method(members[0][0])
+        problems = [open_problem(self, network) for network, _ in members]
+        self.coverage_ = self._coverage(problems[0])
+        self.fits_ = [METHODS[self.method_](problem) for problem in problems]
+        self._read_reports()
+        self._n_features_out = len(X)
+        for lazy in ("_self_influence", "_features"):
+            vars(self).pop(lazy, None)
+        return self
+
+    def _resolved_method(self, network):
+        if self.method != "auto":
+            return self.method
+        owners = [m for m in network.module.modules() if list(m.parameters(recurse=False))]
+        size = sum(p.numel() for p in network.module.parameters())
+        linear = len(owners) == 1 and isinstance(owners[0], torch.nn.Linear) and size <= 5000
+        usable = self.curvature != "empirical" and self.damping != "flow"
+        return "exact" if linear and usable and self.gradients == "factorised" else "ggn"
+
+    @staticmethod
+    def _coverage(problem):
+        every = sum(p.numel() for p in problem.network.module.parameters())
+        return sum(p.numel() for p in problem.parameters.values()) / every
+
+    def _read_reports(self):
+        report = self.fits_[0].report
+        self.unit_ = self.fits_[0].unit
+        self.damping_ = report.get("damping")
+        self.kept_trace_ = report.get("kept_trace", 1.0)
+
+    def influence(self, X, y, *, out=None, aggregate=None):
+        """Estimate the influence of every training row on every query.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query,)
+            Their labels.
+        out : ndarray or memmap of shape (n_query, n_train), optional
+            Written tile by tile, and returned.
+        aggregate : {"sum", "mean"}, optional
+            Over the queries; the result is then (n_train,).
+
+        Returns
+        -------
+        ndarray of shape (n_query, n_train) or (n_train,)
+            Positive = proponent.
+        """
+        check_is_fitted(self)
+        X, y = check_labelled_rows(self, X, y)
+        if aggregate not in (None, "sum", "mean"):
+            raise ValueError(f"aggregate must be None, 'sum' or 'mean', got {aggregate!r}.")
+        shape = (len(X), len(self.X_)) if aggregate is None else (len(self.X_),)
+        if out is None:
+            out = np.zeros(shape, dtype=self._score_dtype())
+        elif out.shape != shape:
+            raise ValueError(f"out has shape {out.shape}, expected {shape}.")
+        elif aggregate is not None:
+            out[:] = 0
+        for queries, rows, scores in self._tiles(X, y):
+            if aggregate is None:
+                out[queries, rows] = scores
+            else:
+                out[rows] += scores.sum(0) / (len(X) if aggregate == "mean" else 1)
+        return out
+
+    def transform(self, X):
+        """Estimate influence on the loss at the predicted labels.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+
+        Returns
+        -------
+        ndarray of shape (n_query, n_train)
+            Positive = proponent.
+        """
+        check_is_fitted(self)
+        X = check_rows(self, X)
+        codes = networks_of(self)[0][0].logits(X).argmax(1).numpy()
+        out = np.zeros((len(X), len(self.X_)), dtype=self._score_dtype())
+        for queries, rows, scores in self._tiles(X, self.classes_[codes]):
+            out[queries, rows] = scores
+        return out
+
+    def _score_dtype(self):
+        tensors = [tensor for factor in self.fits_[0].train for tensor in factor.tensors]
+        double = any(tensor.dtype == torch.float64 for tensor in tensors)
+        return np.float64 if double else np.float32
+
+    def _problems(self):
+        return [
+            (open_problem(self, network), fitted, weight)
+            for (network, weight), fitted in zip(networks_of(self), self.fits_, strict=True)
+        ]
+
+    def _tiles(self, X, y, fill=0.0):
+        """Yield (queries, training rows, scores) over the whole matrix."""
+        members = self._problems()
+        output = resolve_output(self.target, argument="target", allowed=TARGETS)
+        row_bytes = sum(bytes_of_row(fitted.train) for _, fitted, _ in members)
+        budget = budget_in_bytes(self.memory_budget)
+        n_queries, length = tile_lengths(len(X), len(self.X_), row_bytes, budget)
+        close = self._candidates(X)
+        for start in range(0, len(X), n_queries):
+            queries = slice(start, min(start + n_queries, len(X)))
+            tiles = [
+                self._member_tiles(member, output, X[queries], y[queries], length)
+                for member in members
+            ]
+            for parts in zip(*tiles, strict=True):
+                rows, scores = parts[0][0], sum(scores for _, scores in parts)
+                if close is not None:
+                    scores = only_candidates(scores, close[queries], rows, fill)
+                yield queries, rows, scores
+
+    def _member_tiles(self, member, output, X, y, length):
+        problem, fitted, weight = member
+        gradients = self._query_gradients(problem, output, X, y)
+        yield from scored_tiles(
+            fitted.lift(problem, gradients),
+            fitted.train,
+            scale=fitted.scale * weight,
+            length=length,
+            device=problem.network.device,
+            n_jobs=self.n_jobs,
+        )
+
+    def _query_gradients(self, problem, output, X, y):
+        codes = problem.network.codes(y).cpu()
+        sign = 1.0 if self.target == "loss" else -1.0
+        return problem.gradients(output, X, codes, torch.full((len(X),), sign))
+
+    def _candidates(self, X):
+        if self.candidates is None:
+            return None
+        network = networks_of(self)[0][0]
+        if "_features" not in vars(self):
+            self._features = features_of(network, self.X_)
+        return nearest(self._features, features_of(network, X), self.candidates)
+
+    def top_k(self, X, y, k=10, *, kind="proponents"):
+        """Find the training rows of largest influence, the matrix never formed.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query,)
+            Their labels.
+        k : int, default=10
+            Rows for each query.
+        kind : {"proponents", "opponents"}, default="proponents"
+            Most positive or most negative influence first.
+
+        Returns
+        -------
+        Bunch
+            indices : ndarray of shape (n_query, k), rows of the training data;
+            values : ndarray of shape (n_query, k), their influence.
+        """
+        check_is_fitted(self)
+        X, y = check_labelled_rows(self, X, y)
+        if kind not in ("proponents", "opponents"):
+            raise ValueError(f"kind must be 'proponents' or 'opponents', got {kind!r}.")
+        if not 1 <= k <= min(len(self.X_), self.candidates or len(self.X_)):
+            raise ValueError(f"k={k} must be between 1 and the number of rows that are scored.")
+        sign = 1 if kind == "proponents" else -1
+        indices = np.zeros((len(X), k), dtype=np.intp)
+        values = np.zeros((len(X), k), dtype=self._score_dtype())
+        best, current = Largest(k), None
+        for queries, rows, scores in self._tiles(X, y, fill=-sign * np.inf):
+            if queries != current:
+                best, current = Largest(k), queries
+            best.add(rows, sign * scores)
+            if rows.stop == len(self.X_):
+                indices[queries], values[queries] = best.indices, sign * best.values
+        return Bunch(indices=indices, values=values)
+
+    def self_influence(self, X, y):
+        """Estimate how much rows matter to themselves, had they been trained on.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        y : array-like of shape (n,)
+            Their labels.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            ``g_i' (C + damping)^-1 g_i / n_train``.
+        """
+        check_is_fitted(self)
+        X, y = check_labelled_rows(self, X, y)
+        return self._self_scores(X, y)
+
+    def _self_scores(self, X, y):
+        output = resolve_output(self.target, argument="target", allowed=TARGETS)
+        own = resolve_output("loss")
+        total = np.zeros(len(X), dtype=self._score_dtype())
+        for problem, fitted, weight in self._problems():
+            size, _ = tile_lengths(
+                len(X), 1, 4 * bytes_of_row(fitted.train), budget_in_bytes(self.memory_budget)
+            )
+            for start in range(0, len(X), size):
+                part = slice(start, start + size)
+                codes = problem.network.codes(y[part]).cpu()
+                rows = problem.gradients(own, X[part], codes)
+                queries = rows
+                if self.target != "loss":
+                    queries = self._query_gradients(problem, output, X[part], y[part])
+                total[part] += weight * self_scores(problem, fitted, queries, rows).numpy()
+        return total
+
+    @property
+    def self_influence_(self):
+        check_is_fitted(self)
+        if "_self_influence" not in vars(self):
+            weights = open_problem(self, networks_of(self)[0][0]).relative_weights()
+            scores = self._self_scores(self.X_, self.y_)
+            self._self_influence = scores if weights is None else scores * weights.numpy()
+        return self._self_influence
+
+    detect_mislabels = detect_mislabels
+    group_influence = group_influence
+    loo_effect = loo_effect
+    fading = fading
+    score = score
+    repair = repair
+    remove = remove
+
+    @property
+    def loss_(self):
+        check_is_fitted(self)
+        return losses(self, self.X_, self.y_).mean(0)
+
+    def with_damping(self, damping, *, horizon=None):
+        """Use another damping, without a new pass through the network.
+
+        Parameters
+        ----------
+        damping : float, "auto", "horizon" or "flow"
+            As the parameter of that name.
+        horizon : int, optional
+            As the parameter of that name.
+
+        Returns
+        -------
+        InfluenceScorer
+            A fitted one that shares the gradients of this one; ``method="ggn"`` only.
+        """
+        check_is_fitted(self)
+        if self.method_ != "ggn":
+            raise ValueError(f"with_damping needs method='ggn'; this scorer uses {self.method_!r}.")
+        other = type(self)(**self.get_params(deep=False))
+        vars(other).update(vars(self))
+        vars(other).pop("_self_influence", None)
+        other.damping, other.horizon = damping, horizon if horizon is not None else self.horizon
+        other.settings_ = named_settings(other)
+        problems = [open_problem(other, network) for network, _ in networks_of(other)]
+        other.fits_ = [
+            with_damping(fitted, fitted.lift.curvature, problem)
+            for fitted, problem in zip(self.fits_, problems, strict=True)
+        ]
+        other._read_reports()
+        return other

@@ -1,0 +1,387 @@
+"""Curvature of the mean training loss, from the rows of its Gauss-Newton form.
+
+The Gauss-Newton matrix (for a softmax classifier also the Fisher matrix with the exact
+expectation over labels) is ``C = sum_i w_i J_i' H_i J_i`` with ``H_i = diag(p_i) - p_i p_i'``.
+Each eigenpair of an ``H_i`` gives one row of a matrix A with ``C = A' A``; few of the
+eigenvalues carry nearly all of the trace, and only their rows are pulled back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from skperf.backbone.network import Network
+from skperf.backbone.parameters import Parameters, flatten, unflatten
+from skperf.influence.gradients import (
+    Gradients,
+    inner,
+)
+
+
+@dataclass(frozen=True)
+class OutputRows:
+    """Rows of the curvature at the logits.
+
+    Parameters
+    ----------
+    examples : Tensor of shape (n_rows,)
+        Training row that each comes from.
+    cotangents : Tensor of shape (n_rows, n_classes)
+        What to pull back.
+    kept_trace : float
+        Share of the trace at the logits that the rows hold.
+    logits : Tensor of shape (n, n_classes)
+        Of all training rows.
+    """
+
+    examples: Tensor
+    cotangents: Tensor
+    kept_trace: float
+    logits: Tensor
+
+
+def softmax_rows(
+    logits: Tensor, weights: Tensor, *, kept_trace: float = 1.0, max_rows: int | None = None
+) -> OutputRows:
+    """Largest eigenpairs of the softmax Hessians of many examples.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (n, n_classes)
+        The network's answers.
+    weights : Tensor of shape (n,)
+        Share of each example in the mean loss; they sum to one.
+    kept_trace : float, default=1.0
+        Take rows, largest first, until they hold this share of the trace.
+    max_rows : int, optional
+        Never take more.
+
+    Returns
+    -------
+    OutputRows
+        Cotangents ``sqrt(w_i eigenvalue) * eigenvector``.
+    """
+    probabilities = logits.double().softmax(1)
+    traces = weights.double() * (1 - probabilities.square().sum(1))
+    total = traces.sum()
+    order = traces.argsort(descending=True, stable=True)
+    # the tail whose whole trace is a tenth of what may be dropped needs no decomposition
+    reached = traces[order].cumsum(0)
+    tolerance = max((1 - kept_trace) / 10, 1e-14)
+    order = order[: int((reached < (1 - tolerance) * total).sum()) + 1]
+    p = probabilities[order]
+    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    values, vectors = torch.linalg.eigh(hessians)
+    values = (values.clamp_min(0) * weights[order, None]).flatten()
+    ranked = values.argsort(descending=True, stable=True)
+    sums = values[ranked].cumsum(0)
+    wanted = int((sums < min(kept_trace, 1 - 1e-14) * total).sum()) + 1
+    wanted = min(wanted, int((values > 0).sum()), max_rows or len(values))
+    ranked = ranked[:wanted]
+    cotangents = vectors.mT.flatten(0, 1)[ranked] * values[ranked, None].sqrt()
+    kept = float(values[ranked].sum() / total) if total > 0 else 1.0
+    return OutputRows(
+        order[ranked // logits.shape[1]], cotangents.to(logits.dtype), min(kept, 1.0), logits
+    )
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """A curvature matrix ``A' A`` known by its rows.
+
+    Parameters
+    ----------
+    rows : list of Factor
+        A.
+    gram : Tensor of shape (n_rows, n_rows)
+        ``A A'``.
+    """
+
+    rows: Gradients
+    gram: Tensor
+
+    @classmethod
+    def of(cls, rows: Gradients) -> "RowSpace":
+        """Form the Gram matrix.
+
+        Parameters
+        ----------
+        rows : list of Factor
+            A.
+
+        Returns
+        -------
+        RowSpace
+            The curvature.
+        """
+        return cls(rows, inner(rows, rows))
+
+    @property
+    def trace(self) -> float:
+        """Sum of the curvature's eigenvalues."""
+        return float(self.gram.diagonal().sum())
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean of the eigenvalues, each weighted by itself."""
+        trace = self.trace
+        return float(self.gram.square().sum()) / trace if trace > 0 else 0.0
+
+    def factor(self, damping: float) -> Tensor:
+        """Factorise ``A A' + damping`` for :meth:`whiten`.
+
+        Parameters
+        ----------
+        damping : float
+            Added to every eigenvalue.
+
+        Returns
+        -------
+        Tensor of shape (n_rows, n_rows)
+            Lower Cholesky factor.
+        """
+        damped = self.gram.to(torch.float64, copy=True)
+        damped.diagonal().add_(damping)
+        return torch.linalg.cholesky(damped).to(self.gram)
+
+    def whiten(self, gradients: Gradients, cholesky: Tensor) -> Tensor:
+        """Coordinates whose inner products are the Woodbury correction.
+
+        ``g' (A'A + damping)^-1 h = (g'h - u(g)'u(h)) / damping``.
+
+        Parameters
+        ----------
+        gradients : list of Factor
+            n gradients.
+        cholesky : Tensor of shape (n_rows, n_rows)
+            From :meth:`factor`.
+
+        Returns
+        -------
+        Tensor of shape (n, n_rows)
+            ``u``.
+        """
+        crossed = inner(self.rows, gradients)
+        return torch.linalg.solve_triangular(cholesky, crossed, upper=False).T
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenpairs of a row-space curvature, for filters other than damping.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n_rows,)
+        Eigenvalues of ``A' A`` other than zero, ascending.
+    vectors : Tensor of shape (n_rows, n_rows)
+        ``A @ eigenvector / sqrt(value)`` has these coefficients, in columns.
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, curvature: RowSpace) -> "Spectrum":
+        """Decompose a curvature.
+
+        Parameters
+        ----------
+        curvature : RowSpace
+            By its rows.
+
+        Returns
+        -------
+        Spectrum
+            In float64.
+        """
+        values, vectors = torch.linalg.eigh(curvature.gram.double())
+        keep = values > values[-1:].clamp_min(0) * 1e-9
+        return cls(values[keep], vectors[:, keep])
+
+    def coordinates(self, crossed: Tensor) -> Tensor:
+        """Components of gradients along the eigenvectors.
+
+        Parameters
+        ----------
+        crossed : Tensor of shape (n, n_rows)
+            Inner products with the rows A.
+
+        Returns
+        -------
+        Tensor of shape (n, n_values)
+            ``g . eigenvector``.
+        """
+        return crossed.double() @ (self.vectors / self.values.sqrt())
+
+
+Filter = Callable[[Tensor], Tensor]
+
+
+def gradient_flow(time: float, weight_decay: float = 0.0) -> Filter:
+    """Make the filter of training for a while, ``(1 - exp(-time x)) / x``.
+
+    Parameters
+    ----------
+    time : float
+        Learning rate times number of steps.
+    weight_decay : float, default=0.0
+        Added to every eigenvalue.
+
+    Returns
+    -------
+    callable
+        From eigenvalues to their filtered inverses, `time` at zero.
+    """
+
+    def apply(values: Tensor) -> Tensor:
+        x = (values + weight_decay).clamp_min(1e-12 / time)
+        return -torch.expm1(-time * x) / x
+
+    return apply
+
+
+def filtered_weights(values: Tensor, apply: Filter) -> tuple[float, Tensor]:
+    """Take a spectral filter apart: a multiple of the identity, and corrections.
+
+    ``g' f(C) h = at_zero g'h + sum_k weights_k (g.v_k)(h.v_k)``.
+
+    Parameters
+    ----------
+    values : Tensor of shape (r,)
+        Eigenvalues other than zero.
+    apply : callable
+        The filter.
+
+    Returns
+    -------
+    at_zero : float
+        Its value where there is no curvature.
+    weights : Tensor of shape (r,)
+        What each eigenvector adds.
+    """
+    at_zero = apply(values.new_zeros(1))
+    return float(at_zero), apply(values) - at_zero
+
+
+@dataclass(frozen=True)
+class CurvatureProduct:
+    """Products of the curvature of the mean loss with vectors, no matrix formed.
+
+    Parameters
+    ----------
+    network : Network
+        Used inside :func:`~skperf.influence.captures.recording`.
+    parameters : dict of str to Tensor
+        Those taken into account.
+    inputs : Tensor of shape (n, ...)
+        Training rows.
+    codes : Tensor of shape (n,)
+        Their labels.
+    weights : Tensor of shape (n,)
+        Their shares in the mean loss.
+    kind : {"ggn", "hessian"}
+        Gauss-Newton, or the second derivatives themselves.
+    damping : float, default=0.0
+        Added multiple of the identity.
+    batch_size : int, default=256
+        Rows that are differentiated at once.
+    """
+
+    network: Network
+    parameters: Parameters
+    inputs: Tensor
+    codes: Tensor
+    weights: Tensor
+    kind: str = "ggn"
+    damping: float = 0.0
+    batch_size: int = 256
+
+    def __call__(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Multiply.
+
+        Parameters
+        ----------
+        vectors : Tensor of shape (m, n_parameters)
+            One a row.
+        rows : Tensor of int, optional
+            Use these training rows alone, as an estimate.
+
+        Returns
+        -------
+        Tensor of shape (m, n_parameters)
+            Products.
+        """
+        everything = torch.arange(len(self.inputs)) if rows is None else rows
+        share = 1.0 if rows is None else float(self.weights.sum() / self.weights[rows].sum())
+        result = self.damping * vectors
+        for part in everything.split(self.batch_size):
+            weights = self.weights[part] * share
+            product = _PRODUCTS[self.kind](self, self.inputs[part], self.codes[part], weights)
+            result = result + vmap(product, chunk_size=32)(vectors).detach()
+        return result
+
+    def _logits(self, inputs: Tensor) -> Callable[[Parameters], Tensor]:
+        return lambda values: self.network(inputs, values)
+
+
+def _ggn_product(
+    product: CurvatureProduct, inputs: Tensor, codes: Tensor, weights: Tensor
+) -> Callable[[Tensor], Tensor]:
+    logits, pull_back, *_ = vjp(product._logits(inputs), product.parameters)
+    p = logits.softmax(1)
+
+    def multiply(vector: Tensor) -> Tensor:
+        tangent = unflatten(vector, product.parameters)
+        _, moved, *_ = jvp(product._logits(inputs), (product.parameters,), (tangent,))
+        weighted = weights[:, None] * p * (moved - (p * moved).sum(1, keepdim=True))
+        return flatten(pull_back(weighted)[0])
+
+    return multiply
+
+
+def _hessian_product(
+    product: CurvatureProduct, inputs: Tensor, codes: Tensor, weights: Tensor
+) -> Callable[[Tensor], Tensor]:
+    def mean_loss(values: Parameters) -> Tensor:
+        losses = torch.nn.functional.cross_entropy(
+            product.network(inputs, values), codes, reduction="none"
+        )
+        return (weights * losses).sum()
+
+    def multiply(vector: Tensor) -> Tensor:
+        tangent = unflatten(vector, product.parameters)
+        gradient = torch.func.grad(mean_loss)
+        return flatten(jvp(gradient, (product.parameters,), (tangent,))[1])
+
+    return multiply
+
+
+_PRODUCTS = {"ggn": _ggn_product, "hessian": _hessian_product}
+
+
+def dense_curvature(product: CurvatureProduct, *, chunk: int = 256) -> Tensor:
+    """Write the whole curvature matrix out, for small networks.
+
+    Parameters
+    ----------
+    product : CurvatureProduct
+        The curvature.
+    chunk : int, default=256
+        Columns formed at once.
+
+    Returns
+    -------
+    Tensor of shape (n_parameters, n_parameters)
+        Symmetrised.
+    """
+    size = sum(p.numel() for p in product.parameters.values())
+    like = next(iter(product.parameters.values()))
+    columns = [
+        product(torch.eye(size, dtype=like.dtype, device=like.device)[start : start + chunk])
+        for start in range(0, size, chunk)
+    ]
+    matrix = torch.cat(columns)
+    return (matrix + matrix.T) / 2

@@ -1,0 +1,318 @@
+"""Generalised influence: change few parameters, silence the gradient of all.
+
+With S the chosen parameters and ``H_S`` the curvature's columns at S (all rows), the update is
+``argmin_d |H_S d - g|^2 + ridge |d|^2``: the gradient change is matched on all parameters, the
+fixed ones included (Lyu, Jang, Ryu, Yang, arXiv 2312.05586).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from skperf.backbone.modes import forward_hooks
+from skperf.backbone.network import Network
+from skperf.backbone.parameters import Parameters, flatten
+from skperf.influence.captures import Layer
+from skperf.influence.solvers import Solution, lsmr
+
+Multiply = Callable[[Tensor], Tensor]
+_UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def unit_strengths(
+    network: Network, inputs: Tensor, codes: Tensor, layers: Sequence[Layer], by: str
+) -> dict[str, Tensor]:
+    """Mean pre-activation or mean output gradient of every unit.
+
+    Parameters
+    ----------
+    network : Network
+        Opened by :func:`~skperf.influence.captures.recording`.
+    inputs : Tensor of shape (n, ...)
+        Rows that the change is about.
+    codes : Tensor of shape (n,)
+        Their labels.
+    layers : sequence of Layer
+        Linear and convolutional ones are looked at.
+    by : {"output", "gradient"}
+        Which of the two.
+
+    Returns
+    -------
+    dict of str to Tensor
+        For each layer's name, (n_units,) absolute values.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name].clone()
+
+        return hook
+
+    chosen = [layer for layer in layers if isinstance(layer.module, _UNIT_LAYERS)]
+    with forward_hooks({layer.module: keep(layer.name) for layer in chosen}):
+        logits = network(inputs)
+    if by == "output":
+        seen = list(outputs.values())
+    else:
+        loss = torch.nn.functional.cross_entropy(logits, codes)
+        seen = list(torch.autograd.grad(loss, list(outputs.values())))
+    return {
+        layer.name: _unit_means(layer.module, values.detach())
+        for layer, values in zip(chosen, seen, strict=True)
+    }
+
+
+def _unit_means(module: nn.Module, values: Tensor) -> Tensor:
+    if isinstance(module, nn.Linear):
+        return values.reshape(-1, values.shape[-1]).mean(0).abs()
+    return values.transpose(0, 1).flatten(1).mean(1).abs()
+
+
+def choose_units(
+    layers: Sequence[Layer],
+    like: Parameters,
+    strengths: dict[str, Tensor],
+    ratio: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mark the weights of the strongest units, layer by layer.
+
+    Whole units are taken until the layer's quota is full; what is left of it goes to a
+    random part of the next unit.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        Layers of the network.
+    like : dict of str to Tensor
+        Parameters taken into account.
+    strengths : dict of str to Tensor
+        From :func:`unit_strengths`, or random numbers.
+    ratio : float
+        Share of each layer's weights.
+    generator : torch.Generator
+        For the remainder.
+
+    Returns
+    -------
+    Tensor of bool, shape (n_parameters,)
+        In the order of the network's parameters.
+    """
+    chosen = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in like.items()}
+    for layer in layers:
+        if layer.name not in strengths:
+            continue
+        strength = strengths[layer.name].cpu()
+        masks = [chosen[name].view(len(strength), -1) for name in layer.parameter_names]
+        width = sum(mask.shape[1] for mask in masks)
+        whole, rest = divmod(int(ratio * layer.n_weights), width)
+        order = strength.argsort(descending=True, stable=True)
+        for mask in masks:
+            mask[order[:whole]] = True
+        if rest and whole < len(order):
+            partial = torch.randperm(width, generator=generator)[:rest]
+            row = torch.zeros(width, dtype=torch.bool)
+            row[partial] = True
+            start = 0
+            for mask in masks:
+                mask[order[whole]] = row[start : start + mask.shape[1]]
+                start += mask.shape[1]
+    return flatten(chosen)
+
+
+def choose_by_saliency(gradient: Tensor, curvature: Tensor, ratio: float) -> Tensor:
+    """Mark the parameters whose change pays most: ``gradient^2 / curvature``.
+
+    Parameters
+    ----------
+    gradient : Tensor of shape (n_parameters,)
+        Mean gradient of the rows that the change is about.
+    curvature : Tensor of shape (n_parameters,)
+        Diagonal of the curvature, positive.
+    ratio : float
+        Share of the parameters.
+
+    Returns
+    -------
+    Tensor of bool, shape (n_parameters,)
+        The second-order approximation method's choice.
+    """
+    saliency = gradient.square() / curvature
+    chosen = torch.zeros_like(saliency, dtype=torch.bool)
+    chosen[saliency.argsort(descending=True)[: max(1, int(ratio * len(saliency)))]] = True
+    return chosen
+
+
+def generalized_update(
+    multiply: Multiply,
+    chosen: Tensor,
+    gradients: Tensor,
+    *,
+    ridge: float,
+    max_iter: int = 50,
+    tol: float = 1e-6,
+) -> Solution:
+    """Solve the generalised influence problem.
+
+    Parameters
+    ----------
+    multiply : callable
+        Products with the curvature H, vectors in rows.
+    chosen : Tensor of bool, shape (n_parameters,)
+        S.
+    gradients : Tensor of shape (m, n_parameters)
+        Right-hand sides.
+    ridge : float
+        Penalty on the update.
+    max_iter : int, default=50
+        Iterations of two products each.
+    tol : float, default=1e-6
+        Relative tolerance.
+
+    Returns
+    -------
+    Solution
+        Values of shape (m, n_parameters), zero outside S.
+    """
+    where = chosen.nonzero()[:, 0]
+
+    def spread(values: Tensor) -> Tensor:
+        full = values.new_zeros(len(values), len(chosen))
+        full[:, where] = values
+        return full
+
+    solution = lsmr(
+        lambda d: multiply(spread(d)),
+        lambda v: multiply(v)[:, where],
+        gradients,
+        ridge=ridge,
+        max_iter=max_iter,
+        tol=tol,
+    )
+    return Solution(
+        spread(solution.values), solution.residual, solution.n_iterations, solution.converged
+    )
+
+
+def generalized_query(
+    multiply: Multiply,
+    chosen: Tensor,
+    gradients: Tensor,
+    *,
+    ridge: float,
+    max_iter: int = 50,
+    tol: float = 1e-6,
+) -> Tensor:
+    """Vectors whose inner product with a training gradient is the generalised influence.
+
+    ``g_t[S]' (H_S'H_S + ridge)^-1 H_S' g_i = y_t' g_i`` with
+    ``y_t = H_S (H_S'H_S + ridge)^-1 g_t[S]``, the least-norm solution of a damped problem.
+
+    Parameters
+    ----------
+    multiply : callable
+        Products with the curvature H, vectors in rows.
+    chosen : Tensor of bool, shape (n_parameters,)
+        S.
+    gradients : Tensor of shape (m, n_parameters)
+        Query gradients.
+    ridge : float
+        Penalty.
+    max_iter : int, default=50
+        Iterations.
+    tol : float, default=1e-6
+        Relative tolerance.
+
+    Returns
+    -------
+    Tensor of shape (m, n_parameters)
+        ``y_t``.
+    """
+    where = chosen.nonzero()[:, 0]
+
+    def spread(values: Tensor) -> Tensor:
+        full = values.new_zeros(len(values), len(chosen))
+        full[:, where] = values
+        return full
+
+    # min |y|^2 over y with H_S'y ~ g: the same damped least squares with the roles exchanged
+    return lsmr(
+        lambda v: multiply(v)[:, where],
+        lambda d: multiply(spread(d)),
+        gradients[:, where],
+        ridge=ridge,
+        max_iter=max_iter,
+        tol=tol,
+    ).values
+
+
+def removal_update(
+    how: str,
+    multiply: Multiply,
+    chosen: Tensor,
+    gradient: Tensor,
+    *,
+    ridge: float,
+    max_iter: int = 50,
+) -> Tensor:
+    """Direction that unlearns rows, by one of several rules.
+
+    Parameters
+    ----------
+    how : {"gif", "freeze", "project", "plain", "ascent"}
+        Generalised influence; influence with the other parameters frozen,
+        ``H_SS^-1 g_S``; projected, ``(H^-1 g)_S``; plain, ``H^-1 g``; or the gradient itself
+        at S, the baseline.
+    multiply : callable
+        Products with the curvature of the retained rows.
+    chosen : Tensor of bool, shape (n_parameters,)
+        S.
+    gradient : Tensor of shape (n_parameters,)
+        Of the removed rows' loss.
+    ridge : float
+        Penalty of every solve.
+    max_iter : int, default=50
+        Iterations of every solve.
+
+    Returns
+    -------
+    Tensor of shape (n_parameters,)
+        Added to the parameters, it raises the removed rows' loss.
+    """
+    return _REMOVALS[how](multiply, chosen, gradient[None], ridge, max_iter)[0]
+
+
+def _gif(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
+    return generalized_update(multiply, chosen, g, ridge=ridge, max_iter=max_iter).values
+
+
+def _freeze(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
+    def inside(vectors: Tensor) -> Tensor:
+        return multiply(vectors * chosen) * chosen
+
+    return lsmr(inside, inside, g * chosen, ridge=ridge, max_iter=max_iter).values
+
+
+def _plain(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
+    return lsmr(multiply, multiply, g, ridge=ridge, max_iter=max_iter).values
+
+
+def _project(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
+    return _plain(multiply, chosen, g, ridge, max_iter) * chosen
+
+
+def _ascent(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
+    return g * chosen
+
+
+_REMOVALS = {
+    "gif": _gif,
+    "freeze": _freeze,
+    "project": _project,
+    "plain": _plain,
+    "ascent": _ascent,
+}

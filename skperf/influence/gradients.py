@@ -1,0 +1,430 @@
+"""Gradients of many rows in the form in which their inner products are cheapest.
+
+A linear layer's gradient for one row is an outer product ``b a'`` of the gradient at its
+output and its input, so that ``<G, G'> = (a . a') (b . b')``: the matrix is never formed.
+A factor holds such gradients of many rows for one layer. Whatever its kind, it stands for a
+matrix of shape (n_rows, n_weights), the weights of a layer laid out as (n_outputs, n_inputs),
+with the bias, if it takes part, as a last input that is always one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 24  # floats in an intermediate product
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Gradients that are outer products, or short sums of them.
+
+    Parameters
+    ----------
+    inputs : Tensor of shape (n, n_inputs) or (n, n_positions, n_inputs)
+        What the layer saw.
+    outputs : Tensor of shape (n, n_outputs) or (n, n_positions, n_outputs)
+        Gradient at the layer's output.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.inputs)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored, one entry a row."""
+        return self.inputs, self.outputs
+
+    def __getitem__(self, rows: slice | Tensor) -> "Outer":
+        """Take some rows."""
+        return Outer(self.inputs[rows], self.outputs[rows])
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Gradients, or any other vectors, written out.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n, n_weights)
+        One row each.
+    """
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.values)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored, one entry a row."""
+        return (self.values,)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Dense":
+        """Take some rows."""
+        return Dense(self.values[rows])
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Gradients of an embedding table, non-zero at the tokens of a row only.
+
+    Parameters
+    ----------
+    indices : Tensor of shape (n, n_positions)
+        Row of the table that each position reads; -1 where it reads none.
+    outputs : Tensor of shape (n, n_positions, n_dimensions)
+        Gradient at the embedding's output.
+    n_embeddings : int
+        Rows of the table.
+    """
+
+    indices: Tensor
+    outputs: Tensor
+    n_embeddings: int
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.indices)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored, one entry a row."""
+        return self.indices, self.outputs
+
+    def __getitem__(self, rows: slice | Tensor) -> "Tokens":
+        """Take some rows."""
+        return Tokens(self.indices[rows], self.outputs[rows], self.n_embeddings)
+
+
+Factor = Outer | Dense | Tokens
+Gradients = list[Factor]
+
+
+def take(gradients: Sequence[Factor], rows: slice | Tensor) -> Gradients:
+    """Take the same rows of every layer.
+
+    Parameters
+    ----------
+    gradients : sequence of Factor
+        One factor a layer.
+    rows : slice or Tensor
+        Which rows.
+
+    Returns
+    -------
+    list of Factor
+        Views for a slice, copies for indices.
+    """
+    return [factor[rows] for factor in gradients]
+
+
+def convert(
+    gradients: Sequence[Factor],
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Gradients:
+    """Move gradients to another device or floating type.
+
+    Parameters
+    ----------
+    gradients : sequence of Factor
+        One factor a layer.
+    device : torch.device, optional
+        Where to.
+    dtype : torch.dtype, optional
+        Floating type; integers stay.
+
+    Returns
+    -------
+    list of Factor
+        The same objects where nothing is to be done.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    return [with_tensors(factor, *map(moved, factor.tensors)) for factor in gradients]
+
+
+def with_tensors(factor: Factor, *tensors: Tensor) -> Factor:
+    """Replace what a factor stores.
+
+    Parameters
+    ----------
+    factor : Factor
+        Of the kind that is wanted.
+    *tensors : Tensor
+        In the order of its ``tensors``.
+
+    Returns
+    -------
+    Factor
+        Of the same kind.
+    """
+    if isinstance(factor, Tokens):
+        return Tokens(tensors[0], tensors[1], factor.n_embeddings)
+    return type(factor)(*tensors)
+
+
+def scaled(factor: Factor, by: float) -> Factor:
+    """Multiply gradients by a number.
+
+    Parameters
+    ----------
+    factor : Factor
+        Gradients of one layer.
+    by : float
+        The number.
+
+    Returns
+    -------
+    Factor
+        Of the same kind.
+    """
+    *kept, last = factor.tensors
+    return with_tensors(factor, *kept, last * by)
+
+
+def inner(
+    queries: Sequence[Factor], rows: Sequence[Factor], *, out: Tensor | None = None
+) -> Tensor:
+    """Inner products of two sets of gradients, summed over layers.
+
+    Parameters
+    ----------
+    queries, rows : sequence of Factor
+        One factor a layer, the same layers in both.
+    out : Tensor of shape (n_queries, n_rows), optional
+        Added to and returned.
+
+    Returns
+    -------
+    Tensor of shape (n_queries, n_rows)
+        ``<G_i, G_j>``.
+    """
+    for query, row in zip(queries, rows, strict=True):
+        if out is None:
+            out = _floating(query).new_zeros(len(query), len(row))
+        _INNER[type(query), type(row)](query, row, out)
+    assert out is not None
+    return out
+
+
+def squared_norms(gradients: Sequence[Factor]) -> Tensor:
+    """Squared length of every row's gradient.
+
+    Parameters
+    ----------
+    gradients : sequence of Factor
+        One factor a layer.
+
+    Returns
+    -------
+    Tensor of shape (n,)
+        Summed over layers.
+    """
+    return torch.stack([paired(factor, factor) for factor in gradients]).sum(0)
+
+
+def paired(left: Factor, right: Factor) -> Tensor:
+    """Inner product of row i of one factor with row i of the other.
+
+    Parameters
+    ----------
+    left, right : Factor
+        Of one kind and length.
+
+    Returns
+    -------
+    Tensor of shape (n,)
+        The diagonal of :func:`inner`.
+    """
+    if isinstance(left, Outer) and left.inputs.ndim == 2:
+        assert isinstance(right, Outer)
+        return _row_dot(left.inputs, right.inputs) * _row_dot(left.outputs, right.outputs)
+    if isinstance(left, Dense) and isinstance(right, Dense):
+        return _row_dot(left.values, right.values)
+    assert isinstance(left, Outer | Tokens)
+    assert isinstance(right, Outer | Tokens)
+    products = left.outputs @ right.outputs.mT
+    if isinstance(left, Outer) and isinstance(right, Outer):
+        products *= left.inputs @ right.inputs.mT
+    elif isinstance(left, Tokens) and isinstance(right, Tokens):
+        products *= left.indices[:, :, None] == right.indices[:, None, :]
+        products *= (left.indices >= 0)[:, :, None]
+    return products.sum((1, 2))
+
+
+def written_out(factor: Factor) -> Tensor:
+    """Gradients as a matrix.
+
+    Parameters
+    ----------
+    factor : Factor
+        Of one layer.
+
+    Returns
+    -------
+    Tensor of shape (n, n_weights)
+        Large: n_rows times the weights of the layer.
+    """
+    if isinstance(factor, Dense):
+        return factor.values
+    if isinstance(factor, Tokens):
+        return _scatter_tokens(factor)
+    if factor.inputs.ndim == 2:
+        matrices = factor.outputs[:, :, None] * factor.inputs[:, None, :]
+    else:
+        matrices = factor.outputs.mT @ factor.inputs
+    return matrices.flatten(1)
+
+
+def combine(coefficients: Tensor, factor: Factor) -> Tensor:
+    """Weighted sums of one layer's gradients.
+
+    Parameters
+    ----------
+    coefficients : Tensor of shape (m, n)
+        Weight of every row in every sum.
+    factor : Factor
+        n rows.
+
+    Returns
+    -------
+    Tensor of shape (m, n_weights)
+        ``coefficients @ written_out(factor)`` without the matrix.
+    """
+    if isinstance(factor, Dense):
+        return coefficients @ factor.values
+    total = None
+    size = max(1, _CHUNK // max(_row_numel(factor), 1))
+    for start in range(0, len(factor), size):
+        part = factor[start : start + size]
+        weights = coefficients[:, start : start + size]
+        summed = (
+            _combine_outer(weights, part)
+            if isinstance(part, Outer)
+            else weights @ written_out(part)
+        )
+        total = summed if total is None else total.add_(summed)
+    assert total is not None
+    return total
+
+
+def _combine_outer(weights: Tensor, factor: Outer) -> Tensor:
+    inputs, outputs = factor.inputs, factor.outputs
+    if inputs.ndim == 3:
+        weights = weights.repeat_interleave(inputs.shape[1], 1)
+        inputs, outputs = inputs.flatten(0, 1), outputs.flatten(0, 1)
+    return torch.stack([(outputs * weight[:, None]).T @ inputs for weight in weights]).flatten(1)
+
+
+def _inner_outer(query: Outer, row: Outer, out: Tensor) -> None:
+    if query.inputs.ndim == 2:
+        out.addcmul_(query.inputs @ row.inputs.T, query.outputs @ row.outputs.T)
+        return
+    positions = query.inputs.shape[1] * row.inputs.shape[1]
+    size = max(1, _CHUNK // (positions * max(len(query), 1)))
+    for start in range(0, len(row), size):
+        part = row[start : start + size]
+        products = query.inputs.flatten(0, 1) @ part.inputs.flatten(0, 1).T
+        products *= query.outputs.flatten(0, 1) @ part.outputs.flatten(0, 1).T
+        blocks = products.view(len(query), -1, len(part), row.inputs.shape[1])
+        out[:, start : start + size] += blocks.sum((1, 3))
+
+
+def _inner_dense(query: Dense, row: Dense, out: Tensor) -> None:
+    out.addmm_(query.values, row.values.T)
+
+
+def _inner_dense_outer(query: Dense, row: Outer, out: Tensor) -> None:
+    n_outputs, n_inputs = row.outputs.shape[-1], row.inputs.shape[-1]
+    matrices = query.values.view(-1, n_outputs, n_inputs)
+    size = max(1, _CHUNK // max(_row_numel(row) * len(row), 1))
+    for start in range(0, len(matrices), size):
+        part = matrices[start : start + size]
+        reached = torch.tensordot(row.inputs, part, dims=([-1], [2]))
+        reached *= row.outputs.unsqueeze(-2)
+        sums = reached.sum(-1)
+        out[start : start + size] += (sums.sum(1) if sums.ndim == 3 else sums).T
+
+
+def _inner_outer_dense(query: Outer, row: Dense, out: Tensor) -> None:
+    transposed = torch.zeros_like(out.T)
+    _inner_dense_outer(row, query, transposed)
+    out += transposed.T
+
+
+def _inner_tokens(query: Tokens, row: Tokens, out: Tensor) -> None:
+    positions = query.indices.shape[1] * row.indices.shape[1]
+    size = max(1, _CHUNK // (positions * max(len(query), 1)))
+    asked = query.indices.flatten()
+    for start in range(0, len(row), size):
+        part = row[start : start + size]
+        products = query.outputs.flatten(0, 1) @ part.outputs.flatten(0, 1).T
+        seen = part.indices.flatten()
+        products *= (asked[:, None] == seen[None]) & (asked >= 0)[:, None]
+        blocks = products.view(len(query), -1, len(part), row.indices.shape[1])
+        out[:, start : start + size] += blocks.sum((1, 3))
+
+
+def _inner_dense_tokens(query: Dense, row: Tokens, out: Tensor) -> None:
+    tables = query.values.view(len(query), -1, row.outputs.shape[-1])
+    outputs = row.outputs * (row.indices >= 0)[:, :, None]
+    for table, result in zip(tables, out, strict=True):
+        result += (table[row.indices.clamp_min(0)] * outputs).sum((1, 2))
+
+
+_INNER: dict[tuple[type, type], Callable[..., None]] = {
+    (Outer, Outer): _inner_outer,
+    (Dense, Dense): _inner_dense,
+    (Dense, Outer): _inner_dense_outer,
+    (Outer, Dense): _inner_outer_dense,
+    (Tokens, Tokens): _inner_tokens,
+    (Dense, Tokens): _inner_dense_tokens,
+}
+
+
+def _scatter_tokens(factor: Tokens) -> Tensor:
+    n, n_dimensions = len(factor), factor.outputs.shape[-1]
+    table = factor.outputs.new_zeros(n, factor.n_embeddings, n_dimensions)
+    outputs = factor.outputs * (factor.indices >= 0)[:, :, None]
+    where = factor.indices.clamp_min(0)[:, :, None].expand_as(outputs)
+    return table.scatter_add_(1, where, outputs).flatten(1)
+
+
+def _floating(factor: Factor) -> Tensor:
+    return factor.values if isinstance(factor, Dense) else factor.outputs
+
+
+def _row_dot(left: Tensor, right: Tensor) -> Tensor:
+    return torch.einsum("ij,ij->i", left, right)
+
+
+def _row_numel(factor: Factor) -> int:
+    return sum(int(tensor[0].numel()) for tensor in factor.tensors) if len(factor) else 1
+
+
+def n_bytes(gradients: Sequence[Factor]) -> int:
+    """Memory that gradients take.
+
+    Parameters
+    ----------
+    gradients : sequence of Factor
+        One factor a layer.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    tensors = [tensor for factor in gradients for tensor in factor.tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,200 @@
+"""How long an influence estimate stays true while training goes on.
+
+Parameters drift apart along the two runs that an influence compares, so an estimate at the
+current weights holds for a limited number of further steps (Schioppa, Filippova, Titov,
+Zablotskaia, "Theoretical and Practical Perspectives on what Influence Functions Do", 2023).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from skperf.backbone.modes import untouched
+from skperf.backbone.network import Network
+from skperf.backbone.parameters import Parameters
+from skperf.backbone.progress import track
+from skperf.influence.retraining import stacked_logits, stacked_outputs
+
+
+@dataclass(frozen=True)
+class FurtherTraining:
+    """Plain gradient steps from the fitted weights on.
+
+    Parameters
+    ----------
+    learning_rate : float
+        Step size.
+    batch_size : int
+        Rows a step.
+    weight_decay : float, default=0.0
+        As in torch's SGD.
+    seed : int, default=0
+        Draws the order of the rows, the same in every run.
+    """
+
+    learning_rate: float
+    batch_size: int
+    weight_decay: float = 0.0
+    seed: int = 0
+
+
+def actual_effects(
+    network: Network,
+    parameters: Parameters,
+    inputs: Tensor,
+    codes: Tensor,
+    left_out: Tensor,
+    queries: tuple[Tensor, Tensor],
+    output: Callable[[Tensor, Tensor], Tensor],
+    training: FurtherTraining,
+    steps: Sequence[int],
+    *,
+    shares: Tensor | None = None,
+    verbose: int = 0,
+) -> Tensor:
+    """Train on with and without single rows, and compare.
+
+    All runs see the same batches in the same order; a run without a row has that row's share
+    of the mean loss subtracted at every step (weight zero), so no batch is shifted.
+
+    Parameters
+    ----------
+    network : Network
+        Fitted; left as it is.
+    parameters : dict of str to Tensor
+        Those that are trained.
+    inputs : Tensor of shape (n, ...)
+        Training rows.
+    codes : Tensor of shape (n,)
+        Their labels.
+    left_out : Tensor of int, shape (m,)
+        Rows to leave out, one a run.
+    queries : tuple of Tensor
+        Rows and labels whose output is compared.
+    output : callable
+        ``(logits, codes) -> (n,)``.
+    training : FurtherTraining
+        How to go on.
+    steps : sequence of int
+        When to compare, ascending.
+    shares : Tensor of shape (n,), optional
+        Each row's share of the mean loss; 1/n by default.
+    verbose : int, default=0
+        Show progress.
+
+    Returns
+    -------
+    Tensor of shape (n_steps, n_queries, m)
+        Output without the row minus output with it.
+    """
+    shares = torch.full((len(inputs),), 1 / len(inputs)) if shares is None else shares
+    shares = shares.to(inputs)
+    runs = len(left_out) + 1
+    stacked = {
+        n: p.detach().expand(runs, *p.shape).clone().requires_grad_() for n, p in parameters.items()
+    }
+    own = torch.cat([inputs[left_out[:1]], inputs[left_out]])
+    own_codes = torch.cat([codes[left_out[:1]], codes[left_out]])
+    subtracted = torch.cat([shares.new_zeros(1), shares[left_out]])
+    order = _batches(len(inputs), training)
+    effects = []
+    with untouched(network.module), torch.enable_grad():
+        for step in track(
+            range(1, max(steps) + 1), description="further training", verbose=verbose
+        ):
+            rows = next(order).to(inputs.device)
+            logits = stacked_logits(network, stacked, inputs[rows])
+            targets = codes[rows].expand(runs, -1)
+            losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            total = (losses * (shares[rows] / shares[rows].sum())).sum()
+            row_logits = stacked_logits(network, stacked, own[:, None], own=True)[:, 0]
+            row_losses = functional.cross_entropy(row_logits, own_codes, reduction="none")
+            total = total - (subtracted * row_losses).sum()
+            gradients = torch.autograd.grad(total, list(stacked.values()))
+            _step(stacked, gradients, training)
+            if step in steps:
+                values = stacked_outputs(network, stacked, *queries, output)
+                effects.append((values[1:] - values[:1]).T)
+    return torch.stack(effects)
+
+
+def _batches(n: int, training: FurtherTraining):  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(training.seed)
+    while True:
+        yield from torch.randperm(n, generator=generator).split(training.batch_size)
+
+
+def _step(stacked: Parameters, gradients: tuple[Tensor, ...], training: FurtherTraining) -> None:
+    with torch.no_grad():
+        for tensor, gradient in zip(stacked.values(), gradients, strict=True):
+            tensor -= training.learning_rate * (gradient + training.weight_decay * tensor)
+
+
+def agreement(predicted: Tensor, actual: Tensor) -> tuple[float, float, float]:
+    """Compare predicted with actual effects.
+
+    Parameters
+    ----------
+    predicted, actual : Tensor of shape (n_queries, m)
+        Effects of leaving out m rows.
+
+    Returns
+    -------
+    pearson, spearman : float
+        Mean over queries of the correlation across rows; queries on which either does not
+        vary are left out.
+    slope : float
+        Least-squares factor from predicted to actual effect, over all.
+    """
+    predicted, actual = predicted.double(), actual.double()
+    slope = float((predicted * actual).sum() / predicted.square().sum().clamp_min(1e-300))
+    pearson = _correlation(predicted, actual)
+    ranks = [_ranks(effects) for effects in (predicted, actual)]
+    return pearson, _correlation(*ranks), slope
+
+
+def _correlation(left: Tensor, right: Tensor) -> float:
+    left = left - left.mean(1, keepdim=True)
+    right = right - right.mean(1, keepdim=True)
+    sizes = left.norm(dim=1) * right.norm(dim=1)
+    varies = sizes > 0
+    if not bool(varies.any()):
+        return float("nan")
+    return float(((left * right).sum(1)[varies] / sizes[varies]).mean())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Rank within each row, ties sharing their mean."""
+    ordered, order = values.sort(1)
+    first = torch.searchsorted(ordered, ordered, right=False)
+    last = torch.searchsorted(ordered, ordered, right=True) - 1
+    shared = (first + last).double() / 2
+    return torch.empty_like(shared).scatter_(1, order, shared)
+
+
+def usable_horizon(steps: Sequence[int], pearson: Sequence[float], *, least: float = 0.8) -> int:
+    """Last step up to which the correlation never falls short.
+
+    Parameters
+    ----------
+    steps : sequence of int
+        Ascending.
+    pearson : sequence of float
+        Correlation at each.
+    least : float, default=0.8
+        What is still good enough.
+
+    Returns
+    -------
+    int
+        0 if not even the first is.
+    """
+    reached = 0
+    for step, value in zip(steps, pearson, strict=True):
+        if not value >= least:
+            break
+        reached = step
+    return reached

@@ -1,0 +1,71 @@
+"""Nearest training rows in the features before the last layer."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from skperf.backbone.modes import forward_pre_hooks, untouched
+from skperf.backbone.network import Network
+
+
+def features_of(network: Network, X: NDArray[Any]) -> Tensor:
+    """Read the inputs of a network's last layer.
+
+    Parameters
+    ----------
+    network : Network
+        Any network; left as it was found.
+    X : ndarray of shape (n, ...)
+        Rows.
+
+    Returns
+    -------
+    Tensor of shape (n, n_features)
+        On the CPU.
+    """
+    owners = [part for part in network.module.modules() if list(part.parameters(recurse=False))]
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach().flatten(1).cpu())
+
+    with (
+        untouched(network.module),
+        torch.inference_mode(),
+        forward_pre_hooks({owners[-1]: keep}),
+    ):
+        for (inputs,) in network.batches(X):
+            network(inputs)
+    return torch.cat(seen).clone().to(network.dtype)
+
+
+def nearest(train: Tensor, queries: Tensor, k: int, *, chunk: int = 256) -> NDArray[np.intp]:
+    """Find the k nearest rows by Euclidean distance.
+
+    Parameters
+    ----------
+    train : Tensor of shape (n, d)
+        Where to look.
+    queries : Tensor of shape (q, d)
+        What for.
+    k : int
+        How many; all if there are no more.
+    chunk : int, default=256
+        Queries at once.
+
+    Returns
+    -------
+    ndarray of int, shape (q, k)
+        In no particular order.
+    """
+    k = min(k, len(train))
+    squares = train.square().sum(1)
+    parts = [
+        (squares - 2 * part @ train.T).topk(k, 1, largest=False, sorted=False)[1]
+        for part in queries.split(chunk)
+    ]
+    found: NDArray[np.intp] = torch.cat(parts).numpy()
+    return found

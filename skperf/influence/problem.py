@@ -1,0 +1,449 @@
+"""What an influence method is fitted on, and what it keeps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skperf.backbone.network import Network
+from skperf.backbone.outputs import Output, loss
+from skperf.backbone.parameters import Parameters
+from skperf.influence.captures import Tape, recording
+from skperf.influence.curvature import CurvatureProduct, OutputRows, RowSpace, softmax_rows
+from skperf.influence.gradients import Gradients
+from skperf.influence.layers import Layer
+from skperf.influence.tiles import Shelf, Terms, gather
+
+LOSS_UNIT = "loss"
+DOT_UNIT = "squared gradient"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices of the methods; see InfluenceScorer for their meaning."""
+
+    curvature: str = "ggn"
+    damping: float | str = "auto"
+    horizon: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    kept_trace: float = 0.99
+    max_rows: int | None = 1000
+    rank: int | None = 16
+    n_components: int = 100
+    n_projections: int = 512
+    tol: float = 1e-4
+    max_iter: int | None = None
+    scale: float | None = None
+    select: str = "output"
+    ratio: float = 0.05
+    ridge: float = 1e-3
+    seed: int = 0
+    verbose: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network, its training rows, and how to differentiate.
+
+    Parameters
+    ----------
+    network : Network
+        Opened classifier.
+    parameters : dict of str to Tensor
+        Those taken into account.
+    layers : list of Layer
+        Their layers; empty on the reference path.
+    record : callable
+        ``(network, inputs) -> Tape``.
+    X : ndarray of shape (n, ...)
+        Training rows.
+    codes : Tensor of shape (n,)
+        Their labels, on the CPU.
+    shares : Tensor of shape (n,)
+        Their shares in the mean loss.
+    settings : Settings
+        Choices.
+    batch_size : int
+        Rows differentiated at once.
+    shelf : Shelf
+        Where gradients are kept.
+    """
+
+    network: Network
+    parameters: Parameters
+    layers: list[Layer]
+    record: Callable[[Network, Tensor], Tape]
+    X: NDArray[Any]
+    codes: Tensor
+    shares: Tensor
+    settings: Settings
+    batch_size: int
+    shelf: Shelf
+
+    @property
+    def n_train(self) -> int:
+        """Training rows."""
+        return len(self.codes)
+
+    def gradients(
+        self, output: Output, X: NDArray[Any], codes: Tensor, weights: Tensor | None = None
+    ) -> Gradients:
+        """Gradients of an output of many rows.
+
+        Parameters
+        ----------
+        output : callable
+            ``(logits, codes) -> (n,)``.
+        X : ndarray of shape (n, ...)
+            Rows.
+        codes : Tensor of shape (n,)
+            Their labels.
+        weights : Tensor of shape (n,), optional
+            Multiplied in.
+
+        Returns
+        -------
+        list of Factor
+            n gradients.
+        """
+
+        def cotangents(logits: Tensor, rows: Tensor) -> Tensor:
+            values = slopes(output, logits, codes[rows].to(logits.device))
+            return values if weights is None else values * weights[rows, None].to(values)
+
+        return self.gather(X, cotangents)
+
+    def gather(self, X: NDArray[Any], cotangents: Any, examples: Tensor | None = None) -> Gradients:
+        """Pull cotangents back; see :func:`~skperf.influence.tiles.gather`.
+
+        Parameters
+        ----------
+        X : ndarray of shape (n, ...)
+            Rows.
+        cotangents : Tensor of shape (m, n_classes) or callable
+            What to pull back.
+        examples : Tensor of shape (m,), optional
+            Row of each.
+
+        Returns
+        -------
+        list of Factor
+            m gradients.
+        """
+        with recording(self.network.module):
+            return gather(
+                self.network,
+                self.record,
+                X,
+                cotangents,
+                examples=examples,
+                batch_size=self.batch_size,
+                shelf=self.shelf if len(X) == self.n_train else None,
+                verbose=self.settings.verbose,
+            )
+
+    def train_gradients(self) -> Gradients:
+        """Gradients of all training rows, weighted.
+
+        Returns
+        -------
+        list of Factor
+            n gradients of ``n share_i loss_i``.
+        """
+        return self.gradients(loss, self.X, self.codes, self.relative_weights())
+
+    def train_cotangents(self, logits: Tensor) -> Tensor:
+        """Say what to pull back for :meth:`train_gradients`, where logits are known.
+
+        Parameters
+        ----------
+        logits : Tensor of shape (n, n_classes)
+            Of the training rows.
+
+        Returns
+        -------
+        Tensor of shape (n, n_classes)
+            Slopes of ``n share_i loss_i``.
+        """
+        own, weights = slopes(loss, logits, self.codes), self.relative_weights()
+        return own if weights is None else own * weights[:, None].to(own)
+
+    def relative_weights(self) -> Tensor | None:
+        """Shares times n, None where they are all one.
+
+        Returns
+        -------
+        Tensor of shape (n,) or None
+            Weights of mean one.
+        """
+        weights = self.shares * self.n_train
+        return None if torch.allclose(weights, torch.ones_like(weights), rtol=1e-12) else weights
+
+    def product(self, damping: float = 0.0) -> CurvatureProduct:
+        """Products with the curvature of the mean training loss.
+
+        Parameters
+        ----------
+        damping : float, default=0.0
+            Added.
+
+        Returns
+        -------
+        CurvatureProduct
+            To be used inside ``recording``.
+        """
+        device, dtype = self.network.device, self.network.dtype
+        return CurvatureProduct(
+            self.network,
+            self.parameters,
+            self.network.tensor(self.X),
+            self.codes.to(device),
+            self.shares.to(device, dtype),
+            "hessian" if self.settings.curvature == "hessian" else "ggn",
+            damping,
+            self.batch_size,
+        )
+
+
+def slopes(output: Output, logits: Tensor, codes: Tensor) -> Tensor:
+    """Differentiate an output by the logits.
+
+    Parameters
+    ----------
+    output : callable
+        ``(logits, codes) -> (n,)``.
+    logits : Tensor of shape (n, n_classes)
+        Where.
+    codes : Tensor of shape (n,)
+        Labels.
+
+    Returns
+    -------
+    Tensor of shape (n, n_classes)
+        Row i: the gradient of output i.
+
+    Raises
+    ------
+    ValueError
+        If the output of a row depends on the logits of another.
+    """
+    if output is loss:
+        slope = logits.softmax(1)
+        slope[torch.arange(len(codes)), codes] -= 1
+        return slope
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        values = output(leaf, codes)
+        (total,) = torch.autograd.grad(values.sum(), leaf, retain_graph=len(codes) > 1)
+        if len(codes) > 1:
+            (first,) = torch.autograd.grad(values[0], leaf)
+            if bool(first[1:].any()):
+                raise ValueError(
+                    "target is not separable: the value of one row depends on the logits of "
+                    "another (a reduction such as a mean?); return one number for each row."
+                )
+    return total
+
+
+class Lift(Protocol):
+    """Maps of query gradients and of training gradients, whose inner products are scores."""
+
+    def __call__(self, problem: Problem, queries: Gradients) -> Terms:
+        """Give the factors that meet what is stored of the training rows."""
+
+    def store(self, problem: Problem, rows: Gradients) -> Gradients:
+        """Give what is stored of rows."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method keeps.
+
+    Parameters
+    ----------
+    train : list of Factor
+        Training rows as the mapped queries meet them.
+    lift : Lift
+        Map of the queries.
+    scale : float
+        Multiplies every score.
+    unit : str
+        Of the scores.
+    report : dict
+        What was chosen on the way.
+    """
+
+    train: Gradients
+    lift: Lift
+    scale: float
+    unit: str
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def plain_terms(queries: Gradients) -> Terms:
+    """Meet each layer's gradients with the layer's own.
+
+    Parameters
+    ----------
+    queries : list of Factor
+        One a layer.
+
+    Returns
+    -------
+    list of (int, Factor)
+        Numbered.
+    """
+    return list(enumerate(queries))
+
+
+def curvature_rows(problem: Problem, *, kept_trace: float, max_rows: int | None) -> OutputRows:
+    """Rows of the curvature at the logits.
+
+    Parameters
+    ----------
+    problem : Problem
+        Whose curvature: with the exact expectation over labels, or at the labels seen.
+    kept_trace : float
+        Share of the trace to keep.
+    max_rows : int or None
+        Most rows.
+
+    Returns
+    -------
+    OutputRows
+        To be pulled back.
+    """
+    logits = problem.network.logits(problem.X)
+    if problem.settings.curvature == "empirical":
+        cotangents = slopes(loss, logits, problem.codes) * problem.shares.sqrt()[:, None].to(logits)
+        return OutputRows(torch.arange(problem.n_train), cotangents, 1.0, logits)
+    return softmax_rows(logits, problem.shares, kept_trace=kept_trace, max_rows=max_rows)
+
+
+def horizon_time(settings: Settings) -> float:
+    """Learning rate times number of further steps.
+
+    Parameters
+    ----------
+    settings : Settings
+        With `horizon` and `learning_rate`.
+
+    Returns
+    -------
+    float
+        Positive.
+
+    Raises
+    ------
+    ValueError
+        If one of the two is missing.
+    """
+    if settings.horizon is None or settings.learning_rate is None:
+        missing = "horizon" if settings.horizon is None else "learning_rate"
+        raise ValueError(
+            f"damping tied to a horizon needs {missing}: horizon is the number of further training "
+            "steps, learning_rate their step size."
+        )
+    return settings.horizon * settings.learning_rate
+
+
+def resolve_damping(problem: Problem, curvature: RowSpace | None = None) -> float:
+    """Find the number that is added to the curvature's eigenvalues.
+
+    Parameters
+    ----------
+    problem : Problem
+        With `damping` as given.
+    curvature : RowSpace, optional
+        Needed for ``"auto"``; made when it is missing.
+
+    Returns
+    -------
+    float
+        Positive.
+    """
+    settings = problem.settings
+    if not isinstance(settings.damping, str):
+        return float(settings.damping)
+    if settings.damping == "horizon" or settings.horizon is not None:
+        return 1 / horizon_time(settings)
+    if curvature is None:
+        rows = curvature_rows(problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows)
+        curvature = RowSpace.of(problem.gather(problem.X, rows.cotangents, rows.examples))
+    return max(_AUTO_SHARE * curvature.mean_eigenvalue, _LEAST_DAMPING)
+
+
+# of the mean eigenvalue, each weighted by itself: best or close to it on digits and
+# Fashion-MNIST networks when held against retraining
+_AUTO_SHARE = 0.005
+_LEAST_DAMPING = 1e-8
+
+
+def layer_damping(settings: Settings, mean_eigenvalue: float) -> float:
+    """Find the damping of one layer's own curvature.
+
+    Parameters
+    ----------
+    settings : Settings
+        With `damping` as given.
+    mean_eigenvalue : float
+        Of the layer's curvature.
+
+    Returns
+    -------
+    float
+        Positive; ``"auto"`` is a tenth of the mean eigenvalue.
+    """
+    if not isinstance(settings.damping, str):
+        return float(settings.damping)
+    if settings.damping != "auto" or settings.horizon is not None:
+        return 1 / horizon_time(settings)
+    return max(0.1 * mean_eigenvalue, _LEAST_DAMPING)
+
+
+def at_horizon(problem: Problem, steps: int, damping: str, learning_rate: float) -> Problem:
+    """Tie a problem's damping to a number of further steps.
+
+    Parameters
+    ----------
+    problem : Problem
+        Any.
+    steps : int
+        Further training steps.
+    damping : {"horizon", "flow"}
+        How to tie it.
+    learning_rate : float
+        Of those steps.
+
+    Returns
+    -------
+    Problem
+        With other settings.
+    """
+    settings = replace(
+        problem.settings, horizon=steps, damping=damping, learning_rate=learning_rate
+    )
+    return replace(problem, settings=settings)
+
+
+def random_vector(problem: Problem) -> Tensor:
+    """Draw a vector over the parameters.
+
+    Parameters
+    ----------
+    problem : Problem
+        With the seed.
+
+    Returns
+    -------
+    Tensor of shape (n_parameters,)
+        Standard normal, the same in every precision.
+    """
+    size = sum(p.numel() for p in problem.parameters.values())
+    generator = torch.Generator().manual_seed(problem.settings.seed)
+    vector = torch.randn(size, generator=generator, dtype=torch.float64)
+    return vector.to(problem.network.device, problem.network.dtype)

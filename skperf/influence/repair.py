@@ -1,0 +1,315 @@
+"""Change a network a little: to correct predictions, or to forget rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from skperf.backbone.network import Network
+from skperf.backbone.parameters import Parameters
+
+Rows = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """Where a change of the parameters ended.
+
+    Parameters
+    ----------
+    parameters : dict of str to Tensor
+        Changed parameters.
+    n_steps : int
+        Gradient steps taken.
+    length : float
+        Euclidean distance from the start.
+    flipped : Tensor of bool, shape (n_queries,)
+        Which queries are now predicted as wanted.
+    """
+
+    parameters: Parameters
+    n_steps: int
+    length: float
+    flipped: Tensor
+
+
+def predicted_as(network: Network, parameters: Parameters, rows: Rows) -> Tensor:
+    """Tell which rows are predicted as labelled.
+
+    Parameters
+    ----------
+    network : Network
+        In evaluation mode.
+    parameters : dict of str to Tensor
+        Used in place of its own.
+    rows : tuple of Tensor
+        Inputs and labels.
+
+    Returns
+    -------
+    Tensor of bool, shape (n,)
+        True where the label has the largest logit.
+    """
+    inputs, codes = rows
+    with torch.no_grad():
+        parts = [network(part, parameters).argmax(1) for part in inputs.split(1024)]
+    return torch.cat(parts) == codes
+
+
+def accuracy(network: Network, parameters: Parameters, rows: Rows) -> float:
+    """Share of rows predicted as labelled.
+
+    Parameters
+    ----------
+    network : Network
+        In evaluation mode.
+    parameters : dict of str to Tensor
+        Used in place of its own.
+    rows : tuple of Tensor
+        Inputs and labels.
+
+    Returns
+    -------
+    float
+        Between 0 and 1.
+    """
+    return float(predicted_as(network, parameters, rows).double().mean())
+
+
+def smallest_flip(
+    network: Network,
+    start: Parameters,
+    rows: Rows,
+    queries: Rows,
+    *,
+    sign: float = -1.0,
+    learning_rate: float = 0.1,
+    max_steps: int = 50,
+    n_backtracks: int = 4,
+) -> Displacement:
+    """Train on a few rows until the queries flip, and go no further than that.
+
+    Step sizes are halved twice at a time as long as the queries still flip within
+    `max_steps`; of the paths that flip most queries the shortest is kept, its last step cut
+    by bisection.
+
+    Parameters
+    ----------
+    network : Network
+        In evaluation mode.
+    start : dict of str to Tensor
+        Parameters to change.
+    rows : tuple of Tensor
+        Inputs and labels to train on.
+    queries : tuple of Tensor
+        Inputs and wanted labels.
+    sign : float, default=-1.0
+        -1 descends on the rows' mean loss, +1 ascends.
+    learning_rate : float, default=0.1
+        First step size.
+    max_steps : int, default=50
+        Most steps of a path.
+    n_backtracks : int, default=4
+        Most reductions of the step size.
+
+    Returns
+    -------
+    Displacement
+        The best path.
+    """
+    best: Displacement | None = None
+    for _ in range(n_backtracks + 1):
+        path = _path(network, start, rows, queries, sign * learning_rate, max_steps)
+        if best is not None and int(path.flipped.sum()) < int(best.flipped.sum()):
+            break
+        if best is None or path.length < best.length or path.flipped.sum() > best.flipped.sum():
+            best = path
+        learning_rate /= 4
+    assert best is not None
+    return best
+
+
+def _path(
+    network: Network, start: Parameters, rows: Rows, queries: Rows, step: float, max_steps: int
+) -> Displacement:
+    current = start
+    flipped = predicted_as(network, start, queries)
+    taken = 0
+    while taken < max_steps and not bool(flipped.all()):
+        following = moved(current, _gradient(network, current, rows), step)
+        if not all(bool(torch.isfinite(p).all()) for p in following.values()):
+            break
+        after = predicted_as(network, following, queries)
+        taken += 1
+        if bool(after.all()):
+            following = _bisected(network, current, following, queries)
+        current, flipped = following, after
+    return Displacement(current, taken, distance(start, current), flipped)
+
+
+def _gradient(network: Network, parameters: Parameters, rows: Rows) -> Parameters:
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    with torch.enable_grad():
+        loss = functional.cross_entropy(network(rows[0], leaves), rows[1])
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def _between(first: Parameters, second: Parameters, share: float) -> Parameters:
+    return {name: torch.lerp(first[name], second[name], share) for name in first}
+
+
+def _bisected(
+    network: Network, before: Parameters, after: Parameters, queries: Rows, n_halvings: int = 6
+) -> Parameters:
+    low, high = 0.0, 1.0
+    for _ in range(n_halvings):
+        middle = (low + high) / 2
+        if bool(predicted_as(network, _between(before, after, middle), queries).all()):
+            high = middle
+        else:
+            low = middle
+    return _between(before, after, high)
+
+
+def distance(first: Parameters, second: Parameters) -> float:
+    """Euclidean distance of two sets of parameters.
+
+    Parameters
+    ----------
+    first, second : dict of str to Tensor
+        Of the same names and shapes.
+
+    Returns
+    -------
+    float
+        Not negative.
+    """
+    return float(sum(float((first[name] - second[name]).square().sum()) for name in first) ** 0.5)
+
+
+def largest_allowed(
+    network: Network,
+    start: Parameters,
+    end: Parameters,
+    guard: Rows,
+    least: float,
+    n_halvings: int = 6,
+) -> tuple[Parameters, float]:
+    """Go from start towards end as far as a guard set's accuracy allows.
+
+    Parameters
+    ----------
+    network : Network
+        In evaluation mode.
+    start, end : dict of str to Tensor
+        Parameters.
+    guard : tuple of Tensor
+        Inputs and labels.
+    least : float
+        Accuracy that must be kept.
+    n_halvings : int, default=6
+        Precision of the bisection.
+
+    Returns
+    -------
+    parameters : dict of str to Tensor
+        On the line between the two.
+    share : float
+        1 if the end itself is allowed.
+    """
+    if accuracy(network, end, guard) >= least:
+        return end, 1.0
+    low, high = 0.0, 1.0
+    for _ in range(n_halvings):
+        middle = (low + high) / 2
+        if accuracy(network, _between(start, end, middle), guard) >= least:
+            low = middle
+        else:
+            high = middle
+    return _between(start, end, low), low
+
+
+def harmonic_mean(forgotten: float, kept: float) -> float:
+    """F1 of forgetting: harmonic mean of error on the removed and accuracy on the rest.
+
+    Parameters
+    ----------
+    forgotten : float
+        One minus the accuracy on the removed rows.
+    kept : float
+        Accuracy on the others.
+
+    Returns
+    -------
+    float
+        Between 0 and 1.
+    """
+    total = forgotten + kept
+    return 2 * forgotten * kept / total if total > 0 else 0.0
+
+
+def best_scale(
+    network: Network,
+    start: Parameters,
+    direction: Parameters,
+    removed: Rows,
+    others: Rows,
+    scales: Sequence[float],
+    *,
+    n_refinements: int = 6,
+) -> tuple[float, float]:
+    """Choose how far to go along an unlearning direction, on held-out rows.
+
+    Parameters
+    ----------
+    network : Network
+        In evaluation mode.
+    start, direction : dict of str to Tensor
+        Parameters and what is added to them.
+    removed, others : tuple of Tensor
+        Held-out rows of what is to be forgotten, and of what is to be kept.
+    scales : sequence of float
+        Candidates, ascending.
+    n_refinements : int, default=6
+        Further candidates between the neighbours of the best one.
+
+    Returns
+    -------
+    scale : float
+        The best one; the smallest of equals.
+    f1 : float
+        Its :func:`harmonic_mean`.
+    """
+
+    def quality(scale: float) -> float:
+        there = moved(start, direction, scale)
+        forgotten = 1 - accuracy(network, there, removed)
+        return harmonic_mean(forgotten, accuracy(network, there, others))
+
+    scores = [quality(scale) for scale in scales]
+    best = max(range(len(scales)), key=lambda i: scores[i])
+    low, high = scales[max(best - 1, 0)], scales[min(best + 1, len(scales) - 1)]
+    between = [low + (high - low) * (i + 1) / (n_refinements + 1) for i in range(n_refinements)]
+    candidates = [(scales[best], scores[best]), *((scale, quality(scale)) for scale in between)]
+    return max(candidates, key=lambda pair: (pair[1], -pair[0]))
+
+
+def moved(parameters: Parameters, direction: Parameters, scale: float) -> Parameters:
+    """Add a multiple of a direction.
+
+    Parameters
+    ----------
+    parameters, direction : dict of str to Tensor
+        Of the same names and shapes.
+    scale : float
+        Factor of the direction.
+
+    Returns
+    -------
+    dict of str to Tensor
+        New tensors.
+    """
+    return {name: p + scale * direction[name] for name, p in parameters.items()}

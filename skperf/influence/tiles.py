@@ -1,0 +1,387 @@
+"""Cut work into tiles: gather gradients batch by batch, score block by block, keep the largest."""
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skperf.backbone.network import Network
+from skperf.backbone.progress import track
+from skperf.influence.captures import Tape
+from skperf.influence.gradients import (
+    Factor,
+    Gradients,
+    convert,
+    inner,
+    n_bytes,
+    take,
+    with_tensors,
+)
+
+Cotangents = Tensor | Callable[[Tensor, Tensor], Tensor]
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def budget_in_bytes(budget: str | float) -> int:
+    """Read a memory budget.
+
+    Parameters
+    ----------
+    budget : str or float
+        Bytes, or a text such as ``"500MB"`` or ``"2GB"``.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Raises
+    ------
+    ValueError
+        If the text is not understood or the number is not positive.
+    """
+    if not isinstance(budget, str):
+        size = float(budget)
+    else:
+        text = budget.strip().lower().removesuffix("b").strip()
+        prefix = text[-1:] if text[-1:] in "kmgt" else ""
+        try:
+            size = float(text.removesuffix(prefix)) * _UNITS[prefix]
+        except ValueError:
+            raise ValueError(
+                f"memory_budget={budget!r} is not understood; write bytes or '2GB'."
+            ) from None
+    if not size > 0:
+        raise ValueError(f"memory_budget={budget!r} must be positive.")
+    return int(size)
+
+
+class Shelf:
+    """Room for gradients: memory, or a folder of files once they exceed a budget.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes that may stay in memory.
+    folder : str or Path, optional
+        Where files go; by default the system's place for temporary files. They vanish with
+        this object.
+    """
+
+    def __init__(self, budget: int, folder: str | os.PathLike[str] | None = None) -> None:
+        self.budget = budget
+        self.folder = folder
+        self.used = 0
+        self.home: Path | None = None
+
+    def empty(self, n: int, like: Factor) -> Factor:
+        """Make room for gradients of one layer.
+
+        Parameters
+        ----------
+        n : int
+            Rows.
+        like : Factor
+            A sample, for kind, shapes and types.
+
+        Returns
+        -------
+        Factor
+            Not initialised, on the CPU.
+        """
+        return with_tensors(like, *(self._tensor(n, tensor) for tensor in like.tensors))
+
+    def _tensor(self, n: int, like: Tensor) -> Tensor:
+        size = n * like[0].numel() * like.element_size()
+        if self.used + size <= self.budget or size == 0:
+            self.used += size
+            return torch.empty(n, *like.shape[1:], dtype=like.dtype)
+        if self.home is None:
+            self.home = Path(tempfile.mkdtemp(prefix="skperf-influence-", dir=self.folder))
+            weakref.finalize(self, shutil.rmtree, self.home, ignore_errors=True)
+        path = self.home / f"{len(list(self.home.iterdir()))}.bin"
+        dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
+        stored = np.memmap(path, dtype, "w+", shape=(n, *like.shape[1:]))
+        return torch.from_numpy(stored)
+
+
+def gather(
+    network: Network,
+    record: Callable[[Network, Tensor], Tape],
+    X: NDArray[Any] | Tensor,
+    cotangents: Cotangents,
+    *,
+    examples: Tensor | None = None,
+    batch_size: int,
+    shelf: Shelf | None = None,
+    verbose: int = 0,
+) -> Gradients:
+    """Pull gradients of many rows, each example run forward once.
+
+    Parameters
+    ----------
+    network : Network
+        Opened by :func:`~skperf.influence.captures.recording`.
+    record : callable
+        ``record(network, inputs)`` gives a :class:`~skperf.influence.captures.Tape`.
+    X : array of shape (n, ...)
+        Rows.
+    cotangents : Tensor of shape (m, n_classes) or callable
+        What to pull back; as a function ``(logits, rows) -> (len(rows), n_classes)``.
+    examples : Tensor of shape (m,), optional
+        Row of `X` that each cotangent belongs to; by default all rows in order.
+    batch_size : int
+        Rows that go through the network at once.
+    shelf : Shelf, optional
+        Where the result is kept.
+    verbose : int, default=0
+        Show progress.
+
+    Returns
+    -------
+    list of Factor
+        m gradients, one factor a layer, on the CPU.
+    """
+    examples = torch.arange(len(X)) if examples is None else examples
+    shelf = shelf or Shelf(2**62)
+    results: Gradients = []
+    batches = list(_batches_by_count(examples, batch_size))
+    for members, positions in track(batches, description="gradients", verbose=verbose):
+        inputs = network.tensor(X[_index(members)])
+        if inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        tape = record(network, inputs)
+        for rows in positions.T:
+            wanted = (
+                cotangents[rows]
+                if isinstance(cotangents, Tensor)
+                else cotangents(tape.logits.detach(), rows)
+            )
+            pulled = tape.pull(wanted.to(tape.logits))
+            if not results:
+                results = [shelf.empty(len(examples), factor) for factor in pulled]
+            _put(results, _index(rows), pulled)
+    return results
+
+
+def _batches_by_count(examples: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Group examples with equally many cotangents, so that no backward pass is wasted."""
+    if len(examples) == 0:
+        return
+    order = examples.argsort(stable=True)
+    counts = torch.bincount(examples)
+    starts = counts.cumsum(0) - counts
+    for count in counts[counts > 0].unique().tolist():
+        for members in (counts == count).nonzero()[:, 0].split(batch_size):
+            yield members, order[starts[members, None] + torch.arange(count)]
+
+
+def _index(rows: Tensor) -> Any:
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows) and bool((rows.diff() == 1).all()):
+        return slice(first, last + 1)
+    return rows.numpy()
+
+
+def _put(results: Gradients, rows: Any, pulled: Gradients) -> None:
+    for room, factor in zip(results, pulled, strict=True):
+        for tensor, values in zip(room.tensors, factor.tensors, strict=True):
+            tensor[rows] = values.detach().to(tensor.device)
+
+
+Terms = list[tuple[int, Factor]]
+
+
+def block(
+    terms: Terms, train: Sequence[Factor], scale: float, device: torch.device
+) -> NDArray[Any]:
+    """Score one tile.
+
+    Parameters
+    ----------
+    terms : list of (int, Factor)
+        Query gradients after the method's map, each with the factor of `train` it meets.
+    train : sequence of Factor
+        Rows of the tile.
+    scale : float
+        Multiplies everything.
+    device : torch.device
+        Where to compute.
+
+    Returns
+    -------
+    ndarray of shape (n_queries, n_rows)
+        Scores.
+    """
+    rows = convert(train, device=device)
+    queries = convert([factor for _, factor in terms], device=device)
+    scores = inner(queries, [rows[which] for which, _ in terms])
+    return scores.mul_(scale).cpu().numpy()
+
+
+def tile_lengths(n_queries: int, n_train: int, row_bytes: int, budget: int) -> tuple[int, int]:
+    """Choose tiles that fit a memory budget.
+
+    Parameters
+    ----------
+    n_queries, n_train : int
+        Size of the whole.
+    row_bytes : int
+        Bytes of one gradient.
+    budget : int
+        Bytes for one tile and the gradients that enter it.
+
+    Returns
+    -------
+    tuple of int
+        Queries and training rows in a tile.
+
+    Raises
+    ------
+    ValueError
+        If not even a tile of 1 x 1 fits; the message says what would.
+    """
+    queries = min(n_queries, 1024)
+    rows = min(n_train, 4096)
+    while queries * row_bytes + rows * row_bytes + 3 * 8 * queries * rows > budget:
+        if queries == rows == 1:
+            needed = 2 * row_bytes + 24
+            raise ValueError(
+                f"memory_budget of {budget:,} bytes cannot hold one tile: a single gradient takes "
+                f"{row_bytes:,} bytes; the smallest budget that fits is {needed:,} bytes."
+            )
+        queries, rows = (
+            (max(1, queries // 2), rows) if queries >= rows else (queries, max(1, rows // 2))
+        )
+    return max(queries, 1), max(rows, 1)
+
+
+def scored_tiles(
+    terms: Terms,
+    train: Gradients,
+    *,
+    scale: float,
+    length: int,
+    device: torch.device,
+    n_jobs: int | None = None,
+) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Score some queries against all training rows, tile by tile.
+
+    Parameters
+    ----------
+    terms : list of (int, Factor)
+        Query gradients after the method's map.
+    train : list of Factor
+        All training rows.
+    scale : float
+        Multiplies everything.
+    length : int
+        Training rows in a tile.
+    device : torch.device
+        Where to compute.
+    n_jobs : int, optional
+        Tiles at once, through joblib and whatever backend it is told to use.
+
+    Yields
+    ------
+    rows : slice
+        Training rows.
+    scores : ndarray of shape (n_queries, n_rows)
+        Their scores.
+    """
+    n = len(train[0])
+    slices = [slice(start, min(start + length, n)) for start in range(0, n, length)]
+    if n_jobs in (None, 1) or len(slices) == 1:
+        for rows in slices:
+            yield rows, block(terms, take(train, rows), scale, device)
+        return
+    jobs = (delayed(block)(terms, take(train, rows), scale, device) for rows in slices)
+    parallel = Parallel(n_jobs, prefer="threads", return_as="generator")
+    yield from zip(slices, parallel(jobs), strict=True)
+
+
+class Largest:
+    """Running top k of every row of a matrix that is seen in column tiles.
+
+    Parameters
+    ----------
+    k : int
+        How many to keep.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.values: NDArray[Any] | None = None
+        self.indices: NDArray[Any] | None = None
+
+    def add(self, rows: slice, scores: NDArray[Any]) -> None:
+        """Take a tile into account.
+
+        Parameters
+        ----------
+        rows : slice
+            Columns of the tile.
+        scores : ndarray of shape (n, n_columns)
+            Its values.
+        """
+        indices = np.broadcast_to(np.arange(rows.start, rows.stop), scores.shape)
+        if self.values is not None and self.indices is not None:
+            scores = np.concatenate([self.values, scores], 1)
+            indices = np.concatenate([self.indices, indices], 1)
+        # equal values keep the order of the rows, however they were cut into tiles
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : self.k]
+        self.values = np.take_along_axis(scores, order, 1)
+        self.indices = np.take_along_axis(indices, order, 1)
+
+
+def bytes_of_row(gradients: Sequence[Factor]) -> int:
+    """Memory of one gradient.
+
+    Parameters
+    ----------
+    gradients : sequence of Factor
+        At least one row.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    return n_bytes(take(gradients, slice(0, 1)))
+
+
+def only_candidates(
+    scores: NDArray[Any], close: NDArray[np.intp], rows: slice, fill: float
+) -> NDArray[Any]:
+    """Keep the scores of each query's candidates in a tile.
+
+    Parameters
+    ----------
+    scores : ndarray of shape (n_queries, n_rows)
+        The tile.
+    close : ndarray of int, shape (n_queries, k)
+        Candidates of each query, of all training rows.
+    rows : slice
+        Training rows of the tile.
+    fill : float
+        For all others.
+
+    Returns
+    -------
+    ndarray of shape (n_queries, n_rows)
+        A copy.
+    """
+    kept = np.full_like(scores, fill)
+    query, which = np.nonzero((close >= rows.start) & (close < rows.stop))
+    column = close[query, which] - rows.start
+    kept[query, column] = scores[query, column]
+    return kept
