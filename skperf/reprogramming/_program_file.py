@@ -20,7 +20,6 @@ _PARAMETERS = (
     "input_range",
     "layout",
     "border",
-    "resize",
     "bound",
     "clip",
     "text",

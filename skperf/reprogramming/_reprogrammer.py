@@ -12,7 +12,6 @@ from sklearn.base import (
     TransformerMixin,
 )
 from sklearn.utils import Bunch, check_random_state
-from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._sklearn import check_sample_weight, fit_context
@@ -38,9 +37,153 @@ _PRIVATE = ("_task", "_module", "_n_features_out")
 class Reprogrammer(
     ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator
 ):
-    """A classifier around a frozen encoder that it never touches.
+    """Classifier around a frozen encoder: a program on its inputs and one on its tokens.
 
-    DOCSTRING
+    Logits are ``scale * mix(u, u0) @ mix(q, q0).T``, where u and q embed the reprogrammed
+    images and prompts, u0 and q0 the plain ones, and ``mix(a, b) = (1 - alpha) a + alpha b``.
+    Only the programs are trained; the encoder is shared by clones and left as it was found.
+
+    Parameters
+    ----------
+    encoder : object, optional
+        A transformers ``CLIPModel`` or ``SiglipModel``; an object with ``encode_image`` and
+        ``encode_text`` as in open_clip; any ``nn.Module`` from images to logits or features;
+        a callable from arrays (n, channels, height, width) to scores (n, s), with `gradient`
+        "rge" or "spsa". None: fixed features of flat rows of any range.
+    processor, tokenizer : object, optional
+        A transformers processor; a transformers or open_clip tokenizer.
+    class_names : list or dict, optional
+        In the order of ``classes_``, or by label; by default the labels as words.
+    prompts : str or list of str, default="a photo of a {}"
+        Templates; the embeddings of several are averaged.
+    image_shape : tuple, optional
+        (height, width) or (channels, height, width) of flat rows.
+    channels : {"first", "last"}, default="first"
+        Where 4-D arrays have their channels; one channel is repeated where three are needed.
+    input_range : pair of float, default=(0, 1)
+        Darkest and brightest value of float images.
+    normalize : "auto", None or (mean, std), default="auto"
+        Of the encoder's input; "auto" takes what encoder or processor say.
+    canvas : "auto", int or (height, width), default="auto"
+        Size that the encoder sees; "auto" takes the encoder's own, else that of the images.
+    layout : {"overlay", "pad"}, default="overlay"
+        Whether the border lies on the picture's edge or the picture shrinks into it.
+    border : int, default=16
+        Width of the border in pixels of the canvas (meant for 224).
+    bound : {"tanh", "clamp", "none"}, default="tanh"
+        Keeps the border's values in (-1, 1).
+    clip : {"inward", "plain"}, default="inward"
+        Gradient of the clipping to [0, 1]: "inward" lets no pixel get stuck outside.
+    init : {"zeros", "normal"}, default="zeros"
+        Start of the border; zeros start from the plain picture.
+    text : {"auto", "none", "bias", "position", "table", "table+position"}, default="auto"
+        What is added to token embeddings: one row, a row for each position, one for each
+        token in the prompts. "auto" is "table" with `head` "prompts".
+    head : {"auto", "prompts", "mapping", "linear"}, default="auto"
+        Class prompts, a map of the encoder's own labels, or a trained linear layer (which
+        starts from the prompts, if there are any). "auto" goes by the encoder.
+    mapping : {"blm", "blm+", "rlm", "flm", "ilm", "linear"} or array (s, n_classes), default="blm"
+        Bayesian, its soft form, random, frequent, iterative, trained, or given.
+    mapping_m : int, default=1
+        Source labels of a class in the one-to-one mappings.
+    mapping_smoothing : float, default=1.0
+        Of the Bayesian mappings.
+    objective : {"cross_entropy", "contrastive"}, default="cross_entropy"
+        Over all classes, or between the images and captions of a batch.
+    focal_gamma, focal_alpha : float, default=0.0, 1.0
+        Exponent and factor of the focal form.
+    alpha : "auto", float or list of float, default="auto"
+        0 = reprogrammed, 1 = zero-shot. The best of a list, of 0, 0.1, ..., 1 for "auto", on
+        the rows held out; 0 where there is no zero-shot head.
+    renormalize : bool, default=False
+        Whether mixed embeddings are scaled back to unit length.
+    logit_scale : "encoder", "calibrated" or float, default="encoder"
+        Between cosines and logits; "calibrated" fits it to the rows held out.
+    ood_score : {"mcm", "max_logit", "energy", "entropy", "disagreement"}, default="mcm"
+        Score of :meth:`score_samples`.
+    ood_temperature : float, default=1.0
+        Divides the cosines (or logits) in the score.
+    ood_retention : float, default=0.95
+        Share of the rows held out that the threshold keeps.
+    lr, text_lr, head_lr : float, default=LRS
+        Learning rates of border, text delta and linear head.
+    weight_decay, text_decay : float, default=0.0
+        Coupled decay of the border, decoupled decay of the text delta towards the
+        pre-trained embeddings.
+    schedule : {"cosine", "constant"}, default="cosine"
+        Of the learning rates.
+    warmup : float, default=0.05
+        Share of the steps; from 1 on, their number.
+    max_epochs : int, default=25
+        0 is the zero-shot classifier.
+    batch_size : int, default=128
+        Images in a step.
+    validation_fraction : float, default=0.1
+        Share of every class held out for alpha, threshold and early stopping; where
+        nothing is held out these are taken from the training rows.
+    early_stopping : bool, default=False
+        Stop when the loss held out has not improved, and go back to its best.
+    n_iter_no_change : int, default=5
+        Epochs of patience.
+    gradient : {"exact", "rge", "spsa"}, default="exact"
+        How the border's gradient is found; the latter two only call the encoder.
+    n_directions, smoothing : int, float, default=8, 0.01
+        Number and length of the differences of an estimated gradient.
+    query_budget : int, optional
+        Images that `fit` may send to the encoder.
+    device : str, optional
+        Where to work; an encoder that lives elsewhere is copied there.
+    random_state : int, RandomState or None, default=None
+        Seeds the split, the order and whatever is drawn.
+    verbose : int, default=0
+        Above 0, shows progress.
+    net_params : dict, optional
+        Passed on to the skorch net, such as ``{"callbacks": [...]}``.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        Labels.
+    program_ : ndarray of shape (channels, height, width) or (n_features,)
+        What is added to images.
+    text_delta_ : ndarray of shape (n_rows, width) or None
+        What is added to tokens: rows of ``used_tokens_``, then of positions.
+    used_tokens_ : ndarray of shape (n_used,) or None
+        Token ids with a row of their own.
+    class_embeddings_ : ndarray of shape (n_classes, d) or None
+        What images are held against, mixed by ``alpha_``.
+    label_mapping_ : ndarray of shape (s, n_classes) or None
+        With `head` "mapping".
+    alpha_, logit_scale_, ood_threshold_ : float
+        What was chosen.
+    alpha_curve_ : AlphaCurve or None
+        Accuracy and loss of each alpha on the rows held out.
+    encoder_ : FrozenEncoder
+        Handle to the encoder.
+    net_ : ProgramNet
+        The skorch net, with ``history_``; it owns the programs only.
+    history_ : skorch.History
+        Losses by epoch.
+    n_iter_, n_queries_ : int
+        Epochs, and images that `fit` sent to the encoder.
+
+    See Also
+    --------
+    RELEASED_SETTINGS : What the authors' released code does, as parameters.
+
+    References
+    ----------
+    Geng and Chen, "Model Reprogramming Outperforms Fine-tuning on Out-of-distribution Data
+    in Text-Image Encoders" (SaTML 2024).
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from skperf import Reprogrammer
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = Reprogrammer(random_state=0).fit(X, y)
+    >>> bool(model.score(X, y) > 0.9)
+    True
     """
 
     _parameter_constraints = CONSTRAINTS
@@ -60,7 +203,6 @@ class Reprogrammer(
         canvas="auto",
         layout="overlay",
         border=16,
-        resize="bicubic",
         bound="tanh",
         clip="inward",
         init="zeros",
@@ -68,7 +210,6 @@ class Reprogrammer(
         head="auto",
         mapping="blm",
         mapping_m=1,
-        mapping_interval=1,
         mapping_smoothing=1.0,
         objective="cross_entropy",
         focal_gamma=0.0,
@@ -91,7 +232,6 @@ class Reprogrammer(
         validation_fraction=0.1,
         early_stopping=False,
         n_iter_no_change=5,
-        class_weight=None,
         gradient="exact",
         n_directions=8,
         smoothing=0.01,
@@ -113,7 +253,6 @@ class Reprogrammer(
         self.canvas = canvas
         self.layout = layout
         self.border = border
-        self.resize = resize
         self.bound = bound
         self.clip = clip
         self.init = init
@@ -121,7 +260,6 @@ class Reprogrammer(
         self.head = head
         self.mapping = mapping
         self.mapping_m = mapping_m
-        self.mapping_interval = mapping_interval
         self.mapping_smoothing = mapping_smoothing
         self.objective = objective
         self.focal_gamma = focal_gamma
@@ -144,7 +282,6 @@ class Reprogrammer(
         self.validation_fraction = validation_fraction
         self.early_stopping = early_stopping
         self.n_iter_no_change = n_iter_no_change
-        self.class_weight = class_weight
         self.gradient = gradient
         self.n_directions = n_directions
         self.smoothing = smoothing
@@ -363,11 +500,7 @@ class Reprogrammer(
         ndarray of shape (n, channels, height, width)
             In [0, 1].
         """
-        images = self._images(X)
-        module = self._module
-        return self._run(
-            images, lambda x: module.program.add(module.program.place(x), module.weights)
-        )
+        return self._run(X, lambda module, images: module.reprogram(images))
 
     def alpha_path(self, X, y, alphas=ALPHA_GRID):
         """Follow accuracy and score along the residual, without refitting.
@@ -483,10 +616,9 @@ class Reprogrammer(
         if not known.all():
             raise ValueError(f"y holds labels that are not among the classes: {y[~known][:10]}.")
         weight = None
-        if sample_weight is not None or self.class_weight is not None:
+        if sample_weight is not None:
             weight = check_sample_weight(sample_weight, X, dtype=np.float64)
-            weight = weight * compute_sample_weight(self.class_weight, y)
-            if len(np.unique(y[weight > 0])) < 2:
+            if classes is None and len(np.unique(y[weight > 0])) < 2:
                 raise ValueError("only one class has rows of positive weight.")
         return images, np.searchsorted(labels, y), labels, weight
 

@@ -42,7 +42,6 @@ CONSTRAINTS = {
     "canvas": [StrOptions({"auto"}), "array-like", *_COUNT],
     "layout": [StrOptions({"overlay", "pad"})],
     "border": [Integral],
-    "resize": [StrOptions({"bicubic", "bilinear", "nearest"})],
     "bound": [StrOptions(set(BOUNDS))],
     "clip": [StrOptions({"inward", "plain"})],
     "init": [StrOptions({"zeros", "normal"})],
@@ -50,7 +49,6 @@ CONSTRAINTS = {
     "head": [StrOptions({"auto", "prompts", "mapping", "linear"})],
     "mapping": [StrOptions(set(MAPPINGS)), "array-like"],
     "mapping_m": _COUNT,
-    "mapping_interval": _COUNT,
     "mapping_smoothing": _NOT_NEGATIVE,
     "objective": [StrOptions({"cross_entropy", "contrastive"})],
     "focal_gamma": _NOT_NEGATIVE,
@@ -73,7 +71,6 @@ CONSTRAINTS = {
     "validation_fraction": [Interval(Real, 0, 1, closed="left")],
     "early_stopping": ["boolean"],
     "n_iter_no_change": _COUNT,
-    "class_weight": [StrOptions({"balanced"}), dict, None],
     "gradient": [Options(str, {"exact", "rge", "spsa"})],
     "n_directions": _COUNT,
     "smoothing": _POSITIVE,
@@ -224,7 +221,7 @@ def as_images(X, *, image_shape, channels, input_range, any_rows):
         If shape or range are not those of images.
     """
     if any_rows:
-        return torch.as_tensor(np.ascontiguousarray(X, dtype=np.float64)).flatten(1)
+        return _tensor(X, np.float64).flatten(1)
     if X.ndim == 2:
         X = X.reshape(len(X), *_row_shape(X.shape[1], image_shape))
     elif X.ndim == 4:
@@ -240,7 +237,7 @@ def as_images(X, *, image_shape, channels, input_range, any_rows):
             "(n, height, width, channels) set channels='last'."
         )
     if X.dtype == np.uint8:
-        return torch.as_tensor(np.ascontiguousarray(X)).float() / 255
+        return _tensor(X, np.uint8).float() / 255
     low, high = (float(bound) for bound in input_range)
     smallest, largest = float(X.min()), float(X.max())
     slack = 1e-4 * (high - low)
@@ -250,7 +247,7 @@ def as_images(X, *, image_shape, channels, input_range, any_rows):
             f"[{low:g}, {high:g}] or uint8. Already normalised? Give the images as they were: "
             "the encoder's normalisation is done inside (or set input_range)."
         )
-    images = torch.as_tensor(np.ascontiguousarray(X, dtype=np.float32))
+    images = _tensor(X, np.float32)
     return images if (low, high) == (0, 1) else ((images - low) / (high - low)).clamp(0, 1)
 
 
@@ -289,6 +286,11 @@ def class_texts(class_names, classes):
             "a dict by label."
         )
     return [str(name) for name in class_names]
+
+
+def _tensor(X, dtype):
+    # torch takes no array that it may not write to
+    return torch.as_tensor(np.require(X, dtype, ["C", "W"]))
 
 
 def _row_shape(n_features, image_shape):
@@ -381,7 +383,6 @@ def _program(estimator, encoder, images):
         int(estimator.border),
         layout=estimator.layout,
         bound=estimator.bound,
-        resize=estimator.resize,
         clip=estimator.clip,
     )
 

@@ -46,8 +46,6 @@ class ProgramNet(Net):
         Images that training may send to the encoder.
     mapping : str, optional
         Name of a label mapping that is refreshed between epochs.
-    mapping_interval : int, default=1
-        Epochs between two refreshments.
     mapping_per_class : int, default=1
         Source labels of a class in one-to-one mappings.
     mapping_smoothing : float, default=1.0
@@ -66,7 +64,6 @@ class ProgramNet(Net):
         smoothing=0.01,
         query_budget=None,
         mapping=None,
-        mapping_interval=1,
         mapping_per_class=1,
         mapping_smoothing=1.0,
         **kwargs,
@@ -77,7 +74,6 @@ class ProgramNet(Net):
         self.smoothing = smoothing
         self.query_budget = query_budget
         self.mapping = mapping
-        self.mapping_interval = mapping_interval
         self.mapping_per_class = mapping_per_class
         self.mapping_smoothing = mapping_smoothing
         super().__init__(module, **kwargs)
@@ -158,9 +154,8 @@ class ProgramNet(Net):
             As in skorch.
         """
         super().on_epoch_end(net, **kwargs)
-        due = len(self.history) % self.mapping_interval == 0
         # the program of the last epoch was trained against the mapping it had then
-        if self.mapping in REFRESHED and due and len(self.history) < self.max_epochs:
+        if self.mapping in REFRESHED and len(self.history) < self.max_epochs:
             self.set_mapping(self.counts_)
         self.counts_ = None
 
@@ -209,10 +204,22 @@ class ProgramNet(Net):
         mapping = estimate(counts, self.mapping_per_class, self.mapping_smoothing)
         self.module_.mapping.copy_(mapping)
 
+    def __getstate__(self):
+        # skorch writes module parameters to a stream of their own: keep the encoder out of
+        # it, so that it is pickled once with whoever else holds it
+        encoder = self.__dict__.get("module__encoder")
+        self.__dict__["module__encoder"] = None
+        try:
+            return super().__getstate__() | {"shared_encoder": encoder}
+        finally:
+            self.__dict__["module__encoder"] = encoder
+
     def __setstate__(self, state):
-        super().__setstate__(state)
+        encoder = state["shared_encoder"]
+        super().__setstate__({k: v for k, v in state.items() if k != "shared_encoder"})
+        self.__dict__["module__encoder"] = encoder
         if hasattr(self, "module_"):
-            self.module_.encoder = self.module__encoder
+            self.module_.encoder = encoder
 
     def _count(self, y_true):
         codes, weight = y_true if isinstance(y_true, tuple | list) else (y_true, None)
@@ -356,7 +363,6 @@ def make_net(estimator, task, images, codes, train, held_out):
         "smoothing": estimator.smoothing,
         "query_budget": _training_budget(estimator, task, len(train), len(held_out)),
         "mapping": estimator.mapping if named else None,
-        "mapping_interval": estimator.mapping_interval,
         "mapping_per_class": estimator.mapping_m,
         "mapping_smoothing": estimator.mapping_smoothing,
         **module_params(task, init=estimator.init, exact=estimator.gradient == "exact"),

@@ -344,7 +344,7 @@ class ReprogrammedClassifier(nn.Module):
         return similarities
 
     def _placed(self, images: Tensor) -> Tensor:
-        if self.image_shape is not None:
+        if images.ndim == 2 and self.image_shape is not None:
             images = images.view(-1, *self.image_shape)
         return self.program.place(images)
 

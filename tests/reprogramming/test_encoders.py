@@ -1,0 +1,167 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+from skperf.reprogramming import Reprogrammer, open_encoder
+from skperf.reprogramming.encoders import CLIP_MEAN, projected
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+TOWER = SMALL | {"num_attention_heads": 2}
+VISION = TOWER | {"image_size": 12, "patch_size": 4}
+TEXT = TOWER | {"vocab_size": 40, "max_position_embeddings": 9}
+
+
+class HuggingFaceTokenizer:
+    """Exactly the calls that the adapters make of a transformers tokenizer."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def __call__(self, texts, padding="longest", max_length=None, return_tensors=None):
+        rows = [[38, *(self.words.index(w) for w in text.split()), 39] for text in texts]
+        length = max(map(len, rows)) if padding == "longest" else max_length
+        ids = torch.tensor([row + [39] * (length - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids != 39).long()}
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.words[i] for i in ids]
+
+
+@pytest.fixture
+def words():
+    return HuggingFaceTokenizer(["a", "photo", "of", "cat", "dog", "bird", "very", "zebra"])
+
+
+@pytest.fixture
+def clip(tmp_path):
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config=TEXT | {"bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 39},
+        vision_config=VISION,
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(tmp_path)
+    return CLIPModel.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def siglip(tmp_path):
+    torch.manual_seed(0)
+    config = SiglipConfig(text_config=TEXT | {"projection_size": 16}, vision_config=VISION)
+    SiglipModel(config).save_pretrained(tmp_path)
+    return SiglipModel.from_pretrained(tmp_path)
+
+
+def test_clip_equals_its_own_forward(clip, words):
+    encoder = open_encoder(clip, tokenizer=words)
+    assert (encoder.image_size, encoder.channels, encoder.mean) == ((12, 12), 3, CLIP_MEAN)
+    images = torch.rand(4, 3, 12, 12)
+    ids = encoder.tokenize(["a photo of a cat", "a dog"])
+    assert ids.shape == (2, 7)
+    with encoder.open(), torch.no_grad():
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.mean, encoder.std))
+        out = clip(pixel_values=(images - mean) / std, input_ids=ids)
+        torch.testing.assert_close(
+            nn.functional.normalize(encoder.encode_image(images), dim=-1), out.image_embeds
+        )
+        text = nn.functional.normalize(encoder.encode_text(ids), dim=-1)
+        torch.testing.assert_close(text, out.text_embeds)
+        similarity = encoder.logit_scale * out.image_embeds @ out.text_embeds.T
+        torch.testing.assert_close(similarity, out.logits_per_image)
+
+
+def test_siglip_equals_its_own_forward(siglip, words):
+    encoder = open_encoder(siglip, tokenizer=words)
+    ids = encoder.tokenize(["a cat", "a dog"])
+    assert ids.shape == (2, 9)  # it pools the last position
+    images = torch.rand(4, 3, 12, 12)
+    with encoder.open(), torch.no_grad():
+        out = siglip(pixel_values=(images - 0.5) / 0.5, input_ids=ids)
+        u = nn.functional.normalize(encoder.encode_image(images), dim=-1)
+        q = nn.functional.normalize(encoder.encode_text(ids), dim=-1)
+        logits = encoder.logit_scale * u @ q.T + encoder.logit_bias
+        torch.testing.assert_close(logits, out.logits_per_image)
+
+
+def test_image_statistics_come_from_the_processor(clip):
+    processor = SimpleNamespace(
+        image_processor=SimpleNamespace(image_mean=[0.1, 0.2, 0.3], image_std=[1.0, 2.0, 3.0])
+    )
+    encoder = open_encoder(clip, processor=processor)
+    assert (encoder.mean, encoder.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+
+
+def test_both_return_styles_are_unwrapped():
+    embeddings = torch.rand(2, 3)
+    record = SimpleNamespace(pooler_output=embeddings, last_hidden_state=torch.rand(2, 5, 4))
+    for output in (embeddings, record, (torch.rand(2, 5, 4), embeddings)):
+        assert projected(output) is embeddings
+    with pytest.raises(TypeError, match="neither embeddings nor a record"):
+        projected(SimpleNamespace(last_hidden_state=torch.rand(2, 5, 4)))
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_hugging_face_models_learn(family, words, pictures, request, tmp_path):
+    model = request.getfixturevalue(family)
+    X, y = pictures
+    reprogrammer = Reprogrammer(
+        model, tokenizer=words, border=3, max_epochs=8, batch_size=32, lr=0.1, random_state=0
+    )
+    before = clone(reprogrammer).set_params(max_epochs=0).fit(X, y)
+    after = clone(reprogrammer).set_params(alpha=0.0).fit(X, y)
+    assert after.encoder is model
+    assert after.history_[-1, "train_loss"] < after.history_[0, "train_loss"]
+    assert after.score(X, y) >= before.score(X, y)
+    after.save_program(tmp_path / "program.safetensors")
+    again = clone(reprogrammer).load_program(tmp_path / "program.safetensors")
+    np.testing.assert_array_equal(again.predict_proba(X), after.predict_proba(X))
+
+
+def test_other_canvas_is_interpolated_by_hugging_face(clip, words, pictures):
+    X, y = pictures
+    model = Reprogrammer(clip, tokenizer=words, canvas=16, border=2, max_epochs=0).fit(X, y)
+    assert model.reprogram(X[:2]).shape == (2, 3, 16, 16)
+
+
+def test_prompt_longer_than_the_context(clip, words, towers, tokenizer, pictures):
+    X, y = pictures
+    with pytest.raises(ValueError, match="needs 10 tokens or more; the text tower takes 9"):
+        Reprogrammer(clip, tokenizer=words, border=2, prompts="very " * 7 + "{}").fit(X, y)
+    with pytest.raises(ValueError, match="needs 9 tokens or more; the text tower takes 8"):
+        Reprogrammer(towers, tokenizer=tokenizer, border=2, prompts="a " * 7 + "{}").fit(X, y)
+
+
+def test_custom_text_tower_and_hugging_face_text_tower_are_found(towers):
+    inner = nn.Embedding(5, 4)
+    text = SimpleNamespace(transformer=SimpleNamespace(get_input_embeddings=lambda: inner))
+    custom = SimpleNamespace(token_embedding=inner)
+    for tower in (text, custom):
+        model = SimpleNamespace(
+            encode_image=lambda x: x, encode_text=lambda x: x, visual=towers.visual, text=tower
+        )
+        assert open_encoder(model).token_embedding is inner
+
+
+def test_modules_are_told_apart_by_their_last_layer():
+    logits = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    features = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1))
+    assert open_encoder(logits).outputs == "logits"
+    assert open_encoder(features).outputs == "features"
+    assert open_encoder(logits).channels == 1
+    assert open_encoder(features).encode_image(torch.rand(3, 1, 6, 6)).shape == (3, 2)
+
+
+def test_unknown_encoder_is_told_what_was_tried(pictures):
+    with pytest.raises(TypeError, match=r"encoder is a int; tried, in this order: .*open_clip"):
+        Reprogrammer(3).fit(*pictures)
+
+
+def test_fingerprints_tell_encoders_apart(clip, siglip):
+    assert open_encoder(clip).fingerprint() == open_encoder(clip).fingerprint()
+    assert open_encoder(clip).fingerprint() != open_encoder(siglip).fingerprint()
+    assert open_encoder(np.sum).fingerprint() != open_encoder(np.mean).fingerprint()

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from skperf.reprogramming.objectives import ClassObjective, focal_cross_entropy
+from skperf.reprogramming.residual import Representations, alpha_curve, mixed
+
+
+def unit(*shape, seed=0):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+    return functional.normalize(values, dim=-1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.4, 1.0])
+def test_disagreement_shortens_the_mix(alpha):
+    u, zero = unit(9, 5), unit(9, 5, seed=1)
+    cosine = (u * zero).sum(1)
+    expected = 1 - 2 * alpha * (1 - alpha) * (1 - cosine)
+    torch.testing.assert_close(mixed(u, zero, alpha).square().sum(1), expected)
+    renormalized = mixed(u, zero, alpha, renormalize=True).norm(dim=1)
+    torch.testing.assert_close(renormalized, torch.ones(9).double())
+
+
+def test_curve_equals_direct_computation():
+    r = Representations(unit(30, 4), unit(30, 4, seed=1), unit(3, 4, seed=2), unit(3, 4, seed=3))
+    codes = torch.arange(30) % 3
+    curve = alpha_curve(r, codes, (0.0, 0.4, 1.0), scale=7.0)
+    for alpha, accuracy, loss in zip(curve.alphas, curve.accuracy, curve.loss, strict=True):
+        images = (1 - alpha) * r.images + alpha * r.images_zero
+        classes = (1 - alpha) * r.classes + alpha * r.classes_zero
+        logits = 7.0 * images @ classes.T
+        assert accuracy == pytest.approx((logits.argmax(1) == codes).double().mean().item())
+        assert loss == pytest.approx(functional.cross_entropy(logits, codes).item(), rel=1e-6)
+    best = curve.best()
+    assert curve.accuracy[curve.alphas.index(best)] == max(curve.accuracy)
+
+
+def test_focal_loss_is_cross_entropy_at_gamma_zero():
+    logits, codes = torch.randn(8, 3).double(), torch.arange(8) % 3
+    torch.testing.assert_close(
+        focal_cross_entropy(logits, codes),
+        functional.cross_entropy(logits, codes, reduction="none"),
+    )
+    p = logits.softmax(1)[torch.arange(8), codes]
+    torch.testing.assert_close(
+        focal_cross_entropy(logits, codes, gamma=4.0, scale=0.8), -0.8 * (1 - p) ** 4 * p.log()
+    )
+
+
+def test_contrast_equals_the_released_loop():
+    """Every image against the caption of every image of the batch, and the reverse."""
+    u, classes = unit(6, 4), unit(3, 4, seed=1)
+    codes = torch.tensor([0, 1, 2, 0, 0, 1])
+    captions = classes[codes]
+    similarity = 10 * u @ captions.T
+    target = torch.arange(6)
+
+    def focal(logits):
+        p = logits.softmax(1)[target, target]
+        return (-0.8 * (1 - p) ** 4 * p.log()).mean()
+
+    expected = (focal(similarity) + focal(similarity.T)) / 2
+    objective = ClassObjective(contrastive=True, gamma=4.0, scale=0.8)
+    torch.testing.assert_close(objective(10 * u @ classes.T, codes), expected)
+    assert np.isfinite(expected.item())
