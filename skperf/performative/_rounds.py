@@ -14,7 +14,6 @@ from skperf.performative.anticipation import (
     Candidate,
     Rows,
     Settings,
-    blend,
     observe,
 )
 from skperf.performative.label_shift import (
@@ -29,6 +28,7 @@ from skperf.performative.paper import fit_paper
 from skperf.performative.response import FITTERS, SHARED
 from skperf.performative.trajectory import STATISTICS
 
+COSTLY = 2000  # parameters above which a linear map among others is refitted at every tenth more
 LADDER = ("fixed", "tied", "curve", "linear", "mlp")
 ROWS_A_ROUND = 256  # kept for the log-loss objective
 ROWS_A_CLASS = 200  # kept to watch the worst recall
@@ -81,9 +81,10 @@ def _name_of(kind):
     return kind if isinstance(kind, str) else kind.__name__
 
 
-def _candidate(kind, adapter, seed, *, alone):
+def _candidate(kind, adapter, seed, *, costly, alone):
     if isinstance(kind, str) and kind in FITTERS:
-        return Candidate(FITTERS[kind])
+        rarely = costly and kind == "linear" and not alone
+        return Candidate(FITTERS[kind], growth=1.1 if rarely else 1.0)
     if isinstance(kind, str) and kind == "paper":
         return Candidate(partial(fit_paper, seed=seed), weigh=False)
     given = {"module": kind} if isinstance(kind, type) and issubclass(kind, nn.Module) else {}
@@ -374,17 +375,3 @@ def interval_of(record, prior, level=0.9):
     worth = max(1.0, size / state.spread)
     tails = np.array([(1 - level) / 2, (1 + level) / 2])[(...,) + (None,) * prior.ndim]
     return beta.ppf(tails, worth * prior, np.maximum(worth * (1 - prior), 1e-9))
-
-
-__all__ = [
-    "LADDER",
-    "Record",
-    "add_counts",
-    "add_round",
-    "batch_prior",
-    "blend",
-    "interval_of",
-    "measure",
-    "prior_of",
-    "settings_of",
-]

@@ -62,7 +62,7 @@ def resampled_maps(
     contender = state.contenders[state.choice.name]
     candidate = settings.candidates[state.choice.name]
     statistics, counts = state.trajectory.pairs()
-    if candidate.growth > 1 or not candidate.weigh or n_bootstrap == 0:
+    if not candidate.weigh or n_bootstrap == 0:
         return [contender.response]
     costly = state.choice.name == "linear" and statistics.shape[1] * counts.shape[1] > COSTLY
     maps = []
