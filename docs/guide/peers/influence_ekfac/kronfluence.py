@@ -34,7 +34,7 @@ analyzer.compute_pairwise_scores(
     factors_name="ekfac",
     query_dataset=test,
     train_dataset=train,
-    per_device_query_batch_size=256,
+    per_device_query_batch_size=len(test),
     score_args=ScoreArguments(damping_factor=None),
 )
 scores = analyzer.load_pairwise_scores("scores")["all_modules"]

@@ -1,5 +1,5 @@
 from pydvl.influence import InfluenceMode, SequentialInfluenceCalculator
-from pydvl.influence.torch import CgInfluence
+from pydvl.influence.torch import NystroemSketchInfluence
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -9,7 +9,7 @@ train = DataLoader(
 test = DataLoader(
     TensorDataset(torch.as_tensor(X_test), torch.as_tensor(y_test)), batch_size=len(X_test)
 )
-model = CgInfluence(module, functional.cross_entropy, regularization=0.01)
-calculator = SequentialInfluenceCalculator(model.fit(train))
+sketch = NystroemSketchInfluence(module, functional.cross_entropy, regularization=0.01, rank=100)
+calculator = SequentialInfluenceCalculator(sketch.fit(train))
 lazy = calculator.influences(test, train, mode=InfluenceMode.Up)
-scores = lazy.compute()[0]
+scores = torch.cat(lazy.compute()[0], 1)

@@ -1,4 +1,0 @@
-from skperf import InfluenceScorer
-
-scorer = InfluenceScorer(module, method="cg", damping=0.01).fit(X_train, y_train)
-scores = scorer.influence(X_test, y_test)
