@@ -180,6 +180,11 @@ def settle(estimator, images, classes):
     program = _program(estimator, encoder, images)
     n_outputs = _width(encoder, program, images[:1])
     _check_mapping(estimator, head, n_outputs, len(classes))
+    if estimator.ood_score == "disagreement" and ids is None:
+        raise ValueError(
+            "ood_score='disagreement' compares with the zero-shot representation, which needs an "
+            "encoder with a text tower and a tokenizer."
+        )
     return Task(
         encoder,
         program,

@@ -21,7 +21,8 @@ class WordTokenizer:
         length = context_length or self.context_length
         rows = torch.zeros(len(texts), length, dtype=torch.long)
         for row, text in zip(rows, texts, strict=True):
-            ids = [1, *(WORDS.index(word) for word in text.split())][: length - 1] + [2]
+            words = [WORDS.index(word) for word in text.split()]
+            ids = [1, *words[: length - 2], 2]
             row[: len(ids)] = torch.tensor(ids)
         return rows
 

@@ -5,8 +5,8 @@ from torch.func import functional_call
 from skperf.reprogramming.encoders import open_encoder
 from skperf.reprogramming.programs import (
     ImageProgram,
-    class_embeddings,
     clamp_inward,
+    class_embeddings,
     filled_prompts,
     resized,
     text_program,

@@ -1,0 +1,131 @@
+"""Encoders without a text tower: label maps, linear heads, black boxes."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from skperf.reprogramming import Reprogrammer
+from tests.reprogramming.conftest import assert_same_state, state_of
+
+
+@pytest.fixture
+def source():
+    """A classifier of seven labels, with batch normalisation and dropout in training mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(6 * 25, 7),
+    ).train()
+
+
+@pytest.fixture
+def parameters():
+    return {"border": 2, "max_epochs": 4, "batch_size": 32, "random_state": 0, "lr": 0.1}
+
+
+@pytest.mark.parametrize("mapping", ["rlm", "flm", "ilm", "blm", "blm+", "linear"])
+def test_every_mapping_learns_and_leaves_the_encoder(source, pictures, parameters, mapping):
+    X, y = pictures
+    before = state_of(source)
+    model = Reprogrammer(source, mapping=mapping, **parameters).fit(X, y)
+    assert_same_state(before, state_of(source))
+    assert model.alpha_ == 0
+    assert model.history_[-1, "train_loss"] < model.history_[0, "train_loss"]
+    assert np.isfinite(model.score_samples(X)).all()
+    assert model.transform(X).shape == (len(X), 7)
+    if mapping != "linear":
+        assert model.label_mapping_.shape == (7, 3)
+        expected = model.transform(X) @ model.label_mapping_
+        np.testing.assert_allclose(model.decision_function(X), expected, atol=1e-4)
+
+
+def test_mapping_without_epochs_is_that_of_the_plain_pictures(source, pictures, parameters):
+    X, y = pictures
+    model = Reprogrammer(source, mapping="flm", **parameters | {"max_epochs": 0}).fit(X, y)
+    labels = model.transform(X).argmax(1)
+    counts = np.array(
+        [[np.sum((labels == s) & (y == c)) for c in model.classes_] for s in range(7)]
+    )
+    chosen = model.label_mapping_.argmax(0)
+    assert (model.label_mapping_.sum(0) == 1).all()
+    assert counts[chosen, range(3)].max() == counts.max()
+
+
+def test_refreshed_mapping_follows_the_program(source, pictures, parameters):
+    X, y = pictures
+    start = Reprogrammer(source, **parameters | {"max_epochs": 0}).fit(X, y)
+    end = Reprogrammer(source, **parameters | {"lr": 0.5, "max_epochs": 10}).fit(X, y)
+    assert not np.allclose(start.label_mapping_, end.label_mapping_)
+    np.testing.assert_allclose(end.label_mapping_.sum(0), 1, rtol=1e-5)
+
+
+def test_more_classes_than_source_labels(source, parameters):
+    X = np.random.RandomState(0).rand(90, 3, 12, 12).astype(np.float32)
+    y = np.arange(90) % 9
+    model = Reprogrammer(source, **parameters).fit(X, y)
+    assert model.predict_proba(X).shape == (90, 9)
+    with pytest.raises(ValueError, match="needs 9 source labels for 9 classes; the encoder has 7"):
+        Reprogrammer(source, mapping="ilm", **parameters).fit(X, y)
+
+
+def test_given_mapping_is_used(source, pictures, parameters):
+    X, y = pictures
+    mapping = np.eye(7)[:, [4, 2, 0]]
+    model = Reprogrammer(source, mapping=mapping, **parameters).fit(X, y)
+    np.testing.assert_array_equal(model.label_mapping_, mapping)
+
+
+def test_features_get_a_linear_head(source, pictures, parameters):
+    X, y = pictures
+    model = Reprogrammer(source[:5], **parameters | {"max_epochs": 20}).fit(X, y)
+    assert model.label_mapping_ is None
+    assert model.score(X, y) > 0.9
+    with torch.no_grad(), model.encoder_.open():
+        logits = model.to_module()(torch.tensor(X)).numpy()
+    np.testing.assert_allclose(logits, model.decision_function(X), atol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["rge", "spsa"])
+def test_black_box_learns_within_its_budget(source, pictures, parameters, gradient):
+    X, y = pictures
+    asked = []
+    network = source.eval()
+
+    def scores(images):
+        assert isinstance(images, np.ndarray)
+        asked.append(len(images))
+        with torch.no_grad():
+            return network(torch.tensor(images)).numpy()
+
+    parameters |= {"gradient": gradient, "n_directions": 10, "smoothing": 0.05, "lr": 0.2}
+    parameters |= {"max_epochs": 500, "mapping": "flm", "query_budget": 30_000}
+    model = Reprogrammer(scores, **parameters).fit(X, y)
+    assert model.n_queries_ == sum(asked) <= 30_000
+    assert model.n_queries_ > 25_000
+    losses = model.history_[:-1, "train_loss"]
+    assert losses[-1] < 0.96 * losses[0]
+    assert model.predict(X).shape == (120,)
+
+
+def test_estimated_gradient_follows_the_exact_one(source, pictures, parameters):
+    """One full-batch step with many directions goes where the exact gradient points."""
+    X, y = pictures
+    shared = parameters | {"max_epochs": 1, "batch_size": 200, "mapping": np.eye(7)[:, :3]}
+    shared |= {"validation_fraction": 0.0, "schedule": "constant"}
+    shared |= {"net_params": {"optimizer": torch.optim.SGD, "optimizer__weight_decay": 0.0}}
+    exact = Reprogrammer(source, **shared | {"lr": 1.0}).fit(X, y)
+    more = {"gradient": "spsa", "n_directions": 600, "smoothing": 1e-2, "lr": 1.0}
+    estimated = Reprogrammer(source, **shared | more).fit(X, y)
+    a, b = np.ravel(exact.program_), np.ravel(estimated.program_)
+    assert np.corrcoef(a, b)[0, 1] > 0.8
+
+
+def test_budget_too_small_for_one_step(source, pictures, parameters):
+    parameters |= {"gradient": "spsa", "query_budget": 100}
+    with pytest.raises(ValueError, match="query_budget=100 is spent before the first step"):
+        Reprogrammer(source, **parameters).fit(*pictures)
