@@ -1,5 +1,5 @@
 from pytorch_ood.detector import EnergyBased
-from pytorch_ood.utils import OODMetrics
+from pytorch_ood.metrics import OODMetrics
 
 detector = EnergyBased(module)
 metrics = OODMetrics()
