@@ -4,19 +4,21 @@ from skperf.backbone._edited import EditedClassifier
 from skperf.backbone._modules import from_module
 from skperf.backbone._nets import Net, default_net
 from skperf.backbone.architectures import MLP
+from skperf.influence import FadingDisplay, InfluenceDisplay, InfluenceScorer
 from skperf.performative._adapter import PerformativeAdapter
-from skperf.performative._display import TrajectoryDisplay
-from skperf.performative._inputs import PerformativeWarning
+from skperf.reprogramming import Reprogrammer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
     "EditedClassifier",
+    "FadingDisplay",
+    "InfluenceDisplay",
+    "InfluenceScorer",
     "Net",
     "PerformativeAdapter",
-    "PerformativeWarning",
-    "TrajectoryDisplay",
+    "Reprogrammer",
     "default_net",
     "from_module",
 ]
