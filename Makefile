@@ -35,7 +35,7 @@ lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 notebooks: $(VENV)/.installed  ## run the notebooks whole and keep their outputs
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=900 notebooks
 
 benchmark: $(VENV)/.installed  ## measure against peers; BENCHMARK=influence for one of them
 	sh benchmarks/run.sh $(VENV) $(BENCHMARK)
