@@ -13,10 +13,10 @@ from skperf.backbone.outputs import loss
 from skperf.backbone.parameters import unflatten
 from skperf.influence._members import networks_of, open_problem
 from skperf.influence.captures import recording
+from skperf.influence.damping import resolve_damping
 from skperf.influence.generalized import removal_update
 from skperf.influence.inverses import chosen_parameters
 from skperf.influence.layers import to_vectors
-from skperf.influence.problem import resolve_damping
 from skperf.influence.repair import (
     accuracy,
     best_scale,
@@ -156,7 +156,7 @@ def remove(
     ridge=None,
     guard=None,
     max_drop=0.01,
-    max_iter=50,
+    n_iterations=50,
     baseline=True,
 ):
     """Forget training rows, or a class.
@@ -181,7 +181,7 @@ def remove(
         of its rows too, which then take no part in the direction.
     max_drop : float, default=0.01
         How much accuracy on the guard may be lost when rows are removed.
-    max_iter : int, default=50
+    n_iterations : int, default=50
         Iterations of the solver.
     baseline : bool, default=True
         Also report restricted gradient ascent.
@@ -200,7 +200,7 @@ def remove(
         raise ValueError(f"how={how!r} is unknown.")
     removed = _removed_rows(self, indices, class_)
     problem = _with_choices(self, select, ratio, ridge)
-    task = _Removal(self, problem, removed, class_, guard, max_drop, max_iter)
+    task = _Removal(self, problem, removed, class_, guard, max_drop, n_iterations)
     parameters, report = task.run(how)
     if baseline and how != "ascent":
         report["baseline"] = task.run("ascent")[1]

@@ -28,7 +28,7 @@ CONSTRAINTS = {
     "select": [StrOptions({"output", "gradient", "sam", "random"})],
     "ratio": [Interval(Real, 0, 1, closed="right")],
     "ridge": [Interval(Real, 0, None, closed="neither")],
-    "max_iter": [Interval(Integral, 1, None, closed="left"), None],
+    "n_iterations": [Interval(Integral, 1, None, closed="left"), None],
     "tol": [Interval(Real, 0, None, closed="neither")],
     "lissa_scale": [Interval(Real, 0, None, closed="neither"), None],
     "candidates": [Interval(Integral, 1, None, closed="left"), None],

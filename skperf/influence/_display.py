@@ -161,10 +161,10 @@ class InfluenceDisplay:
 
 
 def _top(influence, k, sign):
-    from sklearn.utils import Bunch
+    from skperf.influence._scorer import TopRows
 
     indices = np.argsort(-sign * influence, axis=1, kind="stable")[:, :k]
-    return Bunch(indices=indices, values=np.take_along_axis(influence, indices, 1))
+    return TopRows(indices=indices, values=np.take_along_axis(influence, indices, 1))
 
 
 def _draw(ax, example, title, colour):

@@ -91,9 +91,9 @@ def networks_of(scorer):
         Each with its weight in the scores.
     """
     networks = [open_network(estimator) for estimator in scorer.estimators_]
-    if getattr(scorer, "method_", scorer.method) == "tracin":
+    if scorer.method_ == "tracin":
         return _checkpoints(scorer, networks)
-    if getattr(scorer, "method_", None) == "exact":
+    if scorer.method_ == "exact":
         networks = [_in_double(network) for network in networks]
     return [(network, 1 / len(networks)) for network in networks]
 
@@ -177,7 +177,7 @@ def named_settings(scorer):
         n_components=scorer.n_components,
         n_projections=scorer.n_projections,
         tol=scorer.tol,
-        max_iter=scorer.max_iter,
+        max_iter=scorer.n_iterations,
         scale=scorer.lissa_scale,
         select=scorer.select,
         ratio=scorer.ratio,

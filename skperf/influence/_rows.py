@@ -9,10 +9,12 @@ from skperf.backbone._validation import check_labelled_rows
 from skperf.backbone.network import two_logits
 from skperf.backbone.outputs import loss, resolve_output
 from skperf.influence._members import networks_of, open_problem, weight_decay_of
+from skperf.influence._scoring import open_members, query_gradients, score_dtype, tiles_of
 from skperf.influence.curvature import softmax_rows
+from skperf.influence.damping import resolve_damping
 from skperf.influence.gradients import inner
 from skperf.influence.heads import leave_one_out_steps, linear_head_hessian
-from skperf.influence.problem import LOSS_UNIT, resolve_damping, slopes
+from skperf.influence.problem import LOSS_UNIT, slopes
 
 
 def losses(scorer, X, y):
@@ -94,11 +96,11 @@ def group_influence(self, groups, X, y, *, order=1):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     members = _members_of_groups(groups, len(self.X_))
     X, y = check_labelled_rows(self, X, y)
-    membership = np.zeros((len(self.X_), len(members)), dtype=self._score_dtype())
+    membership = np.zeros((len(self.X_), len(members)), dtype=score_dtype(self))
     for column, rows in enumerate(members):
         membership[rows, column] = 1
     result = np.zeros((len(X), len(members)), dtype=membership.dtype)
-    for queries, rows, scores in self._tiles(X, y):
+    for queries, rows, scores in tiles_of(self, X, y):
         result[queries] += scores @ membership[rows]
     if order == 2:
         if self.unit_ != LOSS_UNIT:
@@ -130,7 +132,7 @@ def _second_order(scorer, X, y, rows):
     """Add what taking the group's own curvature out of the inverse changes."""
     output = resolve_output(scorer.target, argument="target")
     total = np.zeros(len(X))
-    for problem, fitted, weight in scorer._problems():
+    for problem, fitted, weight in open_members(scorer):
         n = problem.n_train
         index = torch.as_tensor(rows)
         shares = problem.shares[index]
@@ -139,7 +141,7 @@ def _second_order(scorer, X, y, rows):
         cotangents = own.cotangents * shares.sum().sqrt().to(own.cotangents)
         curvature = problem.gather(scorer.X_[rows], cotangents, own.examples)
         gradients = problem.gradients(loss, scorer.X_[rows], problem.codes[index], shares * n)
-        queries = scorer._query_gradients(problem, output, X, y)
+        queries = query_gradients(scorer, problem, output, X, y)
 
         def bilinear(left, right, problem=problem, fitted=fitted, n=n):
             terms, stored = fitted.lift(problem, left), fitted.lift.store(problem, right)

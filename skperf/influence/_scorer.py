@@ -6,11 +6,11 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
+from skperf.backbone._opening import open_network
 from skperf.backbone._sklearn import check_sample_weight, fit_context
 from skperf.backbone._validation import check_labelled_rows, check_rows
-from skperf.backbone.outputs import resolve_output
 from skperf.influence._actions import remove, repair
-from skperf.influence._constraints import CONSTRAINTS, TARGETS
+from skperf.influence._constraints import CONSTRAINTS
 from skperf.influence._members import (
     fitted_members,
     named_settings,
@@ -18,17 +18,19 @@ from skperf.influence._members import (
     open_problem,
 )
 from skperf.influence._rows import detect_mislabels, group_influence, loo_effect, losses
+from skperf.influence._scoring import score_dtype, self_influences, tiles_of
 from skperf.influence._trust import fading, score
-from skperf.influence.methods import METHODS, self_scores, with_damping
-from skperf.influence.neighbours import features_of, nearest
-from skperf.influence.tiles import (
-    Largest,
-    budget_in_bytes,
-    bytes_of_row,
-    only_candidates,
-    scored_tiles,
-    tile_lengths,
-)
+from skperf.influence.methods import METHODS, with_damping
+from skperf.influence.tiles import Largest, budget_in_bytes
+
+
+class TopRows(Bunch):
+    """Rows of largest influence: a Bunch whose ``values`` are not the dictionary's."""
+
+    @property
+    def values(self):
+        """Influence of the rows."""
+        return self["values"]
 
 
 class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -91,7 +93,7 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         Share of the parameters they may change.
     ridge : float, default=0.001
         Penalty in their least-squares problem.
-    max_iter : int, optional
+    n_iterations : int, optional
         Most iterations of the iterative methods; each has its own default.
     tol : float, default=0.0001
         Their relative tolerance.
@@ -179,7 +181,7 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         select="output",
         ratio=0.05,
         ridge=1e-3,
-        max_iter=None,
+        n_iterations=None,
         tol=1e-4,
         lissa_scale=None,
         candidates=None,
@@ -208,7 +210,7 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.select = select
         self.ratio = ratio
         self.ridge = ridge
-        self.max_iter = max_iter
+        self.n_iterations = n_iterations
         self.tol = tol
         self.lissa_scale = lissa_scale
         self.candidates = candidates
@@ -245,11 +247,11 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.estimators_ = fitted_members(self, X, y, sample_weight)
         self.estimator_ = self.estimators_[0]
         self.X_, self.y_, self.sample_weight_ = X, y, sample_weight
-        members = networks_of(self)
-        self.classes_ = members[0][0].classes
+        network = open_network(self.estimator_)
+        self.classes_ = network.classes
+        self.method_ = self._resolved_method(network)
         self.settings_ = named_settings(self)
-        self.method_ = self._resolved_method(members[0][0])
-        problems = [open_problem(self, network) for network, _ in members]
+        problems = [open_problem(self, network) for network, _ in networks_of(self)]
         self.coverage_ = self._coverage(problems[0])
         self.fits_ = [METHODS[self.method_](problem) for problem in problems]
         self._read_reports()
@@ -303,12 +305,12 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             raise ValueError(f"aggregate must be None, 'sum' or 'mean', got {aggregate!r}.")
         shape = (len(X), len(self.X_)) if aggregate is None else (len(self.X_),)
         if out is None:
-            out = np.zeros(shape, dtype=self._score_dtype())
+            out = np.zeros(shape, dtype=score_dtype(self))
         elif out.shape != shape:
             raise ValueError(f"out has shape {out.shape}, expected {shape}.")
         elif aggregate is not None:
             out[:] = 0
-        for queries, rows, scores in self._tiles(X, y):
+        for queries, rows, scores in tiles_of(self, X, y):
             if aggregate is None:
                 out[queries, rows] = scores
             else:
@@ -331,66 +333,10 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         check_is_fitted(self)
         X = check_rows(self, X)
         codes = networks_of(self)[0][0].logits(X).argmax(1).numpy()
-        out = np.zeros((len(X), len(self.X_)), dtype=self._score_dtype())
-        for queries, rows, scores in self._tiles(X, self.classes_[codes]):
+        out = np.zeros((len(X), len(self.X_)), dtype=score_dtype(self))
+        for queries, rows, scores in tiles_of(self, X, self.classes_[codes]):
             out[queries, rows] = scores
         return out
-
-    def _score_dtype(self):
-        tensors = [tensor for factor in self.fits_[0].train for tensor in factor.tensors]
-        double = any(tensor.dtype == torch.float64 for tensor in tensors)
-        return np.float64 if double else np.float32
-
-    def _problems(self):
-        return [
-            (open_problem(self, network), fitted, weight)
-            for (network, weight), fitted in zip(networks_of(self), self.fits_, strict=True)
-        ]
-
-    def _tiles(self, X, y, fill=0.0):
-        """Yield (queries, training rows, scores) over the whole matrix."""
-        members = self._problems()
-        output = resolve_output(self.target, argument="target", allowed=TARGETS)
-        row_bytes = sum(bytes_of_row(fitted.train) for _, fitted, _ in members)
-        budget = budget_in_bytes(self.memory_budget)
-        n_queries, length = tile_lengths(len(X), len(self.X_), row_bytes, budget)
-        close = self._candidates(X)
-        for start in range(0, len(X), n_queries):
-            queries = slice(start, min(start + n_queries, len(X)))
-            tiles = [
-                self._member_tiles(member, output, X[queries], y[queries], length)
-                for member in members
-            ]
-            for parts in zip(*tiles, strict=True):
-                rows, scores = parts[0][0], sum(scores for _, scores in parts)
-                if close is not None:
-                    scores = only_candidates(scores, close[queries], rows, fill)
-                yield queries, rows, scores
-
-    def _member_tiles(self, member, output, X, y, length):
-        problem, fitted, weight = member
-        gradients = self._query_gradients(problem, output, X, y)
-        yield from scored_tiles(
-            fitted.lift(problem, gradients),
-            fitted.train,
-            scale=fitted.scale * weight,
-            length=length,
-            device=problem.network.device,
-            n_jobs=self.n_jobs,
-        )
-
-    def _query_gradients(self, problem, output, X, y):
-        codes = problem.network.codes(y).cpu()
-        sign = 1.0 if self.target == "loss" else -1.0
-        return problem.gradients(output, X, codes, torch.full((len(X),), sign))
-
-    def _candidates(self, X):
-        if self.candidates is None:
-            return None
-        network = networks_of(self)[0][0]
-        if "_features" not in vars(self):
-            self._features = features_of(network, self.X_)
-        return nearest(self._features, features_of(network, X), self.candidates)
 
     def top_k(self, X, y, k=10, *, kind="proponents"):
         """Find the training rows of largest influence, the matrix never formed.
@@ -408,8 +354,8 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
         Returns
         -------
-        Bunch
-            indices : ndarray of shape (n_query, k), rows of the training data;
+        TopRows
+            A Bunch. indices : ndarray of shape (n_query, k), rows of the training data;
             values : ndarray of shape (n_query, k), their influence.
         """
         check_is_fitted(self)
@@ -420,15 +366,15 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             raise ValueError(f"k={k} must be between 1 and the number of rows that are scored.")
         sign = 1 if kind == "proponents" else -1
         indices = np.zeros((len(X), k), dtype=np.intp)
-        values = np.zeros((len(X), k), dtype=self._score_dtype())
+        values = np.zeros((len(X), k), dtype=score_dtype(self))
         best, current = Largest(k), None
-        for queries, rows, scores in self._tiles(X, y, fill=-sign * np.inf):
+        for queries, rows, scores in tiles_of(self, X, y, fill=-sign * np.inf):
             if queries != current:
                 best, current = Largest(k), queries
             best.add(rows, sign * scores)
             if rows.stop == len(self.X_):
                 indices[queries], values[queries] = best.indices, sign * best.values
-        return Bunch(indices=indices, values=values)
+        return TopRows(indices=indices, values=values)
 
     def self_influence(self, X, y):
         """Estimate how much rows matter to themselves, had they been trained on.
@@ -447,32 +393,14 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """
         check_is_fitted(self)
         X, y = check_labelled_rows(self, X, y)
-        return self._self_scores(X, y)
-
-    def _self_scores(self, X, y):
-        output = resolve_output(self.target, argument="target", allowed=TARGETS)
-        own = resolve_output("loss")
-        total = np.zeros(len(X), dtype=self._score_dtype())
-        for problem, fitted, weight in self._problems():
-            size, _ = tile_lengths(
-                len(X), 1, 4 * bytes_of_row(fitted.train), budget_in_bytes(self.memory_budget)
-            )
-            for start in range(0, len(X), size):
-                part = slice(start, start + size)
-                codes = problem.network.codes(y[part]).cpu()
-                rows = problem.gradients(own, X[part], codes)
-                queries = rows
-                if self.target != "loss":
-                    queries = self._query_gradients(problem, output, X[part], y[part])
-                total[part] += weight * self_scores(problem, fitted, queries, rows).numpy()
-        return total
+        return self_influences(self, X, y)
 
     @property
     def self_influence_(self):
         check_is_fitted(self)
         if "_self_influence" not in vars(self):
             weights = open_problem(self, networks_of(self)[0][0]).relative_weights()
-            scores = self._self_scores(self.X_, self.y_)
+            scores = self_influences(self, self.X_, self.y_)
             self._self_influence = scores if weights is None else scores * weights.numpy()
         return self._self_influence
 

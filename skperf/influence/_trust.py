@@ -15,9 +15,10 @@ from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone._validation import check_labelled_rows
 from skperf.backbone.outputs import resolve_output
 from skperf.influence._members import learning_rate_of, networks_of
+from skperf.influence._scoring import open_members, query_gradients
+from skperf.influence.damping import at_horizon
 from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
 from skperf.influence.methods import METHODS, scores_of, with_damping
-from skperf.influence.problem import at_horizon
 from skperf.influence.retraining import Recipe, half_subsets, stacked_outputs, train_subsets
 from skperf.metrics import linear_datamodeling_score
 
@@ -77,7 +78,7 @@ def fading(
     steps = sorted({int(step) for step in steps})
     if not steps or steps[0] < 1:
         raise ValueError(f"steps must be positive numbers of training steps, got {steps}.")
-    problem, _, _ = self._problems()[0]
+    problem, _, _ = open_members(self)[0]
     network, generator = problem.network, torch.Generator().manual_seed(self.settings_.seed)
     rows = torch.randperm(problem.n_train, generator=generator)[:n_train]
     training = FurtherTraining(
@@ -121,8 +122,8 @@ def _predicted(scorer, X, y, steps, rows, training):
     tied = scorer.horizon is not None or scorer.damping in ("horizon", "flow")
     output = resolve_output(scorer.target, argument="target")
     total = 0.0
-    for problem, fitted, weight in scorer._problems():
-        queries = scorer._query_gradients(problem, output, X, y)
+    for problem, fitted, weight in open_members(scorer):
+        queries = query_gradients(scorer, problem, output, X, y)
         how = scorer.damping if scorer.damping == "flow" else "horizon"
         scores = []
         for step in steps if tied else steps[:1]:
@@ -202,7 +203,7 @@ def retrained_losses(scorer, X, y, subsets, recipe=None):
     inner = fitted.estimator if isinstance(fitted, FrozenEstimator) else fitted
     output = resolve_output(scorer.target, argument="target")
     sign = 1.0 if scorer.target == "loss" else -1.0
-    recipe = recipe or _recipe_of(inner, network)
+    recipe = recipe or _recipe_of(inner, network, subsets.shape[1])
     if recipe is None:
         return sign * _refitted(scorer, inner, X, y, subsets, output)
     seeds = [scorer.settings_.seed + 1000 + i for i in range(len(subsets))]
@@ -221,7 +222,7 @@ def retrained_losses(scorer, X, y, subsets, recipe=None):
     return sign * values.numpy()
 
 
-def _recipe_of(fitted, network):
+def _recipe_of(fitted, network, n_train):
     """Repeat a skorch net's training by a recipe, where that is faithful."""
     if isinstance(fitted, ModuleClassifier | nn.Module):
         return Recipe()
@@ -241,7 +242,8 @@ def _recipe_of(fitted, network):
     def optimizer(tensors):
         return fitted.optimizer(tensors, lr=fitted.lr, **extra)
 
-    return Recipe(optimizer, fitted.max_epochs, fitted.batch_size)
+    size = fitted.batch_size if fitted.batch_size > 0 else n_train
+    return Recipe(optimizer, fitted.max_epochs, size)
 
 
 def _refitted(scorer, fitted, X, y, subsets, output):

@@ -76,9 +76,7 @@ def recording(module: nn.Module) -> Iterator[None]:
 class _Watch:
     """What hooks saw during one forward pass."""
 
-    copy: bool = False
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    versions: dict[str, int] = field(default_factory=dict)
     arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     edges: dict[str, GradientEdge] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
@@ -86,8 +84,7 @@ class _Watch:
     def hook(self, layer: Layer) -> Callable[..., Any]:
         def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             self.calls[layer.name] += 1
-            self.inputs[layer.name] = args[0].detach().clone() if self.copy else args[0].detach()
-            self.versions[layer.name] = self.inputs[layer.name]._version
+            self.inputs[layer.name] = args[0].detach()
             self.arguments[layer.name] = args[1:]
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
@@ -96,9 +93,6 @@ class _Watch:
             return output.clone() if output.is_leaf else output
 
         return seen
-
-    def overwritten(self) -> bool:
-        return any(self.inputs[name]._version != self.versions[name] for name in self.inputs)
 
 
 def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
@@ -123,9 +117,10 @@ def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
     ValueError
         If a layer ran not exactly once, or a gradient is not finite.
     """
-    watch, logits = _watched(network, inputs, layers, copy=False)
-    if watch.overwritten():
-        watch, logits = _watched(network, inputs, layers, copy=True)
+    watch = _Watch()
+    with forward_hooks({layer.module: watch.hook(layer) for layer in layers}):
+        # with a gradient asked for at the inputs, no layer's output is a leaf
+        logits = network(inputs.detach().requires_grad_(inputs.is_floating_point()))
     for layer in layers:
         if watch.calls[layer.name] != 1:
             raise ValueError(
@@ -146,15 +141,6 @@ def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
         return gradients
 
     return Tape(logits, pull)
-
-
-def _watched(
-    network: Network, inputs: Tensor, layers: Sequence[Layer], *, copy: bool
-) -> tuple[_Watch, Tensor]:
-    watch = _Watch(copy)
-    with forward_hooks({layer.module: watch.hook(layer) for layer in layers}):
-        # with a gradient asked for at the inputs, no layer's output is a leaf
-        return watch, network(inputs.detach().requires_grad_(inputs.is_floating_point()))
 
 
 def record_reference(network: Network, inputs: Tensor, parameters: Parameters) -> Tape:

@@ -6,8 +6,11 @@ Each eigenpair of an ``H_i`` gives one row of a matrix A with ``C = A' A``; few 
 eigenvalues carry nearly all of the trace, and only their rows are pulled back.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -314,6 +317,7 @@ class CurvatureProduct:
         Tensor of shape (m, n_parameters)
             Products.
         """
+        _prepare_forward_mode()
         everything = torch.arange(len(self.inputs)) if rows is None else rows
         share = 1.0 if rows is None else float(self.weights.sum() / self.weights[rows].sum())
         result = self.damping * vectors
@@ -325,6 +329,14 @@ class CurvatureProduct:
 
     def _logits(self, inputs: Tensor) -> Callable[[Parameters], Tensor]:
         return lambda values: self.network(inputs, values)
+
+
+@cache
+def _prepare_forward_mode() -> None:
+    # torch compiles some rules at first use and then warns about its own compiler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _ggn_product(

@@ -12,6 +12,7 @@ from torch import Tensor
 from skperf.backbone.outputs import loss
 from skperf.influence.captures import recording
 from skperf.influence.curvature import dense_curvature
+from skperf.influence.damping import resolve_damping
 from skperf.influence.generalized import (
     choose_by_saliency,
     choose_units,
@@ -26,7 +27,6 @@ from skperf.influence.problem import (
     Problem,
     plain_terms,
     random_vector,
-    resolve_damping,
 )
 from skperf.influence.solvers import conjugate_gradient, largest_eigenvalue, neumann
 from skperf.influence.tiles import Terms
@@ -107,7 +107,8 @@ _SOLVERS: dict[str, Callable[..., Tensor]] = {
 def _warn_unconverged(what: str, converged: bool, residual: float) -> None:
     if not converged:
         warnings.warn(
-            f"{what} stopped at a relative residual of {residual:.1e}: raise max_iter or damping.",
+            f"{what} stopped at a relative residual of {residual:.1e}: raise "
+            "n_iterations or damping.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from skperf.backbone.outputs import log_odds
 from skperf.influence.captures import recording
 from skperf.influence.curvature import Filter, RowSpace, Spectrum, filtered_weights, gradient_flow
+from skperf.influence.damping import horizon_time, layer_damping, resolve_damping
 from skperf.influence.gradients import (
     Dense,
     Gradients,
@@ -34,11 +35,8 @@ from skperf.influence.problem import (
     Fitted,
     Problem,
     curvature_rows,
-    horizon_time,
-    layer_damping,
     plain_terms,
     random_vector,
-    resolve_damping,
 )
 from skperf.influence.projections import TwoSided, project, projections
 from skperf.influence.solvers import arnoldi as krylov_eigenpairs
@@ -308,7 +306,7 @@ def trak(problem: Problem) -> Fitted:
         damping = max(0.01 * float(kernel.diagonal().mean()), 1e-8)
     kernel.diagonal().add_(damping)
     inverse = torch.linalg.inv(kernel.double()).to(kernel)
-    logits = problem.network.logits(problem.X)
+    logits = problem.logits()
     doubt = -(1 - logits.softmax(1).gather(1, problem.codes[:, None]))
     weights = problem.relative_weights()
     if weights is not None:
@@ -328,6 +326,8 @@ class SwappedInverse:
     train: Gradients
     norms: list[Tensor]
     dampings: list[float]
+    shares: Tensor
+    squares: Tensor
 
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
         """Keep the rows."""
@@ -338,7 +338,7 @@ class SwappedInverse:
         terms: Terms = []
         layers = zip(queries, self.train, self.norms, self.dampings, strict=True)
         for i, (query, rows, norms, damping) in enumerate(layers):
-            weights = inner([query], [rows]) * (problem.shares.to(norms) / (damping + norms))
+            weights = inner([query], [rows]) * (self.shares / (damping * self.squares + norms))
             terms.append((i, scaled(query, 1 / damping)))
             terms.append((i, Dense(combine(weights, rows) / -damping)))
         return terms
@@ -349,11 +349,16 @@ def datainf(problem: Problem) -> Fitted:
     train = problem.train_gradients()
     norms = [paired(factor, factor) for factor in train]
     sizes = [layer.n_weights for layer in problem.layers] or [train[0].tensors[0].shape[1]]
+    # rows are stored times their relative weight, whose square is taken out of their norms
+    weights = problem.relative_weights()
+    squares = torch.ones_like(problem.shares) if weights is None else weights.square()
+    squares = torch.where(squares > 0, squares, 1.0).to(norms[0])
+    shares = problem.shares.to(norms[0])
     dampings = [
-        layer_damping(problem.settings, float(squared.mean()) / size)
+        layer_damping(problem.settings, float((shares * squared / squares).sum()) / size)
         for squared, size in zip(norms, sizes, strict=True)
     ]
-    lift = SwappedInverse(train, norms, dampings)
+    lift = SwappedInverse(train, norms, dampings, shares, squares)
     return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": dampings})
 
 

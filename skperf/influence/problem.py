@@ -1,7 +1,7 @@
 """What an influence method is fitted on, and what it keeps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.outputs import Output, loss
 from skperf.backbone.parameters import Parameters
 from skperf.influence.captures import Tape, recording
-from skperf.influence.curvature import CurvatureProduct, OutputRows, RowSpace, softmax_rows
+from skperf.influence.curvature import CurvatureProduct, OutputRows, softmax_rows
 from skperf.influence.gradients import Gradients
 from skperf.influence.layers import Layer
 from skperf.influence.tiles import Shelf, Terms, gather
@@ -155,6 +155,26 @@ class Problem:
             n gradients of ``n share_i loss_i``.
         """
         return self.gradients(loss, self.X, self.codes, self.relative_weights())
+
+    def logits(self) -> Tensor:
+        """Logits of the training rows.
+
+        Returns
+        -------
+        Tensor of shape (n, n_classes)
+            On the CPU.
+
+        Raises
+        ------
+        ValueError
+            If one is not finite.
+        """
+        logits = self.network.logits(self.X)
+        finite = torch.isfinite(logits).all(1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0, 0])
+            raise ValueError(f"the network's logits are not finite, first at training row {row}.")
+        return logits
 
     def train_cotangents(self, logits: Tensor) -> Tensor:
         """Say what to pull back for :meth:`train_gradients`, where logits are known.
@@ -317,117 +337,11 @@ def curvature_rows(problem: Problem, *, kept_trace: float, max_rows: int | None)
     OutputRows
         To be pulled back.
     """
-    logits = problem.network.logits(problem.X)
+    logits = problem.logits()
     if problem.settings.curvature == "empirical":
         cotangents = slopes(loss, logits, problem.codes) * problem.shares.sqrt()[:, None].to(logits)
         return OutputRows(torch.arange(problem.n_train), cotangents, 1.0, logits)
     return softmax_rows(logits, problem.shares, kept_trace=kept_trace, max_rows=max_rows)
-
-
-def horizon_time(settings: Settings) -> float:
-    """Learning rate times number of further steps.
-
-    Parameters
-    ----------
-    settings : Settings
-        With `horizon` and `learning_rate`.
-
-    Returns
-    -------
-    float
-        Positive.
-
-    Raises
-    ------
-    ValueError
-        If one of the two is missing.
-    """
-    if settings.horizon is None or settings.learning_rate is None:
-        missing = "horizon" if settings.horizon is None else "learning_rate"
-        raise ValueError(
-            f"damping tied to a horizon needs {missing}: horizon is the number of further training "
-            "steps, learning_rate their step size."
-        )
-    return settings.horizon * settings.learning_rate
-
-
-def resolve_damping(problem: Problem, curvature: RowSpace | None = None) -> float:
-    """Find the number that is added to the curvature's eigenvalues.
-
-    Parameters
-    ----------
-    problem : Problem
-        With `damping` as given.
-    curvature : RowSpace, optional
-        Needed for ``"auto"``; made when it is missing.
-
-    Returns
-    -------
-    float
-        Positive.
-    """
-    settings = problem.settings
-    if not isinstance(settings.damping, str):
-        return float(settings.damping)
-    if settings.damping == "horizon" or settings.horizon is not None:
-        return 1 / horizon_time(settings)
-    if curvature is None:
-        rows = curvature_rows(problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows)
-        curvature = RowSpace.of(problem.gather(problem.X, rows.cotangents, rows.examples))
-    return max(_AUTO_SHARE * curvature.mean_eigenvalue, _LEAST_DAMPING)
-
-
-# of the mean eigenvalue, each weighted by itself: best or close to it on digits and
-# Fashion-MNIST networks when held against retraining
-_AUTO_SHARE = 0.005
-_LEAST_DAMPING = 1e-8
-
-
-def layer_damping(settings: Settings, mean_eigenvalue: float) -> float:
-    """Find the damping of one layer's own curvature.
-
-    Parameters
-    ----------
-    settings : Settings
-        With `damping` as given.
-    mean_eigenvalue : float
-        Of the layer's curvature.
-
-    Returns
-    -------
-    float
-        Positive; ``"auto"`` is a tenth of the mean eigenvalue.
-    """
-    if not isinstance(settings.damping, str):
-        return float(settings.damping)
-    if settings.damping != "auto" or settings.horizon is not None:
-        return 1 / horizon_time(settings)
-    return max(0.1 * mean_eigenvalue, _LEAST_DAMPING)
-
-
-def at_horizon(problem: Problem, steps: int, damping: str, learning_rate: float) -> Problem:
-    """Tie a problem's damping to a number of further steps.
-
-    Parameters
-    ----------
-    problem : Problem
-        Any.
-    steps : int
-        Further training steps.
-    damping : {"horizon", "flow"}
-        How to tie it.
-    learning_rate : float
-        Of those steps.
-
-    Returns
-    -------
-    Problem
-        With other settings.
-    """
-    settings = replace(
-        problem.settings, horizon=steps, damping=damping, learning_rate=learning_rate
-    )
-    return replace(problem, settings=settings)
 
 
 def random_vector(problem: Problem) -> Tensor:

@@ -1,0 +1,178 @@
+"""Run the queries of a fitted scorer through its tiles."""
+
+import numpy as np
+import torch
+
+from skperf.backbone.outputs import resolve_output
+from skperf.influence._constraints import TARGETS
+from skperf.influence._members import networks_of, open_problem
+from skperf.influence.methods import self_scores
+from skperf.influence.neighbours import features_of, nearest
+from skperf.influence.tiles import (
+    budget_in_bytes,
+    bytes_of_row,
+    only_candidates,
+    scored_tiles,
+    tile_lengths,
+)
+
+
+def score_dtype(scorer):
+    """Say in which type scores are given.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        Fitted.
+
+    Returns
+    -------
+    dtype
+        Float64 for networks in double precision.
+    """
+    tensors = [tensor for factor in scorer.fits_[0].train for tensor in factor.tensors]
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return np.float64 if double else np.float32
+
+
+def open_members(scorer):
+    """Open the members of a fitted scorer.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        Fitted.
+
+    Returns
+    -------
+    list of (Problem, Fitted, float)
+        Each with its weight in the scores.
+    """
+    return [
+        (open_problem(scorer, network), fitted, weight)
+        for (network, weight), fitted in zip(networks_of(scorer), scorer.fits_, strict=True)
+    ]
+
+
+def tiles_of(scorer, X, y, fill=0.0):
+    """Go through the matrix of scores.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        Fitted.
+    X : ndarray of shape (n_query, ...)
+        Validated queries.
+    y : ndarray of shape (n_query,)
+        Their labels.
+    fill : float, default=0.0
+        Score of rows that are no candidates.
+
+    Yields
+    ------
+    queries, rows : slice
+        Where the tile belongs.
+    scores : ndarray of shape (n_queries, n_rows)
+        The tile, averaged over members.
+    """
+    members = open_members(scorer)
+    output = resolve_output(scorer.target, argument="target", allowed=TARGETS)
+    row_bytes = sum(bytes_of_row(fitted.train) for _, fitted, _ in members)
+    budget = budget_in_bytes(scorer.memory_budget)
+    n_queries, length = tile_lengths(len(X), len(scorer.X_), row_bytes, budget)
+    close = _candidates(scorer, X)
+    for start in range(0, len(X), n_queries):
+        queries = slice(start, min(start + n_queries, len(X)))
+        tiles = [
+            _member_tiles(scorer, member, output, X[queries], y[queries], length)
+            for member in members
+        ]
+        for parts in zip(*tiles, strict=True):
+            rows, scores = parts[0][0], sum(scores for _, scores in parts)
+            if close is not None:
+                scores = only_candidates(scores, close[queries], rows, fill)
+            yield queries, rows, scores
+
+
+def _member_tiles(scorer, member, output, X, y, length):
+    problem, fitted, weight = member
+    gradients = query_gradients(scorer, problem, output, X, y)
+    yield from scored_tiles(
+        fitted.lift(problem, gradients),
+        fitted.train,
+        scale=fitted.scale * weight,
+        length=length,
+        device=problem.network.device,
+        n_jobs=scorer.n_jobs,
+    )
+
+
+def query_gradients(scorer, problem, output, X, y):
+    """Gradients of what is estimated to rise when a row is left out.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        With its target.
+    problem : Problem
+        Of one member.
+    output : callable
+        The target.
+    X : ndarray of shape (n_query, ...)
+        Queries.
+    y : ndarray of shape (n_query,)
+        Their labels.
+
+    Returns
+    -------
+    list of Factor
+        One a layer.
+    """
+    codes = problem.network.codes(y).cpu()
+    # of every other target more is better, and its fall is what is estimated
+    signs = None if scorer.target == "loss" else torch.full((len(X),), -1.0)
+    return problem.gradients(output, X, codes, signs)
+
+
+def _candidates(scorer, X):
+    if scorer.candidates is None:
+        return None
+    network = networks_of(scorer)[0][0]
+    if "_features" not in vars(scorer):
+        scorer._features = features_of(network, scorer.X_)
+    return nearest(scorer._features, features_of(network, X), scorer.candidates)
+
+
+def self_influences(scorer, X, y):
+    """Influence of rows on themselves.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        Fitted.
+    X : ndarray of shape (n, ...)
+        Validated rows.
+    y : ndarray of shape (n,)
+        Their labels.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+        As if each were a training row.
+    """
+    output = resolve_output(scorer.target, argument="target", allowed=TARGETS)
+    own = resolve_output("loss")
+    total = np.zeros(len(X), dtype=score_dtype(scorer))
+    for problem, fitted, weight in open_members(scorer):
+        size, _ = tile_lengths(
+            len(X), 1, 4 * bytes_of_row(fitted.train), budget_in_bytes(scorer.memory_budget)
+        )
+        for start in range(0, len(X), size):
+            part = slice(start, start + size)
+            codes = problem.network.codes(y[part]).cpu()
+            rows = problem.gradients(own, X[part], codes)
+            queries = rows
+            if scorer.target != "loss":
+                queries = query_gradients(scorer, problem, output, X[part], y[part])
+            total[part] += weight * self_scores(problem, fitted, queries, rows).numpy()
+    return total

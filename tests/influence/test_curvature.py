@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import torch
+from influence_nets import brute_curvature, brute_gradients, cases
+
+from skperf.backbone.parameters import select_parameters
+from skperf.influence.captures import record, recording
+from skperf.influence.curvature import (
+    CurvatureProduct,
+    RowSpace,
+    Spectrum,
+    dense_curvature,
+    filtered_weights,
+    gradient_flow,
+    softmax_rows,
+)
+from skperf.influence.gradients import inner
+from skperf.influence.layers import find_layers
+from skperf.influence.tiles import gather
+
+NETWORK, INPUTS = cases()["mlp"]
+SHARES = torch.arange(1.0, 8.0, dtype=torch.float64) / 28
+PARAMETERS = select_parameters(NETWORK.module)
+LAYERS = find_layers(NETWORK.module, PARAMETERS)
+EXACT = brute_curvature(NETWORK, INPUTS, SHARES)
+
+
+def pull(cotangents, examples=None):
+    with recording(NETWORK.module):
+        return gather(
+            NETWORK,
+            lambda network, rows: record(network, rows, LAYERS),
+            INPUTS,
+            cotangents,
+            examples=examples,
+            batch_size=3,
+        )
+
+
+@pytest.fixture
+def row_space():
+    rows = softmax_rows(NETWORK.logits(INPUTS), SHARES)
+    return RowSpace.of(pull(rows.cotangents, rows.examples))
+
+
+@pytest.fixture
+def gradients():
+    cotangents = torch.randn(7, 3, dtype=torch.float64)
+    return pull(cotangents), brute_gradients(NETWORK, INPUTS, cotangents)
+
+
+def test_rows_hold_the_whole_gauss_newton_matrix(row_space):
+    assert row_space.trace == pytest.approx(float(EXACT.trace()))
+    eigenvalues = torch.linalg.eigvalsh(EXACT)
+    assert row_space.mean_eigenvalue == pytest.approx(
+        float(eigenvalues.square().sum() / eigenvalues.sum())
+    )
+
+
+def test_fewer_rows_keep_the_trace_they_report():
+    logits = NETWORK.logits(INPUTS)
+    p = logits.softmax(1)
+    total = (SHARES * (1 - p.square().sum(1))).sum()
+    for kept in (0.5, 0.9):
+        rows = softmax_rows(logits, SHARES, kept_trace=kept)
+        assert rows.kept_trace >= kept
+        assert float(rows.cotangents.square().sum() / total) == pytest.approx(rows.kept_trace)
+        fewer = softmax_rows(logits, SHARES, kept_trace=kept, max_rows=len(rows.examples) - 1)
+        assert fewer.kept_trace < kept
+
+
+def test_woodbury_is_the_damped_inverse(row_space, gradients):
+    factors, matrix = gradients
+    expected = matrix @ torch.linalg.solve(EXACT + 0.1 * torch.eye(len(EXACT)), matrix.T)
+    u = row_space.whiten(factors, row_space.factor(0.1))
+    torch.testing.assert_close((inner(factors, factors) - u @ u.T) / 0.1, expected)
+
+
+def test_spectral_filter_is_the_matrix_function(row_space, gradients):
+    factors, matrix = gradients
+    time, decay = 7.0, 0.01
+    values, vectors = torch.linalg.eigh(EXACT)
+    applied = (1 - torch.exp(-time * (values + decay))) / (values + decay)
+    expected = matrix @ (vectors * applied) @ vectors.T @ matrix.T
+    spectrum = Spectrum.of(row_space)
+    at_zero, weights = filtered_weights(spectrum.values, gradient_flow(time, decay))
+    components = spectrum.coordinates(inner(factors, row_space.rows))
+    actual = at_zero * inner(factors, factors) + (components * weights) @ components.T
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_flow_filter_runs_from_gradient_dot_to_the_inverse():
+    values = torch.tensor([0.0, 0.5, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(
+        gradient_flow(1e-6)(values), torch.full_like(values, 1e-6), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(gradient_flow(1e4)(values)[1:], 1 / values[1:])
+
+
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_products_agree_with_the_written_out_matrix(kind):
+    codes = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    product = CurvatureProduct(NETWORK, PARAMETERS, INPUTS, codes, SHARES, kind, batch_size=3)
+    with recording(NETWORK.module):
+        matrix = dense_curvature(product, chunk=7)
+    if kind == "ggn":
+        expected = EXACT
+    else:
+        names = list(PARAMETERS)
+
+        def loss(*values):
+            logits = NETWORK(INPUTS, dict(zip(names, values, strict=True)))
+            return (
+                SHARES * torch.nn.functional.cross_entropy(logits, codes, reduction="none")
+            ).sum()
+
+        blocks = torch.autograd.functional.hessian(loss, tuple(PARAMETERS.values()))
+        sizes = [p.numel() for p in PARAMETERS.values()]
+        expected = torch.cat(
+            [
+                torch.cat([b.reshape(n, -1) for b in row], 1)
+                for row, n in zip(blocks, sizes, strict=True)
+            ]
+        )
+    torch.testing.assert_close(matrix, expected)
+    vectors = torch.randn(4, len(matrix), dtype=torch.float64)
+    with recording(NETWORK.module):
+        torch.testing.assert_close(product(vectors), vectors @ matrix)
+        halves = [product(vectors, torch.arange(7)[part::2]) for part in (0, 1)]
+    weights = [float(SHARES[part::2].sum()) for part in (0, 1)]
+    total = sum(w * h for w, h in zip(weights, halves, strict=True))
+    torch.testing.assert_close(total, vectors @ matrix)
+
+
+def test_certain_predictions_have_no_rows():
+    logits = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])
+    rows = softmax_rows(logits, torch.full((2,), 0.5, dtype=torch.float64))
+    assert len(rows.examples) == 0
+    assert rows.kept_trace == 1
+    assert np.isfinite(rows.cotangents.numpy()).all()

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from influence_nets import brute_gradients, cases
+
+from skperf.backbone.parameters import select_parameters
+from skperf.influence.captures import record, record_reference, recording
+from skperf.influence.gradients import Dense, combine, inner, paired, scaled, squared_norms
+from skperf.influence.layers import find_layers, from_vectors, to_vectors
+
+CASES = cases()
+
+
+@pytest.fixture(params=list(CASES))
+def recorded(request):
+    network, inputs = CASES[request.param]
+    parameters = select_parameters(network.module)
+    layers = find_layers(network.module, parameters)
+    cotangents = torch.randn(len(inputs), 3, dtype=torch.float64)
+    with recording(network.module):
+        gradients = record(network, inputs, layers).pull(cotangents)
+    return network, inputs, parameters, layers, cotangents, gradients
+
+
+def test_factors_are_the_gradients_of_single_rows(recorded):
+    network, inputs, parameters, layers, cotangents, gradients = recorded
+    brute = brute_gradients(network, inputs, cotangents)
+    torch.testing.assert_close(to_vectors(layers, gradients, parameters), brute)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_reference_path_agrees(recorded):
+    network, inputs, parameters, _, cotangents, _ = recorded
+    with recording(network.module):
+        (reference,) = record_reference(network, inputs, parameters).pull(cotangents)
+    torch.testing.assert_close(reference.values, brute_gradients(network, inputs, cotangents))
+
+
+def test_products_never_need_the_matrix(recorded):
+    *_, parameters, layers, _, gradients = recorded
+    matrix = to_vectors(layers, gradients, parameters)
+    torch.testing.assert_close(inner(gradients, gradients), matrix @ matrix.T)
+    torch.testing.assert_close(squared_norms(gradients), matrix.square().sum(1))
+    dense = from_vectors(layers, matrix, parameters)
+    torch.testing.assert_close(inner(dense, gradients), matrix @ matrix.T)
+    torch.testing.assert_close(to_vectors(layers, dense, parameters), matrix)
+    weights = torch.randn(2, len(matrix), dtype=torch.float64)
+    for factor, written in zip(gradients, dense, strict=True):
+        torch.testing.assert_close(combine(weights, factor), weights @ written.values)
+        torch.testing.assert_close(
+            paired(scaled(factor, 3.0), factor), 3 * written.values.square().sum(1)
+        )
+
+
+def test_some_parameters_alone():
+    network, inputs = CASES["mlp"]
+    for pattern in ("0.weight", "0.bias", ["2.*", "0.bias"]):
+        parameters = select_parameters(network.module, pattern)
+        layers = find_layers(network.module, parameters)
+        cotangents = torch.randn(len(inputs), 3, dtype=torch.float64)
+        with recording(network.module):
+            pulled = record(network, inputs, layers).pull(cotangents)
+            (reference,) = record_reference(network, inputs, parameters).pull(cotangents)
+        torch.testing.assert_close(to_vectors(layers, pulled, parameters), reference.values)
+        torch.testing.assert_close(inner(pulled, pulled), inner([reference], [reference]))
+
+
+def test_long_sequences_are_written_out_and_short_ones_not():
+    torch.manual_seed(0)
+    from skperf.backbone.network import Network
+
+    class Mean(torch.nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.hidden = torch.nn.Linear(d, d)
+            self.output = torch.nn.Linear(d, 2)
+
+        def forward(self, x):
+            return self.output(torch.tanh(self.hidden(x)).mean(1))
+
+    for d, length, kind in ((3, 9, Dense), (40, 3, None)):
+        network = Network(Mean(d).double(), [0, 1])
+        parameters = select_parameters(network.module)
+        layers = find_layers(network.module, parameters)
+        inputs = torch.randn(5, length, d, dtype=torch.float64)
+        cotangents = torch.randn(5, 2, dtype=torch.float64)
+        with recording(network.module):
+            pulled = record(network, inputs, layers).pull(cotangents)
+        assert isinstance(pulled[0], Dense) == (kind is Dense)
+        matrix = brute_gradients(network, inputs, cotangents)
+        torch.testing.assert_close(inner(pulled, pulled), matrix @ matrix.T)
+        torch.testing.assert_close(squared_norms(pulled), matrix.square().sum(1))
