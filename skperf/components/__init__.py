@@ -1,0 +1,6 @@
+"""Attribute, predict and edit a network by its parts."""
+
+from skperf.components._attributor import ComponentAttributor
+from skperf.components.units import Component
+
+__all__ = ["Component", "ComponentAttributor"]

@@ -126,7 +126,11 @@ def fold(network: Network, followers: dict[nn.Module, nn.Module]) -> None:
     for layer, norm in followers.items():
         if not isinstance(layer, _FOLDABLE) or not isinstance(norm, _NORMALISERS):
             continue
-        if norm.running_mean is None or norm.running_var is None or "weight" not in layer._parameters:
+        if (
+            norm.running_mean is None
+            or norm.running_var is None
+            or "weight" not in layer._parameters
+        ):
             continue
         scale = (norm.running_var + norm.eps).rsqrt()
         if norm.weight is not None:

@@ -8,6 +8,7 @@ example, or whatever a function makes of the output.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -139,8 +140,8 @@ class Circuit:
             Columns of their labels.
         output : callable
             ``(logits, codes) -> (n,)``, differentiable.
-        gates : Tensor of shape (n_components,)
-            Where to differentiate.
+        gates : Tensor of shape (n_components,) or (n, n_components)
+            Where to differentiate: in one place, or each example in its own.
         first : int, default=0
             As in :meth:`outputs`.
 
@@ -157,7 +158,8 @@ class Circuit:
             self._replace_by(range(first, first + 1))
             for start in range(0, len(inputs), size):
                 rows, labels = inputs[start : start + size], codes[start : start + size]
-                leaf = gates.to(rows.device, self.network.dtype).repeat(len(rows), 1)
+                here = gates if gates.ndim == 1 else gates[start : start + size]
+                leaf = here.to(rows.device, self.network.dtype).expand(len(rows), -1).clone()
                 leaf.requires_grad_(True)
                 with torch.enable_grad(), self._gated(self._values(leaf)):
                     result = output(self.network(rows), labels)
@@ -165,6 +167,30 @@ class Circuit:
                 values.append(result.detach().cpu())
                 gradients.append(gradient.cpu())
         return torch.cat(values), torch.cat(gradients)
+
+    def edited_module(self, module: nn.Module, mask: Tensor) -> nn.Module:
+        """A copy of a network with an ablation made permanent.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The user's module; copied, not changed.
+        mask : Tensor of shape (n_components,)
+            1 = kept, 0 = ablated.
+
+        Returns
+        -------
+        nn.Module
+            With changed weights where the ablation is a change of weights, else a module
+            that gates itself.
+        """
+        values = self._values(mask[None])
+        if self.scales_weights:
+            changed = deepcopy(module)
+            with_bias = self.ablation == "zero_output"
+            scale_weights(make_taps(changed, self.components, with_bias=with_bias), values[0])
+            return changed
+        return Gated(self, values)
 
     def _values(self, masks: Tensor) -> Tensor:
         """Gate values and one more that is always open, (m, n_components + 1)."""
@@ -174,7 +200,9 @@ class Circuit:
         return functional.pad(values, (0, 1), value=1.0)
 
     def _build(self, seen: Trace) -> None:
-        output_itself = self.ablation not in ("zero",) and not isinstance(self.ablation, float | int)
+        output_itself = self.ablation not in ("zero",) and not isinstance(
+            self.ablation, float | int
+        )
         module = self.network.module
         self._taps = make_taps(module, self.components, with_bias=self.ablation == "zero_output")
         for tap in self._taps:
@@ -303,7 +331,9 @@ class Circuit:
 
         def watch(tap: Tap) -> Callable[[Tensor], None]:
             def keep(output: Tensor) -> None:
-                flat = output.movedim(tap.dim, -1).flatten(0, -2).mean(0) if along_channels else output
+                flat = (
+                    output.movedim(tap.dim, -1).flatten(0, -2).mean(0) if along_channels else output
+                )
                 made[tap] = flat
 
             return keep
@@ -312,6 +342,41 @@ class Circuit:
             with tapped({tap: watch(tap) for tap in self._taps}):
                 self.network(inputs)
         return made
+
+
+class Gated(nn.Module):
+    """A network with some components ablated for good.
+
+    Parameters
+    ----------
+    circuit : Circuit
+        Copied.
+    values : Tensor of shape (1, n_components + 1)
+        Gate values.
+    """
+
+    def __init__(self, circuit: Circuit, values: Tensor) -> None:
+        super().__init__()
+        self.circuit = deepcopy(circuit)
+        self.inner = self.circuit.network.module
+        self.register_buffer("values", values.clone())
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Run the gated network.
+
+        Parameters
+        ----------
+        inputs : Tensor of shape (n, ...)
+            As the network takes them.
+
+        Returns
+        -------
+        object
+            What the module returns.
+        """
+        self.circuit._replace_by(range(1))
+        with self.circuit._gated(self.get_buffer("values")):
+            return self.inner(inputs)
 
 
 class _Recall:

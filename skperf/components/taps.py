@@ -88,7 +88,9 @@ def make_taps(
         channels = _channels(place, units, positions, len(components)).to(_device(module))
         for name in place.acts_on:
             part = module.get_submodule(name)
-            taps.append(Tap(part, place, channels, _scaled(part, place, with_bias), _bias(part, place)))
+            taps.append(
+                Tap(part, place, channels, _scaled(part, place, with_bias), _bias(part, place))
+            )
     return taps
 
 

@@ -1,0 +1,177 @@
+"""Which gates are where in which pass, and how a budget is spent.
+
+Every draw has a seed of its own, made of the user's seed, the purpose and a number, so that
+no result depends on how the work is cut.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Masks = NDArray[np.bool_]
+
+_FIT, _FRESH, _GROUPS, _PHASES = range(4)
+_BLOCK = 64
+_GOLDEN = 0.6180339887498949
+GRADIENT_COST = 3
+"""Forward-equivalents of one forward and backward pass."""
+
+
+def bernoulli_masks(
+    seed: int, numbers: range, n_components: int, fraction: float, *, fresh: bool = False
+) -> Masks:
+    """Random masks that ablate every component with the same probability.
+
+    Parameters
+    ----------
+    seed : int
+        The seed of the whole.
+    numbers : range
+        Which masks of the sequence.
+    n_components : int
+        Length of a mask.
+    fraction : float
+        Probability of ablation.
+    fresh : bool, default=False
+        Take the sequence that no fit ever uses, for scoring.
+
+    Returns
+    -------
+    ndarray of shape (len(numbers), n_components)
+        True = kept.
+    """
+    purpose = _FRESH if fresh else _FIT
+    rows = [_stream(seed, purpose, number).random(n_components) for number in numbers]
+    return np.stack(rows) >= fraction if rows else np.ones((0, n_components), bool)
+
+
+def path_gates(
+    seed: int, number: int, rows: range, n_components: int, n_groups: int
+) -> tuple[Floats, Masks]:
+    """Gates of one pass of the balanced path design.
+
+    The components of every example are dealt into `n_groups` groups, anew in each round of
+    `n_groups` passes. A pass opens all gates but those of one group, whose gates stand at
+    points of [0, 1] that are spread evenly over the rounds from a random start.
+
+    Parameters
+    ----------
+    seed : int
+        The seed of the whole.
+    number : int
+        Which pass; ``number // n_groups`` is its round.
+    rows : range
+        Consecutive numbers of the examples; each has its own deal.
+    n_components : int
+        Number of gates.
+    n_groups : int
+        Passes in a round; a share ``1 / n_groups`` of the gates is under test.
+
+    Returns
+    -------
+    gates : ndarray of shape (len(rows), n_components)
+        Float32.
+    tested : ndarray of shape (len(rows), n_components)
+        True where the gate is under test.
+    """
+    round_, turn = divmod(number, n_groups)
+    blocks = range(rows[0] // _BLOCK, rows[-1] // _BLOCK + 1)
+    first = rows[0] - blocks[0] * _BLOCK
+    chosen = slice(first, first + len(rows))
+    deals = [_deal(seed, round_, block, n_components, n_groups) for block in blocks]
+    starts = [_starts(seed, block, n_components) for block in blocks]
+    tested = np.concatenate(deals)[chosen] == turn
+    points = (np.concatenate(starts)[chosen] + round_ * _GOLDEN) % 1
+    return np.where(tested, points, 1).astype(np.float32), tested
+
+
+@lru_cache(maxsize=16)
+def _deal(
+    seed: int, round_: int, block: int, n_components: int, n_groups: int
+) -> NDArray[np.int16]:
+    """Group of every component in one round, for one block of examples."""
+    draws = _stream(seed, _GROUPS, round_, block).random((_BLOCK, n_components), np.float32)
+    ranks = draws.argsort(1).argsort(1)
+    return (ranks % n_groups).astype(np.int16)
+
+
+@lru_cache(maxsize=16)
+def _starts(seed: int, block: int, n_components: int) -> Floats:
+    return _stream(seed, _PHASES, block).random((_BLOCK, n_components), np.float32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a budget is spent.
+
+    Parameters
+    ----------
+    gradients : int
+        Passes forward and backward.
+    masks : int
+        Passes with a random mask.
+    singles : int
+        Passes with a single component ablated.
+    """
+
+    gradients: int = 0
+    masks: int = 0
+    singles: int = 0
+
+    @property
+    def cost(self) -> int:
+        """Forward-equivalents, the intact network's own pass included."""
+        return 1 + GRADIENT_COST * self.gradients + self.masks + self.singles
+
+
+def plan_budget(method: str, budget: int, n_components: int, *, differentiable: bool = True) -> Plan:
+    """Split a budget of forward-equivalents.
+
+    Parameters
+    ----------
+    method : {"auto", "regression", "path_gradient", "loo", "gradient"}
+        What the passes are for.
+    budget : int
+        Forward-equivalents in all.
+    n_components : int
+        Number of components.
+    differentiable : bool, default=True
+        Whether gradients can be had; without them "auto" spends all on masks.
+
+    Returns
+    -------
+    Plan
+        Costs at most `budget`, except that "loo" always takes one pass a component.
+
+    Raises
+    ------
+    ValueError
+        If the budget is too small for the method.
+    """
+    if method == "loo":
+        return Plan(singles=n_components)
+    if method == "gradient":
+        return Plan(gradients=1)
+    least = {"auto": 12, "regression": 3, "path_gradient": 1 + GRADIENT_COST}[method]
+    if budget < least:
+        raise ValueError(f"budget={budget} is too small: method={method!r} needs at least {least}.")
+    if method == "path_gradient":
+        return Plan(gradients=(budget - 1) // GRADIENT_COST)
+    if method == "regression" or not differentiable:
+        return Plan(masks=budget - 1)
+    return _share(budget - 1, n_components)
+
+
+def _share(budget: int, n_components: int) -> Plan:
+    """Gradients while they say most, masks more and more as the budget outgrows the parts."""
+    masks_share = 0.25 + 0.25 * min(1.0, budget / (4 * n_components))
+    masks = max(6, round(budget * masks_share))
+    gradients = (budget - masks) // GRADIENT_COST
+    return Plan(gradients=gradients, masks=budget - GRADIENT_COST * gradients)
+
+
+def _stream(seed: int, *purpose: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=purpose))

@@ -1,0 +1,273 @@
+"""From outcomes to attributions: ridge around a prior, standard errors, honest scores."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skperf.components.priors import Prior, mixture
+
+Array = NDArray[np.float64]
+PENALTIES = np.logspace(-4, 6, 41)
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear model of the output for each example.
+
+    Parameters
+    ----------
+    coefficients : ndarray of shape (n_examples, n_components)
+        Fall of the output per component.
+    intercept : ndarray of shape (n_examples,)
+        Output with everything ablated, as the linear model has it.
+    stderr : ndarray of shape (n_examples, n_components)
+        Standard errors over repeated draws of the passes.
+    penalty : float
+        The ridge penalty chosen.
+    oob_score : float
+        Mean over examples of the correlation between outcomes and predictions that did not
+        use them; NaN where there are none.
+    """
+
+    coefficients: Array
+    intercept: Array
+    stderr: Array
+    penalty: float
+    oob_score: float
+
+
+def ridge(
+    masks: NDArray[np.generic],
+    outcomes: Array,
+    prior: Prior | None = None,
+    *,
+    slopes: Array | None = None,
+    anchor: Array | None = None,
+    penalty: float | None = None,
+) -> Fit:
+    """Ridge regression around a prior, by way of one m x m eigendecomposition.
+
+    ``W = sum_g c_g P_g + argmin_D ||Y - V (sum_g c_g P_g + D)||^2 + penalty D' diag(variance)^-1 D``
+    with V and Y centred. The penalty comes from the exact leave-one-out error, and the
+    standard errors from the leave-one-out residuals (the jackknife, which allows for
+    random masks) and the noise of the prior.
+
+    Parameters
+    ----------
+    masks : ndarray of shape (n_masks, n_components)
+        1 = kept.
+    outcomes : ndarray of shape (n_masks, n_examples)
+        Outputs under these masks.
+    prior : Prior, optional
+        None for plain ridge.
+    slopes : ndarray of shape (n_guesses,), optional
+        How its guesses are mixed; needed with a prior.
+    anchor : ndarray of shape (n_examples,), optional
+        Outputs of the intact network, known for free; one more row.
+    penalty : float, optional
+        Taken as it is; with it no example depends on another.
+
+    Returns
+    -------
+    Fit
+        The model.
+
+    Notes
+    -----
+    Shah et al., "Decomposing and Editing Predictions by Modeling Model Computation"
+    (arXiv 2404.11534) fit plain least squares, which is the limit of no prior and no penalty.
+    """
+    V, Y = np.asarray(masks, np.float64), np.asarray(outcomes, np.float64)
+    n_masks = len(V)
+    if anchor is not None:
+        V, Y = np.vstack([V, np.ones(V.shape[1])]), np.vstack([Y, anchor])
+    centre, level = V.mean(0), Y.mean(0)
+    V, Y = V - centre, Y - level
+    mean = _mean(prior, slopes, Y.shape[1], V.shape[1])
+    variance = np.ones(V.shape[1]) if prior is None else prior.variance
+    residual = Y - V @ mean.T
+    values, vectors = np.linalg.eigh((V * variance) @ V.T)
+    spectrum = _Spectrum(np.maximum(values, 0.0), vectors, vectors.T @ residual, residual)
+    penalty = _choose(spectrum, Y, n_masks) if penalty is None else penalty
+    left_out = spectrum.left_out(penalty)
+    solver = (vectors / (spectrum.values + penalty)) @ vectors.T
+    spread = variance[:, None] * (V.T @ solver)
+    coefficients = mean + (spread @ residual).T
+    square = (spread[:, :n_masks] ** 2 @ left_out[:n_masks] ** 2).T
+    unmoved = 1 - np.einsum("jm,mj->j", spread, V)
+    return Fit(
+        coefficients,
+        level - coefficients @ centre,
+        np.sqrt(square + _prior_noise(prior, slopes, unmoved)),
+        penalty,
+        mean_correlation((Y - left_out)[:n_masks].T, Y[:n_masks].T),
+    )
+
+
+class Moments:
+    """Sums over masks from which ridge can be fitted without the masks.
+
+    Parameters
+    ----------
+    n_components : int
+        Number of components.
+    n_examples : int
+        Number of examples.
+    """
+
+    def __init__(self, n_components: int, n_examples: int) -> None:
+        self.count = 0
+        self.masks = np.zeros(n_components)
+        self.outcomes = np.zeros(n_examples)
+        self.squares = np.zeros(n_examples)
+        self.gram = np.zeros((n_components, n_components))
+        self.cross = np.zeros((n_components, n_examples))
+
+    def add(self, masks: NDArray[np.generic], outcomes: Array, sign: int = 1) -> None:
+        """Take masks in, or out again.
+
+        Parameters
+        ----------
+        masks : ndarray of shape (n_masks, n_components)
+            1 = kept.
+        outcomes : ndarray of shape (n_masks, n_examples)
+            Outputs under these masks.
+        sign : {1, -1}, default=1
+            Whether they come or go.
+        """
+        V = np.asarray(masks, np.float64)
+        self.count += sign * len(V)
+        self.masks += sign * V.sum(0)
+        self.outcomes += sign * outcomes.sum(0)
+        self.squares += sign * (outcomes**2).sum(0)
+        self.gram += sign * (V.T @ V)
+        self.cross += sign * (V.T @ outcomes)
+
+
+def ridge_from_moments(
+    moments: Moments,
+    prior: Prior | None = None,
+    *,
+    slopes: Array | None = None,
+    penalty: float | None = None,
+) -> Fit:
+    """Ridge regression around a prior, from sums alone.
+
+    As :func:`ridge`, but the penalty minimises generalised cross-validation,
+    ``(RSS / m) / (1 - df / m)^2``, and the standard errors take residuals to be alike.
+
+    Parameters
+    ----------
+    moments : Moments
+        Of more masks than components.
+    prior : Prior, optional
+        None for plain ridge.
+    slopes : ndarray of shape (n_guesses,), optional
+        As in :func:`ridge`.
+    penalty : float, optional
+        As in :func:`ridge`.
+
+    Returns
+    -------
+    Fit
+        The model; its score is NaN.
+    """
+    m = moments.count
+    centre, level = moments.masks / m, moments.outcomes / m
+    gram = moments.gram - m * np.outer(centre, centre)
+    cross = moments.cross - m * np.outer(centre, level)
+    total = np.maximum(moments.squares - m * level**2, _TINY)
+    mean = _mean(prior, slopes, len(level), len(gram))
+    variance = np.ones(len(gram)) if prior is None else prior.variance
+    root = np.sqrt(variance)
+    values, vectors = np.linalg.eigh(root[:, None] * gram * root)
+    values = np.maximum(values, 0.0)
+    pulled = cross - gram @ mean.T
+    rotated = vectors.T @ (root[:, None] * pulled)
+    power = total - (mean * (cross + pulled).T).sum(1)
+    if penalty is None:
+        penalty = _choose_gcv(values, rotated, power, total, m)
+    solved = rotated / (values + penalty)[:, None]
+    rss = power - 2 * (solved * rotated).sum(0) + (values[:, None] * solved**2).sum(0)
+    freedom = 1 + (values / (values + penalty)).sum()
+    error = np.maximum(rss, 0.0) / max(m - freedom, 1.0)
+    coefficients = mean + (root[:, None] * (vectors @ solved)).T
+    unit = variance * (vectors**2 * (values / (values + penalty) ** 2)).sum(1)
+    unmoved = (vectors**2 * (penalty / (values + penalty))).sum(1)
+    square = error[:, None] * unit + _prior_noise(prior, slopes, unmoved)
+    intercept = level - coefficients @ centre
+    return Fit(coefficients, intercept, np.sqrt(square), penalty, float("nan"))
+
+
+def mean_correlation(predicted: Array, actual: Array) -> float:
+    """Mean over rows of the Pearson correlation.
+
+    Parameters
+    ----------
+    predicted, actual : ndarray of shape (n_examples, n_masks)
+        What to compare; rows that are constant are left out.
+
+    Returns
+    -------
+    float
+        NaN where every row is constant.
+    """
+    p = predicted - predicted.mean(1, keepdims=True)
+    a = actual - actual.mean(1, keepdims=True)
+    power = (p**2).sum(1) * (a**2).sum(1)
+    defined = power > 0
+    if not defined.any():
+        return float("nan")
+    return float(((p * a).sum(1)[defined] / np.sqrt(power[defined])).mean())
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """The kernel of the masks in its own basis, and what is to be explained."""
+
+    values: Array
+    vectors: Array
+    rotated: Array
+    residual: Array
+
+    def left_out(self, penalty: float) -> Array:
+        """Leave-one-out residuals, ``e_i / (1 - h_ii)``."""
+        share = self.values / (self.values + penalty)
+        leverage = (self.vectors**2 * share).sum(1) + 1 / len(self.vectors)
+        fitted = self.vectors @ (share[:, None] * self.rotated)
+        return (self.residual - fitted) / (1 - np.minimum(leverage, 1 - 1e-9))[:, None]
+
+
+def _choose(spectrum: _Spectrum, Y: Array, n_masks: int) -> float:
+    """The penalty with the smallest leave-one-out error, examples on one scale."""
+    scale = Y[:n_masks].std(0) + _TINY
+    candidates = PENALTIES * spectrum.values.mean() + _TINY
+    errors = [((spectrum.left_out(c)[:n_masks] / scale) ** 2).mean() for c in candidates]
+    return float(candidates[int(np.argmin(errors))])
+
+
+def _choose_gcv(values: Array, rotated: Array, power: Array, total: Array, m: int) -> float:
+    best, chosen = np.inf, float(PENALTIES[-1] * values.mean())
+    for candidate in PENALTIES * values.mean() + _TINY:
+        solved = rotated / (values + candidate)[:, None]
+        rss = power - 2 * (solved * rotated).sum(0) + (values[:, None] * solved**2).sum(0)
+        freedom = 1 + (values / (values + candidate)).sum()
+        if freedom < m:
+            error = float((rss / total).mean()) / (1 - freedom / m) ** 2
+            if error < best:
+                best, chosen = error, float(candidate)
+    return chosen
+
+
+def _mean(prior: Prior | None, slopes: Array | None, n_examples: int, n_components: int) -> Array:
+    if prior is None or slopes is None:
+        return np.zeros((n_examples, n_components))
+    return mixture(prior, slopes)
+
+
+def _prior_noise(prior: Prior | None, slopes: Array | None, unmoved: Array) -> Array | float:
+    if prior is None or slopes is None:
+        return 0.0
+    return np.asarray((unmoved * slopes[1]) ** 2 * prior.noise)

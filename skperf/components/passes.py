@@ -1,0 +1,360 @@
+"""Run the passes of a plan, in pieces and in any order of workers, and keep only sums."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed, effective_n_jobs
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skperf.backbone.outputs import Output
+from skperf.backbone.progress import track
+from skperf.components.designs import GRADIENT_COST, Plan, bernoulli_masks, path_gates
+from skperf.components.estimation import Moments
+from skperf.components.gates import Circuit
+from skperf.components.priors import PathSums
+
+Array = NDArray[np.float64]
+_MASKS, _PATHS, _SINGLES = 32, 8, 64
+ROWS_KEPT = 1024
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is measured: a circuit, examples and an output.
+
+    Parameters
+    ----------
+    circuit : Circuit
+        The gated network.
+    inputs : Tensor of shape (n, ...)
+        Examples, as the network takes them.
+    codes : Tensor of shape (n,)
+        Columns of their labels.
+    output : callable
+        ``(logits, codes) -> (n,)``.
+    seed : int
+        Of all draws.
+    fraction : float
+        Share of the components that a random mask ablates.
+    alike : bool, default=False
+        Whether all examples share one deal of the gates, so that no result depends on the
+        position of an example.
+    """
+
+    circuit: Circuit
+    inputs: Tensor
+    codes: Tensor
+    output: Output
+    seed: int
+    fraction: float
+    alike: bool = False
+
+    @property
+    def n_examples(self) -> int:
+        """Number of examples."""
+        return len(self.inputs)
+
+    @property
+    def n_components(self) -> int:
+        """Number of gates."""
+        return self.circuit.n_components
+
+    @property
+    def n_groups(self) -> int:
+        """Passes in a round: the share under test has twice the fraction ablated."""
+        return max(2, round(1 / (2 * self.fraction)))
+
+    def gates(self, number: int) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
+        """Gates of one gradient pass, and which are under test.
+
+        Parameters
+        ----------
+        number : int
+            Which pass.
+
+        Returns
+        -------
+        gates, tested : ndarray of shape (n_examples, n_components)
+            One row an example.
+        """
+        rows = range(1) if self.alike else range(self.n_examples)
+        gates, tested = path_gates(self.seed, number, rows, self.n_components, self.n_groups)
+        shape = (self.n_examples, self.n_components)
+        return np.broadcast_to(gates, shape), np.broadcast_to(tested, shape)
+
+    def outcomes(self, masks: NDArray[Any], first: int = 0) -> Array:
+        """True outputs under masks.
+
+        Parameters
+        ----------
+        masks : ndarray of shape (m, n_components)
+            1 = kept.
+        first : int, default=0
+            Number of the first mask.
+
+        Returns
+        -------
+        ndarray of shape (m, n_examples)
+            Float64.
+
+        Raises
+        ------
+        ValueError
+            If one is not finite.
+        """
+        tensor = torch.as_tensor(np.asarray(masks, np.float32))
+        values = self.circuit.outputs(self.inputs, self.codes, self.output, tensor, first=first)
+        outcomes = values.T.double().numpy()
+        if not np.isfinite(outcomes).all():
+            mask, row = np.argwhere(~np.isfinite(outcomes))[0]
+            ablated = np.flatnonzero(np.asarray(masks)[mask] == 0)
+            raise ValueError(
+                f"the output of example {row} is not finite under mask {first + mask} "
+                f"(seed {self.seed}), which ablates {len(ablated)} components"
+                + (f", the first {self.circuit.components[ablated[0]].name}." if len(ablated) else ".")
+            )
+        return outcomes
+
+
+@dataclass
+class Measurements:
+    """What has been measured on some examples so far.
+
+    Parameters
+    ----------
+    baseline : ndarray of shape (n_examples,)
+        Outputs of the intact network.
+    n_components : int
+        Number of gates.
+    done : Plan
+        Passes behind the sums.
+    """
+
+    baseline: Array
+    n_components: int
+    done: Plan = Plan()
+    paths: PathSums | None = None
+    path_values: list[Array] = field(default_factory=list)
+    rows: list[Array] = field(default_factory=list)
+    moments: Moments | None = None
+    singles: list[Array] = field(default_factory=list)
+
+    @property
+    def outcomes(self) -> Array:
+        """Outputs under the first masks, as many as are kept, (m, n_examples)."""
+        return np.concatenate(self.rows) if self.rows else np.zeros((0, len(self.baseline)))
+
+    def take_masks(self, masks: NDArray[Any], outcomes: Array) -> None:
+        """Add outcomes of masks.
+
+        Parameters
+        ----------
+        masks : ndarray of shape (m, n_components)
+            1 = kept.
+        outcomes : ndarray of shape (m, n_examples)
+            Outputs under them.
+        """
+        if self.moments is None:
+            self.rows.append(outcomes)
+        else:
+            self.moments.add(masks, outcomes)
+        self.done = replace(self.done, masks=self.done.masks + len(masks))
+
+    def wants_sums(self) -> bool:
+        """Whether there are more masks than components, and many.
+
+        Returns
+        -------
+        bool
+            True once sums are smaller than what they sum up.
+        """
+        kept = sum(len(block) for block in self.rows)
+        return self.moments is None and kept > max(ROWS_KEPT, self.n_components)
+
+    def sum_up(self, question: Question) -> None:
+        """Replace outcomes by sums.
+
+        Parameters
+        ----------
+        question : Question
+            Knows the masks by their numbers.
+        """
+        self.moments = Moments(self.n_components, len(self.baseline))
+        start = 0
+        for block in self.rows:
+            numbers = range(start, start + len(block))
+            masks = bernoulli_masks(question.seed, numbers, self.n_components, question.fraction)
+            self.moments.add(masks, block)
+            start = numbers.stop
+        kept = self.outcomes[:ROWS_KEPT]
+        self.rows = [kept]
+
+
+def measure_baseline(question: Question) -> Array:
+    """Outputs of the intact network.
+
+    Parameters
+    ----------
+    question : Question
+        What is measured.
+
+    Returns
+    -------
+    ndarray of shape (n_examples,)
+        Float64.
+    """
+    return question.outcomes(np.ones((1, question.n_components)))[0]
+
+
+def spend(
+    question: Question,
+    measured: Measurements,
+    plan: Plan,
+    *,
+    sums: bool = True,
+    n_jobs: int | None = None,
+    verbose: int = 0,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """Run the passes of a plan; what is done stays done if it is interrupted.
+
+    Parameters
+    ----------
+    question : Question
+        What is measured.
+    measured : Measurements
+        Grows with every piece that comes back, always in the same order.
+    plan : Plan
+        Passes to add.
+    sums : bool, default=True
+        Whether many outcomes may be replaced by sums.
+    n_jobs : int, optional
+        Workers, as in joblib.
+    verbose : int, default=0
+        Shows a bar above 0.
+    stop : callable, optional
+        Asked after every piece of masks whether enough is known.
+    """
+    done = measured.done
+    if plan.gradients:
+        if measured.paths is None:
+            measured.paths = PathSums(question.n_components, question.n_examples)
+        pieces = _pieces(done.gradients, plan.gradients, _PATHS)
+        for piece, values in _run(_paths, question, pieces, n_jobs, "gradients", verbose):
+            measured.paths.merge(piece)
+            measured.path_values.append(values)
+            gradients = measured.done.gradients + len(values)
+            measured.done = replace(measured.done, gradients=gradients)
+    if plan.singles:
+        pieces = _pieces(done.singles, plan.singles, _SINGLES)
+        for outcomes in _run(_singles, question, pieces, n_jobs, "ablations", verbose):
+            measured.singles.append(outcomes)
+            singles = measured.done.singles + len(outcomes)
+            measured.done = replace(measured.done, singles=singles)
+    if plan.masks:
+        pieces = _pieces(done.masks, plan.masks, _MASKS)
+        for masks, outcomes in _run(_masks, question, pieces, n_jobs, "masks", verbose):
+            measured.take_masks(masks, outcomes)
+            if sums and measured.wants_sums():
+                measured.sum_up(question)
+            if stop is not None and stop():
+                break
+
+
+def cost_of(done: Plan) -> int:
+    """Forward-equivalents of what is done.
+
+    Parameters
+    ----------
+    done : Plan
+        Passes.
+
+    Returns
+    -------
+    int
+        A gradient pass counts three.
+    """
+    return 1 + GRADIENT_COST * done.gradients + done.masks + done.singles
+
+
+def intact_gradients(question: Question) -> Array:
+    """Derivatives at the intact network, the first-order attributions.
+
+    Parameters
+    ----------
+    question : Question
+        What is measured.
+
+    Returns
+    -------
+    ndarray of shape (n_examples, n_components)
+        Gradient times parameter, summed over each component.
+    """
+    ones = torch.ones(question.n_components)
+    _, gradients = question.circuit.gradients(
+        question.inputs, question.codes, question.output, ones
+    )
+    return gradients.double().numpy()
+
+
+def _pieces(start: int, count: int, size: int) -> list[range]:
+    return [range(i, min(i + size, start + count)) for i in range(start, start + count, size)]
+
+
+def _run(
+    task: Callable[..., Any],
+    question: Question,
+    pieces: list[range],
+    n_jobs: int | None,
+    what: str,
+    verbose: int,
+) -> Iterator[Any]:
+    alone = effective_n_jobs(n_jobs) == 1
+    results: Any = (
+        (task(question, piece) for piece in pieces)
+        if alone
+        else Parallel(n_jobs=n_jobs, return_as="generator")(
+            delayed(_on_a_copy)(task, question, piece) for piece in pieces
+        )
+    )
+    return track(results, description=what, total=len(pieces), verbose=verbose)
+
+
+def _on_a_copy(task: Callable[..., Any], question: Question, piece: range) -> Any:
+    """Workers that are threads share the circuit, whose weights a pass changes."""
+    if question.circuit.copied:
+        question = replace(question, circuit=deepcopy(question.circuit))
+    return task(question, piece)
+
+
+def _paths(question: Question, numbers: range) -> tuple[PathSums, Array]:
+    sums = PathSums(question.n_components, question.n_examples)
+    values = []
+    for number in numbers:
+        gates, tested = question.gates(number)
+        outputs, gradients = question.circuit.gradients(
+            question.inputs,
+            question.codes,
+            question.output,
+            torch.as_tensor(np.array(gates)),
+            first=number,
+        )
+        sums.add(gradients.double().numpy(), tested)
+        values.append(outputs.double().numpy())
+    return sums, np.stack(values)
+
+
+def _masks(question: Question, numbers: range) -> tuple[NDArray[np.bool_], Array]:
+    masks = bernoulli_masks(question.seed, numbers, question.n_components, question.fraction)
+    return masks, question.outcomes(masks, numbers.start)
+
+
+def _singles(question: Question, numbers: range) -> Array:
+    masks = np.ones((len(numbers), question.n_components), bool)
+    masks[np.arange(len(numbers)), np.asarray(numbers)] = False
+    return question.outcomes(masks, numbers.start)

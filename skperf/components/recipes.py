@@ -1,0 +1,186 @@
+"""From measurements to a linear model for each example, by every method."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skperf.components.designs import bernoulli_masks
+from skperf.components.estimation import Fit, mean_correlation, ridge, ridge_from_moments
+from skperf.components.passes import Measurements, Question
+from skperf.components.priors import (
+    Population,
+    Prior,
+    mixture,
+    path_prior,
+    pooled_slopes,
+    population,
+)
+
+Array = NDArray[np.float64]
+_PASSES_FOR_SLOPES = 64
+_MASKS_FOR_SLOPES = 256
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned on the examples of `fit` and holds for any others.
+
+    Parameters
+    ----------
+    population : Population, optional
+        None without gradient passes.
+    slopes : ndarray of shape (n_guesses,), optional
+        How guesses are mixed.
+    penalty : float, optional
+        Of the ridge.
+    """
+
+    population: Population | None = None
+    slopes: Array | None = None
+    penalty: float | None = None
+
+
+def attribute(
+    question: Question, measured: Measurements, learned: Learned | None = None
+) -> tuple[Fit, Learned]:
+    """Fit the linear models.
+
+    Parameters
+    ----------
+    question : Question
+        What was measured.
+    measured : Measurements
+        Whatever passes there are: masks, gradients, single ablations, in any mixture.
+    learned : Learned, optional
+        From other examples; without it, it is learned here.
+
+    Returns
+    -------
+    fit : Fit
+        The models.
+    learned : Learned
+        For other examples.
+    """
+    if measured.singles:
+        return one_at_a_time(measured), Learned()
+    prior, slopes, shared = None, None, None
+    if measured.paths is not None:
+        shared = learned.population if learned else population(measured.paths)
+        assert shared is not None
+        prior = path_prior(measured.paths, shared)
+        slopes = learned.slopes if learned else _slopes(question, measured, prior)
+    if not measured.done.masks:
+        assert prior is not None and slopes is not None
+        return _path_only(question, measured, prior, slopes), Learned(shared, slopes)
+    penalty = learned.penalty if learned else None
+    if measured.moments is not None:
+        fit = ridge_from_moments(measured.moments, prior, slopes=slopes, penalty=penalty)
+        fit = replace(fit, oob_score=_held_out_score(question, measured, prior, slopes, fit))
+    else:
+        outcomes = measured.outcomes
+        anchor = measured.baseline if prior is None else None
+        masks = _masks(question, range(len(outcomes)))
+        fit = ridge(masks, outcomes, prior, slopes=slopes, anchor=anchor, penalty=penalty)
+    return fit, Learned(shared, slopes, fit.penalty)
+
+
+def one_at_a_time(measured: Measurements) -> Fit:
+    """Attributions from ablating one component at a time.
+
+    Parameters
+    ----------
+    measured : Measurements
+        With a pass for each component.
+
+    Returns
+    -------
+    Fit
+        Exact for a linear network; no standard errors, for nothing is drawn.
+    """
+    after = np.concatenate(measured.singles).T
+    return _exact(measured.baseline[:, None] - after, measured.baseline)
+
+
+def first_order(gradients: Array, baseline: Array) -> Fit:
+    """Attributions from derivatives at the intact network.
+
+    Parameters
+    ----------
+    gradients : ndarray of shape (n_examples, n_components)
+        With respect to the gates.
+    baseline : ndarray of shape (n_examples,)
+        Outputs of the intact network.
+
+    Returns
+    -------
+    Fit
+        A Taylor expansion; no standard errors, for nothing is drawn.
+    """
+    return _exact(gradients, baseline)
+
+
+def _exact(coefficients: Array, baseline: Array) -> Fit:
+    zeros = np.zeros(coefficients.shape)
+    intercept = baseline - coefficients.sum(1)
+    return Fit(coefficients, intercept, zeros, 0.0, float("nan"))
+
+
+def _path_only(question: Question, measured: Measurements, prior: Prior, slopes: Array) -> Fit:
+    coefficients = mixture(prior, slopes)
+    values = np.concatenate(measured.path_values)
+    chosen = _spread(len(values), _PASSES_FOR_SLOPES)
+    predicted = _on_paths(question, chosen, [coefficients])[0]
+    intercept = (values[chosen] - predicted).mean(0)
+    stderr = np.abs(slopes[1]) * np.sqrt(prior.noise)
+    return Fit(coefficients, intercept, stderr, 0.0, float("nan"))
+
+
+def _slopes(question: Question, measured: Measurements, prior: Prior) -> Array:
+    values = np.concatenate(measured.path_values)
+    chosen = _spread(len(values), _PASSES_FOR_SLOPES)
+    observations = [(_on_paths(question, chosen, list(prior.guesses)), values[chosen])]
+    outcomes = measured.outcomes[:_MASKS_FOR_SLOPES]
+    if len(outcomes) > 2:
+        masks = _masks(question, range(len(outcomes))).astype(np.float64)
+        features = np.stack([masks @ guess.T for guess in prior.guesses])
+        observations.append((features, outcomes))
+    return pooled_slopes(observations)
+
+
+def _on_paths(question: Question, numbers: list[int], guesses: list[Array]) -> Array:
+    """What guesses predict at the gates of gradient passes, (n_guesses, n_passes, n)."""
+    features = []
+    for number in numbers:
+        gates, _ = question.gates(number)
+        features.append([np.einsum("nj,nj->n", gates, guess) for guess in guesses])
+    return np.array(features).transpose(1, 0, 2)
+
+
+def _held_out_score(
+    question: Question,
+    measured: Measurements,
+    prior: Prior | None,
+    slopes: Array | None,
+    fit: Fit,
+) -> float:
+    """Correlation on the masks whose outcomes are kept, by a fit that leaves them out."""
+    assert measured.moments is not None
+    outcomes = measured.outcomes[:_MASKS_FOR_SLOPES]
+    masks = _masks(question, range(len(outcomes)))
+    measured.moments.add(masks, outcomes, sign=-1)
+    try:
+        without = ridge_from_moments(
+            measured.moments, prior, slopes=slopes, penalty=fit.penalty
+        )
+    finally:
+        measured.moments.add(masks, outcomes)
+    return mean_correlation(without.coefficients @ masks.T.astype(np.float64), outcomes.T)
+
+
+def _masks(question: Question, numbers: range) -> NDArray[np.bool_]:
+    return bernoulli_masks(question.seed, numbers, question.n_components, question.fraction)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))})
