@@ -5,7 +5,7 @@ from skperf.backbone._modules import from_module
 from skperf.backbone._nets import Net, default_net
 from skperf.backbone.architectures import MLP
 from skperf.influence import FadingDisplay, InfluenceDisplay, InfluenceScorer
-from skperf.performative._adapter import PerformativeAdapter
+from skperf.performative import PerformativeAdapter, PerformativeWarning, TrajectoryDisplay
 from skperf.reprogramming import Reprogrammer
 
 __version__ = "0.1.0"
@@ -18,7 +18,9 @@ __all__ = [
     "InfluenceScorer",
     "Net",
     "PerformativeAdapter",
+    "PerformativeWarning",
     "Reprogrammer",
+    "TrajectoryDisplay",
     "default_net",
     "from_module",
 ]

@@ -56,9 +56,11 @@ def settings_of(adapter, *, seed, n_statistics, n_classes):
     is_paper = adapter.adapter == "paper"
     strength = 1.0 if is_paper and adapter.strength == "auto" else adapter.strength
     mix = 0.0 if is_paper and adapter.mix == "auto" else adapter.mix
+    costly = n_statistics * n_classes > COSTLY
     return Settings(
         candidates={
-            _name_of(kind): _candidate(kind, adapter, seed, alone=len(names) == 1) for kind in names
+            _name_of(kind): _candidate(kind, adapter, seed, costly=costly, alone=len(names) == 1)
+            for kind in names
         },
         strengths=STRENGTHS if isinstance(strength, str) else np.array([float(strength)]),
         mixes=MIXES if isinstance(mix, str) else np.array([float(mix)]),
@@ -78,7 +80,14 @@ def _names(adapter, one_entry_a_class):
 
 
 def _name_of(kind):
-    return kind if isinstance(kind, str) else kind.__name__
+    if isinstance(kind, str) and kind in (*LADDER, "paper"):
+        return kind
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return kind.__name__
+    raise ValueError(
+        f"adapter must be 'auto', one or a list of {[*LADDER, 'paper']}, or a torch.nn.Module "
+        f"class; got {kind!r}."
+    )
 
 
 def _candidate(kind, adapter, seed, *, costly, alone):
@@ -87,7 +96,7 @@ def _candidate(kind, adapter, seed, *, costly, alone):
         return Candidate(FITTERS[kind], growth=1.1 if rarely else 1.0)
     if isinstance(kind, str) and kind == "paper":
         return Candidate(partial(fit_paper, seed=seed), weigh=False)
-    given = {"module": kind} if isinstance(kind, type) and issubclass(kind, nn.Module) else {}
+    given = {} if isinstance(kind, str) else {"module": kind}
     fit = partial(
         fit_neural,
         **given,

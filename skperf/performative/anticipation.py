@@ -24,7 +24,7 @@ MIXES = np.array([0.0, 0.01, 0.03, 0.1, 0.25, 0.5])
 MEMORY = 0.9  # of the running dispersion: about ten rounds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """How one kind of map is fitted.
 
@@ -46,7 +46,7 @@ class Candidate:
     weigh: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
     """What stays the same over all rounds.
 
@@ -75,7 +75,7 @@ class Settings:
     min_rounds: int = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Labelled rows of a round, kept for the log-loss objective.
 
@@ -94,7 +94,7 @@ class Rows:
     weight: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contender:
     """A fitted map and its record.
 
@@ -116,7 +116,7 @@ class Contender:
     fitted_at: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
     """The map in use: its name, and the strength and mix of `blend`."""
 
@@ -125,7 +125,7 @@ class Choice:
     mix: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anticipation:
     """Everything known after some rounds; `observe` gives the next state and changes nothing.
 

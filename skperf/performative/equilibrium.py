@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 MEMORY = 0.1  # of the running mean of answers: about ten steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Equilibrium:
     """Outcome of an iteration towards a stable label mix.
 

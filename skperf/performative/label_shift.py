@@ -72,7 +72,7 @@ def log_loss(logits: Array, codes: Codes, weight: Array | None = None) -> float:
     return float(np.average(losses, weights=weight))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PriorEstimate:
     """A label mix found by iteration.
 
@@ -198,7 +198,7 @@ def bbse_prior(proba: Array, confusion: Array, *, pseudo_count: float = 1.0) -> 
     return shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Temperature and bias of logits at the base mix.
 

@@ -22,7 +22,7 @@ LEARNING_RATE = 1e-4
 FADE = 0.995
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PaperMap:
     """The perceptron and its optimiser, both kept from round to round.
 

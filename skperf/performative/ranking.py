@@ -81,7 +81,7 @@ def answer_of(state: Anticipation, response: ResponseMap, statistic: Array) -> A
     return np.exp(blend(answer, state.log_base, state.choice.strength, state.choice.mix))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """What one candidate would score.
 

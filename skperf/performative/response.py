@@ -29,7 +29,7 @@ class ResponseMap(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LogLinearMap:
     """Response map ``log pi(S) = offset + weights S`` up to a constant.
 
@@ -50,7 +50,7 @@ class LogLinearMap:
         return scores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CurveMap:
     """Response map ``log pi_c(S) = offset_c + g(S_c - mean(S))``, one curve for all classes.
 
@@ -221,7 +221,7 @@ def _fit_shared(features: Array, counts: Array, log_base: Array, l2: float) -> t
         gradient += penalty * theta
         step = np.linalg.solve(hessian + np.diag(penalty), gradient)
         decrease = gradient @ step
-        if decrease < 1e-10 * (1.0 + abs(value)):
+        if decrease < 1e-9 + 1e-14 * abs(value):
             break
         scale = 1.0
         while True:

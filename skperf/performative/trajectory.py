@@ -11,7 +11,7 @@ Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """Rounds in order of time; the statistic of a round answers in the counts `lag` rows later.
 

@@ -1,0 +1,170 @@
+"""Prior correction, estimation of a mix from a batch, calibration."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, softmax
+
+from skperf.performative.label_shift import (
+    bbse_prior,
+    correct_logits,
+    em_prior,
+    estimate_base_prior,
+    fit_calibration,
+    log_loss,
+    probabilities,
+    smooth_shares,
+    soft_confusion,
+)
+
+EQUAL = np.log(np.full(3, 1 / 3))
+
+
+@pytest.fixture(scope="module")
+def gaussians():
+    """Bayes-optimal scores at equal shares of three overlapping classes, and a sampler."""
+    means = np.array([[0.0, 0.0], [1.5, 0.0], [0.0, 1.5]])
+
+    def draw(prior, n, seed):
+        rng = np.random.default_rng(seed)
+        y = rng.choice(3, n, p=prior)
+        X = means[y] + rng.normal(size=(n, 2))
+        return -0.5 * ((X[:, None] - means) ** 2).sum(axis=2), y
+
+    return draw
+
+
+def test_correction_by_hand():
+    proba = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+    base, prior = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.1, 0.8])
+    expected = proba * prior / base
+    expected /= expected.sum(axis=1, keepdims=True)
+    corrected = correct_logits(np.log(proba), np.log(prior), np.log(base))
+    np.testing.assert_allclose(probabilities(corrected), expected, atol=1e-10)
+
+
+@given(
+    st.lists(st.floats(-30, 30), min_size=3, max_size=3),
+    st.floats(-100, 100),
+    st.lists(st.floats(0.01, 1), min_size=3, max_size=3),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_constant_in_a_row_changes_nothing(scores, constant, shares):
+    logits, prior = np.array([scores]), np.log(np.array(shares) / sum(shares))
+    plain = probabilities(correct_logits(logits, prior, EQUAL))
+    shifted = probabilities(correct_logits(logits + constant, prior, EQUAL))
+    np.testing.assert_allclose(plain, shifted, atol=1e-9)
+    np.testing.assert_allclose(plain.sum(), 1.0)
+
+
+def test_correction_for_the_base_mix_is_the_identity():
+    logits = np.random.default_rng(0).normal(size=(5, 3))
+    np.testing.assert_array_equal(correct_logits(logits, EQUAL, EQUAL), logits)
+
+
+def em_by_elements(proba, base, n_iter):
+    prior = base.copy()
+    for _ in range(n_iter):
+        responsibilities = proba * prior / base
+        responsibilities /= responsibilities.sum(axis=1, keepdims=True)
+        prior = responsibilities.mean(axis=0)
+    return prior
+
+
+def test_em_equals_the_element_wise_form(gaussians):
+    logits, _ = gaussians([0.2, 0.1, 0.7], 400, 0)
+    reference = em_by_elements(softmax(logits, axis=1), np.full(3, 1 / 3), 25)
+    estimate = em_prior(logits, EQUAL, max_iter=25, tol=0.0)
+    assert estimate.n_iter == 25
+    np.testing.assert_allclose(estimate.prior, reference, atol=1e-12)
+
+
+def test_em_maximises_the_likelihood(gaussians):
+    logits, _ = gaussians([0.2, 0.1, 0.7], 400, 0)
+    estimate = em_prior(logits, EQUAL)
+    assert estimate.converged
+
+    def likelihood(prior):
+        return np.log(np.exp(logits) @ prior).sum()
+
+    best = likelihood(estimate.prior)
+    for other in np.random.default_rng(0).dirichlet(np.ones(3), size=200):
+        assert likelihood(other) <= best + 1e-6
+
+
+@pytest.mark.parametrize("method", ["em", "bbse"])
+def test_a_batch_tells_its_mix(gaussians, method):
+    truth = np.array([0.1, 0.2, 0.7])
+    logits, _ = gaussians(truth, 20_000, 1)
+    if method == "em":
+        prior = em_prior(logits, EQUAL).prior
+    else:
+        known, codes = gaussians([0.6, 0.3, 0.1], 20_000, 2)
+        prior = bbse_prior(softmax(logits, axis=1), soft_confusion(softmax(known, axis=1), codes))
+    np.testing.assert_allclose(prior, truth, atol=0.02)
+
+
+def test_map_em_lies_between_batch_and_expectation(gaussians):
+    logits, _ = gaussians([0.1, 0.2, 0.7], 500, 3)
+    mean = np.array([0.6, 0.2, 0.2])
+    free = em_prior(logits, EQUAL).prior
+    distances = [
+        np.abs(em_prior(logits, EQUAL, mean=mean, strength=s).prior - free).sum()
+        for s in (0.0, 50.0, 500.0, 1e7)
+    ]
+    assert distances[0] < 1e-4
+    assert sorted(distances) == distances
+    np.testing.assert_allclose(
+        em_prior(logits, EQUAL, mean=mean, strength=1e7).prior, mean, atol=1e-3
+    )
+
+
+def test_bbse_stays_a_mix_and_bears_a_class_never_seen(gaussians):
+    logits, codes = gaussians([0.5, 0.5, 0.0], 300, 4)
+    proba = softmax(logits, axis=1)
+    prior = bbse_prior(proba, soft_confusion(proba, codes))
+    assert prior.min() >= 0
+    np.testing.assert_allclose(prior.sum(), 1.0)
+
+
+def test_temperature_is_recovered(gaussians):
+    logits, codes = gaussians(np.full(3, 1 / 3), 20_000, 5)
+    calibration = fit_calibration(3.0 * logits, codes, np.zeros(3))
+    assert calibration.temperature == pytest.approx(3.0, rel=0.05)
+    np.testing.assert_array_equal(calibration.bias, 0.0)
+
+
+def test_temperature_and_bias_are_recovered_from_rows_of_another_mix(gaussians):
+    mix = np.array([0.7, 0.2, 0.1])
+    logits, codes = gaussians(mix, 20_000, 6)
+    bias = np.array([0.5, -0.5, 0.0])
+    calibration = fit_calibration(
+        2.0 * (logits - bias), codes, np.log(mix) - EQUAL, kind="bcts", l2=1e-3
+    )
+    assert calibration.temperature == pytest.approx(2.0, rel=0.05)
+    np.testing.assert_allclose(calibration.bias, bias - bias.mean(), atol=0.08)
+    offset = np.log(mix) - EQUAL
+    calibrated = log_loss(calibration(2.0 * (logits - bias)) + offset, codes)
+    assert calibrated == pytest.approx(log_loss(logits + offset, codes), abs=1e-3)
+
+
+def test_base_mix_of_a_trained_classifier_is_found(gaussians):
+    base = np.array([0.6, 0.3, 0.1])
+    logits, codes = gaussians([0.2, 0.3, 0.5], 20_000, 7)
+    found = estimate_base_prior(logits + np.log(base), codes)
+    np.testing.assert_allclose(found, base, atol=0.02)
+
+
+def test_base_mix_of_few_rows_stays_with_their_shares():
+    np.testing.assert_allclose(
+        estimate_base_prior(np.zeros((1, 3)), np.array([1])), smooth_shares(np.array([0, 1, 0.0])), atol=0.05
+    )
+
+
+def test_log_loss_with_weights():
+    logits = np.array([[2.0, 0.0], [0.0, 1.0]])
+    expected = -log_softmax(logits, axis=1)[[0, 1], [0, 0]]
+    assert log_loss(logits, np.array([0, 0]), np.array([3.0, 1.0])) == pytest.approx(
+        (3 * expected[0] + expected[1]) / 4
+    )
