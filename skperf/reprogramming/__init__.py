@@ -1,7 +1,22 @@
 """A frozen encoder on a new task, with its knowledge of what it does not know kept."""
 
+from skperf.reprogramming._display import (
+    AlphaPathDisplay,
+    LabelMapDisplay,
+    OODScoreDisplay,
+    ProgramDisplay,
+)
 from skperf.reprogramming._reprogrammer import Reprogrammer
 from skperf.reprogramming._task import RELEASED_SETTINGS
 from skperf.reprogramming.encoders import FrozenEncoder, open_encoder
 
-__all__ = ["RELEASED_SETTINGS", "FrozenEncoder", "Reprogrammer", "open_encoder"]
+__all__ = [
+    "RELEASED_SETTINGS",
+    "AlphaPathDisplay",
+    "FrozenEncoder",
+    "LabelMapDisplay",
+    "OODScoreDisplay",
+    "ProgramDisplay",
+    "Reprogrammer",
+    "open_encoder",
+]

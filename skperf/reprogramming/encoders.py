@@ -122,6 +122,8 @@ class FrozenEncoder:
         ValueError
             If the model returns something else than one row for each image.
         """
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         if self.mean is not None and self.std is not None:
             shape = (1, -1, 1, 1)
             mean, std = (images.new_tensor(v).view(shape) for v in (self.mean, self.std))
