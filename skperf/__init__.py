@@ -4,23 +4,52 @@ from skperf.backbone._edited import EditedClassifier
 from skperf.backbone._modules import from_module
 from skperf.backbone._nets import Net, default_net
 from skperf.backbone.architectures import MLP
-from skperf.influence import FadingDisplay, InfluenceDisplay, InfluenceScorer
+from skperf.components import (
+    Component,
+    ComponentAttributor,
+    ComponentDisplay,
+    ComponentEditor,
+    EditPathDisplay,
+)
+from skperf.influence import FadingDisplay, InfluenceDisplay, InfluenceScorer, Recipe
 from skperf.performative import PerformativeAdapter, PerformativeWarning, TrajectoryDisplay
-from skperf.reprogramming import Reprogrammer
+from skperf.reprogramming import (
+    RELEASED_SETTINGS,
+    AlphaPathDisplay,
+    FrozenEncoder,
+    LabelMapDisplay,
+    OODScoreDisplay,
+    ProgramDisplay,
+    Reprogrammer,
+    open_encoder,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "RELEASED_SETTINGS",
+    "AlphaPathDisplay",
+    "Component",
+    "ComponentAttributor",
+    "ComponentDisplay",
+    "ComponentEditor",
+    "EditPathDisplay",
     "EditedClassifier",
     "FadingDisplay",
+    "FrozenEncoder",
     "InfluenceDisplay",
     "InfluenceScorer",
+    "LabelMapDisplay",
     "Net",
+    "OODScoreDisplay",
     "PerformativeAdapter",
     "PerformativeWarning",
+    "ProgramDisplay",
+    "Recipe",
     "Reprogrammer",
     "TrajectoryDisplay",
     "default_net",
     "from_module",
+    "open_encoder",
 ]
