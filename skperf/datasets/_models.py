@@ -16,7 +16,8 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 def load_fashion_cnn() -> SmallConvNet:
     """Load a convolutional network trained on Fashion-MNIST (MIT licence).
 
-    16,938 parameters, trained on the 60,000 training images. It takes images with values in
+    16,938 parameters, trained on the 60,000 training images; 88.3 % right on the 10,000 test
+    images. It takes images with values in
     [0, 1] as (n, 28, 28), (n, 1, 28, 28) or flat rows, and returns logits in the order of
     ``load_fashion_mnist().target_names``.
 
@@ -31,7 +32,8 @@ def load_fashion_cnn() -> SmallConvNet:
 def load_small_resnet() -> SmallResNet:
     """Load a residual network trained on Fashion-MNIST: 560 convolution filters, BatchNorm.
 
-    Inputs, outputs and training rows are those of `load_fashion_cnn`.
+    91.5 % right on the 10,000 test images. Inputs, outputs and training rows are those of
+    `load_fashion_cnn`.
 
     Returns
     -------
@@ -60,6 +62,10 @@ def load_text_image_encoder() -> tuple[TextImageEncoder, WordPieceTokenizer]:
 
     Trained from nothing on 1,336 Google emoji and on drawn digits, its text tower on vectors of
     MiniLM. It is like CLIP in form only: results on it say nothing about the figures of CLIP.
+    Without further training it names 32 % of Fashion-MNIST and 56 % of MNIST, of neither of which
+    it saw anything, and finds the names of 300 held-out emoji among the first ten for 49 % of them
+    (drawn by Twitter, 37 %; chance 3 %).
+
     ``encode_image`` takes images of 32 x 32 normalised with the encoder's ``mean`` and ``std``,
     ``encode_text`` what the tokenizer returns.
 
