@@ -75,11 +75,11 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     learning_rate : float, optional
         Of those steps; by default the estimator's own. For ``"tracin"``, the weight of every
         checkpoint.
-    kept_trace : float, default=0.99
+    kept_trace : float, default=0.95
         Curvature rows are kept until they hold this share of the trace at the logits.
     max_rows : int or None, default=1000
         Most curvature rows of ``"ggn"``.
-    rank : int or None, default=16
+    rank : int or None, default=8
         Most terms of the separable EKFAC score; None for the exact one.
     n_components : int, default=100
         Eigenpairs that ``"arnoldi"`` keeps.
@@ -172,9 +172,9 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         damping="auto",
         horizon=None,
         learning_rate=None,
-        kept_trace=0.99,
+        kept_trace=0.95,
         max_rows=1000,
-        rank=16,
+        rank=8,
         n_components=100,
         n_projections=512,
         checkpoints=None,

@@ -20,6 +20,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten, unflatten
 from skperf.influence.gradients import (
     Gradients,
+    gram,
     inner,
 )
 
@@ -120,7 +121,7 @@ class RowSpace:
         RowSpace
             The curvature.
         """
-        return cls(rows, inner(rows, rows))
+        return cls(rows, gram(rows))
 
     @property
     def trace(self) -> float:

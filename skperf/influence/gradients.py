@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 24  # floats in an intermediate product
+_TILE = 1 << 17  # scores that are summed over layers while in the cache
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,38 @@ def inner(
     Tensor of shape (n_queries, n_rows)
         ``<G_i, G_j>``.
     """
-    for query, row in zip(queries, rows, strict=True):
-        if out is None:
-            out = _floating(query).new_zeros(len(query), len(row))
-        _INNER[type(query), type(row)](query, row, out)
-    assert out is not None
+    n_queries, n = len(queries[0]), len(rows[0])
+    if out is None:
+        out = _floating(queries[0]).new_zeros(n_queries, n)
+    # a tile that stays in the cache while every layer adds to it
+    length = max(64, _TILE // max(n_queries, 1))
+    for start in range(0, n, length):
+        part = slice(start, start + length)
+        for query, row in zip(queries, rows, strict=True):
+            _INNER[type(query), type(row)](query, row[part], out[:, part])
+    return out
+
+
+def gram(rows: Sequence[Factor]) -> Tensor:
+    """Inner products of gradients with one another.
+
+    Parameters
+    ----------
+    rows : sequence of Factor
+        One factor a layer.
+
+    Returns
+    -------
+    Tensor of shape (n, n)
+        Symmetric; each product is computed once.
+    """
+    n = len(rows[0])
+    out = _floating(rows[0]).new_zeros(n, n)
+    length = max(64, n // 8)
+    for start in range(0, n, length):
+        part, rest = slice(start, start + length), slice(start, None)
+        inner(take(rows, rest), take(rows, part), out=out[rest, part])
+        out[part, rest] = out[rest, part].T
     return out
 
 

@@ -30,9 +30,9 @@ class Settings:
     horizon: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
-    kept_trace: float = 0.99
+    kept_trace: float = 0.95
     max_rows: int | None = 1000
-    rank: int | None = 16
+    rank: int | None = 8
     n_components: int = 100
     n_projections: int = 512
     tol: float = 1e-4
