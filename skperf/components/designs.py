@@ -127,7 +127,9 @@ class Plan:
         return 1 + GRADIENT_COST * self.gradients + self.masks + self.singles
 
 
-def plan_budget(method: str, budget: int, n_components: int, *, differentiable: bool = True) -> Plan:
+def plan_budget(
+    method: str, budget: int, n_components: int, *, differentiable: bool = True
+) -> Plan:
     """Split a budget of forward-equivalents.
 
     Parameters

@@ -49,7 +49,8 @@ def ridge(
 ) -> Fit:
     """Ridge regression around a prior, by way of one m x m eigendecomposition.
 
-    ``W = sum_g c_g P_g + argmin_D ||Y - V (sum_g c_g P_g + D)||^2 + penalty D' diag(variance)^-1 D``
+    ``W = sum_g c_g P_g + argmin_D ||Y - V (sum_g c_g P_g + D)||^2 + penalty |D|^2``
+    with |D|^2 divided by the variances,
     with V and Y centred. The penalty comes from the exact leave-one-out error, and the
     standard errors from the leave-one-out residuals (the jackknife, which allows for
     random masks) and the noise of the prior.
@@ -241,7 +242,7 @@ class _Spectrum:
 
 
 def _choose(spectrum: _Spectrum, Y: Array, n_masks: int) -> float:
-    """The penalty with the smallest leave-one-out error, examples on one scale."""
+    """Find the penalty with the smallest leave-one-out error, examples on one scale."""
     scale = Y[:n_masks].std(0) + _TINY
     candidates = PENALTIES * spectrum.values.mean() + _TINY
     errors = [((spectrum.left_out(c)[:n_masks] / scale) ** 2).mean() for c in candidates]

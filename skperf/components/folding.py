@@ -101,7 +101,7 @@ def private_copy(network: Network) -> tuple[Network, bool]:
         if getattr(part, "inplace", False) is True:
             part.inplace = False  # type: ignore[assignment]
     if any(isinstance(part, nn.Conv2d) for part in module.modules()):
-        module = module.to(memory_format=torch.channels_last)
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return replace(network, module=module), True
 
 

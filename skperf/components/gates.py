@@ -97,7 +97,7 @@ class Circuit:
     def outputs(
         self, inputs: Tensor, codes: Tensor, output: Output, masks: Tensor, *, first: int = 0
     ) -> Tensor:
-        """True outputs under ablation.
+        """Compute true outputs under ablation.
 
         Parameters
         ----------
@@ -130,7 +130,7 @@ class Circuit:
     def gradients(
         self, inputs: Tensor, codes: Tensor, output: Output, gates: Tensor, *, first: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Outputs and their derivatives with respect to every gate.
+        """Compute outputs and their derivatives with respect to every gate.
 
         Parameters
         ----------
@@ -169,7 +169,7 @@ class Circuit:
         return torch.cat(values), torch.cat(gradients)
 
     def edited_module(self, module: nn.Module, mask: Tensor) -> nn.Module:
-        """A copy of a network with an ablation made permanent.
+        """Copy a network with an ablation made permanent.
 
         Parameters
         ----------
@@ -225,7 +225,10 @@ class Circuit:
         self._build(folded)
         after = [self._probe(torch.ones_like(mask)), self._probe(mask)]
         scale = max(float(logits.abs().max()) for logits in before)
-        if all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * scale) for a, b in zip(before, after)):
+        if all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-4 * scale)
+            for a, b in zip(before, after, strict=True)
+        ):
             return folded
         self.network, self.copied = private_copy(network)
         seen = trace(self.network, self.examples[:2])
@@ -338,9 +341,9 @@ class Circuit:
 
             return keep
 
-        with untouched(self.network.module), torch.no_grad():
-            with tapped({tap: watch(tap) for tap in self._taps}):
-                self.network(inputs)
+        watchers = {tap: watch(tap) for tap in self._taps}
+        with untouched(self.network.module), torch.no_grad(), tapped(watchers):
+            self.network(inputs)
         return made
 
 

@@ -88,7 +88,7 @@ class Question:
         return np.broadcast_to(gates, shape), np.broadcast_to(tested, shape)
 
     def outcomes(self, masks: NDArray[Any], first: int = 0) -> Array:
-        """True outputs under masks.
+        """Compute true outputs under masks.
 
         Parameters
         ----------
@@ -116,7 +116,11 @@ class Question:
             raise ValueError(
                 f"the output of example {row} is not finite under mask {first + mask} "
                 f"(seed {self.seed}), which ablates {len(ablated)} components"
-                + (f", the first {self.circuit.components[ablated[0]].name}." if len(ablated) else ".")
+                + (
+                    f", the first {self.circuit.components[ablated[0]].name}."
+                    if len(ablated)
+                    else "."
+                )
             )
         return outcomes
 
@@ -137,7 +141,7 @@ class Measurements:
 
     baseline: Array
     n_components: int
-    done: Plan = Plan()
+    done: Plan = field(default_factory=Plan)
     paths: PathSums | None = None
     path_values: list[Array] = field(default_factory=list)
     rows: list[Array] = field(default_factory=list)
@@ -196,7 +200,7 @@ class Measurements:
 
 
 def measure_baseline(question: Question) -> Array:
-    """Outputs of the intact network.
+    """Compute outputs of the intact network.
 
     Parameters
     ----------
@@ -283,7 +287,7 @@ def cost_of(done: Plan) -> int:
 
 
 def intact_gradients(question: Question) -> Array:
-    """Derivatives at the intact network, the first-order attributions.
+    """Compute derivatives at the intact network, the first-order attributions.
 
     Parameters
     ----------

@@ -71,7 +71,8 @@ def attribute(
         prior = path_prior(measured.paths, shared)
         slopes = learned.slopes if learned else _slopes(question, measured, prior)
     if not measured.done.masks:
-        assert prior is not None and slopes is not None
+        assert prior is not None
+        assert slopes is not None
         return _path_only(question, measured, prior, slopes), Learned(shared, slopes)
     penalty = learned.penalty if learned else None
     if measured.moments is not None:
@@ -149,7 +150,7 @@ def _slopes(question: Question, measured: Measurements, prior: Prior) -> Array:
 
 
 def _on_paths(question: Question, numbers: list[int], guesses: list[Array]) -> Array:
-    """What guesses predict at the gates of gradient passes, (n_guesses, n_passes, n)."""
+    """Predict the outputs of gradient passes by each guess, (n_guesses, n_passes, n)."""
     features = []
     for number in numbers:
         gates, _ = question.gates(number)
@@ -170,9 +171,7 @@ def _held_out_score(
     masks = _masks(question, range(len(outcomes)))
     measured.moments.add(masks, outcomes, sign=-1)
     try:
-        without = ridge_from_moments(
-            measured.moments, prior, slopes=slopes, penalty=fit.penalty
-        )
+        without = ridge_from_moments(measured.moments, prior, slopes=slopes, penalty=fit.penalty)
     finally:
         measured.moments.add(masks, outcomes)
     return mean_correlation(without.coefficients @ masks.T.astype(np.float64), outcomes.T)

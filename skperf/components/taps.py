@@ -215,7 +215,9 @@ def _scaled(part: nn.Module, place: Place, with_bias: bool) -> list[tuple[Tensor
     transposed = type(part).__name__ == "Conv1D" or type(part).__name__.startswith("ConvTranspose")
     if transposed and getattr(part, "groups", 1) > 1:
         return []
-    found = [(weight, weight.detach().clone(), 1 if transposed else 0)]
+    found: list[tuple[Tensor, Tensor, int]] = [
+        (weight, weight.detach().clone(), 1 if transposed else 0)
+    ]
     if bias is not None and (with_bias or place.kind == "attention_head"):
         found.append((bias, bias.detach().clone(), 0))
     return found

@@ -285,7 +285,9 @@ def _feed_forward(places: list[Place], module: nn.Module) -> list[Place]:
 def _fan_in(layer: Any) -> int:
     if isinstance(layer, nn.Linear):
         return layer.in_features
-    return int(layer.weight.shape[0])
+    weight = layer._parameters["weight"]
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0])
 
 
 def _names_of_modules(module: nn.Module) -> dict[nn.Module, list[str]]:
