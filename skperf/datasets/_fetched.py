@@ -218,11 +218,15 @@ def fetch_imagenet_photos(*, return_X_y: bool = False) -> Any:
     -------
     Bunch or tuple
         With ``data``, ``images`` (20, 3, 224, 224) uint8, ``target`` (codes among the 1,000
-        classes) and ``DESCR``.
+        classes), ``target_names`` (the codes as text; `fetch_imagenet_classes` has words) and
+        ``DESCR``.
     """
     arrays = load_arrays(fetched_path("imagenet_photos"))
+    names = [str(code) for code in range(1000)]
     description = "20 photographs of ImageNet classes, from foolbox."
-    return image_bunch(arrays["images"], arrays["target"], (), description, return_X_y=return_X_y)
+    return image_bunch(
+        arrays["images"], arrays["target"], names, description, return_X_y=return_X_y
+    )
 
 
 def fetch_efficientnet_lite0() -> EfficientNetLite0:
