@@ -337,7 +337,8 @@ def _rows(part: nn.Module) -> tuple[str, int, int] | None:
     if isinstance(part, nn.Linear):
         return "neuron", part.out_features, -1
     if type(part).__name__ == "Conv1D" and hasattr(part, "nf"):  # the transposed linear of GPT-2
-        return "neuron", int(part.nf), -1
+        n_units: Any = part.nf
+        return "neuron", int(n_units), -1
     return None
 
 
