@@ -23,8 +23,8 @@ REPEATS = 3
 
 def main() -> None:
     torch.set_num_threads(1)
-    images, labels = load_fashion_mnist(subset="test", return_X_y=True)
-    X, y = images[:, None].astype(np.float32) / 255, labels
+    fashion = load_fashion_mnist(subset="test")
+    X, y = fashion.images[:, None].astype(np.float32) / 255, fashion.target
     module = load_small_resnet()
     network = from_module(module, np.arange(10))
     scorer = InfluenceScorer(network, method="gradient_dot", parameters="last").fit(X, y)

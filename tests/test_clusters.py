@@ -30,8 +30,8 @@ def client():
 
 @pytest.fixture(scope="module")
 def rows():
-    images, labels = load_fashion_mnist(subset="test", return_X_y=True)
-    return images[:150, None].astype(np.float32) / 255, labels[:150]
+    fashion = load_fashion_mnist(subset="test")
+    return fashion.images[:150, None].astype(np.float32) / 255, fashion.target[:150]
 
 
 @pytest.fixture(scope="module")
