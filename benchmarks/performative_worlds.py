@@ -69,8 +69,14 @@ class World:
         self.prior = draw.dirichlet(np.full(c.n_classes, 100.0))
 
     def rows(self, y):
+        """Draw one row for each label."""
         noise = self.generator.normal(size=(len(y), self.column.d))
         return self.means[y] + noise * self.scales[y][:, None]
+
+    def mix(self):
+        """Give the mix of the round, its floor included."""
+        share = self.column.floor / self.column.test_size
+        return np.maximum(self.prior * (1 - share * self.column.n_classes) + share, 1e-12)
 
     def next_round(self, statistic=None):
         """Give the traffic of a round: rows, labels."""
@@ -102,9 +108,10 @@ def run(column, seed, arm, *, n_rounds=ROUNDS):
 
     Returns
     -------
-    ndarray of shape (n_rounds, 5)
-        Log loss of no correction, the arm and the oracle on the arm's own trajectory; accuracy
-        and worst recall of the arm.
+    ndarray of shape (n_rounds, 6)
+        Log loss of no correction, the arm, the mix that the round is drawn from, and the mix that
+        its rows happen to have, all on the arm's own trajectory; accuracy and worst recall of the
+        arm.
     """
     world = World(COLUMNS[column], seed)
     n_classes = COLUMNS[column].n_classes
@@ -127,9 +134,17 @@ def run(column, seed, arm, *, n_rounds=ROUNDS):
         deployed = log_proba.argmax(axis=1)
         adapter.partial_fit(X, y, rounds=number, deployed_pred=deployed)
         statistic, counts = adapter.statistic_, np.bincount(y, minlength=n_classes)
-        oracle = nll(logits + np.log(np.maximum(counts / len(y), 1e-12)), y)
+        drawn = nll(logits + np.log(world.mix()), y)
+        realised = nll(logits + np.log(np.maximum(counts / len(y), 1e-12)), y)
         right = np.bincount(y, deployed == y, n_classes)[counts > 0] / counts[counts > 0]
         losses.append(
-            (nll(logits, y), nll(log_proba, y), oracle, np.mean(deployed == y), right.min())
+            (
+                nll(logits, y),
+                nll(log_proba, y),
+                drawn,
+                realised,
+                np.mean(deployed == y),
+                right.min(),
+            )
         )
     return np.array(losses)

@@ -1,5 +1,7 @@
 """Split and score along rounds of deployment, forward in time."""
 
+from copy import copy
+
 import numpy as np
 from sklearn.metrics import log_loss
 from sklearn.model_selection import BaseCrossValidator
@@ -121,7 +123,24 @@ class OneStepScorer(MetadataRequester):
     ``one_step_scorer.set_score_request(rounds="groups")``.
     """
 
-    __metadata_request__score = {"rounds": None}  # noqa: RUF012
+    def set_score_request(self, *, rounds):
+        """Ask for the rounds under metadata routing.
+
+        Parameters
+        ----------
+        rounds : str, bool or None
+            Name of the metadata that holds them, True for "rounds", False for none.
+
+        Returns
+        -------
+        OneStepScorer
+            A copy that asks.
+        """
+        asking = copy(self)
+        requests = asking._get_metadata_request()
+        requests.score.add_request(param="rounds", alias=rounds)
+        asking._metadata_request = requests
+        return asking
 
     def __call__(self, estimator, X, y, rounds=None):
         """Compute the mean log likelihood of labels, higher is better.

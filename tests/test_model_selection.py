@@ -110,9 +110,7 @@ def test_nested_cross_validation(lived):
             {"performativeadapter__min_rounds": [1, 2]},
             cv=RoundForwardSplit(2),
         )
-        found = cross_validate(
-            search, X, y, cv=RoundForwardSplit(4, 2), params={"groups": rounds}, n_jobs=2
-        )
+        found = cross_validate(search, X, y, cv=RoundForwardSplit(4, 2), params={"groups": rounds})
         assert found["test_score"].shape == (2,)
         assert np.isfinite(found["test_score"]).all()
 

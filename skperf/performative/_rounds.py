@@ -53,7 +53,9 @@ def settings_of(adapter, *, seed, n_statistics, n_classes):
         For `observe`.
     """
     names = _names(adapter.adapter, n_statistics == n_classes)
-    is_paper = adapter.adapter == "paper"
+    is_paper = "paper" in names
+    if is_paper and adapter.objective == "log_loss":
+        raise ValueError("adapter='paper' is fitted to label mixes: objective must be 'marginal'.")
     strength = 1.0 if is_paper and adapter.strength == "auto" else adapter.strength
     mix = 0.0 if is_paper and adapter.mix == "auto" else adapter.mix
     costly = n_statistics * n_classes > COSTLY

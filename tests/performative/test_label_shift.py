@@ -158,7 +158,9 @@ def test_base_mix_of_a_trained_classifier_is_found(gaussians):
 
 def test_base_mix_of_few_rows_stays_with_their_shares():
     np.testing.assert_allclose(
-        estimate_base_prior(np.zeros((1, 3)), np.array([1])), smooth_shares(np.array([0, 1, 0.0])), atol=0.05
+        estimate_base_prior(np.zeros((1, 3)), np.array([1])),
+        smooth_shares(np.array([0, 1, 0.0])),
+        atol=0.05,
     )
 
 

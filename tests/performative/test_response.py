@@ -76,9 +76,7 @@ def test_linear_map_is_the_minimum_of_its_objective():
     fresh = rng.uniform(0.2, 1.0, size=(50, K))
     assert divergence(softmax(fresh @ matrix.T, axis=1), response.log_prior(fresh)) < 1e-3
     restarted = fit_linear(statistics, counts, log_base=EQUAL, start=response)
-    np.testing.assert_allclose(
-        response.log_prior(fresh), restarted.log_prior(fresh), atol=5e-3
-    )
+    np.testing.assert_allclose(response.log_prior(fresh), restarted.log_prior(fresh), atol=5e-3)
 
 
 def test_curve_follows_what_a_slope_cannot():
@@ -154,9 +152,7 @@ def test_neural_map_learns_and_is_reproducible():
     np.testing.assert_array_equal(one.log_prior(fresh), two.log_prior(fresh))
     truth = softmax(-fresh / 0.3, axis=1)
     assert divergence(truth, one.log_prior(fresh)) < 0.3 * divergence(truth, EQUAL[None])
-    further = fit_neural(
-        statistics, counts, log_base=EQUAL, hidden=(32,), max_epochs=60, start=one
-    )
+    further = fit_neural(statistics, counts, log_base=EQUAL, hidden=(32,), max_epochs=60, start=one)
     assert divergence(truth, further.log_prior(fresh)) < divergence(truth, EQUAL[None])
 
 
