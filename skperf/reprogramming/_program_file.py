@@ -58,6 +58,7 @@ def write_program(estimator, path):
         "classes": estimator.classes_.tolist(),
         "class_names": estimator.class_names_,
         "head": task.head,
+        "text": estimator.text if estimator.text != "auto" or task.text is None else "table",
         "input_shape": task.image_shape,
         "n_features": estimator.n_features_in_,
         "canvas": task.program.canvas,
@@ -96,6 +97,7 @@ def read_program(estimator, path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     reader = type(estimator)(**{**estimator.get_params(deep=False), **description["parameters"]})
     reader.set_params(class_names=description["class_names"], head=description["head"])
+    reader.set_params(text=description["text"] if description["text"] != "auto" else "none")
     reader.set_params(canvas=description["canvas"], alpha=description["alpha"])
     task = _settled(reader, description)
     exact = reader.gradient == "exact"

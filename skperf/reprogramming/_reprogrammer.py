@@ -78,10 +78,11 @@ class Reprogrammer(
         Start of the border; zeros start from the plain picture.
     text : {"auto", "none", "bias", "position", "table", "table+position"}, default="auto"
         What is added to token embeddings: one row, a row for each position, one for each
-        token in the prompts. "auto" is "table" with `head` "prompts".
+        token in the prompts. "auto" is "table", unless `head` is "linear".
     head : {"auto", "prompts", "mapping", "linear"}, default="auto"
-        Class prompts, a map of the encoder's own labels, or a trained linear layer (which
-        starts from the prompts, if there are any). "auto" goes by the encoder.
+        Class prompts; a map of the encoder's own labels; a trained linear layer, which where
+        there are prompts is an offset to their embeddings. "auto" goes by the encoder: with
+        text towers "linear" if `text` is "auto" too, else "prompts".
     mapping : {"blm", "blm+", "rlm", "flm", "ilm", "linear"} or array (s, n_classes), default="blm"
         Bayesian, its soft form, random, frequent, iterative, trained, or given.
     mapping_m : int, default=1
@@ -105,8 +106,11 @@ class Reprogrammer(
         Divides the cosines (or logits) in the score.
     ood_retention : float, default=0.95
         Share of the rows held out that the threshold keeps.
-    lr, text_lr, head_lr : float, default=LRS
-        Learning rates of border, text delta and linear head.
+    lr : float, default=0.1
+        Learning rate of the border.
+    text_lr, head_lr : "auto" or float, default="auto"
+        Learning rates of text delta and linear head; "auto" goes by the scale of what they
+        are added to, which differs by orders of magnitude between encoders.
     weight_decay, text_decay : float, default=0.0
         Coupled decay of the border, decoupled decay of the text delta towards the
         pre-trained embeddings.
@@ -220,9 +224,9 @@ class Reprogrammer(
         ood_score="mcm",
         ood_temperature=1.0,
         ood_retention=0.95,
-        lr=0.02,
-        text_lr=0.002,
-        head_lr=0.05,
+        lr=0.1,
+        text_lr="auto",
+        head_lr="auto",
         weight_decay=0.0,
         text_decay=0.0,
         warmup=0.05,

@@ -60,8 +60,8 @@ CONSTRAINTS = {
     "ood_temperature": _POSITIVE,
     "ood_retention": [Interval(Real, 0, 1, closed="right")],
     "lr": _POSITIVE,
-    "text_lr": _POSITIVE,
-    "head_lr": _POSITIVE,
+    "text_lr": [StrOptions({"auto"}), *_POSITIVE],
+    "head_lr": [StrOptions({"auto"}), *_POSITIVE],
     "weight_decay": _NOT_NEGATIVE,
     "text_decay": _NOT_NEGATIVE,
     "warmup": _NOT_NEGATIVE,
@@ -176,7 +176,7 @@ def settle(estimator, images, classes):
     encoder = _opened(estimator, images)
     names = class_texts(estimator.class_names, classes)
     head = _head(estimator, encoder)
-    text, ids = _texts(estimator, encoder, head, names)
+    text, ids = _texts(estimator, encoder, names)
     program = _program(estimator, encoder, images)
     n_outputs = _width(encoder, program, images[:1])
     _check_mapping(estimator, head, n_outputs, len(classes))
@@ -342,7 +342,10 @@ def _row_encoder(rows):
 def _head(estimator, encoder):
     trained = isinstance(estimator.mapping, str) and estimator.mapping == "linear"
     if estimator.head == "auto":
-        heads = {"embeddings": "prompts", "logits": "linear" if trained else "mapping"}
+        heads = {
+            "embeddings": "linear" if estimator.text == "auto" else "prompts",
+            "logits": "linear" if trained else "mapping",
+        }
         return heads.get(encoder.outputs, "linear")
     if estimator.head == "prompts" and encoder.text is None:
         raise ValueError("head='prompts' needs an encoder with a text tower; this one has none.")
@@ -354,22 +357,19 @@ def _head(estimator, encoder):
     return "linear" if estimator.head == "mapping" and trained else estimator.head
 
 
-def _texts(estimator, encoder, head, names):
+def _texts(estimator, encoder, names):
     kind = estimator.text
-    if kind not in ("auto", "none") and (encoder.text is None or head != "prompts"):
-        raise ValueError(
-            f"text={kind!r} needs an encoder with a text tower and head='prompts'; got "
-            f"{'no text tower' if encoder.text is None else f'head={head!r}'}."
-        )
-    if encoder.text is None or (encoder.tokenize is None and head == "linear"):
+    if kind not in ("auto", "none") and encoder.text is None:
+        raise ValueError(f"text={kind!r} needs an encoder with a text tower; this one has none.")
+    if encoder.text is None or (encoder.tokenize is None and estimator.head == "linear"):
         return None, None
     if encoder.tokenize is None:
         raise ValueError("the prompts must be tokenized: give tokenizer= (or processor=).")
     prompts = [estimator.prompts] if isinstance(estimator.prompts, str) else estimator.prompts
     ids = encoder.tokenize(filled_prompts(prompts, names)).to(encoder.device)
-    if head != "prompts":
-        return None, ids
-    return text_program("table" if kind == "auto" else kind, encoder, ids), ids
+    if kind == "auto":
+        kind = "none" if estimator.head == "linear" else "table"
+    return text_program(kind, encoder, ids), ids
 
 
 def _program(estimator, encoder, images):

@@ -22,6 +22,12 @@ from skperf.reprogramming.label_mapping import (
 from skperf.reprogramming.objectives import ClassObjective
 from skperf.reprogramming.programmed import ProgrammedEncoder
 
+#: Learning rate of token rows, as a share of the embeddings' root mean square.
+RELATIVE_TEXT_RATE = 0.02
+
+#: The same of offsets to class embeddings, as a share of the size of their coordinates.
+RELATIVE_HEAD_RATE = 0.15
+
 
 class QueryBudgetSpentError(Exception):
     """The next step would send more images to the encoder than allowed."""
@@ -444,10 +450,16 @@ def _parameter_groups(estimator, task):
     groups = []
     if task.text is not None:
         # the betas with which text towers are trained, and the released code too
-        text = {"lr": estimator.text_lr, "weight_decay": estimator.text_decay}
+        rate = estimator.text_lr
+        rate = RELATIVE_TEXT_RATE * task.encoder.token_scale if rate == "auto" else rate
+        text = {"lr": rate, "weight_decay": estimator.text_decay}
         groups.append(("text", {**text, "betas": (0.9, 0.98), "eps": 1e-6}))
     if task.head == "linear":
-        groups.append(("head.*", {"lr": estimator.head_lr}))
+        rate = estimator.head_lr
+        if rate == "auto":
+            # coordinates of unit embeddings are of size d ** -0.5, standardised features of 1
+            rate = 0.05 if task.ids is None else RELATIVE_HEAD_RATE * task.n_outputs**-0.5
+        groups.append(("head.*", {"lr": rate}))
     return groups
 
 

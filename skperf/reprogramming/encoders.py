@@ -98,6 +98,14 @@ class FrozenEncoder:
         assert isinstance(weight, Tensor)
         return weight.shape[1]
 
+    @property
+    def token_scale(self) -> float:
+        """Root mean square of the tokens' embeddings."""
+        assert self.token_embedding is not None
+        weight = self.token_embedding.weight
+        assert isinstance(weight, Tensor)
+        return float(weight.detach().float().square().mean().sqrt())
+
     def open(self) -> AbstractContextManager[Any]:
         """Enter to use the model; it is left as it was found."""
         return untouched(self.model) if self.differentiable else nullcontext()

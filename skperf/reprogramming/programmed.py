@@ -68,15 +68,15 @@ class ProgrammedEncoder(nn.Module):
         draw = torch.randn if init == "normal" else torch.zeros
         self.image = nn.Parameter(draw(program.shape))
         self.text = None if text is None else nn.Parameter(torch.zeros(text.shape))
-        self.head = nn.Linear(n_outputs, n_classes) if head == "linear" else None
         self.register_buffer("zero_shot", self._zero_shot(n_classes))
+        offsets = nn.Linear(n_outputs, n_classes, bias=self.zero_shot is None)
+        self.head = offsets if head == "linear" else None
         self.register_buffer("mapping", torch.full((n_outputs, n_classes), 1 / n_outputs))
         self.register_buffer("shift", torch.zeros(n_outputs))
         self.register_buffer("stretch", torch.ones(n_outputs))
         if self.head is not None:
-            start = torch.zeros(n_classes, n_outputs) if self.zero_shot is None else self.zero_shot
-            self.head.weight.data.copy_(start)
-            self.head.bias.data.zero_()
+            for parameter in self.head.parameters():
+                parameter.data.zero_()
         if encoder.dtype == torch.float64:
             self.double()
 
@@ -148,20 +148,19 @@ class ProgrammedEncoder(nn.Module):
         return scale * outputs @ self.classes().T + bias
 
     def classes(self) -> Tensor:
-        """Embed the classes, with the text program or as the linear head has them.
+        """Embed the classes, with the text program and the linear head's offsets.
 
         Returns
         -------
         Tensor of shape (n_classes, n_outputs)
-            Unit embeddings where they come from prompts.
+            Unit embeddings of the prompts, plus the offsets where there are any.
         """
         assert self.zero_shot is not None
-        if self.head is not None:
-            return self.head.weight
-        if self.text_program is None or self.text is None or self.ids is None:
-            return self.zero_shot
-        hook = self.text_program.hook(self.text)
-        return class_embeddings(self.encoder, self.ids, len(self.zero_shot), hook)
+        classes = self.zero_shot
+        if self.text_program is not None and self.text is not None and self.ids is not None:
+            hook = self.text_program.hook(self.text)
+            classes = class_embeddings(self.encoder, self.ids, len(classes), hook)
+        return classes if self.head is None else classes + self.head.weight
 
     def batches(
         self, images: Tensor, batch_size: int, *, programmed: bool = True

@@ -56,7 +56,7 @@ def test_training_lowers_the_loss_and_leaves_the_encoder(towers, pictures, param
     losses = model.history_[:, "train_loss"]
     assert losses[-1] < 0.8 * losses[0]
     assert len(losses) == model.n_iter_ == 10
-    assert set(dict(model.net_.module_.named_parameters())) == {"image", "text"}
+    assert set(dict(model.net_.module_.named_parameters())) == {"image", "text", "head.weight"}
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError("broken"), FloatingPointError])
