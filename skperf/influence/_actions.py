@@ -12,6 +12,7 @@ from skperf.backbone.modes import untouched
 from skperf.backbone.outputs import loss
 from skperf.backbone.parameters import unflatten
 from skperf.influence._members import networks_of, open_problem
+from skperf.influence._scoring import influence_matrix
 from skperf.influence.captures import recording
 from skperf.influence.damping import resolve_damping
 from skperf.influence.generalized import removal_update
@@ -85,7 +86,7 @@ def repair(
         raise ValueError(f"how must be one of {sorted(_SIGNS)}, got {how!r}.")
     k = min(k, len(self.X_))
     guard = (self.X_, self.y_) if guard is None else check_labelled_rows(self, *guard)
-    total = self.influence(X, y, aggregate="sum")
+    total = influence_matrix(self, X, y, aggregate="sum")
     chosen = np.argsort(-total if how == "descend" else total, kind="stable")[:k]
     network = networks_of(self)[0][0].copy()
     start = {name: p.detach() for name, p in open_problem(self, network).parameters.items()}
@@ -217,13 +218,10 @@ def _removed_rows(scorer, indices, class_):
     else:
         removed = np.zeros(len(scorer.X_), dtype=bool)
         indices = np.asarray(indices)
-        if (
-            indices.dtype != bool
-            and len(indices)
-            and not -1 < indices.min() <= indices.max() < len(removed)
-        ):
-            raise ValueError(f"indices must lie between 0 and {len(removed) - 1}.")
-        removed[indices] = True
+        if indices.dtype != bool and len(indices):
+            if indices.min() < 0 or indices.max() >= len(removed):
+                raise ValueError(f"indices must lie between 0 and {len(removed) - 1}.")
+        removed[indices if len(indices) else []] = True
     if not removed.any() or removed.all():
         raise ValueError("what is removed must be some of the training rows, not none or all.")
     return removed

@@ -9,7 +9,13 @@ from skperf.backbone._validation import check_labelled_rows
 from skperf.backbone.network import two_logits
 from skperf.backbone.outputs import loss, resolve_output
 from skperf.influence._members import networks_of, open_problem, weight_decay_of
-from skperf.influence._scoring import open_members, query_gradients, score_dtype, tiles_of
+from skperf.influence._scoring import (
+    influence_matrix,
+    open_members,
+    query_gradients,
+    score_dtype,
+    tiles_of,
+)
 from skperf.influence.curvature import softmax_rows
 from skperf.influence.damping import resolve_damping
 from skperf.influence.gradients import inner
@@ -64,7 +70,9 @@ def detect_mislabels(self, class_aware=False):
     if not class_aware:
         return np.array(self.self_influence_)
     means = [
-        self.influence(self.X_[self.y_ == label], self.y_[self.y_ == label], aggregate="mean")
+        influence_matrix(
+            self, self.X_[self.y_ == label], self.y_[self.y_ == label], aggregate="mean"
+        )
         for label in np.unique(self.y_)
     ]
     return -np.min(means, axis=0)
@@ -191,7 +199,7 @@ def loo_effect(self, X, y):
         raise ValueError(
             f"method={self.method_!r} has no unit of loss; use a curvature method such as 'ggn'."
         )
-    return self.influence(X, y)
+    return influence_matrix(self, X, y)
 
 
 def _head_effects(scorer, i, network, X, y):

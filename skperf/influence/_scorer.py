@@ -18,7 +18,7 @@ from skperf.influence._members import (
     open_problem,
 )
 from skperf.influence._rows import detect_mislabels, group_influence, loo_effect, losses
-from skperf.influence._scoring import score_dtype, self_influences, tiles_of
+from skperf.influence._scoring import influence_matrix, score_dtype, self_influences, tiles_of
 from skperf.influence._trust import fading, score
 from skperf.influence.methods import METHODS, with_damping
 from skperf.influence.tiles import Largest, budget_in_bytes
@@ -301,21 +301,7 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """
         check_is_fitted(self)
         X, y = check_labelled_rows(self, X, y)
-        if aggregate not in (None, "sum", "mean"):
-            raise ValueError(f"aggregate must be None, 'sum' or 'mean', got {aggregate!r}.")
-        shape = (len(X), len(self.X_)) if aggregate is None else (len(self.X_),)
-        if out is None:
-            out = np.zeros(shape, dtype=score_dtype(self))
-        elif out.shape != shape:
-            raise ValueError(f"out has shape {out.shape}, expected {shape}.")
-        elif aggregate is not None:
-            out[:] = 0
-        for queries, rows, scores in tiles_of(self, X, y):
-            if aggregate is None:
-                out[queries, rows] = scores
-            else:
-                out[rows] += scores.sum(0) / (len(X) if aggregate == "mean" else 1)
-        return out
+        return influence_matrix(self, X, y, out=out, aggregate=aggregate)
 
     def transform(self, X):
         """Estimate influence on the loss at the predicted labels.
@@ -333,10 +319,7 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         check_is_fitted(self)
         X = check_rows(self, X)
         codes = networks_of(self)[0][0].logits(X).argmax(1).numpy()
-        out = np.zeros((len(X), len(self.X_)), dtype=score_dtype(self))
-        for queries, rows, scores in tiles_of(self, X, self.classes_[codes]):
-            out[queries, rows] = scores
-        return out
+        return influence_matrix(self, X, self.classes_[codes])
 
     def top_k(self, X, y, k=10, *, kind="proponents"):
         """Find the training rows of largest influence, the matrix never formed.

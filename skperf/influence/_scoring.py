@@ -54,6 +54,49 @@ def open_members(scorer):
     ]
 
 
+def influence_matrix(scorer, X, y, *, out=None, aggregate=None):
+    """Estimate the influence of every training row on every query.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        Fitted.
+    X : ndarray of shape (n_query, ...)
+        Validated queries.
+    y : ndarray of shape (n_query,)
+        Their labels.
+    out : ndarray or memmap of shape (n_query, n_train), optional
+        Written tile by tile, and returned.
+    aggregate : {"sum", "mean"}, optional
+        Over the queries; the result is then (n_train,).
+
+    Returns
+    -------
+    ndarray of shape (n_query, n_train) or (n_train,)
+        Positive = proponent.
+
+    Raises
+    ------
+    ValueError
+        If `aggregate` is unknown or `out` has another shape.
+    """
+    if aggregate not in (None, "sum", "mean"):
+        raise ValueError(f"aggregate must be None, 'sum' or 'mean', got {aggregate!r}.")
+    shape = (len(X), len(scorer.X_)) if aggregate is None else (len(scorer.X_),)
+    if out is None:
+        out = np.zeros(shape, dtype=score_dtype(scorer))
+    elif out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, expected {shape}.")
+    elif aggregate is not None:
+        out[:] = 0
+    for queries, rows, scores in tiles_of(scorer, X, y):
+        if aggregate is None:
+            out[queries, rows] = scores
+        else:
+            out[rows] += scores.sum(0) / (len(X) if aggregate == "mean" else 1)
+    return out
+
+
 def tiles_of(scorer, X, y, fill=0.0):
     """Go through the matrix of scores.
 

@@ -15,7 +15,7 @@ from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone._validation import check_labelled_rows
 from skperf.backbone.outputs import resolve_output
 from skperf.influence._members import learning_rate_of, networks_of
-from skperf.influence._scoring import open_members, query_gradients
+from skperf.influence._scoring import influence_matrix, open_members, query_gradients
 from skperf.influence.damping import at_horizon
 from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
 from skperf.influence.methods import METHODS, scores_of, with_damping
@@ -174,7 +174,7 @@ def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None):
     generator = torch.Generator().manual_seed(self.settings_.seed + 1)
     subsets = half_subsets(len(self.X_), n_subsets, generator, fraction=fraction)
     losses = retrained_losses(self, X, y, subsets, recipe)
-    return linear_datamodeling_score(self.influence(X, y), subsets.numpy(), losses)
+    return linear_datamodeling_score(influence_matrix(self, X, y), subsets.numpy(), losses)
 
 
 def retrained_losses(scorer, X, y, subsets, recipe=None):

@@ -58,7 +58,7 @@ def unit_strengths(
     if by == "output":
         seen = list(outputs.values())
     else:
-        loss = torch.nn.functional.cross_entropy(logits, codes)
+        loss = torch.nn.functional.cross_entropy(logits, codes, reduction="sum")
         seen = list(torch.autograd.grad(loss, list(outputs.values())))
     return {
         layer.name: _unit_means(layer.module, values.detach())
