@@ -218,10 +218,10 @@ def _removed_rows(scorer, indices, class_):
     else:
         removed = np.zeros(len(scorer.X_), dtype=bool)
         indices = np.asarray(indices)
-        if indices.dtype != bool and len(indices):
-            if indices.min() < 0 or indices.max() >= len(removed):
-                raise ValueError(f"indices must lie between 0 and {len(removed) - 1}.")
-        removed[indices if len(indices) else []] = True
+        given = np.flatnonzero(indices) if indices.dtype == bool else indices.astype(int)
+        if len(given) and (given.min() < 0 or given.max() >= len(removed)):
+            raise ValueError(f"indices must lie between 0 and {len(removed) - 1}.")
+        removed[given] = True
     if not removed.any() or removed.all():
         raise ValueError("what is removed must be some of the training rows, not none or all.")
     return removed

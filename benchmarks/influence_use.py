@@ -1,0 +1,213 @@
+"""What influence is good for, with the baselines that any claim must be held against.
+
+    python -m benchmarks.influence_use            # all parts, three seeds
+
+Parts: ``mislabels`` (10 % flipped labels), ``fading`` (how long estimates stay true),
+``repair`` (mis-predictions), ``removal`` (forget a class). Writes results/influence_use.json.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from skperf import MLP, Net
+from skperf.backbone.architectures import SmallConvNet
+from skperf.datasets import (
+    fetch_fashion_mnist,
+    fetch_spam_assassin,
+    fetch_wordllama,
+    load_email_vectors,
+)
+from skperf.influence import InfluenceScorer
+
+RESULTS = Path(__file__).parent / "results" / "influence_use.json"
+
+
+def digits(seed, test_size=0.3):
+    X, y = load_digits(return_X_y=True)
+    X = (X / 16).astype(np.float32)
+    return train_test_split(X, y, test_size=test_size, random_state=seed, stratify=y)
+
+
+def flipped(y, rng, share=0.1):
+    labels = np.unique(y)
+    wrong = rng.random(len(y)) < share
+    other = (np.searchsorted(labels, y) + rng.integers(1, len(labels), len(y))) % len(labels)
+    return np.where(wrong, labels[other], y), wrong
+
+
+def mislabel_tasks(seed):
+    """Yield (name, classifier, rows, labels)."""
+    X, _, y, _ = digits(seed, 0.2)
+    net = Net(MLP, module__hidden=(64,), lr=0.003, max_epochs=40, random_state=seed)
+    yield "digits, MLP 64-64-10", net, X, y
+    images, target = fetch_fashion_mnist(subset="train", return_X_y=True)
+    rows = np.random.default_rng(seed).permutation(len(images))[:2000]
+    X = (images[rows].reshape(-1, 1, 28, 28) / 255).astype(np.float32)
+    net = Net(SmallConvNet, lr=0.002, max_epochs=8, batch_size=64, random_state=seed)
+    yield "Fashion-MNIST, CNN 17k", net, X, target[rows]
+    mail = fetch_spam_assassin()
+    rows = np.random.default_rng(seed).permutation(len(mail.data))[:2000]
+    vectors = fetch_wordllama().embed([mail.data[i] for i in rows])
+    model = LogisticRegression(C=1.0, max_iter=2000)
+    yield "SpamAssassin, wordllama + logistic", model, vectors, mail.target[rows]
+    mail = load_email_vectors()
+    yield "e-mails, MiniLM + logistic", model, mail.data, mail.target
+
+
+def mislabels(seed):
+    found = {}
+    for name, model, X, y in mislabel_tasks(seed):
+        labels, wrong = flipped(y, np.random.default_rng(seed))
+        scorer = InfluenceScorer(model, random_state=seed).fit(X, labels)
+        first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
+        found[name] = {
+            "self-influence": roc_auc_score(wrong, scorer.detect_mislabels()),
+            "class-aware": roc_auc_score(wrong, scorer.detect_mislabels(class_aware=True)),
+            "gradient norm": roc_auc_score(wrong, first.fit(X, labels).detect_mislabels()),
+            "plain loss": roc_auc_score(wrong, scorer.loss_),
+        }
+    return found
+
+
+def noisy_tanh_net(seed):
+    """64-32-10 tanh network on digits with 10 % label noise, not trained to the end."""
+    X_train, X_test, y_train, y_test = digits(seed)
+    labels, _ = flipped(y_train, np.random.default_rng(seed))
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    rows, codes = torch.from_numpy(X_train), torch.from_numpy(labels)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(30):
+        for batch in torch.randperm(len(rows), generator=generator).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(rows[batch]), codes[batch]).backward()
+            optimizer.step()
+    return module.double(), X_train, labels, X_test, y_test
+
+
+STEPS = (1, 10, 50, 200, 500, 1000)
+
+
+def fading(seed):
+    module, X_train, labels, X_test, y_test = noisy_tanh_net(seed)
+    options = {"steps": STEPS, "n_train": 64, "learning_rate": 0.03, "weight_decay": 1e-3}
+    found = {}
+    for name, params in {
+        "gradient dot": {"method": "gradient_dot"},
+        "GGN, damping 0.01": {"damping": 0.01},
+        "GGN, damping 0.1": {"damping": 0.1},
+        "GGN, damping tied to the horizon": {"damping": "horizon"},
+        "GGN, filter of the horizon": {"damping": "flow"},
+    }.items():
+        tied = {"horizon": 1, "learning_rate": 0.03} if "horizon" in name else {}
+        scorer = InfluenceScorer(module, random_state=seed, **params, **tied)
+        curve = scorer.fit(X_train, labels).fading(X_test[:60], y_test[:60], **options)
+        found[name] = dict(zip(map(str, STEPS), curve.pearson.tolist(), strict=True))
+        found[name]["slope at 500"] = float(curve.slope[STEPS.index(500)])
+    return found
+
+
+def repair(seed):
+    X_train, X_test, y_train, y_test = digits(seed, 0.6)
+    labels, _ = flipped(y_train, np.random.default_rng(seed))
+    net = Net(MLP, module__hidden=(32,), lr=0.005, max_epochs=15, random_state=seed)
+    guard, X_test, guard_y, y_test = train_test_split(
+        X_test, y_test, test_size=0.5, random_state=seed
+    )
+    scorer = InfluenceScorer(net, random_state=seed).fit(X_train, labels)
+    first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
+    first.fit(X_train, labels)
+    wrong = np.flatnonzero(scorer.estimator_.predict(X_test) != y_test)[:40]
+    reports = {name: [] for name in ("GGN proponents", "dot proponents", "same class", "random")}
+    for i in wrong:
+        asked = {"guard": (guard, guard_y), "max_drop": 0.01, "k": 50}
+        report = scorer.repair(X_test[[i]], y_test[[i]], **asked).edit_report_
+        reports["GGN proponents"].append(report)
+        reports["same class"].append(report["baselines"]["same_class"])
+        reports["random"].append(report["baselines"]["random"])
+        dot = first.repair(X_test[[i]], y_test[[i]], baselines=False, **asked).edit_report_
+        reports["dot proponents"].append(dot)
+    return {name: _repair_summary(each) for name, each in reports.items()} | {"n": len(wrong)}
+
+
+def _repair_summary(reports):
+    return {
+        "flipped": float(np.mean([r["flipped"].all() for r in reports])),
+        "guard change": float(np.mean([r["guard_after"] - r["guard_before"] for r in reports])),
+        "displacement": float(np.mean([r["displacement"] for r in reports])),
+    }
+
+
+def removal(seed):
+    """Forget a class with 5 % of the parameters; the scale is chosen on held-out rows."""
+    X_train, X_test, y_train, y_test = digits(seed)
+    held_out = train_test_split(X_test, y_test, test_size=0.5, random_state=seed)
+    guard, test, guard_y, test_y = held_out
+    net = Net(MLP, module__hidden=(32,), lr=0.005, max_epochs=30, random_state=seed)
+    scorer = InfluenceScorer(net, random_state=seed).fit(X_train, y_train)
+    found = {}
+    for select in ("output", "gradient", "sam", "random"):
+        for how in ("gif", "freeze", "project", "ascent", "plain"):
+            scores = []
+            for class_ in (0, 3, 8):
+                asked = {"guard": (guard, guard_y), "select": select, "baseline": False}
+                edited = scorer.remove(class_=class_, how=how, **asked)
+                gone = test_y == class_
+                self_accuracy = (edited.predict(test[gone]) == class_).mean()
+                other = (edited.predict(test[~gone]) == test_y[~gone]).mean()
+                scores.append(
+                    [
+                        self_accuracy,
+                        other,
+                        2 * (1 - self_accuracy) * other / max(1 - self_accuracy + other, 1e-9),
+                    ]
+                )
+            means = np.mean(scores, 0)
+            found[f"{select}, {how}"] = dict(
+                zip(("self", "other", "f1"), means.tolist(), strict=True)
+            )
+    return found
+
+
+PARTS = {"mislabels": mislabels, "fading": fading, "repair": repair, "removal": removal}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in arguments.parts or list(PARTS):
+        start = time.process_time()
+        results[part] = [PARTS[part](seed) for seed in range(arguments.seeds)]
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(
+            f"\n{part} ({time.process_time() - start:.0f} CPU s), mean [least, greatest] over seeds"
+        )
+        for name, value in results[part][0].items():
+            if not isinstance(value, dict):
+                continue
+            cells = []
+            for key in value:
+                values = [run[name][key] for run in results[part]]
+                cells.append(f"{key} {np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]")
+            print(f"  {name:36s} " + "  ".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from influence_nets import mlp
+from scipy.stats import pearsonr, spearmanr
+
+from skperf.backbone.network import Network
+from skperf.backbone.outputs import loss
+from skperf.backbone.parameters import select_parameters
+from skperf.influence import InfluenceScorer
+from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
+
+
+def test_actual_effects_are_those_of_two_separate_runs():
+    torch.manual_seed(0)
+    module = mlp(4, 5, 3)
+    network = Network(module, np.arange(3))
+    inputs, codes = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    queries = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    training = FurtherTraining(0.1, 8, weight_decay=0.01, seed=3)
+    effects = actual_effects(
+        network,
+        select_parameters(module),
+        inputs,
+        codes,
+        torch.tensor([4, 11]),
+        queries,
+        loss,
+        training,
+        [1, 5],
+    )
+    assert effects.shape == (2, 6, 2)
+
+    def run(left_out):
+        copy = mlp(4, 5, 3)
+        copy.load_state_dict(module.state_dict())
+        optimizer = torch.optim.SGD(copy.parameters(), lr=0.1, weight_decay=0.01)
+        generator = torch.Generator().manual_seed(3)
+        batches, values = [], []
+        while len(batches) < 5:
+            batches += torch.randperm(20, generator=generator).split(8)
+        for step, rows in enumerate(batches[:5], 1):
+            optimizer.zero_grad()
+            value = torch.nn.functional.cross_entropy(copy(inputs[rows]), codes[rows])
+            if left_out is not None:
+                value = value - loss(copy(inputs[[left_out]]), codes[[left_out]])[0] / 20
+            value.backward()
+            optimizer.step()
+            if step in (1, 5):
+                values.append(loss(copy(queries[0]), queries[1]).detach())
+        return torch.stack(values)
+
+    for column, row in enumerate((4, 11)):
+        torch.testing.assert_close(
+            effects[:, :, column], run(row) - run(None), rtol=1e-6, atol=1e-9
+        )
+
+
+def test_agreement_is_the_mean_correlation():
+    rng = np.random.default_rng(0)
+    predicted, actual = rng.normal(size=(5, 9)), rng.normal(size=(5, 9))
+    actual[:, :3] = np.round(actual[:, :3])
+    pearson, spearman, slope = agreement(torch.as_tensor(predicted), torch.as_tensor(actual))
+    pairs = list(zip(predicted, actual, strict=True))
+    assert pearson == pytest.approx(np.mean([pearsonr(p, a)[0] for p, a in pairs]))
+    assert spearman == pytest.approx(np.mean([spearmanr(p, a)[0] for p, a in pairs]))
+    assert slope == pytest.approx((predicted * actual).sum() / (predicted**2).sum())
+
+
+def test_usable_horizon_ends_at_the_first_shortfall():
+    assert usable_horizon([1, 2, 5, 10], [0.9, 0.85, 0.7, 0.95]) == 2
+    assert usable_horizon([1, 2], [0.1, 0.9]) == 0
+    assert usable_horizon([1, 2], [float("nan"), 0.9]) == 0
+
+
+def test_damping_tied_to_the_horizon_fades_later_than_gradient_dot():
+    from sklearn.datasets import load_digits
+
+    X, y = load_digits(n_class=5, return_X_y=True)
+    X = X[:400] / 16
+    module = mlp(64, 16, 5)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    rows, codes = torch.as_tensor(X[:300]), torch.as_tensor(y[:300])
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(rows), codes).backward()
+        optimizer.step()
+    options = {"steps": (1, 10, 300), "n_train": 24, "learning_rate": 0.03}
+    curves = {}
+    for name, params in {
+        "dot": {"method": "gradient_dot"},
+        "horizon": {"damping": "horizon", "horizon": 1, "learning_rate": 0.03},
+        "flow": {"damping": "flow", "horizon": 1, "learning_rate": 0.03},
+    }.items():
+        scorer = InfluenceScorer(module, random_state=0, max_rows=400, **params)
+        curves[name] = scorer.fit(X[:300], y[:300]).fading(X[300:], y[300:400], **options)
+    assert min(curve.pearson[0] for curve in curves.values()) > 0.99
+    assert curves["dot"].pearson[2] < curves["horizon"].pearson[2] - 0.05
+    assert curves["flow"].pearson[2] > 0.9
+    assert 0.5 < curves["flow"].slope[1] < 1.3
+    assert curves["flow"].usable_horizon == 300
+    assert curves["dot"].predicted.shape == (3, 100, 24)

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+
+from skperf import MLP, EditedClassifier, Net
+from skperf.backbone.network import Network
+from skperf.backbone.parameters import fingerprint, select_parameters
+from skperf.influence import InfluenceScorer
+from skperf.influence.repair import best_scale, distance, harmonic_mean, smallest_flip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    X, y = load_digits(return_X_y=True)
+    return (X / 16).astype(np.float32), y
+
+
+@pytest.fixture(scope="module")
+def scorer(digits):
+    X, y = digits
+    net = Net(MLP, module__hidden=(32,), lr=0.01, max_epochs=15, random_state=0)
+    return InfluenceScorer(net, random_state=0).fit(X[:700], y[:700])
+
+
+def test_repair_flips_with_the_smallest_displacement_found(scorer, digits):
+    X, y = digits
+    before = fingerprint(scorer.estimator_.module_)
+    wrong = np.flatnonzero(scorer.estimator_.predict(X[700:]) != y[700:])[:4] + 700
+    guard = (X[1300:], y[1300:])
+    for i in wrong:
+        edited = scorer.repair(X[[i]], y[[i]], guard=guard, k=30, max_drop=0.02)
+        report = edited.edit_report_
+        assert isinstance(edited, EditedClassifier)
+        assert report["flipped"].tolist() == [edited.predict(X[[i]])[0] == y[i]]
+        accuracy = (edited.predict(guard[0]) == guard[1]).mean()
+        assert accuracy == pytest.approx(report["guard_after"])
+        assert report["guard_after"] >= report["guard_before"] - 0.02
+        assert set(report["baselines"]) == {"same_class", "random"}
+        assert (y[report["baselines"]["same_class"]["indices"]] == y[i]).all()
+        assert len(report["indices"]) == 30
+        assert edited.revert() is scorer.estimator_
+        assert clone(edited) is edited
+    assert fingerprint(scorer.estimator_.module_) == before
+    again = InfluenceScorer(edited).fit(X[:50], y[:50]).influence(X[:2], y[:2])
+    assert again.shape == (2, 50)
+
+
+@pytest.mark.parametrize("how", ["ascend", "relabel"])
+def test_other_ways_to_repair(scorer, digits, how):
+    X, y = digits
+    wrong = np.flatnonzero(scorer.estimator_.predict(X[700:]) != y[700:])[:1] + 700
+    edited = scorer.repair(X[wrong], y[wrong], how=how, k=10, max_steps=10, baselines=False)
+    assert edited.edit_report_["action"] == f"repair:{how}"
+    assert "baselines" not in edited.edit_report_
+    with pytest.raises(ValueError, match="how must be"):
+        scorer.repair(X[wrong], y[wrong], how="pray")
+
+
+def test_a_path_stops_where_the_label_flips():
+    """One weight, one query: the smallest step that flips is known."""
+    module = torch.nn.Linear(1, 2, bias=False).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0], [0.0]]))
+    network = Network(module, np.arange(2))
+    start = select_parameters(module)
+    row = torch.ones(1, 1, dtype=torch.float64), torch.tensor([1])
+    path = smallest_flip(network, start, row, row, learning_rate=1.0, max_steps=200)
+    assert path.flipped.all()
+    # both weights move alike and meet in the middle
+    assert path.length == pytest.approx(np.sqrt(0.5), rel=0.02)
+    assert distance(start, path.parameters) == pytest.approx(path.length)
+
+
+def test_scale_is_chosen_by_the_harmonic_mean():
+    assert harmonic_mean(1.0, 0.5) == pytest.approx(2 / 3)
+    assert harmonic_mean(0.0, 0.0) == 0
+    module = torch.nn.Linear(1, 2, bias=False).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0], [0.0]]))
+    direction = {"weight": torch.tensor([[0.0], [1.0]], dtype=torch.float64)}
+    ones = torch.ones(3, 1, dtype=torch.float64)
+    removed, others = (ones, torch.zeros(3).long()), (-ones, torch.ones(3).long())
+    scale, f1 = best_scale(
+        Network(module, np.arange(2)),
+        select_parameters(module),
+        direction,
+        removed,
+        others,
+        [0.5, 1.5, 4.0],
+    )
+    assert f1 == 0 or scale > 1
+
+
+@pytest.mark.parametrize("how", ["gif", "freeze", "project", "plain", "ascent"])
+def test_a_class_is_forgotten(scorer, digits, how):
+    X, y = digits
+    before = fingerprint(scorer.estimator_.module_)
+    edited = scorer.remove(class_=3, how=how, ratio=0.1, n_iterations=20)
+    report = edited.edit_report_
+    assert (edited.predict(X[700:][y[700:] == 3]) == 3).mean() < 0.2
+    kept = y[700:] != 3
+    assert (edited.predict(X[700:][kept]) == y[700:][kept]).mean() > 0.8
+    assert report["removed_accuracy_before"] > 0.9
+    assert report["share_changed"] <= (1.0 if how == "plain" else 0.1)
+    assert ("baseline" in report) == (how != "ascent")
+    assert fingerprint(scorer.estimator_.module_) == before
+
+
+def test_rows_are_forgotten_as_far_as_the_guard_allows(scorer, digits):
+    X, y = digits
+    guard = (X[700:], y[700:])
+    for rows in (np.arange(20), np.arange(700) < 20):
+        edited = scorer.remove(rows, guard=guard, max_drop=0.005, n_iterations=20)
+        report = edited.edit_report_
+        assert report["n_removed"] == 20
+        assert 0 < report["scale"] <= 1
+        assert report["guard_after"] >= report["guard_before"] - 0.005
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either indices or class_"),
+        ({"indices": [1], "class_": 3}, "either indices or class_"),
+        ({"class_": 77}, "none of the classes"),
+        ({"indices": [5000]}, "between 0 and 699"),
+        ({"indices": []}, "not none or all"),
+        ({"indices": [1], "how": "magic"}, "unknown"),
+    ],
+)
+def test_what_cannot_be_removed(scorer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        scorer.remove(**arguments)

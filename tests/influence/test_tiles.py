@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import torch
+
+from skperf.influence.gradients import Dense, Outer, Tokens
+from skperf.influence.tiles import (
+    Largest,
+    Shelf,
+    _batches_by_count,
+    block,
+    budget_in_bytes,
+    bytes_of_row,
+    only_candidates,
+    scored_tiles,
+    tile_lengths,
+)
+
+
+def test_budgets_are_read():
+    assert budget_in_bytes("2GB") == 2 * 10**9
+    assert budget_in_bytes(" 1.5 kb") == 1500
+    assert budget_in_bytes(77) == 77
+    for wrong in ("much", "-1GB"):
+        with pytest.raises(ValueError, match="memory_budget"):
+            budget_in_bytes(wrong)
+
+
+def test_examples_are_grouped_by_how_often_they_are_asked_for():
+    examples = torch.tensor([4, 0, 1, 4, 2, 4, 1])
+    seen = []
+    for members, positions in _batches_by_count(examples, 2):
+        assert (examples[positions] == members[:, None]).all()
+        seen += positions.flatten().tolist()
+    assert sorted(seen) == list(range(7))
+
+
+def test_gradients_beyond_the_budget_go_to_files_that_vanish(tmp_path):
+    shelf = Shelf(1000, tmp_path)
+    small = shelf.empty(10, Dense(torch.zeros(1, 20)))
+    large = shelf.empty(10, Outer(torch.zeros(1, 30), torch.zeros(1, 4)))
+    tokens = shelf.empty(3, Tokens(torch.zeros(1, 2).long(), torch.zeros(1, 2, 5), 9))
+    assert len(list(tmp_path.glob("*/*"))) == 3
+    for factor in (small, large, tokens):
+        for tensor in factor.tensors:
+            tensor.fill_(3)
+            assert float(tensor.double().mean()) == 3
+    assert tokens.n_embeddings == 9
+    del shelf
+    assert list(tmp_path.iterdir()) == []
+    assert float(large.outputs.sum()) == 120
+
+
+def test_tiles_fit_the_budget():
+    for budget in (10**4, 10**6, 10**9):
+        queries, rows = tile_lengths(500, 5000, 400, budget)
+        assert (queries + rows) * 400 + 24 * queries * rows <= budget
+    assert tile_lengths(3, 2, 400, 10**9) == (3, 2)
+    with pytest.raises(ValueError, match="smallest budget that fits is 824 bytes"):
+        tile_lengths(500, 5000, 400, 800)
+    assert tile_lengths(500, 5000, 400, 824) == (1, 1)
+
+
+def test_tiles_are_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    train = [Dense(torch.randn(53, 7, generator=generator))]
+    terms = [(0, Dense(torch.randn(9, 7, generator=generator)))]
+    whole = block(terms, train, 2.0, torch.device("cpu"))
+    for n_jobs in (None, 2):
+        result = np.zeros_like(whole)
+        options = {"scale": 2.0, "length": 20, "device": torch.device("cpu"), "n_jobs": n_jobs}
+        for rows, scores in scored_tiles(terms, train, **options):
+            result[:, rows] = scores
+        np.testing.assert_allclose(result, whole, rtol=1e-6)
+    assert bytes_of_row(train) == 28
+
+
+def test_the_largest_are_kept_in_the_order_of_the_rows():
+    scores = np.array([[3.0, 1.0, 3.0, 2.0, 3.0], [0.0, 5.0, 1.0, 5.0, 2.0]])
+    best = Largest(3)
+    for start in range(0, 5, 2):
+        best.add(slice(start, min(start + 2, 5)), scores[:, start : start + 2])
+    assert best.indices.tolist() == [[0, 2, 4], [1, 3, 4]]
+    assert best.values.tolist() == [[3, 3, 3], [5, 5, 2]]
+
+
+def test_candidates_of_a_tile():
+    kept = only_candidates(np.ones((2, 3)), np.array([[4, 9], [5, 6]]), slice(4, 7), -1.0)
+    assert kept.tolist() == [[1, -1, -1], [-1, 1, 1]]
