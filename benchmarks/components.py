@@ -8,7 +8,7 @@
 Networks: "resnet" (the shipped residual network, 560 filters, 250 Fashion-MNIST images),
 "rnet" (140 filters, 200 faces and non-faces), "minilm" (72 heads under a logistic head on
 100 R8 texts) and "lite0" (21,008 filters, 20 photographs and their mirror images at 128 px).
-"minilm" and "lite0" need fetched files. Every run adds to benchmarks/results/components.json.
+"minilm" and "lite0" need fetched files. Every run writes benchmarks/results/components_*.json.
 captum is used by "speed" where it is installed (see benchmarks/peers.txt).
 """
 
@@ -29,7 +29,7 @@ from skperf.components.designs import bernoulli_masks
 from skperf.components.estimation import ridge
 from skperf.metrics import counterfactual_correlation
 
-RESULTS = Path(__file__).parent / "results" / "components.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def resnet():
@@ -70,7 +70,7 @@ def minilm():
     rows = np.random.default_rng(0).permutation(len(bunch.data))[:400]
     texts = [bunch.data[i] for i in rows]
     classes, y = np.unique(np.asarray(bunch.target)[rows], return_inverse=True)
-    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=64)["input_ids"]
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=32)["input_ids"]
     X = np.asarray(tokens)
     body = TextClassifier(encoder, len(classes))
     with torch.inference_mode():
@@ -161,6 +161,7 @@ def curve(network, fraction, seed, budgets, n_test, simple):
             }
         )
         print(rows[-1], flush=True)
+        save(f"curve_{network}_{fraction}_{seed}", rows)
 
     record("gradient x parameter", 4, first.predict_counterfactual(masks))
     for budget in [budget or round(4 * N) for budget in budgets]:
@@ -184,7 +185,6 @@ def curve(network, fraction, seed, budgets, n_test, simple):
         if 4 * N + 1 >= N:
             model, seconds = fitted(method="loo")
             record("leave one out", N + 1, model.predict_counterfactual(masks), seconds)
-    save(f"curve {network} {fraction} {seed}", rows)
 
 
 def released_pass(module, names, mask, inputs, codes):
@@ -320,22 +320,17 @@ def coverage(n_repeats=30, fraction=0.1, budget=300):
 
 
 def save(key, value):
-    everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    everything[key] = value
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"components_{key}.json"
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def plot():
     """One panel a network and fraction: correlation against forward-equivalents."""
     import matplotlib.pyplot as plt
 
-    rows = [
-        row
-        for key, value in json.loads(RESULTS.read_text()).items()
-        if key.startswith("curve")
-        for row in value
-    ]
+    paths = sorted(RESULTS.glob("components_curve_*.json"))
+    rows = [row for path in paths for row in json.loads(path.read_text())]
     panels = sorted({(row["network"], row["fraction"]) for row in rows})
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False, layout="constrained"
@@ -352,7 +347,7 @@ def plot():
         ax.set(title=f"{network}, {fraction} ablated", xlabel="forward-equivalents", xscale="log")
     axes[0, 0].set_ylabel("correlation with fresh ablations")
     axes[0, 0].legend(fontsize=7)
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=110)
+    figure.savefig(RESULTS / "components.png", dpi=110)
 
 
 def main():

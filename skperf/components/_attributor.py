@@ -1,5 +1,6 @@
 """Attribute the outputs of a trained network to its parts."""
 
+import warnings
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -317,7 +318,16 @@ class ComponentAttributor(TransformerMixin, MetaEstimatorMixin, BaseEstimator):
             if self._study.is_about(rows, labels):
                 X = y = None
         predicted = self.predict_counterfactual(masks, X, y)
-        return counterfactual_correlation(predicted, self.counterfactual(masks, X, y))
+        actual = self.counterfactual(masks, X, y)
+        constant = int((np.ptp(actual, axis=1) == 0).sum())
+        if constant:
+            warnings.warn(
+                f"the outputs of {constant} of {len(actual)} examples are constant under these "
+                "ablations; their correlation is not defined and counts as 0.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return counterfactual_correlation(predicted, actual)
 
     top_components = top_components
     ablate = ablate

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from sklearn.base import clone
 
+from skperf.backbone.modes import preserved_rng
 from skperf.backbone.outputs import resolve_output
 from skperf.components.designs import Plan, bernoulli_masks, plan_budget
 from skperf.components.estimation import Fit
@@ -100,7 +101,9 @@ class Study:
         question = self.question(network)
         self.measured = Measurements(measure_baseline(question), self.n_components)
         few = replace(question, inputs=question.inputs[:8], codes=question.codes[:8])
-        if not np.array_equal(measure_baseline(few), measure_baseline(few)):
+        with preserved_rng(question.inputs.device):
+            first, second = measure_baseline(few), measure_baseline(few)
+        if not np.array_equal(first, second):
             warnings.warn(
                 "the network gives different outputs on two equal passes in evaluation mode; "
                 "attributions will carry that noise.",

@@ -80,6 +80,7 @@ class Circuit:
         self._build(seen)
         if self.copied and accelerate and seen.followers:
             seen = self._fold_if_nothing_changes(network, seen)
+        self._folded = any(isinstance(part, nn.Identity) for part in self.network.module.modules())
         self._floats_per_row = seen.floats
         self._prefix = self._before_the_gates(seen) if self.copied and accelerate else []
 
@@ -185,7 +186,7 @@ class Circuit:
             that gates itself.
         """
         values = self._values(mask[None])
-        if self.scales_weights:
+        if self.scales_weights and not (self._folded and self.ablation == "zero_output"):
             changed = deepcopy(module)
             with_bias = self.ablation == "zero_output"
             scale_weights(make_taps(changed, self.components, with_bias=with_bias), values[0])
@@ -258,7 +259,7 @@ class Circuit:
         with self._remembering(rows, together, len(values)):
             for start in range(0, len(values), together):
                 part = values[start : start + together]
-                self._replace_by(range(first + start, first + start + len(part)))
+                self._replace_by(range(first + start, first + start + together))
                 # A last group that is too small is filled up: what is remembered has its size.
                 filled = torch.cat([part, part[:1].expand(together - len(part), -1)])
                 with torch.inference_mode(), self._gated(filled):
@@ -363,6 +364,7 @@ class Gated(nn.Module):
         self.circuit = deepcopy(circuit)
         self.inner = self.circuit.network.module
         self.register_buffer("values", values.clone())
+        self.circuit._replace_by(range(1))
 
     def forward(self, inputs: Tensor) -> Any:
         """Run the gated network.
@@ -377,7 +379,6 @@ class Gated(nn.Module):
         object
             What the module returns.
         """
-        self.circuit._replace_by(range(1))
         with self.circuit._gated(self.get_buffer("values")):
             return self.inner(inputs)
 

@@ -71,7 +71,9 @@ def test_a_float_scales_the_rows():
     circuit, network, inputs, codes, components = opened(Residual, "conv_filters", 0.5)
     mask = random_masks(len(components))[:1]
     expected = with_rows_zeroed(network, components, mask[0], inputs, codes, scale=0.5)
-    torch.testing.assert_close(circuit.outputs(inputs, codes, margin, mask)[:, 0], expected, **EXACT)
+    torch.testing.assert_close(
+        circuit.outputs(inputs, codes, margin, mask)[:, 0], expected, **EXACT
+    )
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -1,0 +1,60 @@
+"""Masks, deals of the gates, budgets."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skperf.components.designs import Plan, bernoulli_masks, path_gates, plan_budget
+
+
+def test_a_mask_depends_on_the_seed_and_its_number_alone():
+    together = bernoulli_masks(3, range(20), 50, 0.2)
+    np.testing.assert_array_equal(together[7:9], bernoulli_masks(3, range(7, 9), 50, 0.2))
+    assert not np.array_equal(together, bernoulli_masks(4, range(20), 50, 0.2))
+
+
+def test_fresh_masks_are_others():
+    fit, fresh = (bernoulli_masks(0, range(50), 40, 0.5, fresh=f) for f in (False, True))
+    assert not (fit[:, None] == fresh[None]).all(2).any()
+
+
+def test_masks_ablate_the_fraction():
+    assert abs(1 - bernoulli_masks(0, range(400), 100, 0.07).mean() - 0.07) < 0.005
+
+
+@given(st.integers(2, 12), st.integers(1, 40))
+def test_a_round_tests_every_component_once(n_groups, n_components):
+    tested = sum(
+        path_gates(0, number, range(70), n_components, n_groups)[1] for number in range(n_groups)
+    )
+    assert (tested == 1).all()
+
+
+def test_examples_have_deals_of_their_own_wherever_the_cut_is():
+    gates, tested = path_gates(1, 5, range(130), 30, 4)
+    later, _ = path_gates(1, 5, range(60, 70), 30, 4)
+    np.testing.assert_array_equal(gates[60:70], later)
+    assert not np.array_equal(tested[0], tested[1])
+    assert (gates[~tested] == 1).all()
+
+
+def test_points_on_the_path_are_spread_over_the_rounds():
+    points = [path_gates(0, number, range(1), 9, 2) for number in range(40)]
+    first = np.sort([gates[0, 0] for gates, tested in points if tested[0, 0]])
+    assert len(first) == 20
+    assert np.abs(first - (np.arange(20) + 0.5) / 20).max() < 0.1
+
+
+@pytest.mark.parametrize("method", ["auto", "regression", "path_gradient"])
+@pytest.mark.parametrize("budget", [12, 100, 511, 5000])
+def test_a_plan_stays_within_its_budget(method, budget):
+    plan = plan_budget(method, budget, 60)
+    assert budget - 3 < plan.cost <= budget
+
+
+def test_fixed_plans_and_budgets_that_are_too_small():
+    assert plan_budget("loo", 1, 7) == Plan(singles=7)
+    assert plan_budget("auto", 50, 7, differentiable=False) == Plan(masks=49)
+    with pytest.raises(ValueError, match="budget=2 is too small"):
+        plan_budget("regression", 2, 7)

@@ -1,0 +1,62 @@
+"""Rankings of components and the search for their number."""
+
+import numpy as np
+
+from skperf.components.editing import budgeted_order, choose_k, grid_of_k, welch_order
+
+rng = np.random.default_rng(0)
+
+
+def test_welch_equals_its_formula():
+    target, reference = rng.normal(size=(6, 9)), rng.normal(size=(20, 9))
+    error = np.sqrt(target.var(0) / 6 + reference.var(0) / 20)
+    score = (target.mean(0) - reference.mean(0)) / error
+    np.testing.assert_array_equal(
+        welch_order(target, reference, increase=True), np.argsort(score, kind="stable")
+    )
+    assert welch_order(target, reference, increase=False)[0] == np.argmax(score)
+
+
+def test_welch_survives_vanishing_variances():
+    target = np.array([[0.0, -1.0, 0.0]])
+    order = welch_order(target, np.zeros((3, 3)), increase=True)
+    assert order[0] == 1
+    assert len(welch_order(target, None, increase=True)) == 3
+
+
+def test_budgeted_takes_what_costs_nothing_first_and_what_does_not_help_last():
+    target = np.array([[-1.0, -3.0, -2.0, 1.0]])
+    reference = np.array([[0.1, 3.0, -0.5, -5.0]])
+    np.testing.assert_array_equal(budgeted_order(target, reference, increase=True), [2, 0, 1, 3])
+
+
+def test_budgeted_does_not_trust_gains_below_their_error():
+    target, error = np.array([[-1.0, -0.5]]), np.array([[2.0, 0.1]])
+    assert budgeted_order(target, None, increase=True, target_error=error)[0] == 1
+
+
+def test_the_search_keeps_the_best_that_is_allowed():
+    outcomes = {0: (0.0, 0.9), 1: (1.0, 0.9), 2: (2.0, 0.895), 3: (3.0, 0.8), 4: (9.0, 0.5)}
+
+    def measure(mask):
+        output, score = outcomes[int((~mask).sum())]
+        return {"target_output": output, "reference_score": score}
+
+    k, path = choose_k(np.arange(6), [0, 1, 2, 3, 4], measure, increase=True, max_drop=0.01)
+    assert k == 2
+    assert [step["k"] for step in path] == [0, 1, 2, 3]
+
+
+def test_nothing_is_ablated_where_nothing_helps():
+    def measure(mask):
+        return {"target_output": float(mask.sum()), "reference_score": 1.0}
+
+    assert choose_k(np.arange(4), [0, 1, 2], measure, increase=True, max_drop=0.1)[0] == 0
+
+
+def test_the_grid_starts_at_zero_and_ends_where_asked():
+    assert grid_of_k(1) == [0, 1]
+    grid = grid_of_k(1000, 300)
+    assert grid[:4] == [0, 1, 2, 3]
+    assert grid[-1] == 300
+    assert len(grid) < 25

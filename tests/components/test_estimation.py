@@ -1,0 +1,123 @@
+"""Ridge and priors against closed forms and brute force."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LinearRegression, Ridge
+
+from skperf.components.estimation import Moments, mean_correlation, ridge, ridge_from_moments
+from skperf.components.priors import PathSums, mixture, path_prior, pooled_slopes, population
+
+rng = np.random.default_rng(0)
+N, M, EXAMPLES = 12, 60, 5
+TRUTH = rng.normal(size=(EXAMPLES, N))
+MASKS = rng.random((M, N)) > 0.2
+NOISE = 0.3 * rng.normal(size=(M, EXAMPLES))
+OUTCOMES = MASKS @ TRUTH.T + 2.0 + NOISE
+
+
+def sums_around(truth, noise=0.2, n_passes=6):
+    sums = PathSums(N, len(truth))
+    for number in range(n_passes):
+        tested = np.broadcast_to(np.arange(N) % 2 == number % 2, truth.shape)
+        sums.add(truth + noise * rng.normal(size=truth.shape), tested)
+    return sums
+
+
+def some_prior():
+    sums = sums_around(TRUTH)
+    return path_prior(sums, population(sums))
+
+
+def test_plain_ridge_equals_scikit_learn():
+    fit = ridge(MASKS, OUTCOMES, penalty=3.0)
+    theirs = Ridge(alpha=3.0).fit(MASKS, OUTCOMES)
+    np.testing.assert_allclose(fit.coefficients, theirs.coef_, atol=1e-9)
+    np.testing.assert_allclose(fit.intercept, theirs.intercept_, atol=1e-9)
+
+
+def test_a_vanishing_penalty_gives_least_squares_whatever_the_prior():
+    theirs = LinearRegression().fit(MASKS, OUTCOMES)
+    fit = ridge(MASKS, OUTCOMES, some_prior(), slopes=np.array([0.3, 0.5, 0, 0]), penalty=1e-9)
+    np.testing.assert_allclose(fit.coefficients, theirs.coef_, atol=1e-5)
+
+
+def test_ridge_around_a_prior_solves_its_normal_equations():
+    prior, slopes = some_prior(), np.array([0.2, 0.7, 0.1, -0.1])
+    fit = ridge(MASKS, OUTCOMES, prior, slopes=slopes, penalty=2.0)
+    V = MASKS - MASKS.mean(0)
+    mean = mixture(prior, slopes)
+    residual = OUTCOMES - OUTCOMES.mean(0) - V @ mean.T
+    moved = np.linalg.solve(V.T @ V + 2.0 * np.diag(1 / prior.variance), V.T @ residual)
+    np.testing.assert_allclose(fit.coefficients, mean + moved.T, atol=1e-8)
+
+
+def test_the_out_of_bag_score_equals_leaving_masks_out_by_hand():
+    fit = ridge(MASKS, OUTCOMES, penalty=1.5)
+    predicted = []
+    for left in range(M):
+        kept = np.arange(M) != left
+        model = Ridge(alpha=1.5).fit(MASKS[kept], OUTCOMES[kept])
+        predicted.append(model.predict(MASKS[[left]])[0])
+    assert fit.oob_score == pytest.approx(mean_correlation(np.array(predicted).T, OUTCOMES.T))
+
+
+def test_sums_give_the_same_fit_as_rows_however_they_are_cut():
+    prior, slopes = some_prior(), np.array([0.2, 0.7, 0.1, -0.1])
+    moments = Moments(N, EXAMPLES)
+    for part in (slice(0, 7), slice(7, 31), slice(31, None)):
+        moments.add(MASKS[part], OUTCOMES[part])
+    by_rows = ridge(MASKS, OUTCOMES, prior, slopes=slopes, penalty=2.0)
+    by_sums = ridge_from_moments(moments, prior, slopes=slopes, penalty=2.0)
+    np.testing.assert_allclose(by_sums.coefficients, by_rows.coefficients, atol=1e-8)
+    np.testing.assert_allclose(by_sums.intercept, by_rows.intercept, atol=1e-8)
+    np.testing.assert_allclose(by_sums.stderr, by_rows.stderr, rtol=0.5)
+
+
+def test_the_penalty_is_small_for_clean_outcomes_and_large_for_noise():
+    clean = ridge(MASKS, MASKS @ TRUTH.T).penalty
+    noise = ridge(MASKS, rng.normal(size=(M, EXAMPLES))).penalty
+    assert clean < 1e-2 < noise
+    moments = Moments(N, EXAMPLES)
+    moments.add(MASKS, MASKS @ TRUTH.T)
+    assert ridge_from_moments(moments).penalty < 1e-1
+
+
+def test_standard_errors_match_the_spread_of_repeated_draws():
+    fits = []
+    for _ in range(200):
+        masks = rng.random((150, N)) > 0.2
+        outcomes = masks @ TRUTH.T + 0.5 * rng.normal(size=(150, EXAMPLES))
+        fits.append(ridge(masks, outcomes))
+    spread = np.std([fit.coefficients for fit in fits], 0)
+    claimed = np.mean([fit.stderr for fit in fits], 0)
+    np.testing.assert_allclose(claimed.mean(), spread.mean(), rtol=0.1)
+
+
+def test_path_means_recover_a_linear_network_exactly():
+    sums = sums_around(TRUTH, noise=0.0)
+    on_path, open_gate = sums.means()
+    np.testing.assert_allclose(on_path, TRUTH)
+    np.testing.assert_allclose(open_gate, TRUTH)
+
+
+def test_slopes_find_the_guess_that_is_right():
+    wrong = rng.normal(size=TRUTH.shape)
+    features = np.stack([MASKS @ wrong.T, MASKS @ (TRUTH.T / 2)])
+    slopes = pooled_slopes([(features, MASKS @ TRUTH.T)])
+    np.testing.assert_allclose(slopes, [0, 2], atol=0.01)
+
+
+def test_sums_over_passes_do_not_depend_on_the_cut():
+    whole, parts = PathSums(N, 2), [PathSums(N, 2), PathSums(N, 2)]
+    for number in range(6):
+        gradient, tested = rng.normal(size=(2, N)), rng.random((2, N)) < 0.5
+        whole.add(gradient, tested)
+        parts[number > 3].add(gradient, tested)
+    parts[0].merge(parts[1])
+    for a, b in zip(whole.means(), parts[0].means(), strict=True):
+        np.testing.assert_allclose(a, b)
+
+
+def test_correlation_leaves_constant_rows_out():
+    assert mean_correlation(np.array([[1.0, 2], [3, 3]]), np.array([[2.0, 4], [1, 2]])) == 1
+    assert np.isnan(mean_correlation(np.ones((1, 3)), np.ones((1, 3))))
