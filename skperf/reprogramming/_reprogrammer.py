@@ -96,6 +96,9 @@ class Reprogrammer(
     alpha : "auto", float or list of float, default="auto"
         0 = reprogrammed, 1 = zero-shot. The best of a list, of 0, 0.1, ..., 1 for "auto", on
         the rows held out; 0 where there is no zero-shot head.
+    training_alpha : float, default=0.5
+        The mix whose loss is averaged with that of the reprogrammed representation in
+        training; 0 trains the latter alone, as the released code does.
     renormalize : bool, default=False
         Whether mixed embeddings are scaled back to unit length.
     logit_scale : "encoder", "calibrated" or float, default="encoder"
@@ -219,6 +222,7 @@ class Reprogrammer(
         focal_gamma=0.0,
         focal_alpha=1.0,
         alpha="auto",
+        training_alpha=0.5,
         renormalize=False,
         logit_scale="encoder",
         ood_score="mcm",
@@ -269,6 +273,7 @@ class Reprogrammer(
         self.focal_gamma = focal_gamma
         self.focal_alpha = focal_alpha
         self.alpha = alpha
+        self.training_alpha = training_alpha
         self.renormalize = renormalize
         self.logit_scale = logit_scale
         self.ood_score = ood_score
@@ -337,11 +342,14 @@ class Reprogrammer(
         task = settle(self, images, classes)
         train, held_out = self._split(codes)
         judged = held_out if len(held_out) else train
-        net = make_net(self, task, images, codes, train, held_out)
+        net = make_net(self, task, n_train=len(train), n_held_out=len(held_out))
+        stopping = None
+        if self.early_stopping and len(held_out):
+            stopping = images[held_out], torch.as_tensor(codes[held_out])
         with task.encoder.open():
             net.begin(images, task.n_classes)
             prepare_head(net, self, images[train], codes[train], _rows(weight, train))
-            net.learn(images[train], codes[train], _rows(weight, train))
+            net.learn(images[train], codes[train], _rows(weight, train), stopping)
             choice = choose(
                 self, net, task.alphas, images[judged], codes[judged], _rows(weight, judged)
             )
@@ -377,14 +385,14 @@ class Reprogrammer(
         task = settle(self, images, labels) if first else self._task
         with task.encoder.open():
             if first:
-                net = make_net(self, task, images, codes, np.arange(len(images)), ())
+                net = make_net(self, task, n_train=len(images), n_held_out=0)
                 net.begin(images, task.n_classes)
                 prepare_head(net, self, images, codes, weight)
                 alphas = task.alphas[:1]
             else:
                 net, alphas = copy.deepcopy(self.net_), task.alphas
             choice = choose(self, net, alphas, images, codes, weight)
-            net.set_params(max_epochs=1, callbacks=[], train_split=None)
+            net.set_params(max_epochs=1, callbacks=[])
             net.learn(images, codes, weight)
             self.__dict__.update(assemble(self, net, task, labels, choice))
         return self

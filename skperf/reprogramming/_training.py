@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from skorch.callbacks import EarlyStopping, LRScheduler, ProgressBar
 from skorch.dataset import Dataset, unpack_data
-from skorch.helper import predefined_split
 from torch.optim.lr_scheduler import LambdaLR
 
-from skperf.backbone._nets import Net, seed_of
+from skperf.backbone._nets import Net, _StopTraining, seed_of
+from skperf.backbone.modes import preserved_rng
 from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, ESTIMATORS
 from skperf.reprogramming.label_mapping import (
     FROM_COUNTS,
@@ -74,6 +74,7 @@ class ProgramNet(Net):
         mapping_smoothing=1.0,
         **kwargs,
     ):
+        self.held_out = None
         self.weight_decay = weight_decay
         self.gradient = gradient
         self.n_directions = n_directions
@@ -99,16 +100,16 @@ class ProgramNet(Net):
         dict
             Loss and logits.
         """
-        images, targets = unpack_data(batch)
+        inputs, targets = unpack_data(batch)
         if self.query_budget is not None:
-            self._check_budget(len(images))
+            self._check_budget(len(inputs["images"]))
         self._set_training(True)
-        logits = self.infer(images)
-        loss = self.get_loss(logits, targets, X=images, training=True)
+        logits = self.infer(inputs)
+        loss = self.get_loss(logits, targets, training=True)
         if loss.requires_grad:
             loss.backward()
         if self.gradient != "exact":
-            self._estimate_gradient(images, targets, loss.detach())
+            self._estimate_gradient(inputs, targets, loss.detach())
         return {"loss": loss, "y_pred": logits}
 
     def get_loss(self, y_pred, y_true, X=None, training=False):
@@ -116,8 +117,8 @@ class ProgramNet(Net):
 
         Parameters
         ----------
-        y_pred : Tensor of shape (n, n_classes)
-            Class logits.
+        y_pred : Tensor of shape (n, n_classes) or (2, n, n_classes)
+            Class logits, maybe of two mixes.
         y_true : Tensor or pair of Tensors
             Codes, or codes and weights.
         X : Tensor, optional
@@ -135,7 +136,7 @@ class ProgramNet(Net):
         FloatingPointError
             If it is not finite.
         """
-        loss = super().get_loss(y_pred, y_true, X=X, training=training)
+        loss = self._mean_loss(y_pred, y_true)
         if not training:
             return loss
         if self.weight_decay:
@@ -183,7 +184,7 @@ class ProgramNet(Net):
         self._begin(images, np.arange(n_classes))
         return self
 
-    def learn(self, images, codes, weight):
+    def learn(self, images, codes, weight, held_out=None):
         """Train until the epochs, the patience or the query budget are over.
 
         Parameters
@@ -194,9 +195,64 @@ class ProgramNet(Net):
             Their classes.
         weight : ndarray of shape (n,) or None
             Their weights.
+        held_out : pair of Tensors, optional
+            Images and codes for early stopping.
         """
-        with suppress(QueryBudgetSpentError):
-            self.partial_fit(images, codes, sample_weight=weight)
+        targets = torch.as_tensor(codes)
+        if weight is not None:
+            targets = (targets, torch.as_tensor(weight).to(self.module_.image.dtype))
+        # what Net.partial_fit does, with several inputs for each row
+        with preserved_rng(self.module_.image.device):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator_)))
+            inputs = self.inputs(images)
+            if held_out is not None:
+                held_out = Dataset(self.inputs(held_out[0]), held_out[1])
+            self.held_out = held_out
+            self.notify("on_train_begin", X=inputs, y=targets)
+            with suppress(QueryBudgetSpentError, _StopTraining):
+                self.fit_loop(inputs, targets)
+            self.notify("on_train_end", X=inputs, y=targets)
+        self.held_out = None
+
+    def get_split_datasets(self, X, y=None, **fit_params):
+        """Give the training rows and those held out.
+
+        Parameters
+        ----------
+        X : dict of Tensor
+            Inputs.
+        y : Tensor or pair of Tensors
+            Targets.
+        **fit_params : dict
+            Not used.
+
+        Returns
+        -------
+        pair of Dataset
+            The second may be None.
+        """
+        return self.get_dataset(X, y), self.held_out
+
+    def inputs(self, images):
+        """Put the images and, where it is trained with, their zero-shot embeddings together.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, ...)
+            Images or rows.
+
+        Returns
+        -------
+        dict
+            Inputs of the module.
+        """
+        module = self.module_
+        inputs = {"images": images.to(module.image.dtype)}
+        if module.has_unit_embeddings and module.training_alpha > 0 and self.max_epochs:
+            plain = module.batches(images, self.batch_size, programmed=False)
+            # a copy, since tensors of inference mode take no part in training
+            inputs["plain"] = torch.cat(list(plain)).clone()
+        return inputs
 
     def set_mapping(self, counts):
         """Estimate the label mapping.
@@ -236,13 +292,19 @@ class ProgramNet(Net):
         previous = getattr(self, "counts_", None)
         self.counts_ = counts if previous is None else previous + counts
 
-    def _estimate_gradient(self, images, targets, base):
+    def _mean_loss(self, logits, targets):
+        if logits.ndim == 2:
+            return super().get_loss(logits, targets)
+        return sum(super(ProgramNet, self).get_loss(mix, targets) for mix in logits) / len(logits)
+
+    def _estimate_gradient(self, inputs, targets, base):
         module = self.module_
         outputs = module.outputs
+        plain = inputs.get("plain")
 
         def loss_at(weights):
-            logits = module.logits(module.encode(images, weights))
-            loss = Net.get_loss(self, logits, targets)
+            logits = module.logits(module.encode(inputs["images"], weights), plain)
+            loss = self._mean_loss(logits, targets)
             return loss + self.weight_decay / 2 * weights.square().sum()
 
         with torch.no_grad():
@@ -323,7 +385,7 @@ def hold_out(codes, fraction, generator):
     return np.setdiff1d(np.arange(len(codes)), held_out), held_out
 
 
-def make_net(estimator, task, images, codes, train, held_out):
+def make_net(estimator, task, *, n_train, n_held_out):
     """Assemble the net that trains the programs.
 
     Parameters
@@ -332,21 +394,14 @@ def make_net(estimator, task, images, codes, train, held_out):
         Its parameters are read.
     task : Task
         What was settled.
-    images : Tensor of shape (n, ...)
-        All images.
-    codes : ndarray of shape (n,)
-        Their classes.
-    train, held_out : sequence of int
-        Rows to train on and rows to judge by.
+    n_train, n_held_out : int
+        Numbers of rows to train on and to judge by.
 
     Returns
     -------
     ProgramNet
         Not initialised.
     """
-    validation = None
-    if estimator.early_stopping and len(held_out):
-        validation = Dataset(images[held_out], torch.as_tensor(codes[held_out]))
     named = isinstance(estimator.mapping, str) and task.head == "mapping"
     params = {
         "criterion": ClassObjective,
@@ -359,19 +414,21 @@ def make_net(estimator, task, images, codes, train, held_out):
         "lr": estimator.lr,
         "max_epochs": estimator.max_epochs,
         "batch_size": estimator.batch_size,
-        "callbacks": _callbacks(estimator, len(train), stop=validation is not None),
-        "train_split": validation and predefined_split(validation),
+        "callbacks": _callbacks(
+            estimator, n_train, stop=estimator.early_stopping and n_held_out > 0
+        ),
         "device": str(task.encoder.device),
         "random_state": seed_of(estimator.random_state),
         "weight_decay": estimator.weight_decay,
         "gradient": estimator.gradient,
         "n_directions": estimator.n_directions,
         "smoothing": estimator.smoothing,
-        "query_budget": _training_budget(estimator, task, len(train), len(held_out)),
+        "query_budget": _training_budget(estimator, task, n_train, n_held_out),
         "mapping": estimator.mapping if named else None,
         "mapping_per_class": estimator.mapping_m,
         "mapping_smoothing": estimator.mapping_smoothing,
         **module_params(task, init=estimator.init, exact=estimator.gradient == "exact"),
+        "module__training_alpha": estimator.training_alpha,
     }
     return ProgramNet(ProgrammedEncoder, **(params | (estimator.net_params or {})))
 

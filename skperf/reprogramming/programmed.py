@@ -36,6 +36,8 @@ class ProgrammedEncoder(nn.Module):
         First weights of the image program.
     exact : bool, default=True
         Whether gradients flow through the encoder.
+    training_alpha : float, default=0.0
+        Mix with the zero-shot representation that is trained beside the reprogrammed one.
     """
 
     zero_shot: Tensor | None
@@ -55,9 +57,11 @@ class ProgrammedEncoder(nn.Module):
         ids: Tensor | None = None,
         init: str = "zeros",
         exact: bool = True,
+        training_alpha: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.training_alpha = training_alpha
         self.program = program
         self.text_program = text
         self.ids = ids
@@ -85,20 +89,23 @@ class ProgrammedEncoder(nn.Module):
         """Whether images and classes meet in the space of a text-image encoder."""
         return self.zero_shot is not None
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, plain: Tensor | None = None) -> Tensor:
         """Compute class logits of reprogrammed images.
 
         Parameters
         ----------
         images : Tensor of shape (n, channels, height, width)
             In [0, 1], of any size.
+        plain : Tensor of shape (n, n_outputs), optional
+            Zero-shot embeddings of the same images.
 
         Returns
         -------
-        Tensor of shape (n, n_classes)
-            Class logits.
+        Tensor of shape (n, n_classes) or (2, n, n_classes)
+            Class logits; with `plain` those of the reprogrammed representation and those of
+            its mix with the zero-shot one at `training_alpha`.
         """
-        return self.logits(self.encode(images, self.image))
+        return self.logits(self.encode(images, self.image), plain)
 
     def encode(self, images: Tensor, weights: Tensor | None) -> Tensor:
         """Encode images.
@@ -125,27 +132,34 @@ class ProgrammedEncoder(nn.Module):
         self.outputs = outputs.detach()
         return outputs
 
-    def logits(self, outputs: Tensor) -> Tensor:
+    def logits(self, outputs: Tensor, plain: Tensor | None = None) -> Tensor:
         """Compute class logits from the encoder's outputs.
 
         Parameters
         ----------
         outputs : Tensor of shape (n, n_outputs)
             From :meth:`encode`.
+        plain : Tensor of shape (n, n_outputs), optional
+            As in :meth:`forward`.
 
         Returns
         -------
-        Tensor of shape (n, n_classes)
+        Tensor of shape (n, n_classes) or (2, n, n_classes)
             Class logits.
         """
         if self.head_kind == "mapping":
             return outputs @ self.mapping
-        if not self.has_unit_embeddings:
+        if self.zero_shot is None:
             assert self.head is not None
             logits: Tensor = self.head((outputs - self.shift) * self.stretch)
             return logits
-        scale, bias = self.encoder.logit_scale, self.encoder.logit_bias
-        return scale * outputs @ self.classes().T + bias
+        classes = self.classes()
+        similarities = outputs @ classes.T
+        if plain is not None:
+            alpha = self.training_alpha
+            mixes = mixed(outputs, plain, alpha) @ mixed(classes, self.zero_shot, alpha).T
+            similarities = torch.stack([similarities, mixes])
+        return self.encoder.logit_scale * similarities + self.encoder.logit_bias
 
     def classes(self) -> Tensor:
         """Embed the classes, with the text program and the linear head's offsets.

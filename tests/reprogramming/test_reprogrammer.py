@@ -311,7 +311,7 @@ def test_early_stopping_goes_back_to_the_best(towers, pictures, parameters):
     X, y = pictures
     y = np.random.RandomState(0).permutation(y)  # nothing to learn but by heart
     parameters |= {"max_epochs": 60, "early_stopping": True, "n_iter_no_change": 2, "lr": 0.5}
-    parameters |= {"schedule": "constant", "alpha": 0.0, "text_lr": 0.1}
+    parameters |= {"schedule": "constant", "alpha": 0.0, "training_alpha": 0.0, "text_lr": 0.1}
     model = Reprogrammer(towers, validation_fraction=0.3, **parameters).fit(X, y)
     losses = model.history_[:, "valid_loss"]
     assert len(losses) < 60
