@@ -72,16 +72,8 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         Pseudo-rows that shrink recalls towards the accuracy.
     prior_strength : float or "auto", default="auto"
         Labels that the anticipation is worth to ``transductive="map_em"``.
-    hidden_layer_sizes : tuple of int, default=(256, 256)
-        Of ``"mlp"``, as the next four.
-    lr : float, default=0.001
-        Learning rate.
-    max_epochs : int, default=200
-        Passes over the rounds.
-    batch_size : int, default=32
-        Rounds in a batch.
-    weight_decay : float, default=0.001
-        Of Adam.
+    hidden_layer_sizes, lr, max_epochs, batch_size, weight_decay
+        Of ``"mlp"`` and its training by Adam.
     random_state : int, RandomState or None, default=None
         Seeds networks, permutations and resampling.
     verbose : int, default=0
@@ -120,10 +112,8 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         Cheap diagnostics; `diagnose` adds tests.
     n_rounds_ : int
         Rounds seen.
-    n_features_in_ : int
-        Columns of X.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
-        Their names, if X had any.
+    n_features_in_, feature_names_in_
+        Columns of X, and their names if it had any.
 
     References
     ----------
@@ -238,10 +228,8 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n, ...)
-            Rows.
-        y : array-like of shape (n,)
-            Labels.
+        X, y : array-like
+            Rows (n, ...) and labels (n,).
         rounds : int or array-like of int of shape (n,), optional
             Round of every row; their order is time. None means that no model was deployed yet:
             the classifier is fitted on all rows and nothing is corrected.
@@ -253,18 +241,13 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         Returns
         -------
         PerformativeAdapter
-            Itself, fitted.
+            Itself.
 
         Raises
         ------
         ValueError
             If rounds are no integers or of another length, or labels are unknown to a frozen
             estimator.
-
-        Warns
-        -----
-        UserWarning
-            If there are fewer rounds than `min_rounds`: nothing is corrected then.
         """
         with _learning.unchanged_on_error(self):
             _learning.forget(self)
@@ -284,23 +267,14 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n, ...)
-            Rows.
-        y : array-like of shape (n,)
-            Labels.
+        X, y : array-like
+            Rows and labels.
         rounds : int or array-like of int of shape (n,), optional
             All later than the rounds seen. None means one round, the next.
         classes : array-like of shape (n_classes,), optional
             All labels there will be; matters at the first call only.
-        deployed_pred : array-like of shape (n,) or (n, n_classes), optional
+        deployed_pred, sample_weight
             As in `fit`.
-        sample_weight : array-like of shape (n,), optional
-            As in `fit`.
-
-        Returns
-        -------
-        PerformativeAdapter
-            Itself.
 
         Raises
         ------
@@ -331,10 +305,8 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             labels in that round.
         label_counts : array-like of shape (n_rounds, n_classes)
             Labels seen in each round.
-        rounds : array-like of int of shape (n_rounds,), optional
-            Increasing numbers; 0, 1, ... by default.
-        classes : array-like of shape (n_classes,), optional
-            Labels; by default those of a frozen estimator, else 0, 1, ...
+        rounds, classes : array-like, optional
+            Increasing numbers of the rounds; labels, by default those of a frozen estimator.
 
         Returns
         -------
@@ -357,11 +329,6 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             Rows.
         statistic : array-like of shape (n_statistics,), optional
             Of the model deployed before; by default the last one recorded.
-
-        Returns
-        -------
-        ndarray of shape (n,)
-            Labels.
         """
         codes = _learning.corrected(self, X, statistic).argmax(axis=1)
         return self.classes_[codes]
@@ -462,12 +429,8 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         ----------
         X, y : array-like
             Labelled rows of any mix.
-        damping : float, default=0.1
-            Share of the way gone in a step.
-        tol : float, default=0.005
-            Total variation that counts as rest.
-        max_iter : int, default=500
-            Most steps.
+        damping, tol, max_iter
+            Share of the way gone in a step, total variation that counts as rest, most steps.
 
         Returns
         -------
@@ -482,18 +445,10 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     def diagnose(self, *, n_permutations=99):
         """Examine the record: what is known, and whether the response is the model's doing.
 
-        Parameters
-        ----------
-        n_permutations : int, default=99
-            Of the test that deals the statistics out anew.
-
-        Returns
-        -------
-        dict
-            `diagnostics_` with ``response_p_value`` (small: the mix answers the model),
-            ``conditional_shift_p_value`` (small: the classes themselves look different),
-            ``gain_statistic``, ``gain_previous_mix``, ``gain_nothing`` (nats a label, one step
-            ahead) and ``worst_recall``.
+        Returns a dict: `diagnostics_` with ``response_p_value`` (small: the mix answers the
+        model; by permutations of the statistics), ``conditional_shift_p_value`` (small: the
+        classes themselves look different), ``gain_statistic``, ``gain_previous_mix``,
+        ``gain_nothing``, ``gain_adapter`` (nats a label, one step ahead) and ``worst_recall``.
         """
         check_is_fitted(self, "record_")
         return _outlook.diagnose(self, n_permutations)

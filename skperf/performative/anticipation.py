@@ -22,6 +22,7 @@ Codes = NDArray[np.int64]
 STRENGTHS = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
 MIXES = np.array([0.0, 0.01, 0.03, 0.1, 0.25, 0.5])
 MEMORY = 0.9  # of the running dispersion: about ten rounds
+FURTHER_PASSES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,17 +305,17 @@ def _fitted(
     excess = known.dispersion if known else 10.0
     ages = settings.decay ** np.arange(len(counts) - 1, -1, -1)[:, None]
     weights = ages / excess if candidate.weigh else ages
-    response = known.response if known else None
-    n_passes = 3 if state.rows else 1
-    for _ in range(n_passes):
-        targets = _targets(state, response, statistics, counts)
-        response = candidate.fit(
-            statistics,
-            weights * targets,
-            log_base=state.log_base,
-            l2=settings.l2,
-            start=response,
+
+    def fit(start: ResponseMap | None) -> ResponseMap:
+        targets = weights * _targets(state, start, statistics, counts)
+        return candidate.fit(
+            statistics, targets, log_base=state.log_base, l2=settings.l2, start=start
         )
+
+    response = fit(known.response if known else None)
+    # pseudo-counts depend on the map that they are for
+    for _ in range(FURTHER_PASSES if state.rows else 0):
+        response = fit(response)
     if known is None:
         known = Contender(response, _opening_scores(state, settings), excess, 0)
     factor = dispersion(response, statistics, counts) if candidate.weigh else 1.0

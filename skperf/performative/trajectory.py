@@ -153,9 +153,10 @@ def smoothed_recall(
         In [0, 1].
     """
     weight = np.ones(len(y_true)) if sample_weight is None else sample_weight
-    totals = np.bincount(y_true, weight, minlength=len(classes))
-    right = np.bincount(y_true, weight * (y_true == y_pred), minlength=len(classes))
-    pooled = right.sum() / max(totals.sum(), np.finfo(np.float64).tiny)
+    hits = weight * (y_true == y_pred)
+    totals: Array = np.bincount(y_true, weight, minlength=len(classes)).astype(np.float64)
+    right: Array = np.bincount(y_true, hits, minlength=len(classes)).astype(np.float64)
+    pooled = float(right.sum()) / max(float(totals.sum()), np.finfo(np.float64).tiny)
     return _ratio(right + pooled * smoothing, totals + smoothing, pooled)
 
 
@@ -171,9 +172,9 @@ def smoothed_confusion(
     """Shares of each class predicted as each other, flattened row by row to (n_classes**2,)."""
     n_classes = len(classes)
     weight = np.ones(len(y_true)) if sample_weight is None else sample_weight
-    table = np.bincount(y_true * n_classes + y_pred, weight, minlength=n_classes**2)
-    table = table.reshape(n_classes, n_classes)
-    pooled = table.sum(axis=0) / max(table.sum(), np.finfo(np.float64).tiny)
+    flat = np.bincount(y_true * n_classes + y_pred, weight, minlength=n_classes**2)
+    table: Array = flat.reshape(n_classes, n_classes).astype(np.float64)
+    pooled: Array = table.sum(axis=0) / max(float(table.sum()), np.finfo(np.float64).tiny)
     totals = table.sum(axis=1, keepdims=True)
     return _ratio(table + smoothing * pooled, totals + smoothing, pooled).ravel()
 
