@@ -25,7 +25,7 @@ from skperf import PerformativeAdapter
 RESULTS = Path(__file__).parent / "results" / "performative_selection.json"
 N_CLASSES, N_CANDIDATES, N_ROUNDS = 10, 20, 60
 WORLDS = {"C10 t0.1": 0.1, "C10 t0.3": 0.3}
-ADAPTERS = {"auto": {}, "tied": {"adapter": "tied"}, "linear": {"adapter": "linear"}}
+ADAPTERS = {"auto": {}, "tied": {"adapter": "tied"}}
 SCORERS = ("current accuracy", "balanced accuracy", *ADAPTERS)
 
 

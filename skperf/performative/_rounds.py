@@ -28,7 +28,7 @@ from skperf.performative.paper import fit_paper
 from skperf.performative.response import FITTERS, SHARED
 from skperf.performative.trajectory import STATISTICS
 
-COSTLY = 2000  # parameters above which a linear map among others is refitted at every tenth more
+COSTLY = 2000  # parameters above which a linear map among others is refitted more rarely
 LADDER = ("fixed", "tied", "curve", "linear", "mlp")
 ROWS_A_ROUND = 256  # kept for the log-loss objective
 ROWS_A_CLASS = 200  # kept to watch the worst recall
@@ -94,8 +94,9 @@ def _name_of(kind):
 
 def _candidate(kind, adapter, seed, *, costly, alone):
     if isinstance(kind, str) and kind in FITTERS:
-        rarely = costly and kind == "linear" and not alone
-        return Candidate(FITTERS[kind], growth=1.1 if rarely else 1.0)
+        if kind != "linear" or alone:
+            return Candidate(FITTERS[kind])
+        return Candidate(FITTERS[kind], growth=1.2 if costly else 1.05)
     if isinstance(kind, str) and kind == "paper":
         return Candidate(partial(fit_paper, seed=seed), weigh=False)
     given = {} if isinstance(kind, str) else {"module": kind}

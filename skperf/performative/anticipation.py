@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
-from skperf.performative.label_shift import log_loss, probabilities
+from skperf.performative.label_shift import log_loss, log_softmax, probabilities
 from skperf.performative.response import Fitter, ResponseMap, deviance, dispersion
 from skperf.performative.trajectory import Trajectory
 

@@ -3,10 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
-from scipy.special import log_softmax
 from scipy.stats import chi2
 
-from skperf.performative.label_shift import smooth_shares
+from skperf.performative.label_shift import log_softmax, smooth_shares
 from skperf.performative.response import Fitter, deviance, dispersion, fit_fixed, fit_linear
 from skperf.performative.trajectory import Trajectory
 

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import log_softmax, xlogy
+from scipy.special import xlogy
+
+from skperf.performative.label_shift import log_softmax
 
 Array = NDArray[np.float64]
 
@@ -158,7 +160,7 @@ def fit_linear(
         first = np.column_stack([start.offset + weights @ centre - anchor.offset, weights]).ravel()
         first[:: 1 + n_statistics] -= first[:: 1 + n_statistics].mean()
     change = minimize(
-        penalised, first, jac=True, method="L-BFGS-B", options={"maxiter": 300, "ftol": 1e-10}
+        penalised, first, jac=True, method="L-BFGS-B", options={"maxiter": 300, "ftol": 1e-8}
     ).x.reshape(n_classes, -1)
     offset = anchor.offset + change[:, 0] - change[:, 1:] @ centre
     return LogLinearMap(offset, anchor.weights + change[:, 1:])
