@@ -50,8 +50,9 @@ def rnet():
 def lite0():
     from skperf.datasets import fetch_efficientnet_lite0, fetch_imagenet_photos
 
-    X, y = fetch_imagenet_photos(return_X_y=True)
-    X = torch.as_tensor(X).float() / 255
+    photos = fetch_imagenet_photos()
+    X, y = torch.as_tensor(photos.images).float(), photos.target
+    X = X / 255 if X.max() > 1 else X
     X = torch.nn.functional.interpolate(X, size=128, mode="bilinear", antialias=True)
     X = torch.cat([X, X.flip(3)])
     return fetch_efficientnet_lite0(), X.numpy(), np.concatenate([y, y]), "conv_filters"

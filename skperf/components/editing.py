@@ -54,12 +54,12 @@ def budgeted_order(
     increase: bool,
     target_error: Array | None = None,
 ) -> Order:
-    """Rank components by gain for the targets against loss for the references.
+    """Rank components by gain for the targets against harm to the references.
 
-    A linear model makes the choice a knapsack: largest gain in the targets' mean output
-    for the loss in the references'. Components that gain without loss come first, the
-    most gainful first, then the rest by gain over loss. Gains below their own standard
-    error are left to the end.
+    A linear model makes the choice a knapsack: gain in the targets' mean output over the
+    mean fall of the references' outputs. Falls and rises of different references do not
+    cancel, ``harm_j = mean_R max(a_j, 0)``: it is the single example that is lost. Gains
+    below their own standard error come last.
 
     Parameters
     ----------
@@ -81,9 +81,8 @@ def budgeted_order(
     if target_error is not None:
         noise = np.sqrt((target_error**2).sum(0)) / len(target)
         gain = np.sign(gain) * np.maximum(np.abs(gain) - noise, 0.0)
-    loss = np.zeros(len(gain)) if reference is None else reference.mean(0)
-    floor = float(np.abs(loss).mean()) / 10 + 1e-12
-    ratio = gain / np.maximum(loss, floor)
+    harm = np.zeros(len(gain)) if reference is None else np.maximum(reference, 0.0).mean(0)
+    ratio = gain / np.maximum(harm, 0.2 * harm.mean() + 1e-12)
     return np.lexsort((-gain, -ratio, gain <= 0))
 
 

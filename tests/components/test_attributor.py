@@ -15,13 +15,13 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPClassifier
-from tests.components.networks import Residual, made
 from torch import nn
 
 from skperf import EditedClassifier, default_net, from_module
 from skperf.backbone.parameters import fingerprint
 from skperf.components import Component, ComponentAttributor
 from skperf.components import passes as passes_module
+from tests.components.networks import Residual, made
 
 METHODS = ["auto", "regression", "path_gradient", "loo", "gradient"]
 

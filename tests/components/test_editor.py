@@ -6,7 +6,6 @@ import sklearn
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, make_scorer
 from sklearn.model_selection import GridSearchCV
-from tests.components.networks import Residual, made
 
 from skperf import EditedClassifier, default_net, from_module
 from skperf.components import (
@@ -15,6 +14,7 @@ from skperf.components import (
     ComponentEditor,
     EditPathDisplay,
 )
+from tests.components.networks import Residual, made
 
 
 def spoiled():
@@ -66,7 +66,7 @@ def test_groups_reach_it_through_grid_search():
 
 
 def test_targets_by_function_and_bad_ones_by_message():
-    module, X, y, groups = spoiled()
+    module, X, y, _groups = spoiled()
     chosen = ComponentEditor(
         module, attributor(), target=lambda X, y, predicted, groups: y == 1, k=2
     ).fit(X, y)

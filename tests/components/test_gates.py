@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tests.components.networks import Residual, SeparateTransformer, Tied, TorchTransformer, made
 from torch import nn
 
 from skperf.backbone.network import Network
@@ -13,6 +12,7 @@ from skperf.backbone.outputs import margin
 from skperf.backbone.parameters import fingerprint
 from skperf.components.gates import Circuit
 from skperf.components.units import find_components
+from tests.components.networks import Residual, SeparateTransformer, Tied, TorchTransformer, made
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 KINDS = [

@@ -1,10 +1,10 @@
 """Finding and naming components."""
 
 import pytest
-from tests.components.networks import Residual, SeparateTransformer, Tied, TorchTransformer, made
 from torch import nn
 
 from skperf.components.units import Component, find_components, find_places
+from tests.components.networks import Residual, SeparateTransformer, Tied, TorchTransformer, made
 
 
 def names(module, selection="auto"):
