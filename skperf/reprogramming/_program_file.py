@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from skperf.reprogramming._judging import Choice, assemble
+from skperf.reprogramming._net import ProgramNet
 from skperf.reprogramming._task import settle
-from skperf.reprogramming._training import ProgramNet, module_params
+from skperf.reprogramming._training import module_params
 from skperf.reprogramming.programmed import ProgrammedEncoder
 
 #: Parameters that give a program its meaning; they travel with it.

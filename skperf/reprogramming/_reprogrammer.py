@@ -14,7 +14,8 @@ from sklearn.base import (
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from skperf.backbone._sklearn import check_sample_weight, fit_context
+from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
+from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.backbone.network import Network
 from skperf.reprogramming._judging import assemble, choose, represent, score_path
@@ -35,7 +36,11 @@ _PRIVATE = ("_task", "_module", "_n_features_out")
 
 
 class Reprogrammer(
-    ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator
+    CallbackSupportMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    ClassifierMixin,
+    BaseEstimator,
 ):
     """Classifier around a frozen encoder: a program on its inputs and one on its tokens.
 
@@ -193,6 +198,8 @@ class Reprogrammer(
     True
     """
 
+    _doc_link_module = "skperf"
+    _doc_link_template = DOC_LINK
     _parameter_constraints = CONSTRAINTS
 
     def __init__(
@@ -320,6 +327,7 @@ class Reprogrammer(
         return cls(encoder, **(RELEASED_SETTINGS | params))
 
     @fit_context(prefer_skip_nested_validation=False)
+    @tells_callbacks
     def fit(self, X, y, sample_weight=None):
         """Train the programs, then choose alpha and the threshold on rows held out.
 

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from skperf.backbone._sklearn import Interval, Options, StrOptions
-from skperf.reprogramming.encoders import FrozenEncoder, RowEncoder, open_encoder
+from skperf.reprogramming.encoders import FrozenEncoder, open_encoder
 from skperf.reprogramming.programs import (
     BOUNDS,
     ImageProgram,
     InputProgram,
-    RowProgram,
     TextProgram,
     filled_prompts,
     text_program,
 )
 from skperf.reprogramming.rejection import SCORES
+from skperf.reprogramming.rows import RowEncoder, RowProgram
 
 ALPHA_GRID = tuple(round(0.1 * step, 1) for step in range(11))
 TEXT_PROGRAMS = ("auto", "none", "bias", "position", "table", "table+position")

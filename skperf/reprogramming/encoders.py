@@ -6,7 +6,6 @@ token ids, the module that looks tokens up, and how it wants its images. The fun
 """
 
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from skperf.backbone.modes import forward_hooks, untouched
 from skperf.backbone.parameters import fingerprint
+from skperf.reprogramming.tokens import TransformersTokens, tokens_for
 
 Hook = Callable[..., Tensor | None]
 
@@ -191,51 +191,6 @@ class FrozenEncoder:
         return {**self.__dict__, "_cache": {}}
 
 
-class RowEncoder(nn.Module):
-    """Features of flat rows: the standardised row itself and fixed random features of it.
-
-    In double precision, which rows of any range need.
-
-    Parameters
-    ----------
-    rows : Tensor of shape (n, n_features)
-        Rows of any range, for their means and deviations.
-    n_random : int, default=64
-        Number of random features.
-    """
-
-    def __init__(self, rows: Tensor, n_random: int = 64) -> None:
-        super().__init__()
-        rows = rows.double()
-        deviation = rows.std(0, correction=0)
-        scale = torch.where(deviation > 1e-10 * rows.abs().amax(0), deviation, 1.0)
-        generator = torch.Generator().manual_seed(0)
-        n_features = rows.shape[1]
-        directions = torch.randn(n_features, n_random, generator=generator) / n_features**0.5
-        offsets = torch.rand(n_random, generator=generator) * 2 - 1
-        self.register_buffer("mean", rows.mean(0))
-        self.register_buffer("scale", scale)
-        self.register_buffer("directions", directions.double())
-        self.register_buffer("offsets", offsets.double())
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Compute the features.
-
-        Parameters
-        ----------
-        rows : Tensor of shape (n, n_features)
-            Flat rows.
-
-        Returns
-        -------
-        Tensor of shape (n, n_features + n_random)
-            The features.
-        """
-        standard = (rows - self.mean) / self.scale  # type: ignore[operator]
-        random = torch.tanh(standard @ self.directions + self.offsets)  # type: ignore[operator]
-        return torch.cat([standard, random], 1)
-
-
 def open_encoder(encoder: Any, *, processor: Any = None, tokenizer: Any = None) -> FrozenEncoder:
     """Find out how an encoder is to be used.
 
@@ -293,7 +248,7 @@ def _open_transformers(model: Any, processor: Any, tokenizer: Any) -> FrozenEnco
         image=_transformers_image,
         outputs="embeddings",
         text=_transformers_text,
-        tokenize=tokenizer and _TransformersTokens(tokenizer, length, fill=siglip),
+        tokenize=tokenizer and TransformersTokens(tokenizer, length, fill=siglip),
         token_embedding=model.text_model.get_input_embeddings(),
         image_size=_pair(vision.image_size),
         channels=vision.num_channels,
@@ -361,7 +316,7 @@ def _open_two_towers(model: Any, processor: Any, tokenizer: Any) -> FrozenEncode
         image=_two_towers_image,
         outputs="embeddings",
         text=_two_towers_text,
-        tokenize=tokenizer and _tokens_for(tokenizer, length),
+        tokenize=tokenizer and tokens_for(tokenizer, length),
         token_embedding=_token_embedding(text),
         image_size=_pair(getattr(model, "image_size", getattr(visual, "image_size", None))),
         channels=_channels(visual if isinstance(visual, nn.Module) else model),
@@ -435,55 +390,6 @@ _OPENERS: tuple[tuple[Callable[[Any], bool], Callable[[Any, Any, Any], FrozenEnc
     (lambda encoder: isinstance(encoder, nn.Module), _open_module),
     (callable, _open_callable),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class _TransformersTokens:
-    tokenizer: Any
-    length: int
-    fill: bool
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        ids = self.tokenizer(texts, padding="longest", return_tensors="pt")["input_ids"]
-        if ids.shape[1] > self.length:
-            raise _too_long(max(texts, key=len), ids.shape[1], self.length)
-        if self.fill:
-            padding = {"padding": "max_length", "max_length": self.length}
-            ids = self.tokenizer(texts, **padding, return_tensors="pt")["input_ids"]
-        return torch.as_tensor(ids)
-
-
-@dataclass(frozen=True, eq=False)
-class _PlainTokens:
-    tokenizer: Any
-    length: int | None
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        ids = torch.as_tensor(self.tokenizer(texts)).long()
-        if self.length is None:
-            return ids
-        if ids.shape[1] > self.length:
-            raise _too_long(max(texts, key=len), ids.shape[1], self.length)
-        if "context_length" in inspect.signature(self.tokenizer).parameters:
-            # open_clip cuts long texts without a word; one more place would change the cut
-            longer = torch.as_tensor(self.tokenizer(texts, context_length=ids.shape[1] + 1))
-            cut = (longer[:, :-1] != ids).any(1)
-            if bool(cut.any()):
-                text = texts[int(cut.int().argmax())]
-                raise _too_long(text, ids.shape[1] + 1, self.length)
-        return ids
-
-
-def _tokens_for(tokenizer: Any, length: int | None) -> Callable[[list[str]], Tensor]:
-    if hasattr(tokenizer, "batch_encode_plus") or hasattr(tokenizer, "convert_ids_to_tokens"):
-        return _TransformersTokens(tokenizer, length or 77, fill=True)
-    return _PlainTokens(tokenizer, length)
-
-
-def _too_long(text: str, needed: int, length: int) -> ValueError:
-    return ValueError(
-        f"the prompt {text!r} needs {needed} tokens or more; the text tower takes {length}."
-    )
 
 
 def _statistics(source: Any) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

@@ -1,0 +1,314 @@
+"""The skorch net that trains programs, and nothing but programs."""
+
+from contextlib import suppress
+
+import numpy as np
+import torch
+from skorch.dataset import Dataset, unpack_data
+
+from skperf.backbone._nets import Net, _StopTraining
+from skperf.backbone.modes import preserved_rng
+from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, ESTIMATORS
+from skperf.reprogramming.label_mapping import (
+    FROM_COUNTS,
+    REFRESHED,
+    cooccurrence,
+    labels_of_interest,
+)
+
+
+class QueryBudgetSpentError(Exception):
+    """The next step would send more images to the encoder than allowed."""
+
+
+class ProgramNet(Net):
+    """A :class:`~skperf.backbone._nets.Net` over a ProgrammedEncoder.
+
+    Parameters
+    ----------
+    module : ProgrammedEncoder class
+        Built from the ``module__`` parameters.
+    weight_decay : float, default=0.0
+        Half of it times the squared weights of the image program is added to the loss.
+    gradient : {"exact", "rge", "spsa"}, default="exact"
+        How the image program's gradient is found.
+    n_directions : int, default=8
+        Directions of an estimated gradient.
+    smoothing : float, default=0.01
+        Length of its differences.
+    query_budget : int, optional
+        Images that training may send to the encoder.
+    mapping : str, optional
+        Name of a label mapping that is refreshed between epochs.
+    mapping_per_class : int, default=1
+        Source labels of a class in one-to-one mappings.
+    mapping_smoothing : float, default=1.0
+        Smoothing of the Bayesian ones.
+    **kwargs : dict
+        As in Net.
+    """
+
+    def __init__(
+        self,
+        module,
+        *,
+        weight_decay=0.0,
+        gradient="exact",
+        n_directions=8,
+        smoothing=0.01,
+        query_budget=None,
+        mapping=None,
+        mapping_per_class=1,
+        mapping_smoothing=1.0,
+        **kwargs,
+    ):
+        self.held_out = None
+        self.weight_decay = weight_decay
+        self.gradient = gradient
+        self.n_directions = n_directions
+        self.smoothing = smoothing
+        self.query_budget = query_budget
+        self.mapping = mapping
+        self.mapping_per_class = mapping_per_class
+        self.mapping_smoothing = mapping_smoothing
+        super().__init__(module, **kwargs)
+
+    def train_step_single(self, batch, **fit_params):
+        """Compute the loss of a batch and all gradients.
+
+        Parameters
+        ----------
+        batch : pair
+            Images and targets.
+        **fit_params : dict
+            As in skorch.
+
+        Returns
+        -------
+        dict
+            Loss and logits.
+        """
+        inputs, targets = unpack_data(batch)
+        if self.query_budget is not None:
+            self._check_budget(len(inputs["images"]))
+        self._set_training(True)
+        logits = self.infer(inputs)
+        loss = self.get_loss(logits, targets, training=True)
+        if loss.requires_grad:
+            loss.backward()
+        if self.gradient != "exact":
+            self._estimate_gradient(inputs, targets, loss.detach())
+        return {"loss": loss, "y_pred": logits}
+
+    def get_loss(self, y_pred, y_true, X=None, training=False):
+        """Compute the loss of a batch.
+
+        Parameters
+        ----------
+        y_pred : Tensor of shape (n, n_classes) or (2, n, n_classes)
+            Class logits, maybe of two mixes.
+        y_true : Tensor or pair of Tensors
+            Codes, or codes and weights.
+        X : Tensor, optional
+            Not used.
+        training : bool, default=False
+            Whether decay is added and counts for the label mapping are taken.
+
+        Returns
+        -------
+        Tensor
+            Scalar.
+
+        Raises
+        ------
+        FloatingPointError
+            If it is not finite.
+        """
+        loss = self._mean_loss(y_pred, y_true)
+        if not training:
+            return loss
+        if self.weight_decay:
+            loss = loss + self.weight_decay / 2 * self.module_.image.square().sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss.item()} in epoch {len(self.history)} at "
+                f"lr={self.lr}: training diverges. Lower lr (and text_lr)."
+            )
+        if self.mapping in REFRESHED:
+            self._count(y_true)
+        return loss
+
+    def on_epoch_end(self, net, **kwargs):
+        """Refresh the label mapping from the source labels that the epoch has seen.
+
+        Parameters
+        ----------
+        net : Net
+            Itself.
+        **kwargs : dict
+            As in skorch.
+        """
+        super().on_epoch_end(net, **kwargs)
+        # the program of the last epoch was trained against the mapping it had then
+        if self.mapping in REFRESHED and len(self.history) < self.max_epochs:
+            self.set_mapping(self.counts_)
+        self.counts_ = None
+
+    def begin(self, images, n_classes):
+        """Build the module, before any training.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, ...)
+            Images or rows.
+        n_classes : int
+            Number of classes.
+
+        Returns
+        -------
+        ProgramNet
+            Itself.
+        """
+        self._begin(images, np.arange(n_classes))
+        return self
+
+    def learn(self, images, codes, weight, held_out=None):
+        """Train until the epochs, the patience or the query budget are over.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, ...)
+            Images or rows.
+        codes : ndarray of shape (n,)
+            Their classes.
+        weight : ndarray of shape (n,) or None
+            Their weights.
+        held_out : pair of Tensors, optional
+            Images and codes for early stopping.
+        """
+        targets = torch.as_tensor(codes)
+        if weight is not None:
+            targets = (targets, torch.as_tensor(weight).to(self.module_.image.dtype))
+        # what Net.partial_fit does, with several inputs for each row
+        with preserved_rng(self.module_.image.device):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator_)))
+            inputs = self.inputs(images)
+            if held_out is not None:
+                held_out = Dataset(self.inputs(held_out[0]), held_out[1])
+            self.held_out = held_out
+            self.notify("on_train_begin", X=inputs, y=targets)
+            with suppress(QueryBudgetSpentError, _StopTraining):
+                self.fit_loop(inputs, targets)
+            self.notify("on_train_end", X=inputs, y=targets)
+        self.held_out = None
+
+    def get_split_datasets(self, X, y=None, **fit_params):
+        """Give the training rows and those held out.
+
+        Parameters
+        ----------
+        X : dict of Tensor
+            Inputs.
+        y : Tensor or pair of Tensors
+            Targets.
+        **fit_params : dict
+            Not used.
+
+        Returns
+        -------
+        pair of Dataset
+            The second may be None.
+        """
+        return self.get_dataset(X, y), self.held_out
+
+    def inputs(self, images):
+        """Put the images and, where it is trained with, their zero-shot embeddings together.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, ...)
+            Images or rows.
+
+        Returns
+        -------
+        dict
+            Inputs of the module.
+        """
+        module = self.module_
+        inputs = {"images": images.to(module.image.dtype)}
+        if module.has_unit_embeddings and module.training_alpha > 0 and self.max_epochs:
+            plain = module.batches(images, self.batch_size, programmed=False)
+            # a copy, since tensors of inference mode take no part in training
+            inputs["plain"] = torch.cat(list(plain)).clone()
+        return inputs
+
+    def set_mapping(self, counts):
+        """Estimate the label mapping.
+
+        Parameters
+        ----------
+        counts : Tensor of shape (n_source, n_classes)
+            How often each class got each source label.
+        """
+        estimate = FROM_COUNTS[self.mapping]
+        mapping = estimate(counts, self.mapping_per_class, self.mapping_smoothing)
+        self.module_.mapping.copy_(mapping)
+
+    def __getstate__(self):
+        # skorch writes module parameters to a stream of their own: keep the encoder out of
+        # it, so that it is pickled once with whoever else holds it
+        encoder = self.__dict__.get("module__encoder")
+        self.__dict__["module__encoder"] = None
+        try:
+            return super().__getstate__() | {"shared_encoder": encoder}
+        finally:
+            self.__dict__["module__encoder"] = encoder
+
+    def __setstate__(self, state):
+        encoder = state["shared_encoder"]
+        super().__setstate__({k: v for k, v in state.items() if k != "shared_encoder"})
+        self.__dict__["module__encoder"] = encoder
+        if hasattr(self, "module_"):
+            self.module_.encoder = encoder
+
+    def _count(self, y_true):
+        codes, weight = y_true if isinstance(y_true, tuple | list) else (y_true, None)
+        n_classes = self.module_.mapping.shape[1]
+        top = labels_of_interest(self.mapping, n_classes)
+        codes = codes.to(self.module_.outputs.device)
+        counts = cooccurrence(self.module_.outputs, codes, n_classes, weight=weight, top=top)
+        previous = getattr(self, "counts_", None)
+        self.counts_ = counts if previous is None else previous + counts
+
+    def _mean_loss(self, logits, targets):
+        if logits.ndim == 2:
+            return super().get_loss(logits, targets)
+        return sum(super(ProgramNet, self).get_loss(mix, targets) for mix in logits) / len(logits)
+
+    def _estimate_gradient(self, inputs, targets, base):
+        module = self.module_
+        outputs = module.outputs
+        plain = inputs.get("plain")
+
+        def loss_at(weights):
+            logits = module.logits(module.encode(inputs["images"], weights), plain)
+            loss = self._mean_loss(logits, targets)
+            return loss + self.weight_decay / 2 * weights.square().sum()
+
+        with torch.no_grad():
+            module.image.grad = ESTIMATORS[self.gradient](
+                loss_at,
+                module.image.detach(),
+                base,
+                n_directions=self.n_directions,
+                step=self.smoothing,
+                generator=self.generator_,
+            )
+        module.outputs = outputs
+
+    def _check_budget(self, n_images):
+        calls = 1
+        if self.gradient != "exact":
+            calls += self.n_directions * CALLS_PER_DIRECTION[self.gradient]
+        if self.module_.n_queries + calls * n_images > self.query_budget:
+            raise QueryBudgetSpentError
