@@ -29,6 +29,7 @@ from skperf.datasets import (
     load_email_vectors,
 )
 from skperf.influence import InfluenceScorer
+from skperf.influence.horizon import agreement
 
 RESULTS = Path(__file__).parent / "results" / "influence_use.json"
 
@@ -53,7 +54,7 @@ def mislabel_tasks(seed):
     yield "digits, MLP 64-64-10", net, X, y
     images, target = fetch_fashion_mnist(subset="train", return_X_y=True)
     rows = np.random.default_rng(seed).permutation(len(images))[:2000]
-    X = (images[rows].reshape(-1, 1, 28, 28) / 255).astype(np.float32)
+    X = images[rows].reshape(-1, 1, 28, 28)
     net = Net(SmallConvNet, lr=0.002, max_epochs=8, batch_size=64, random_state=seed)
     yield "Fashion-MNIST, CNN 17k", net, X, target[rows]
     mail = fetch_spam_assassin()
@@ -97,25 +98,31 @@ def noisy_tanh_net(seed):
     return module.double(), X_train, labels, X_test, y_test
 
 
-STEPS = (1, 10, 50, 200, 500, 1000)
+STEPS = (1, 10, 50, 200, 500)
 
 
 def fading(seed):
     module, X_train, labels, X_test, y_test = noisy_tanh_net(seed)
-    options = {"steps": STEPS, "n_train": 64, "learning_rate": 0.03, "weight_decay": 1e-3}
+    queries = X_test[:60], y_test[:60]
+    scorer = InfluenceScorer(module, learning_rate=0.03, random_state=seed).fit(X_train, labels)
+    truth = scorer.fading(*queries, steps=STEPS, n_train=64, weight_decay=1e-3)
+    dot = InfluenceScorer(module, method="gradient_dot").fit(X_train, labels)
+    damped = scorer.with_damping
+    ways = {
+        "gradient dot": lambda step: dot,
+        "GGN, damping 0.01": lambda step: damped(0.01),
+        "GGN, damping 0.1": lambda step: damped(0.1),
+        "GGN, damping tied to the horizon": lambda step: damped("horizon", horizon=step),
+        "GGN, filter of the horizon": lambda step: damped("flow", horizon=step),
+    }
     found = {}
-    for name, params in {
-        "gradient dot": {"method": "gradient_dot"},
-        "GGN, damping 0.01": {"damping": 0.01},
-        "GGN, damping 0.1": {"damping": 0.1},
-        "GGN, damping tied to the horizon": {"damping": "horizon"},
-        "GGN, filter of the horizon": {"damping": "flow"},
-    }.items():
-        tied = {"horizon": 1, "learning_rate": 0.03} if "horizon" in name else {}
-        scorer = InfluenceScorer(module, random_state=seed, **params, **tied)
-        curve = scorer.fit(X_train, labels).fading(X_test[:60], y_test[:60], **options)
-        found[name] = dict(zip(map(str, STEPS), curve.pearson.tolist(), strict=True))
-        found[name]["slope at 500"] = float(curve.slope[STEPS.index(500)])
+    for name, at in ways.items():
+        figures = {}
+        for step, actual in zip(STEPS, truth.actual, strict=True):
+            predicted = at(step).influence(*queries)[:, truth.rows]
+            figures[step] = agreement(torch.as_tensor(predicted), torch.as_tensor(actual))
+        found[name] = {f"{step} steps": figures[step][0] for step in STEPS}
+        found[name]["slope at 500"] = figures[500][2]
     return found
 
 
@@ -130,16 +137,24 @@ def repair(seed):
     first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
     first.fit(X_train, labels)
     wrong = np.flatnonzero(scorer.estimator_.predict(X_test) != y_test)[:40]
-    reports = {name: [] for name in ("GGN proponents", "dot proponents", "same class", "random")}
+    reports = {}
+
+    def add(name, report):
+        reports.setdefault(name, []).append(report)
+
     for i in wrong:
-        asked = {"guard": (guard, guard_y), "max_drop": 0.01, "k": 50}
+        asked = {"guard": (guard, guard_y), "max_drop": 0.03, "k": 50}
         report = scorer.repair(X_test[[i]], y_test[[i]], **asked).edit_report_
-        reports["GGN proponents"].append(report)
-        reports["same class"].append(report["baselines"]["same_class"])
-        reports["random"].append(report["baselines"]["random"])
-        dot = first.repair(X_test[[i]], y_test[[i]], baselines=False, **asked).edit_report_
-        reports["dot proponents"].append(dot)
-    return {name: _repair_summary(each) for name, each in reports.items()} | {"n": len(wrong)}
+        add("GGN proponents, natural steps", report)
+        add("same class at random, natural steps", report["baselines"]["same_class"])
+        add("same class at random, plain steps", report["baselines"]["same_class_plain"])
+        add("random rows, plain steps", report["baselines"]["random"])
+        asked["baselines"] = False
+        plain = scorer.repair(X_test[[i]], y_test[[i]], precondition=False, **asked)
+        add("GGN proponents, plain steps", plain.edit_report_)
+        dot = first.repair(X_test[[i]], y_test[[i]], **asked).edit_report_
+        add("gradient dot proponents, plain steps", dot)
+    return {name: _repair_summary(each) for name, each in reports.items()}
 
 
 def _repair_summary(reports):

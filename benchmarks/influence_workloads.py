@@ -120,7 +120,7 @@ def fashion_workload(name, build, n_train, *, n_subsets=0, n_epochs=10, n_test=5
 
 
 def _images(images):
-    return (images.reshape(-1, 1, 28, 28) / 255).astype(np.float32)
+    return images.reshape(-1, 1, 28, 28).astype(np.float32)
 
 
 def trained(build, rows, codes, *, seed, n_epochs, batch_size=64, lr=1e-3):

@@ -10,14 +10,14 @@ from skperf.backbone._edited import edited
 from skperf.backbone._validation import check_labelled_rows
 from skperf.backbone.modes import untouched
 from skperf.backbone.outputs import loss
-from skperf.backbone.parameters import unflatten
+from skperf.backbone.parameters import flatten, unflatten
 from skperf.influence._members import networks_of, open_problem
-from skperf.influence._scoring import influence_matrix
+from skperf.influence._scoring import influence_matrix, open_members
 from skperf.influence.captures import recording
 from skperf.influence.damping import resolve_damping
 from skperf.influence.generalized import removal_update
 from skperf.influence.inverses import chosen_parameters
-from skperf.influence.layers import to_vectors
+from skperf.influence.layers import from_vectors, to_vectors
 from skperf.influence.repair import (
     accuracy,
     best_scale,
@@ -44,6 +44,7 @@ def repair(
     guard=None,
     max_drop=0.01,
     learning_rate=0.1,
+    precondition="auto",
     baselines=True,
 ):
     """Correct predictions by a few steps on the training rows that matter to them.
@@ -70,8 +71,12 @@ def repair(
         How far.
     learning_rate : float, default=0.1
         First step size; smaller ones are tried as well.
+    precondition : "auto" or bool, default="auto"
+        Step along ``(C + damping)^-1 g`` in place of the gradient g, which spares what the
+        training rows fix; by default where ``method="ggn"`` has the curvature at hand.
     baselines : bool, default=True
-        Also report what k random rows of the queries' classes, and k random rows, achieve.
+        Also report what the same steps on k random rows of the queries' classes achieve, plain
+        steps on those, and plain steps on k random rows.
 
     Returns
     -------
@@ -93,6 +98,9 @@ def repair(
     queries = network.tensor(X), network.codes(y)
     guard_rows = network.tensor(guard[0]), network.codes(guard[1])
     options = {"learning_rate": learning_rate, "max_steps": max_steps}
+    plain = dict(options)
+    if precondition is True or (precondition == "auto" and self.method_ == "ggn"):
+        options["precondition"] = _natural(self)
     with untouched(network.module):
         rows = _rows_to_train(self, network, chosen, how)
         outcome, report = _guarded(
@@ -101,7 +109,7 @@ def repair(
         report["indices"] = chosen
         if baselines:
             report["baselines"] = _baselines(
-                self, network, start, y, k, queries, guard_rows, max_drop, options
+                self, network, start, y, k, queries, guard_rows, max_drop, options, plain
             )
     _write(network, outcome)
     return edited(self.estimator_, network, {"action": f"repair:{how}", **report})
@@ -131,17 +139,38 @@ def _guarded(network, start, rows, queries, guard, max_drop, sign, options):
     return parameters, report
 
 
-def _baselines(scorer, network, start, y, k, queries, guard, max_drop, options):
+def _natural(scorer):
+    """Multiply by the damped inverse curvature of the first member."""
+    problem, fitted, _ = open_members(scorer)[0]
+    if not hasattr(fitted.lift, "solve"):
+        raise ValueError(f"precondition=True needs method='ggn', not {scorer.method_!r}.")
+
+    def apply(gradient):
+        factors = from_vectors(problem.layers, flatten(gradient)[None].cpu(), problem.parameters)
+        solved = to_vectors(problem.layers, fitted.lift.solve(factors), problem.parameters)
+        device = next(iter(gradient.values())).device
+        return unflatten(solved[0].to(device), problem.parameters)
+
+    return apply
+
+
+def _baselines(scorer, network, start, y, k, queries, guard, max_drop, options, plain):
     rng = np.random.default_rng(scorer.settings_.seed)
     same_class = np.flatnonzero(np.isin(scorer.y_, y))
-    pools = {"same_class": same_class, "random": np.arange(len(scorer.y_))}
+    pools = {
+        "same_class": (same_class, options),
+        "same_class_plain": (same_class, plain),
+        "random": (np.arange(len(scorer.y_)), plain),
+    }
+    if options == plain:
+        del pools["same_class_plain"]
     found = {}
-    for name, pool in pools.items():
+    for name, (pool, how) in pools.items():
         if len(pool) == 0:
             continue
         picked = rng.choice(pool, min(k, len(pool)), replace=False)
         rows = _rows_to_train(scorer, network, picked, "descend")
-        _, report = _guarded(network, start, rows, queries, guard, max_drop, -1.0, options)
+        _, report = _guarded(network, start, rows, queries, guard, max_drop, -1.0, how)
         found[name] = {**report, "indices": picked}
     return found
 

@@ -6,8 +6,9 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
+from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._opening import open_network
-from skperf.backbone._sklearn import check_sample_weight, fit_context
+from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.influence._actions import remove, repair
 from skperf.influence._constraints import CONSTRAINTS
@@ -33,7 +34,9 @@ class TopRows(Bunch):
         return self["values"]
 
 
-class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class InfluenceScorer(
+    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+):
     """Score how much every training row contributed to a network's answers.
 
     ``influence(X, y)[i, j]`` estimates how much the loss on query i would rise if training
@@ -159,6 +162,8 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     (2, 150)
     """
 
+    _doc_link_module = "skperf"
+    _doc_link_template = DOC_LINK
     _parameter_constraints = CONSTRAINTS
 
     def __init__(
@@ -223,6 +228,7 @@ class InfluenceScorer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=False)
+    @tells_callbacks
     def fit(self, X, y, sample_weight=None):
         """Remember what is needed of the training rows.
 

@@ -5,7 +5,7 @@ the query's gradient, mapped once, with what is stored of the row. A method is t
 by a function that stores the rows, and holds a map for the queries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from skperf.influence.curvature import Filter, RowSpace, Spectrum, filtered_weig
 from skperf.influence.damping import horizon_time, layer_damping, resolve_damping
 from skperf.influence.gradients import (
     Dense,
+    Factor,
     Gradients,
     Outer,
     combine,
@@ -76,6 +77,14 @@ class Woodbury:
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
         """Add the whitened coordinates."""
         return [*rows, Dense(self.curvature.whiten(rows, self.cholesky))]
+
+    def solve(self, vectors: Sequence[Factor]) -> Gradients:
+        """Multiply vectors by the damped inverse, up to a factor."""
+        rows = self.curvature.rows
+        crossed = inner(rows, vectors)
+        weights = torch.cholesky_solve(crossed, self.cholesky).T
+        layers = zip(vectors, rows, strict=True)
+        return [Dense(written_out(v) - combine(weights, row)) for v, row in layers]
 
     def __call__(self, problem: Problem, queries: Gradients) -> Terms:
         """Map the queries."""

@@ -1,6 +1,6 @@
 """Change a network a little: to correct predictions, or to forget rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters
 
 Rows = tuple[Tensor, Tensor]
+Precondition = Callable[[Parameters], Parameters]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def smallest_flip(
     sign: float = -1.0,
     learning_rate: float = 0.1,
     max_steps: int = 50,
-    n_backtracks: int = 4,
+    n_backtracks: int = 2,
+    precondition: Precondition | None = None,
 ) -> Displacement:
     """Train on a few rows until the queries flip, and go no further than that.
 
@@ -111,8 +113,10 @@ def smallest_flip(
         First step size.
     max_steps : int, default=50
         Most steps of a path.
-    n_backtracks : int, default=4
+    n_backtracks : int, default=2
         Most reductions of the step size.
+    precondition : callable, optional
+        Turns a gradient into a direction; it is then given the gradient's length.
 
     Returns
     -------
@@ -121,7 +125,7 @@ def smallest_flip(
     """
     best: Displacement | None = None
     for _ in range(n_backtracks + 1):
-        path = _path(network, start, rows, queries, sign * learning_rate, max_steps)
+        path = _path(network, start, rows, queries, sign * learning_rate, max_steps, precondition)
         if best is not None and int(path.flipped.sum()) < int(best.flipped.sum()):
             break
         if best is None or path.length < best.length or path.flipped.sum() > best.flipped.sum():
@@ -132,13 +136,22 @@ def smallest_flip(
 
 
 def _path(
-    network: Network, start: Parameters, rows: Rows, queries: Rows, step: float, max_steps: int
+    network: Network,
+    start: Parameters,
+    rows: Rows,
+    queries: Rows,
+    step: float,
+    max_steps: int,
+    precondition: Precondition | None,
 ) -> Displacement:
     current = start
     flipped = predicted_as(network, start, queries)
     taken = 0
     while taken < max_steps and not bool(flipped.all()):
-        following = moved(current, _gradient(network, current, rows), step)
+        direction = _gradient(network, current, rows)
+        if precondition is not None:
+            direction = _of_length(precondition(direction), direction)
+        following = moved(current, direction, step)
         if not all(bool(torch.isfinite(p).all()) for p in following.values()):
             break
         after = predicted_as(network, following, queries)
@@ -155,6 +168,14 @@ def _gradient(network: Network, parameters: Parameters, rows: Rows) -> Parameter
         loss = functional.cross_entropy(network(rows[0], leaves), rows[1])
         gradients = torch.autograd.grad(loss, list(leaves.values()))
     return dict(zip(leaves, gradients, strict=True))
+
+
+def _of_length(direction: Parameters, like: Parameters) -> Parameters:
+    wanted, size = (
+        sum(float(p.square().sum()) for p in parameters.values()) ** 0.5
+        for parameters in (like, direction)
+    )
+    return {name: p * (wanted / max(size, 1e-300)) for name, p in direction.items()}
 
 
 def _between(first: Parameters, second: Parameters, share: float) -> Parameters:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -298,9 +298,10 @@ def scored_tiles(
     scores : ndarray of shape (n_queries, n_rows)
         Their scores.
     """
-    n = len(train[0])
+    n, workers = len(train[0]), effective_n_jobs(n_jobs)
+    length = min(length, -(-n // workers))
     slices = [slice(start, min(start + length, n)) for start in range(0, n, length)]
-    if n_jobs in (None, 1) or len(slices) == 1:
+    if workers == 1:
         for rows in slices:
             yield rows, block(terms, take(train, rows), scale, device)
         return

@@ -37,7 +37,7 @@ def test_repair_flips_with_the_smallest_displacement_found(scorer, digits):
         accuracy = (edited.predict(guard[0]) == guard[1]).mean()
         assert accuracy == pytest.approx(report["guard_after"])
         assert report["guard_after"] >= report["guard_before"] - 0.02
-        assert set(report["baselines"]) == {"same_class", "random"}
+        assert set(report["baselines"]) == {"same_class", "same_class_plain", "random"}
         assert (y[report["baselines"]["same_class"]["indices"]] == y[i]).all()
         assert len(report["indices"]) == 30
         assert edited.revert() is scorer.estimator_
@@ -133,3 +133,27 @@ def test_rows_are_forgotten_as_far_as_the_guard_allows(scorer, digits):
 def test_what_cannot_be_removed(scorer, arguments, message):
     with pytest.raises(ValueError, match=message):
         scorer.remove(**arguments)
+
+
+def test_natural_steps_are_those_of_the_damped_inverse(digits):
+    from influence_nets import brute_curvature, mlp
+
+    from skperf.backbone._opening import open_network
+    from skperf.influence._actions import _natural
+
+    X, y = digits
+    X, y = X[:60, 16:40].astype(np.float64), y[:60] % 3
+    module = mlp(24, 5, 3)
+    scorer = InfluenceScorer(module, damping=0.2, kept_trace=1.0, max_rows=None).fit(X, y)
+    network = open_network(scorer.estimator_)
+    shares = torch.full((60,), 1 / 60, dtype=torch.float64)
+    curvature = brute_curvature(network, torch.as_tensor(X), shares)
+    gradient = {name: torch.randn_like(p) for name, p in select_parameters(module).items()}
+    vector = torch.cat([g.flatten() for g in gradient.values()])
+    expected = torch.linalg.solve(curvature + 0.2 * torch.eye(len(vector)), vector)
+    stepped = torch.cat([g.flatten() for g in _natural(scorer)(gradient).values()])
+    torch.testing.assert_close(stepped, 0.2 * expected, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="precondition=True needs"):
+        InfluenceScorer(module, method="gradient_dot").fit(X, y).repair(
+            X[:1], y[:1], precondition=True
+        )
