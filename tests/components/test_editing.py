@@ -27,7 +27,7 @@ def test_welch_survives_vanishing_variances():
 def test_budgeted_weighs_gain_against_harm_to_single_examples():
     target = np.array([[-1.0, -3.0, -2.0, 1.0]])
     reference = np.array([[0.1, 9.0, 1.0, -5.0], [0.1, -9.0, 1.0, -5.0]])
-    np.testing.assert_array_equal(budgeted_order(target, reference, increase=True), [2, 0, 1, 3])
+    np.testing.assert_array_equal(budgeted_order(target, reference, increase=True), [0, 2, 1, 3])
     np.testing.assert_array_equal(budgeted_order(target, None, increase=True), [1, 2, 0, 3])
 
 
