@@ -3,7 +3,7 @@
     python -m benchmarks.influence_use            # all parts, three seeds
 
 Parts: ``mislabels`` (10 % flipped labels), ``fading`` (how long estimates stay true),
-``repair`` (mis-predictions), ``removal`` (forget a class). Writes results/influence_use.json.
+``repair`` (mis-predictions), ``removal`` (forget a class). Writes results/influence_PART.json.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from skperf.datasets import (
 from skperf.influence import InfluenceScorer
 from skperf.influence.horizon import agreement
 
-RESULTS = Path(__file__).parent / "results" / "influence_use.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def digits(seed, test_size=0.3):
@@ -199,29 +199,36 @@ def removal(seed):
 PARTS = {"mislabels": mislabels, "fading": fading, "repair": repair, "removal": removal}
 
 
+def summarised(runs):
+    """One flat record for each way, means over seeds with the range beside them."""
+    rows = []
+    for name in runs[0]:
+        record = {"way": name}
+        for key in runs[0][name]:
+            values = [float(run[name][key]) for run in runs]
+            record[key] = round(float(np.mean(values)), 4)
+            record[f"{key}: range"] = f"{min(values):.3f} to {max(values):.3f}"
+        rows.append(record)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for part in arguments.parts or list(PARTS):
+    for part in arguments.parts:
         start = time.process_time()
-        results[part] = [PARTS[part](seed) for seed in range(arguments.seeds)]
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        print(
-            f"\n{part} ({time.process_time() - start:.0f} CPU s), mean [least, greatest] over seeds"
-        )
-        for name, value in results[part][0].items():
-            if not isinstance(value, dict):
-                continue
-            cells = []
-            for key in value:
-                values = [run[name][key] for run in results[part]]
-                cells.append(f"{key} {np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]")
-            print(f"  {name:36s} " + "  ".join(cells), flush=True)
+        rows = summarised([PARTS[part](seed) for seed in range(arguments.seeds)])
+        command = f"python -m benchmarks.influence_use {part} --seeds {arguments.seeds}"
+        results = {"command": command, "seeds": arguments.seeds, "rows": rows}
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"influence_{part}.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\n{part} ({time.process_time() - start:.0f} CPU s), means over seeds and ranges")
+        for row in rows:
+            print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":

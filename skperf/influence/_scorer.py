@@ -90,8 +90,9 @@ class InfluenceScorer(
         Coordinates of ``"trak"``.
     checkpoints : list of state dicts, modules or estimators, optional
         For ``"tracin"``: stages of the same network.
-    select : {"output", "gradient", "sam", "random"}, default="output"
-        How ``"gif"`` and :meth:`remove` choose parameters.
+    select : {"gradient", "output", "sam", "random"}, default="gradient"
+        How ``"gif"`` and :meth:`remove` choose parameters: units of largest mean output
+        gradient or mean pre-activation, or weights of largest gradient^2 / curvature.
     ratio : float, default=0.05
         Share of the parameters they may change.
     ridge : float, default=0.001
@@ -183,7 +184,7 @@ class InfluenceScorer(
         n_components=100,
         n_projections=512,
         checkpoints=None,
-        select="output",
+        select="gradient",
         ratio=0.05,
         ridge=1e-3,
         n_iterations=None,

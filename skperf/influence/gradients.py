@@ -440,20 +440,3 @@ def _row_dot(left: Tensor, right: Tensor) -> Tensor:
 
 def _row_numel(factor: Factor) -> int:
     return sum(int(tensor[0].numel()) for tensor in factor.tensors) if len(factor) else 1
-
-
-def n_bytes(gradients: Sequence[Factor]) -> int:
-    """Memory that gradients take.
-
-    Parameters
-    ----------
-    gradients : sequence of Factor
-        One factor a layer.
-
-    Returns
-    -------
-    int
-        Bytes.
-    """
-    tensors = [tensor for factor in gradients for tensor in factor.tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

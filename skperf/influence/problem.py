@@ -38,7 +38,7 @@ class Settings:
     tol: float = 1e-4
     max_iter: int | None = None
     scale: float | None = None
-    select: str = "output"
+    select: str = "gradient"
     ratio: float = 0.05
     ridge: float = 1e-3
     seed: int = 0

@@ -22,7 +22,6 @@ from skperf.influence.gradients import (
     Gradients,
     convert,
     inner,
-    n_bytes,
     take,
     with_tensors,
 )
@@ -357,7 +356,8 @@ def bytes_of_row(gradients: Sequence[Factor]) -> int:
     int
         Bytes.
     """
-    return n_bytes(take(gradients, slice(0, 1)))
+    tensors = [tensor[:1] for factor in gradients for tensor in factor.tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def only_candidates(
