@@ -288,10 +288,13 @@ class ProgramNet(Net):
     def _estimate_gradient(self, inputs, targets, base):
         module = self.module_
         outputs = module.outputs
-        plain = inputs.get("plain")
+        images, plain = (
+            None if values is None else values.to(module.image)
+            for values in (inputs["images"], inputs.get("plain"))
+        )
 
         def loss_at(weights):
-            logits = module.logits(module.encode(inputs["images"], weights), plain)
+            logits = module.logits(module.encode(images, weights), plain)
             loss = self._mean_loss(logits, targets)
             return loss + self.weight_decay / 2 * weights.square().sum()
 

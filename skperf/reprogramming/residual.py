@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+#: Accuracy that "auto" gives up, at most, for more of the zero-shot representation.
+TOLERANCE = 0.01
+
 
 @dataclass(frozen=True)
 class Representations:
@@ -95,10 +98,24 @@ class AlphaCurve:
     accuracy: tuple[float, ...]
     loss: tuple[float, ...]
 
-    def best(self) -> float:
-        """Alpha with the highest accuracy; of several the one with the lowest loss."""
-        ranked = zip(self.accuracy, [-loss for loss in self.loss], self.alphas, strict=True)
-        return max(ranked)[2]
+    def best(self, tolerance: float = TOLERANCE) -> float:
+        """Choose the largest alpha that costs next to no accuracy.
+
+        Parameters
+        ----------
+        tolerance : float, default=0.01
+            How much accuracy below the highest is still good enough.
+
+        Returns
+        -------
+        float
+            As much of the zero-shot representation as that allows: it is what knows about
+            pictures that the task's rows do not show.
+        """
+        enough = max(self.accuracy) - tolerance - 1e-9
+        return max(
+            a for a, right in zip(self.alphas, self.accuracy, strict=True) if right >= enough
+        )
 
 
 def alpha_curve(

@@ -142,12 +142,12 @@ def test_alpha_path_equals_refits(towers, pictures, parameters):
         assert score == pytest.approx(refit.score_samples(X).mean(), rel=1e-5)
 
 
-def test_auto_alpha_is_at_least_as_good_as_both_ends(towers, pictures, parameters):
+def test_auto_alpha_is_within_a_point_of_the_best(towers, pictures, parameters):
     model = Reprogrammer(towers, **parameters).fit(*pictures)
     curve = model.alpha_curve_
     assert curve.alphas[0] == 0
     assert curve.alphas[-1] == 1
-    assert curve.accuracy[curve.alphas.index(model.alpha_)] == max(curve.accuracy)
+    assert curve.accuracy[curve.alphas.index(model.alpha_)] >= max(curve.accuracy) - 0.01 - 1e-9
 
 
 def test_list_of_alphas_is_kept_to(towers, pictures, parameters):
@@ -367,3 +367,13 @@ def test_flat_rows_of_any_range_need_no_encoder():
     assert model.score(X, y) > 0.9
     with pytest.raises(ValueError, match="Use pickle"):
         model.save_program("nowhere")
+
+
+@pytest.mark.cuda
+def test_work_on_another_device_leaves_the_encoder_where_it_is(towers, pictures, parameters):
+    X, y = pictures
+    model = Reprogrammer(towers, device="cuda", **parameters).fit(X, y)
+    assert next(towers.parameters()).device.type == "cpu"
+    assert model.encoder_.device.type == "cuda"
+    here = Reprogrammer(towers, **parameters).fit(X, y)
+    np.testing.assert_allclose(model.predict_proba(X), here.predict_proba(X), atol=1e-2)

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from skperf.reprogramming.objectives import ClassObjective, focal_cross_entropy
-from skperf.reprogramming.residual import Representations, alpha_curve, mixed
+from skperf.reprogramming.residual import AlphaCurve, Representations, alpha_curve, mixed
 
 
 def unit(*shape, seed=0):
@@ -32,8 +32,12 @@ def test_curve_equals_direct_computation():
         logits = 7.0 * images @ classes.T
         assert accuracy == pytest.approx((logits.argmax(1) == codes).double().mean().item())
         assert loss == pytest.approx(functional.cross_entropy(logits, codes).item(), rel=1e-6)
-    best = curve.best()
-    assert curve.accuracy[curve.alphas.index(best)] == max(curve.accuracy)
+
+
+def test_largest_alpha_within_a_point_is_chosen():
+    curve = AlphaCurve((0.0, 0.2, 0.4, 1.0), (0.8, 0.85, 0.842, 0.3), (1.0, 1.0, 1.0, 1.0))
+    assert curve.best() == 0.4
+    assert curve.best(tolerance=0.0) == 0.2
 
 
 def test_focal_loss_is_cross_entropy_at_gamma_zero():
