@@ -11,7 +11,11 @@ from sklearn.utils._param_validation import (
 )
 from sklearn.utils.validation import _check_sample_weight
 
+# where `make docs` puts the page of a class, below the address it is published at
+DOC_LINK = "https://skperf.readthedocs.io/en/stable/api/skperf.{estimator_name}.html"
+
 __all__ = [
+    "DOC_LINK",
     "HasMethods",
     "Interval",
     "InvalidParameterError",

@@ -8,9 +8,10 @@ import numpy as np
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator, open_network
-from skperf.backbone._sklearn import Interval, StrOptions, fit_context
+from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.backbone.outputs import resolve_output
 from skperf.components._actions import ablate, edit, top_components
@@ -19,7 +20,9 @@ from skperf.components.units import find_components
 from skperf.metrics import counterfactual_correlation
 
 
-class ComponentAttributor(TransformerMixin, MetaEstimatorMixin, BaseEstimator):
+class ComponentAttributor(
+    CallbackSupportMixin, TransformerMixin, MetaEstimatorMixin, BaseEstimator
+):
     """Attribute the outputs of a network to its filters, neurons, heads or layers.
 
     ``attributions_[i, j]`` estimates how much the output of example i falls when component
@@ -98,6 +101,8 @@ class ComponentAttributor(TransformerMixin, MetaEstimatorMixin, BaseEstimator):
         Only with a regressor of one's own.
     """
 
+    _doc_link_module = "skperf"
+    _doc_link_template = DOC_LINK
     _parameter_constraints: ClassVar = {
         "estimator": "no_validation",
         "components": "no_validation",
@@ -146,6 +151,7 @@ class ComponentAttributor(TransformerMixin, MetaEstimatorMixin, BaseEstimator):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=False)
+    @tells_callbacks
     def fit(self, X, y):
         """Attribute the outputs of some examples.
 

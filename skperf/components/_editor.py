@@ -8,15 +8,16 @@ from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clo
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._edited import EditedClassifier
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator
-from skperf.backbone._sklearn import Interval, StrOptions, fit_context
+from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.components._attributor import ComponentAttributor
 
 
-class ComponentEditor(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
+class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     """A classifier that is edited after it is fitted.
 
     `fit` fits the estimator, attributes some of the rows and ablates what stands in the way
@@ -60,6 +61,8 @@ class ComponentEditor(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         Number of features, or of channels.
     """
 
+    _doc_link_module = "skperf"
+    _doc_link_template = DOC_LINK
     _parameter_constraints: ClassVar = {
         "estimator": "no_validation",
         "attributor": "no_validation",
@@ -96,6 +99,7 @@ class ComponentEditor(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.random_state = random_state
 
     @fit_context(prefer_skip_nested_validation=False)
+    @tells_callbacks
     def fit(self, X, y, groups=None):
         """Fit, attribute, edit.
 

@@ -8,7 +8,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin
 from sklearn.metrics import accuracy_score
 from sklearn.utils.validation import check_is_fitted
 
-from skperf.backbone._sklearn import Interval, StrOptions, fit_context
+from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
+from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._validation import as_array, check_labelled_rows
 from skperf.performative import _learning, _outlook
 from skperf.performative._inputs import check_rounds, encode, open_candidate, predicted_codes
@@ -17,7 +18,7 @@ from skperf.performative.label_shift import probabilities
 from skperf.performative.trajectory import STATISTICS
 
 
-class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
+class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     """Correct a classifier for the change of label mix that its own deployment causes.
 
     A deployed model changes what it will meet: a benchmark collects more of what it gets
@@ -133,6 +134,8 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     array([0.09, 0.67, 0.24])
     """
 
+    _doc_link_module = "skperf"
+    _doc_link_template = DOC_LINK
     _parameter_constraints: ClassVar[dict] = {
         "estimator": "no_validation",
         "adapter": [
@@ -219,6 +222,7 @@ class PerformativeAdapter(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=False)
+    @tells_callbacks
     def fit(self, X, y, *, rounds=None, deployed_pred=None, sample_weight=None):
         """Fit the classifier on the first round and learn the response from all of them.
 
