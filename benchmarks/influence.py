@@ -47,7 +47,7 @@ def ensemble(workload):
 
 
 def methods_of(workload, dampings):
-    """What runs on a workload, each as a function without arguments."""
+    """List what runs on a workload, each as a function without arguments."""
     small = workload.name in ("W1", "W1s")
     methods = {
         "skperf gradient dot": partial(ours, workload, method="gradient_dot"),
@@ -91,7 +91,7 @@ def lds(workload, scores):
 
 
 def agreements(workload, scores):
-    """What must agree with what, as a note."""
+    """Check what must agree with what; say it in a note."""
     notes = {}
     ours_dot, theirs = scores["skperf gradient dot"], scores["captum TracInCP"]
     difference = np.abs(ours_dot - theirs).max() / np.abs(theirs).max()

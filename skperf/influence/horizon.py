@@ -169,6 +169,7 @@ def _correlation(left: Tensor, right: Tensor) -> float:
 def _ranks(values: Tensor) -> Tensor:
     """Rank within each row, ties sharing their mean."""
     ordered, order = values.sort(1)
+    ordered = ordered.contiguous()
     first = torch.searchsorted(ordered, ordered, right=False)
     last = torch.searchsorted(ordered, ordered, right=True) - 1
     shared = (first + last).double() / 2
