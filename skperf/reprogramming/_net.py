@@ -281,6 +281,8 @@ class ProgramNet(Net):
         self.counts_ = counts if previous is None else previous + counts
 
     def _mean_loss(self, logits, targets):
+        if isinstance(targets, torch.Tensor):
+            targets = targets.to(logits.device)
         if logits.ndim == 2:
             return super().get_loss(logits, targets)
         return sum(super(ProgramNet, self).get_loss(mix, targets) for mix in logits) / len(logits)
