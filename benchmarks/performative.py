@@ -39,7 +39,7 @@ def summarise(column, arm, runs):
         "G last 50": np.mean([gain(losses[-50:]) for losses in runs]),
         "G pooled": gain(np.concatenate(runs)),
         "G realised": np.mean([gain(losses, 3) for losses in runs]),
-        "G realised, pooled": gain(np.concatenate(runs), 3),
+        "G realised pooled": gain(np.concatenate(runs), 3),
         "log loss": np.mean([losses[:, 1].mean() for losses in runs]),
         "over none": np.mean([(losses[:, 1] - losses[:, 0]).mean() for losses in runs]),
         "accuracy": np.mean([losses[:, 4].mean() for losses in runs]),

@@ -118,9 +118,9 @@ def summarise(data, world, runs):
             "log loss": means[:, i].mean(),
             "sd over seeds": means[:, i].std(ddof=1) if len(runs) > 1 else 0.0,
             "saved over none": gaps[:, i].mean(),
-            "saved, least seed": gaps[:, i].min(),
+            "saved in the worst seed": gaps[:, i].min(),
             "saved over last round": (means[:, 1] - means[:, i]).mean(),
-            "saved over last round, least seed": (means[:, 1] - means[:, i]).min(),
+            "over last round in the worst seed": (means[:, 1] - means[:, i]).min(),
             "seeds": len(runs),
         }
         records.append(
