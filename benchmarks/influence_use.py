@@ -108,12 +108,20 @@ def fading(seed):
     truth = scorer.fading(*queries, steps=STEPS, n_train=64, weight_decay=1e-3)
     dot = InfluenceScorer(module, method="gradient_dot").fit(X_train, labels)
     damped = scorer.with_damping
+    dense = {"method": "exact", "damping": "flow", "horizon": 1, "learning_rate": 0.03}
+    full = InfluenceScorer(module, **dense).fit(X_train, labels)
+    hessian = InfluenceScorer(module, curvature="hessian", **dense).fit(X_train, labels)
     ways = {
         "gradient dot": lambda step: dot,
         "GGN, damping 0.01": lambda step: damped(0.01),
         "GGN, damping 0.1": lambda step: damped(0.1),
         "GGN, damping tied to the horizon": lambda step: damped("horizon", horizon=step),
         "GGN, filter of the horizon": lambda step: damped("flow", horizon=step),
+        "exact, damping tied to the horizon": lambda step: full.with_damping(
+            "horizon", horizon=step
+        ),
+        "exact, filter of the horizon": lambda step: full.with_damping("flow", horizon=step),
+        "exact Hessian, filter": lambda step: hessian.with_damping("flow", horizon=step),
     }
     found = {}
     for name, at in ways.items():

@@ -21,7 +21,7 @@ from skperf.influence._members import (
 from skperf.influence._rows import detect_mislabels, group_influence, loo_effect, losses
 from skperf.influence._scoring import influence_matrix, score_dtype, self_influences, tiles_of
 from skperf.influence._trust import fading, score
-from skperf.influence.methods import METHODS, with_damping
+from skperf.influence.methods import METHODS, redamped
 from skperf.influence.tiles import Largest, budget_in_bytes
 
 
@@ -71,7 +71,7 @@ class InfluenceScorer(
         Added to the eigenvalues of the mean loss's curvature; ``"auto"`` is a share of its
         mean eigenvalue. ``"horizon"`` is ``1 / (learning_rate * horizon)``; ``"flow"``
         replaces the damped inverse by the filter of `horizon` further gradient steps
-        (``"ggn"`` only).
+        (``"ggn"`` and ``"exact"``).
     horizon : int, optional
         Number of further training steps whose effect is predicted; ties ``damping="auto"``
         to it.
@@ -420,11 +420,13 @@ class InfluenceScorer(
         Returns
         -------
         InfluenceScorer
-            A fitted one that shares the gradients of this one; ``method="ggn"`` only.
+            A fitted one that shares the gradients of this one; ``"ggn"`` and ``"exact"`` only.
         """
         check_is_fitted(self)
-        if self.method_ != "ggn":
-            raise ValueError(f"with_damping needs method='ggn'; this scorer uses {self.method_!r}.")
+        if self.method_ not in ("ggn", "exact"):
+            raise ValueError(
+                f"with_damping needs method='ggn' or 'exact'; this scorer uses {self.method_!r}."
+            )
         other = type(self)(**self.get_params(deep=False))
         vars(other).update(vars(self))
         vars(other).pop("_self_influence", None)
@@ -432,7 +434,7 @@ class InfluenceScorer(
         other.settings_ = named_settings(other)
         problems = [open_problem(other, network) for network, _ in networks_of(other)]
         other.fits_ = [
-            with_damping(fitted, fitted.lift.curvature, problem)
+            redamped(problem, fitted, self.method_)
             for fitted, problem in zip(self.fits_, problems, strict=True)
         ]
         other._read_reports()

@@ -6,8 +6,8 @@ import torch
 from skperf.backbone.outputs import resolve_output
 from skperf.influence._constraints import TARGETS
 from skperf.influence._members import networks_of, open_problem
-from skperf.influence.methods import self_scores
 from skperf.influence.neighbours import features_of, nearest
+from skperf.influence.problem import self_scores
 from skperf.influence.tiles import (
     budget_in_bytes,
     bytes_of_row,

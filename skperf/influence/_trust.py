@@ -18,7 +18,8 @@ from skperf.influence._members import learning_rate_of, networks_of
 from skperf.influence._scoring import influence_matrix, open_members, query_gradients
 from skperf.influence.damping import at_horizon
 from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
-from skperf.influence.methods import METHODS, scores_of, with_damping
+from skperf.influence.methods import redamped
+from skperf.influence.problem import scores_of
 from skperf.influence.retraining import Recipe, half_subsets, stacked_outputs, train_subsets
 from skperf.metrics import linear_datamodeling_score
 
@@ -130,16 +131,10 @@ def _predicted(scorer, X, y, steps, rows, training):
             current = fitted
             if tied:
                 there = at_horizon(problem, step, how, training.learning_rate)
-                current = _at(there, fitted, scorer.method_)
+                current = redamped(there, fitted, scorer.method_)
             scores.append(torch.as_tensor(scores_of(problem, current, queries, rows)))
         total = total + weight * torch.stack(scores).expand(len(steps), -1, -1)
     return total
-
-
-def _at(problem, fitted, method):
-    if method == "ggn":
-        return with_damping(fitted, fitted.lift.curvature, problem)
-    return METHODS[method](problem)
 
 
 def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None):

@@ -149,7 +149,8 @@ class RowSpace:
         """
         damped = self.gram.to(torch.float64, copy=True)
         damped.diagonal().add_(damping)
-        return torch.linalg.cholesky(damped).to(self.gram)
+        factor: Tensor = torch.linalg.cholesky(damped)
+        return factor.to(self.gram)
 
     def whiten(self, gradients: Gradients, cholesky: Tensor) -> Tensor:
         """Coordinates whose inner products are the Woodbury correction.
@@ -169,7 +170,8 @@ class RowSpace:
             ``u``.
         """
         crossed = inner(self.rows, gradients)
-        return torch.linalg.solve_triangular(cholesky, crossed, upper=False).T
+        solved: Tensor = torch.linalg.solve_triangular(cholesky, crossed, upper=False)
+        return solved.T
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,8 @@ def gradient_flow(time: float, weight_decay: float = 0.0) -> Filter:
     """
 
     def apply(values: Tensor) -> Tensor:
-        x = (values + weight_decay).clamp_min(1e-12 / time)
+        x = values + weight_decay
+        x = torch.where(x.abs() < 1e-12 / time, 1e-12 / time, x)
         return -torch.expm1(-time * x) / x
 
     return apply
@@ -322,7 +325,7 @@ class CurvatureProduct:
         everything = torch.arange(len(self.inputs)) if rows is None else rows
         share = 1.0 if rows is None else float(self.weights.sum() / self.weights[rows].sum())
         result = self.damping * vectors
-        for part in everything.split(self.batch_size):
+        for part in torch.split(everything, self.batch_size):
             weights = self.weights[part] * share
             product = _PRODUCTS[self.kind](self, self.inputs[part], self.codes[part], weights)
             result = result + vmap(product, chunk_size=32)(vectors).detach()

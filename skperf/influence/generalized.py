@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten
-from skperf.influence.captures import Layer
+from skperf.influence.layers import Layer
 from skperf.influence.solvers import Solution, lsmr
 
 Multiply = Callable[[Tensor], Tensor]

@@ -5,7 +5,7 @@ current weights holds for a limited number of further steps (Schioppa, Filippova
 Zablotskaia, "Theoretical and Practical Perspectives on what Influence Functions Do", 2023).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,10 +121,10 @@ def actual_effects(
     return torch.stack(effects)
 
 
-def _batches(n: int, training: FurtherTraining):  # type: ignore[no-untyped-def]
+def _batches(n: int, training: FurtherTraining) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(training.seed)
     while True:
-        yield from torch.randperm(n, generator=generator).split(training.batch_size)
+        yield from torch.split(torch.randperm(n, generator=generator), training.batch_size)
 
 
 def _step(stacked: Parameters, gradients: tuple[Tensor, ...], training: FurtherTraining) -> None:

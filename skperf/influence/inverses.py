@@ -11,8 +11,8 @@ from torch import Tensor
 
 from skperf.backbone.outputs import loss
 from skperf.influence.captures import recording
-from skperf.influence.curvature import dense_curvature
-from skperf.influence.damping import resolve_damping
+from skperf.influence.curvature import dense_curvature, gradient_flow
+from skperf.influence.damping import horizon_time, resolve_damping
 from skperf.influence.generalized import (
     choose_by_saliency,
     choose_units,
@@ -81,18 +81,28 @@ def _solve_lissa(problem: Problem, right: Tensor, damping: float, extra: dict[st
 
 
 def _solve_gif(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    settings = problem.settings
-    return generalized_query(
-        problem.product(),
+    settings, product = problem.settings, problem.product()
+
+    # the recurrence loses its orthogonality, and with it the result its digits, in single precision
+    def multiply(vectors: Tensor) -> Tensor:
+        return product(vectors.to(right.dtype)).double()
+
+    solved = generalized_query(
+        multiply,
         extra["chosen"].to(right.device),
-        right,
+        right.double(),
         ridge=settings.ridge,
         max_iter=settings.max_iter or 50,
         tol=settings.tol,
     )
+    return solved.to(right.dtype)
 
 
 def _solve_exact(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
+    if "vectors" in extra:
+        vectors = extra["vectors"].to(right.device)
+        filtered: Tensor = ((right @ vectors) * extra["weights"].to(right.device)) @ vectors.T
+        return filtered
     return torch.cholesky_solve(right.T, extra["cholesky"].to(right.device)).T
 
 
@@ -220,16 +230,46 @@ def exact(problem: Problem) -> Fitted:
     """Dense curvature in double precision, the reference."""
     with recording(problem.network.module):
         matrix = dense_curvature(problem.product()).cpu()
-    damping = resolve_damping(problem)
-    matrix.diagonal().add_(damping)
-    cholesky, failed = torch.linalg.cholesky_ex(matrix)
-    if bool(failed):
-        lowest = float(torch.linalg.eigvalsh(matrix)[0])
-        raise ValueError(
-            f"the damped curvature is indefinite (smallest eigenvalue {lowest:.3g}): raise "
-            "damping, or use curvature='ggn', which has no negative eigenvalue."
-        )
-    report = {"damping": damping}
-    train = problem.train_gradients()
-    lift = Solved("exact", damping, {"cholesky": cholesky})
-    return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, report)
+    return exact_with_damping(problem, matrix, problem.train_gradients())
+
+
+def exact_with_damping(problem: Problem, matrix: Tensor, train: Gradients) -> Fitted:
+    """Damp a dense curvature.
+
+    Parameters
+    ----------
+    problem : Problem
+        Says which damping.
+    matrix : Tensor of shape (n_parameters, n_parameters)
+        Curvature without damping.
+    train : list of Factor
+        Gradients of the training rows.
+
+    Returns
+    -------
+    Fitted
+        Keeps the matrix for another damping.
+
+    Raises
+    ------
+    ValueError
+        If the damped curvature is indefinite.
+    """
+    if problem.settings.damping == "flow":
+        values, vectors = torch.linalg.eigh(matrix)
+        time = horizon_time(problem.settings)
+        weights = gradient_flow(time, problem.settings.weight_decay)(values)
+        extra, damping = {"vectors": vectors, "weights": weights}, 1 / time
+    else:
+        damping = resolve_damping(problem)
+        damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
+        cholesky, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed):
+            lowest = float(torch.linalg.eigvalsh(damped)[0])
+            raise ValueError(
+                f"the damped curvature is indefinite (smallest eigenvalue {lowest:.3g}): raise "
+                "damping, or use curvature='ggn', which has no negative eigenvalue."
+            )
+        extra = {"cholesky": cholesky}
+    lift = Solved("exact", damping, {"matrix": matrix, **extra})
+    return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": damping})

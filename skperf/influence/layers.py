@@ -173,7 +173,7 @@ def from_vectors(layers: Sequence[Layer], vectors: Tensor, like: Parameters) -> 
     """
     if not layers:
         return [Dense(vectors)]
-    pieces = vectors.split([p.numel() for p in like.values()], 1)
+    pieces = torch.split(vectors, [p.numel() for p in like.values()], 1)
     named = dict(zip(like, pieces, strict=True))
     return [Dense(_joined_weights(layer, named)) for layer in layers]
 

@@ -27,7 +27,7 @@ from skperf.influence.gradients import (
     take,
     written_out,
 )
-from skperf.influence.inverses import cg, exact, gif, lissa
+from skperf.influence.inverses import Solved, cg, exact, exact_with_damping, gif, lissa
 from skperf.influence.kronecker import KroneckerBasis, kronecker_basis, separable
 from skperf.influence.layers import from_vectors
 from skperf.influence.problem import (
@@ -371,6 +371,31 @@ def datainf(problem: Problem) -> Fitted:
     return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": dampings})
 
 
+def redamped(problem: Problem, fitted: Fitted, method: str) -> Fitted:
+    """Fit with another damping, without a pass through the network where the method allows.
+
+    Parameters
+    ----------
+    problem : Problem
+        Says which damping.
+    fitted : Fitted
+        The method with any damping.
+    method : str
+        Its name.
+
+    Returns
+    -------
+    Fitted
+        Shares what it can.
+    """
+    lift = fitted.lift
+    if isinstance(lift, Woodbury | Filtered):
+        return with_damping(fitted, lift.curvature, problem)
+    if isinstance(lift, Solved) and "matrix" in lift.extra:
+        return exact_with_damping(problem, lift.extra["matrix"], fitted.train)
+    return METHODS[method](problem)
+
+
 METHODS: dict[str, Callable[[Problem], Fitted]] = {
     "gradient_dot": gradient_dot,
     "tracin": gradient_dot,
@@ -385,54 +410,3 @@ METHODS: dict[str, Callable[[Problem], Fitted]] = {
     "gif": gif,
     "exact": exact,
 }
-
-
-def scores_of(problem: Problem, fitted: Fitted, queries: Gradients, rows: Tensor) -> Tensor:
-    """Score queries against some training rows.
-
-    Parameters
-    ----------
-    problem : Problem
-        Any.
-    fitted : Fitted
-        Its method.
-    queries : list of Factor
-        Gradients of n_queries targets.
-    rows : Tensor of int, shape (m,)
-        Training rows.
-
-    Returns
-    -------
-    Tensor of shape (n_queries, m)
-        Scores.
-    """
-    terms, train = fitted.lift(problem, queries), take(fitted.train, rows)
-    return inner([factor for _, factor in terms], [train[i] for i, _ in terms]) * fitted.scale
-
-
-def self_scores(problem: Problem, fitted: Fitted, queries: Gradients, rows: Gradients) -> Tensor:
-    """Score each query against a row of its own.
-
-    Parameters
-    ----------
-    problem : Problem
-        Any.
-    fitted : Fitted
-        Its method.
-    queries, rows : list of Factor
-        Gradients of n targets, and of n losses.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        The diagonal of the scores.
-    """
-    stored = fitted.lift.store(problem, rows)
-    parts = []
-    for which, factor in fitted.lift(problem, queries):
-        row = stored[which]
-        if type(factor) is type(row):
-            parts.append(paired(factor, row))
-        else:
-            parts.append(torch.einsum("ij,ij->i", written_out(factor), written_out(row)))
-    return torch.stack(parts).sum(0) * fitted.scale

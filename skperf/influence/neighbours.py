@@ -65,7 +65,7 @@ def nearest(train: Tensor, queries: Tensor, k: int, *, chunk: int = 256) -> NDAr
     squares = train.square().sum(1)
     parts = [
         (squares - 2 * part @ train.T).topk(k, 1, largest=False, sorted=False)[1]
-        for part in queries.split(chunk)
+        for part in torch.split(queries, chunk)
     ]
     found: NDArray[np.intp] = torch.cat(parts).numpy()
     return found

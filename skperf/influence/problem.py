@@ -13,7 +13,7 @@ from skperf.backbone.outputs import Output, loss
 from skperf.backbone.parameters import Parameters
 from skperf.influence.captures import Tape, recording
 from skperf.influence.curvature import CurvatureProduct, OutputRows, softmax_rows
-from skperf.influence.gradients import Gradients
+from skperf.influence.gradients import Gradients, inner, paired, take, written_out
 from skperf.influence.layers import Layer
 from skperf.influence.tiles import Shelf, Terms, gather
 
@@ -361,3 +361,54 @@ def random_vector(problem: Problem) -> Tensor:
     generator = torch.Generator().manual_seed(problem.settings.seed)
     vector = torch.randn(size, generator=generator, dtype=torch.float64)
     return vector.to(problem.network.device, problem.network.dtype)
+
+
+def scores_of(problem: Problem, fitted: Fitted, queries: Gradients, rows: Tensor) -> Tensor:
+    """Score queries against some training rows.
+
+    Parameters
+    ----------
+    problem : Problem
+        Any.
+    fitted : Fitted
+        Its method.
+    queries : list of Factor
+        Gradients of n_queries targets.
+    rows : Tensor of int, shape (m,)
+        Training rows.
+
+    Returns
+    -------
+    Tensor of shape (n_queries, m)
+        Scores.
+    """
+    terms, train = fitted.lift(problem, queries), take(fitted.train, rows)
+    return inner([factor for _, factor in terms], [train[i] for i, _ in terms]) * fitted.scale
+
+
+def self_scores(problem: Problem, fitted: Fitted, queries: Gradients, rows: Gradients) -> Tensor:
+    """Score each query against a row of its own.
+
+    Parameters
+    ----------
+    problem : Problem
+        Any.
+    fitted : Fitted
+        Its method.
+    queries, rows : list of Factor
+        Gradients of n targets, and of n losses.
+
+    Returns
+    -------
+    Tensor of shape (n,)
+        The diagonal of the scores.
+    """
+    stored = fitted.lift.store(problem, rows)
+    parts = []
+    for which, factor in fitted.lift(problem, queries):
+        row = stored[which]
+        if type(factor) is type(row):
+            parts.append(paired(factor, row))
+        else:
+            parts.append(torch.einsum("ij,ij->i", written_out(factor), written_out(row)))
+    return torch.stack(parts).sum(0) * fitted.scale

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skperf.influence.captures import Layer
 from skperf.influence.gradients import Dense, Gradients, Outer, Tokens
+from skperf.influence.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _two_sided(
 
 
 def _normal(n: int, k: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    values = torch.randn(n, k, generator=generator, dtype=torch.float64) / k**0.5
+    values: Tensor = torch.randn(n, k, generator=generator, dtype=torch.float64) / k**0.5
     return values.to(dtype)
 
 

@@ -55,7 +55,7 @@ def predicted_as(network: Network, parameters: Parameters, rows: Rows) -> Tensor
     """
     inputs, codes = rows
     with torch.no_grad():
-        parts = [network(part, parameters).argmax(1) for part in inputs.split(1024)]
+        parts = [network(part, parameters).argmax(1) for part in torch.split(inputs, 1024)]
     return torch.cat(parts) == codes
 
 

@@ -191,7 +191,7 @@ def train_subsets(
         for _ in track(range(recipe.n_epochs), description="retraining", verbose=verbose):
             order = torch.rand(members.shape, generator=generator).argsort(1).to(members.device)
             shuffled = members.gather(1, order)
-            for rows in shuffled.split(recipe.batch_size, 1):
+            for rows in torch.split(shuffled, recipe.batch_size, 1):
                 optimizer.zero_grad()
                 logits = stacked_logits(network, stacked, inputs[rows], own=True)
                 losses = functional.cross_entropy(
@@ -236,7 +236,7 @@ def stacked_outputs(
     """
     parts = []
     with untouched(network.module), torch.no_grad():
-        for rows in torch.arange(len(inputs)).split(batch_size):
+        for rows in torch.split(torch.arange(len(inputs)), batch_size):
             logits = stacked_logits(network, stacked, inputs[rows])
             parts.append(torch.stack([output(one, codes[rows]) for one in logits]))
     return torch.cat(parts, 1).cpu()

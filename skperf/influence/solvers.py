@@ -290,8 +290,11 @@ def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    return torch.where(below != 0, above / torch.where(below != 0, below, 1.0), 0.0)
+    safe = torch.where(below != 0, below, torch.ones_like(below))
+    return torch.where(below != 0, above / safe, torch.zeros_like(above))
 
 
 def _relative(residual: Tensor, right: Tensor) -> Tensor:
-    return residual.norm(dim=1) / right.norm(dim=1).clamp_min(torch.finfo(right.dtype).tiny)
+    tiny = torch.finfo(right.dtype).tiny
+    relative: Tensor = residual.norm(dim=1) / right.norm(dim=1).clamp_min(tiny)
+    return relative

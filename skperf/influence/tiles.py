@@ -179,8 +179,8 @@ def _batches_by_count(examples: Tensor, batch_size: int) -> Iterator[tuple[Tenso
     order = examples.argsort(stable=True)
     counts = torch.bincount(examples)
     starts = counts.cumsum(0) - counts
-    for count in counts[counts > 0].unique().tolist():
-        for members in (counts == count).nonzero()[:, 0].split(batch_size):
+    for count in torch.unique(counts[counts > 0]).tolist():
+        for members in torch.split((counts == count).nonzero()[:, 0], batch_size):
             yield members, order[starts[members, None] + torch.arange(count)]
 
 
