@@ -48,6 +48,9 @@ docs/_static/mathjax/tex-mml-chtml.js:
 docs: $(VENV)/.installed-docs docs/_static/mathjax/tex-mml-chtml.js  ## build the documentation
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
+check-docs: docs  ## open the documentation in a headless browser
+	$(BIN)/python docs/check.py
+
 test-oldest:  ## run the tests on the oldest supported versions
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/$(PIP_INSTALL) torch==2.13.0 -r oldest.txt
@@ -57,4 +60,4 @@ test-oldest:  ## run the tests on the oldest supported versions
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) .venv-oldest docs/_build docs/api docs/_static/mathjax skperf_quickstart
 
-.PHONY: help quickstart test lint notebooks benchmark docs test-oldest clean
+.PHONY: help quickstart test lint notebooks benchmark docs check-docs test-oldest clean

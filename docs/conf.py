@@ -24,7 +24,7 @@ extensions = [
     "benchmark_tables",
     "peer_table",
 ]
-exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_ext", "check.py", "guide/peers/**", "**.ipynb_checkpoints"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
 
 # notebooks are committed executed; the test suite runs them

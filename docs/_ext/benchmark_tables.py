@@ -22,6 +22,8 @@ class BenchmarkTable(Directive):
     def run(self):
         path = RESULTS / self.arguments[0]
         self.state.document.settings.record_dependencies.add(str(path))
+        if not path.exists():
+            return [nodes.paragraph(text="No result is committed yet: run the command above.")]
         records = json.loads(path.read_text())
         rows = records["rows"] if isinstance(records, dict) else records
         columns = [c.strip() for c in self.options.get("columns", ",".join(rows[0])).split(",")]
