@@ -296,7 +296,7 @@ def captum_ablation(module, names, inputs, codes):
     return torch.cat(columns, 1).double().numpy()
 
 
-def coverage(n_repeats=30, fraction=0.1, budget=300):
+def coverage(n_repeats=30, fraction=0.1, budget=200):
     """How often +-2 standard errors cover the mean of repeated fits."""
     module, X, y, components = rnet()
     table = {}
@@ -317,7 +317,7 @@ def coverage(n_repeats=30, fraction=0.1, budget=300):
         inside = [np.abs(fit.attributions_ - mean) <= 2 * fit.stderr_ for fit in fits]
         table[method] = round(float(np.mean(inside)), 4)
         print(method, table[method], flush=True)
-    save("coverage", {"n_repeats": n_repeats, "budget": budget, **table})
+        save("coverage", {"n_repeats": n_repeats, "budget": budget, **table})
 
 
 def save(key, value):

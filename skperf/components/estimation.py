@@ -238,7 +238,8 @@ class _Spectrum:
         share = self.values / (self.values + penalty)
         leverage = (self.vectors**2 * share).sum(1) + 1 / len(self.vectors)
         fitted = self.vectors @ (share[:, None] * self.rotated)
-        return (self.residual - fitted) / (1 - np.minimum(leverage, 1 - 1e-9))[:, None]
+        left: Array = (self.residual - fitted) / (1 - np.minimum(leverage, 1 - 1e-9))[:, None]
+        return left
 
 
 def _choose(spectrum: _Spectrum, Y: Array, n_masks: int) -> float:

@@ -212,7 +212,8 @@ def measure_baseline(question: Question) -> Array:
     ndarray of shape (n_examples,)
         Float64.
     """
-    return question.outcomes(np.ones((1, question.n_components)))[0]
+    outputs: Array = question.outcomes(np.ones((1, question.n_components)))[0]
+    return outputs
 
 
 def spend(
