@@ -44,6 +44,7 @@ html_static_path = ["_static"]
 html_theme = "pydata_sphinx_theme"
 html_title = "skperf"
 html_show_sourcelink = False
+html_sidebars = {page: [] for page in ("index", "start", "benchmarks", "changelog")}
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
     "show_prev_next": False,
