@@ -37,7 +37,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         Response map: ``"fixed"`` (a constant mix), ``"tied"`` (one slope for all classes),
         ``"curve"`` (one piecewise linear curve), ``"linear"`` (a full matrix), ``"mlp"``, or a
         module class, trained by skorch. A list or ``"auto"``, which is all of them, chooses
-        by likelihood one step ahead. ``"paper"`` is the released method, for comparison.
+        by likelihood one step ahead. ``"paper"`` is the method released with arXiv:2410.04499.
     statistic : {"recall", "confusion", "predicted_marginal"} or callable, default="recall"
         What the world sees of the model. A callable gets ``(y_true, y_pred, proba, classes,
         sample_weight)`` and returns finite numbers of shape (n_statistics,).
@@ -115,11 +115,6 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         Rounds seen.
     n_features_in_, feature_names_in_
         Columns of X, and their names if it had any.
-
-    References
-    ----------
-    Demirel et al. (2024), "Adjusting pretrained backbones for performativity",
-    arXiv:2410.04499.
 
     Examples
     --------
@@ -280,10 +275,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         deployed_pred, sample_weight
             As in `fit`.
 
-        Raises
-        ------
-        ValueError
-            If a round is not later than the last one seen.
+        Raises ValueError if a round is not later than the last one seen.
         """
         with _learning.unchanged_on_error(self):
             first = not hasattr(self, "record_")

@@ -151,7 +151,10 @@ def predicted_codes(fitted, X, classes, logits):
     """Predict columns: by the classifier's own rule where it is no network, else the largest."""
     if has_network(fitted) or not hasattr(fitted, "predict"):
         return logits.argmax(axis=1)
-    return encode(np.asarray(fitted.predict(X)), classes)
+    with warnings.catch_warnings():
+        # the adapter has held the names against its own; what it passes on is an array
+        warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
+        return encode(np.asarray(fitted.predict(X)), classes)
 
 
 def is_frozen(estimator):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import xlogy
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import Bunch
@@ -29,13 +30,19 @@ from skperf.performative._rounds import (
     settings_of,
 )
 from skperf.performative.anticipation import Anticipation
-from skperf.performative.diagnostics import cycling, extrapolation, identifiability
+from skperf.performative.diagnostics import (
+    conditional_shift_p_value,
+    cycling,
+    extrapolation,
+    identifiability,
+)
 from skperf.performative.label_shift import (
     correct_logits,
     estimate_base_prior,
     fit_calibration,
     probabilities,
     smooth_shares,
+    soft_confusion,
 )
 from skperf.performative.response import LogLinearMap
 from skperf.performative.trajectory import Trajectory
@@ -107,7 +114,11 @@ def begin(adapter, data, *, classes=None):
         kept = np.isin(np.flatnonzero(first), held_out)
         adapter.calibrator_ = _calibration(adapter, logits[kept], codes[held_out], weight[held_out])
     statistic = _measured(adapter, logits, codes[first], logits.argmax(axis=1), weight[first])
-    _start_record(adapter, statistic)
+    confusion = None
+    if rounds is None:
+        proba = probabilities(calibrated(adapter, logits))
+        confusion = soft_confusion(proba, codes, weight)
+    _start_record(adapter, statistic, confusion)
 
 
 def _training_rows(rows, frozen, calibration):
@@ -139,14 +150,14 @@ def _calibration(adapter, logits, codes, weight):
     return fit_calibration(logits, codes, offset, kind=adapter.calibration, weight=weight)
 
 
-def _start_record(adapter, statistic):
+def _start_record(adapter, statistic, confusion=None):
     log_base = np.log(adapter.base_prior_)
     n_classes = len(log_base)
     trajectory = Trajectory.empty(len(statistic), n_classes, lag=adapter.lag)
     watched = adapter.worst_recall_floor is not None
     adapter.record_ = Record(
         Anticipation(log_base, trajectory),
-        confusion=np.zeros((n_classes, n_classes)),
+        confusion=np.zeros((n_classes, n_classes)) if confusion is None else confusion,
         memory=(np.zeros((0, n_classes)), np.zeros(0, np.int64)) if watched else None,
     )
     adapter.statistic_ = statistic
@@ -158,6 +169,7 @@ def learn(adapter, data):
     """Go through the rounds of a call in order; without rounds there is nothing to learn."""
     if data.rounds is None:
         return
+    _check_has_estimator(adapter)
     codes = encode(data.y, adapter.classes_)
     weight = check_sample_weight(data.weight, data.X, dtype=np.float64)
     deployed = data.deployed
@@ -303,7 +315,7 @@ def _publish(adapter):
     adapter.predicted_prior_ = np.exp(log_prior)
     adapter.n_rounds_ = state.n_rounds
     adapter.prequential_ = _prequential(record.losses)
-    adapter.diagnostics_ = _diagnostics(state)
+    adapter.diagnostics_ = _diagnostics(state, adapter.prequential_)
 
 
 def _prequential(losses):
@@ -313,16 +325,21 @@ def _prequential(losses):
     return Bunch(**arrays, **mixes)
 
 
-def _diagnostics(state):
-    statistics = state.trajectory.pairs()[0]
+def _diagnostics(state, losses):
+    trajectory = state.trajectory
+    statistics = trajectory.pairs()[0]
     if not len(statistics):
         return {"n_pairs": 0, "rank": 0, "dispersion": state.spread}
-    latest = state.trajectory.in_force()
+    latest = trajectory.in_force()
+    recent = slice(-len(statistics), None)
+    surprise = xlogy(losses.realised, losses.realised) - losses.realised * np.log(losses.predicted)
     return {
         "n_pairs": state.n_pairs,
         **identifiability(statistics),
         "extrapolation": extrapolation(latest, statistics),
-        **cycling(state.trajectory.counts),
+        **cycling(trajectory.counts),
+        "residual_kl": float(surprise[recent].sum(axis=1).mean()),
+        "conditional_shift_p_value": conditional_shift_p_value(trajectory.counts, trajectory.hits),
         "dispersion": state.spread,
         "scores": {name: float(one.scores.max()) for name, one in state.contenders.items()},
     }
@@ -375,11 +392,7 @@ def _held_back(adapter, statistic, log_prior):
 def corrected(adapter, X, statistic):
     """Compute corrected scores (n, n_classes) of rows."""
     check_is_fitted(adapter, "record_")
-    if not hasattr(adapter, "estimator_"):
-        raise NotFittedError(
-            "this adapter was fitted on a record without rows, so its estimator is not fitted: "
-            "give fit_trajectory a frozen estimator to predict with."
-        )
+    _check_has_estimator(adapter)
     X = check_rows(adapter, X)
     logits = calibrated(adapter, logits_of(adapter, adapter.estimator_, X, strict=False))
     log_prior = anticipated(adapter, statistic)
@@ -389,6 +402,14 @@ def corrected(adapter, X, statistic):
     if adapter.transductive is not None:
         log_prior = _from_batch(adapter, logits, log_prior)
     return correct_logits(logits, log_prior, log_base)
+
+
+def _check_has_estimator(adapter):
+    if not hasattr(adapter, "estimator_"):
+        raise NotFittedError(
+            "this adapter was fitted on a record without rows, so its estimator is not fitted: "
+            "give fit_trajectory a frozen estimator to go on with."
+        )
 
 
 def _from_batch(adapter, logits, log_prior):

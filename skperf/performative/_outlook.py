@@ -7,11 +7,7 @@ from skperf.backbone._validation import check_labelled_rows
 from skperf.performative import _learning
 from skperf.performative._inputs import encode, open_candidate, predicted_codes
 from skperf.performative._rounds import measure, settings_of
-from skperf.performative.diagnostics import (
-    conditional_shift_p_value,
-    one_step_gains,
-    response_p_value,
-)
+from skperf.performative.diagnostics import one_step_gains, response_p_value
 from skperf.performative.equilibrium import plain_gaps, stable_prior
 from skperf.performative.label_shift import correct_logits
 from skperf.performative.ranking import predict_score, resampled_maps, score_under
@@ -170,7 +166,6 @@ def diagnose(adapter, n_permutations):
             n_permutations=n_permutations,
             generator=generator,
         ),
-        "conditional_shift_p_value": conditional_shift_p_value(trajectory.counts, trajectory.hits),
         **one_step_gains(trajectory, fit, log_base=state.log_base),
         "gain_adapter": float(np.mean(losses.none - losses.adapter)) if len(losses.none) else 0.0,
         "worst_recall": losses.worst_recall,

@@ -165,7 +165,8 @@ def measure(statistic, smoothing, codes, predicted, logits, classes, weight):
     ndarray of shape (n_statistics,)
         Finite numbers.
     """
-    proba = probabilities(logits)
+    labels_only = isinstance(statistic, str) and statistic in ("recall", "confusion")
+    proba = None if labels_only else probabilities(logits)
     if not callable(statistic):
         function = STATISTICS[statistic]
         return function(codes, predicted, proba, classes, weight, smoothing=smoothing)

@@ -125,7 +125,7 @@ class Trajectory:
 def smoothed_recall(
     y_true: Codes,
     y_pred: Codes,
-    proba: Array,
+    proba: Array | None,
     classes: NDArray[Any],
     sample_weight: Array | None = None,
     *,
@@ -163,7 +163,7 @@ def smoothed_recall(
 def smoothed_confusion(
     y_true: Codes,
     y_pred: Codes,
-    proba: Array,
+    proba: Array | None,
     classes: NDArray[Any],
     sample_weight: Array | None = None,
     *,
@@ -182,14 +182,14 @@ def smoothed_confusion(
 def predicted_marginal(
     y_true: Codes,
     y_pred: Codes,
-    proba: Array,
+    proba: Array | None,
     classes: NDArray[Any],
     sample_weight: Array | None = None,
     *,
     smoothing: float = 0.0,
 ) -> Array:
     """Mean predicted probability of each class, which needs no labels."""
-    return np.asarray(np.average(proba, axis=0, weights=sample_weight))
+    return np.asarray(np.average(np.asarray(proba), axis=0, weights=sample_weight))
 
 
 def _ratio(part: Array, whole: Array, otherwise: Array | float) -> Array:

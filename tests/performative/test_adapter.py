@@ -257,6 +257,8 @@ def test_a_record_without_rows(lived):
     np.testing.assert_allclose(adapter.predict_prior().sum(), 1.0)
     with pytest.raises(NotFittedError, match="frozen"):
         adapter.predict(np.zeros((1, 3)))
+    with pytest.raises(NotFittedError, match="frozen"):
+        adapter.partial_fit(np.zeros((4, 3)), np.arange(4))
 
 
 def test_counts_are_explained_by_the_row_before():
@@ -668,6 +670,14 @@ def test_the_batch_itself(lived, how):
     before = adapter.estimator_.score(X, y)
     assert adapter.score(X, y) > before
     np.testing.assert_array_equal(adapter.predict(X), adapter.predict(X))
+
+
+@pytest.mark.parametrize("how", ["em", "bbse", "map_em"])
+def test_a_batch_without_any_rounds(frozen, how):
+    X, y = World(seed=5).draw(2000, prior=[0.05, 0.05, 0.1, 0.8])
+    plain = PerformativeAdapter(frozen).fit(*World(seed=6).draw(1000))
+    adapter = PerformativeAdapter(frozen, transductive=how).fit(*World(seed=6).draw(1000))
+    assert adapter.score(X, y) > plain.score(X, y)
 
 
 def test_the_floor_under_the_worst_recall(frozen):
