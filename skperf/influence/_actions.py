@@ -102,14 +102,15 @@ def repair(
     if precondition is True or (precondition == "auto" and self.method_ == "ggn"):
         options["precondition"] = _natural(self)
     with untouched(network.module):
+        limits = accuracy(network, start, guard_rows), max_drop
         rows = _rows_to_train(self, network, chosen, how)
         outcome, report = _guarded(
-            network, start, rows, queries, guard_rows, max_drop, _SIGNS[how], options
+            network, start, rows, queries, guard_rows, limits, _SIGNS[how], options
         )
         report["indices"] = chosen
         if baselines:
             report["baselines"] = _baselines(
-                self, network, start, y, k, queries, guard_rows, max_drop, options, plain
+                self, network, start, y, k, queries, guard_rows, limits, options, plain
             )
     _write(network, outcome)
     return edited(self.estimator_, network, {"action": f"repair:{how}", **report})
@@ -124,8 +125,8 @@ def _rows_to_train(scorer, network, chosen, how):
     return inputs, codes
 
 
-def _guarded(network, start, rows, queries, guard, max_drop, sign, options):
-    before = accuracy(network, start, guard)
+def _guarded(network, start, rows, queries, guard, limits, sign, options):
+    before, max_drop = limits
     path = smallest_flip(network, start, rows, queries, sign=sign, **options)
     parameters, share = largest_allowed(network, start, path.parameters, guard, before - max_drop)
     report = {
@@ -154,7 +155,7 @@ def _natural(scorer):
     return apply
 
 
-def _baselines(scorer, network, start, y, k, queries, guard, max_drop, options, plain):
+def _baselines(scorer, network, start, y, k, queries, guard, limits, options, plain):
     rng = np.random.default_rng(scorer.settings_.seed)
     same_class = np.flatnonzero(np.isin(scorer.y_, y))
     pools = {
@@ -170,7 +171,7 @@ def _baselines(scorer, network, start, y, k, queries, guard, max_drop, options, 
             continue
         picked = rng.choice(pool, min(k, len(pool)), replace=False)
         rows = _rows_to_train(scorer, network, picked, "descend")
-        _, report = _guarded(network, start, rows, queries, guard, max_drop, -1.0, how)
+        _, report = _guarded(network, start, rows, queries, guard, limits, -1.0, how)
         found[name] = {**report, "indices": picked}
     return found
 

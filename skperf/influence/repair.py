@@ -175,7 +175,7 @@ def _of_length(direction: Parameters, like: Parameters) -> Parameters:
         sum(float(p.square().sum()) for p in parameters.values()) ** 0.5
         for parameters in (like, direction)
     )
-    return {name: p * (wanted / max(size, 1e-300)) for name, p in direction.items()}
+    return {name: p * (wanted / max(size, 1e-30)) for name, p in direction.items()}
 
 
 def _between(first: Parameters, second: Parameters, share: float) -> Parameters:

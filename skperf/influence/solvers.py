@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Multiply = Callable[[Tensor], Tensor]
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def conjugate_gradient(
         x += step * direction
         residual -= step * product
         before, squared = squared, residual.square().sum(1)
-        ratio = torch.where(active, squared / before.clamp_min(1e-300), 0.0)
+        ratio = torch.where(active, squared / before.clamp_min(_TINY), 0.0)
         direction = residual + ratio[:, None] * direction
         iterations += 1
     relative = _relative(residual, right)
@@ -126,14 +127,16 @@ def neumann(
     Linear Time" (2017).
     """
     x = right.clone()
-    first = right.norm(dim=1).clamp_min(1e-300)
+    first = right.norm(dim=1).clamp_min(_TINY)
     best = torch.inf
     change = torch.full_like(first, torch.inf)
+    active = torch.ones_like(first, dtype=torch.bool)
     iterations = 0
     for iterations in range(1, max_iter + 1):
         step = right - multiply(x, iterations) / scale
+        step = step * active[:, None]
         x = x + step
-        change = step.norm(dim=1) / x.norm(dim=1).clamp_min(1e-300)
+        change = step.norm(dim=1) / x.norm(dim=1).clamp_min(_TINY)
         size = float((step.norm(dim=1) / first).max())
         if not size < 1e3 * min(best, 1e6):
             raise ValueError(
@@ -141,9 +144,10 @@ def neumann(
                 "scale above the largest curvature, or use method='cg'."
             )
         best = min(best, size)
-        if bool((change <= tol).all()):
+        active = active & (change > tol)
+        if not bool(active.any()):
             break
-    return Solution(x / scale, change, iterations, bool((change <= tol).all()))
+    return Solution(x / scale, change, iterations, not bool(active.any()))
 
 
 def largest_eigenvalue(multiply: Multiply, start: Tensor, *, n_iterations: int = 20) -> float:
@@ -262,9 +266,11 @@ def lsmr(
     rho, rhobar, cbar = torch.ones_like(alpha), torch.ones_like(alpha), torch.ones_like(alpha)
     sbar = torch.zeros_like(alpha)
     h, hbar, x = v.clone(), torch.zeros_like(v), torch.zeros_like(v)
-    first = zetabar.abs().clamp_min(1e-300)
+    first = zetabar.abs().clamp_min(_TINY)
     iterations = 0
     while iterations < max_iter and bool((zetabar.abs() > tol * first).any()):
+        # each right-hand side stops by itself, so that it does not matter which ones go together
+        active = zetabar.abs() > tol * first
         u, beta = _unit(multiply(v) - alpha[:, None] * u)
         v, alpha = _unit(adjoint(u) - beta[:, None] * v)
         alphahat = (alphabar.square() + damp**2).sqrt()
@@ -277,7 +283,7 @@ def lsmr(
         cbar, sbar = _ratio(lifted, rhobar), _ratio(theta, rhobar)
         zeta, zetabar = cbar * zetabar, -sbar * zetabar
         hbar = h - _ratio(thetabar * rho, rho_before * rhobar_before)[:, None] * hbar
-        x = x + _ratio(zeta, rho * rhobar)[:, None] * hbar
+        x = x + (active * _ratio(zeta, rho * rhobar))[:, None] * hbar
         h = v - _ratio(theta, rho)[:, None] * h
         iterations += 1
     residual = _relative(multiply(x) - right, right)
