@@ -305,13 +305,15 @@ def table():
     for task in [*dict.fromkeys(row["task"] for row in rows), "mean of tasks"]:
         for name in dict.fromkeys(row["method"] for row in rows):
             mine = [r for r in rows if r["method"] == name and task in (r["task"], "mean of tasks")]
-            record = {"task": task, "method": name, "seeds": len({r["seed"] for r in mine})}
+            record = {"task": task, "method": name}
             for column in COLUMNS:
                 by_seed: dict[int, list[float]] = {}
                 for row in mine:
                     by_seed.setdefault(row["seed"], []).append(100 * row[column])
-                means = [np.mean(values) for values in by_seed.values()]
+                complete = max(map(len, by_seed.values()))
+                means = [np.mean(v) for v in by_seed.values() if len(v) == complete]
                 record[column] = f"{np.mean(means):.1f} ± {np.std(means):.1f}"
+                record["seeds"] = len(means)
             records.append(record)
             cells = "".join(f"{record[column]:>14s}" for column in COLUMNS)
             print(f"{task:14s} {name:34s}{cells}")

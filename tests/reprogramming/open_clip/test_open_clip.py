@@ -30,7 +30,8 @@ def hugging_face_text(tmp_path_factory):
     ]
     (folder / "vocab.txt").write_text("\n".join(words))
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertConfig(len(words), 16, max_position_embeddings=20, **sizes).save_pretrained(folder)
+    sizes |= {"vocab_size": len(words), "hidden_size": 16, "max_position_embeddings": 20}
+    BertConfig(**sizes).save_pretrained(folder)
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 
