@@ -117,9 +117,6 @@ def fading(seed):
         "GGN, damping 0.1": lambda step: damped(0.1),
         "GGN, damping tied to the horizon": lambda step: damped("horizon", horizon=step),
         "GGN, filter of the horizon": lambda step: damped("flow", horizon=step),
-        "exact, damping tied to the horizon": lambda step: full.with_damping(
-            "horizon", horizon=step
-        ),
         "exact, filter of the horizon": lambda step: full.with_damping("flow", horizon=step),
         "exact Hessian, filter": lambda step: hessian.with_damping("flow", horizon=step),
     }

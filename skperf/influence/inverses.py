@@ -99,8 +99,8 @@ def _solve_gif(problem: Problem, right: Tensor, damping: float, extra: dict[str,
 
 
 def _solve_exact(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    if "vectors" in extra:
-        vectors = extra["vectors"].to(right.device)
+    if "spectrum" in extra:
+        vectors = extra["spectrum"][1].to(right.device)
         filtered: Tensor = ((right @ vectors) * extra["weights"].to(right.device)) @ vectors.T
         return filtered
     return torch.cholesky_solve(right.T, extra["cholesky"].to(right.device)).T
@@ -233,7 +233,12 @@ def exact(problem: Problem) -> Fitted:
     return exact_with_damping(problem, matrix, problem.train_gradients())
 
 
-def exact_with_damping(problem: Problem, matrix: Tensor, train: Gradients) -> Fitted:
+def exact_with_damping(
+    problem: Problem,
+    matrix: Tensor,
+    train: Gradients,
+    spectrum: tuple[Tensor, Tensor] | None = None,
+) -> Fitted:
     """Damp a dense curvature.
 
     Parameters
@@ -244,6 +249,8 @@ def exact_with_damping(problem: Problem, matrix: Tensor, train: Gradients) -> Fi
         Curvature without damping.
     train : list of Factor
         Gradients of the training rows.
+    spectrum : tuple of Tensor, optional
+        Eigenvalues and eigenvectors, where they are known.
 
     Returns
     -------
@@ -255,21 +262,28 @@ def exact_with_damping(problem: Problem, matrix: Tensor, train: Gradients) -> Fi
     ValueError
         If the damped curvature is indefinite.
     """
+    extra: dict[str, Any] = {"matrix": matrix}
     if problem.settings.damping == "flow":
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(matrix) if spectrum is None else spectrum
         time = horizon_time(problem.settings)
         weights = gradient_flow(time, problem.settings.weight_decay)(values)
-        extra, damping = {"vectors": vectors, "weights": weights}, 1 / time
+        extra |= {"spectrum": (values, vectors), "weights": weights}
+        damping = 1 / time
     else:
         damping = resolve_damping(problem)
-        damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
-        cholesky, failed = torch.linalg.cholesky_ex(damped)
-        if bool(failed):
-            lowest = float(torch.linalg.eigvalsh(damped)[0])
-            raise ValueError(
-                f"the damped curvature is indefinite (smallest eigenvalue {lowest:.3g}): raise "
-                "damping, or use curvature='ggn', which has no negative eigenvalue."
-            )
-        extra = {"cholesky": cholesky}
-    lift = Solved("exact", damping, {"matrix": matrix, **extra})
+        extra |= {"cholesky": _damped_cholesky(matrix, damping)}
+    lift = Solved("exact", damping, extra)
     return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": damping})
+
+
+def _damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
+    damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
+    cholesky, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed):
+        lowest = float(torch.linalg.eigvalsh(damped)[0])
+        raise ValueError(
+            f"the damped curvature is indefinite (smallest eigenvalue {lowest:.3g}): raise "
+            "damping, or use curvature='ggn', which has no negative eigenvalue."
+        )
+    factor: Tensor = cholesky
+    return factor

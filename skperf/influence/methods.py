@@ -392,7 +392,8 @@ def redamped(problem: Problem, fitted: Fitted, method: str) -> Fitted:
     if isinstance(lift, Woodbury | Filtered):
         return with_damping(fitted, lift.curvature, problem)
     if isinstance(lift, Solved) and "matrix" in lift.extra:
-        return exact_with_damping(problem, lift.extra["matrix"], fitted.train)
+        spectrum = lift.extra.get("spectrum")
+        return exact_with_damping(problem, lift.extra["matrix"], fitted.train, spectrum)
     return METHODS[method](problem)
 
 

@@ -163,7 +163,8 @@ def test_results_do_not_depend_on_how_the_work_is_cut(data, net, method, tmp_pat
     base = {"method": method, "random_state": 0, "damping": 0.1}
     whole = InfluenceScorer(FrozenEstimator(net), **base).fit(X[:120], y[:120])
     expected = whole.influence(X[120:], y[120:])
-    scale = np.abs(expected).max()
+    # the least-squares iteration stops at a tolerance, the others are exact up to rounding
+    scale = np.abs(expected).max() * (20 if method == "gif" else 1)
     row = sum(t[0].numel() * 4 for f in whole.fits_[0].train for t in f.tensors)
     for other in (
         {"batch_size": 13},
