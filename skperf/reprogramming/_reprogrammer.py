@@ -99,8 +99,8 @@ class Reprogrammer(
     focal_gamma, focal_alpha : float, default=0.0, 1.0
         Exponent and factor of the focal form.
     alpha : "auto", float or list of float, default="auto"
-        0 = reprogrammed, 1 = zero-shot. Of a list, or of 0, 0.1, ..., 1 for "auto", the largest
-        within a point of the best accuracy on the rows held out; 0 without a zero-shot head.
+        0 = reprogrammed, 1 = zero-shot. Of a list, or of 0, 0.1, ..., 1 for "auto", the best
+        on the rows held out, of equals the largest; 0 without a zero-shot head.
     training_alpha : float, default=0.5
         The mix whose loss is averaged with that of the reprogrammed representation in
         training; 0 trains the latter alone, as the released code does.

@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-#: Accuracy that "auto" gives up, at most, for more of the zero-shot representation.
-TOLERANCE = 0.01
-
 
 @dataclass(frozen=True)
 class Representations:
@@ -98,24 +95,17 @@ class AlphaCurve:
     accuracy: tuple[float, ...]
     loss: tuple[float, ...]
 
-    def best(self, tolerance: float = TOLERANCE) -> float:
-        """Choose the largest alpha that costs next to no accuracy.
-
-        Parameters
-        ----------
-        tolerance : float, default=0.01
-            How much accuracy below the highest is still good enough.
+    def best(self) -> float:
+        """Choose the alpha with the highest accuracy; of equals the largest.
 
         Returns
         -------
         float
-            As much of the zero-shot representation as that allows: it is what knows about
-            pictures that the task's rows do not show.
+            The zero-shot representation is what knows about pictures that the task's rows
+            do not show, so that where it costs nothing more of it is better.
         """
-        enough = max(self.accuracy) - tolerance - 1e-9
-        return max(
-            a for a, right in zip(self.alphas, self.accuracy, strict=True) if right >= enough
-        )
+        ranked = zip(self.accuracy, self.alphas, strict=True)
+        return max((round(right, 6), alpha) for right, alpha in ranked)[1]
 
 
 def alpha_curve(
