@@ -1,6 +1,6 @@
 """Influence of training rows, side by side with captum, kronfluence and pyDVL.
 
-    python -m benchmarks.influence W1 W1s W2 W2-10k MLP235k
+    python -m benchmarks.influence W1 W1s W2 W2-10k MLP235k --search --memory
 
 Needs the peers of ``benchmarks/peers.txt`` in an environment of their own, and Fashion-MNIST
 (``python -m skperf.datasets fetch fashion_mnist``). All methods of a workload run in turn in one
@@ -124,9 +124,9 @@ def measure_memory(workload, name):
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
 
 
-def run(name, folder, repeats, memory):
+def run(name, folder, repeats, memory, search):
     workload = load(name, folder)
-    dampings = best_dampings(workload)
+    dampings = best_dampings(workload) if search else {}
     methods, scores = methods_of(workload, dampings), {}
 
     def keep(method, key):
@@ -142,25 +142,35 @@ def run(name, folder, repeats, memory):
         row = {
             "workload": name,
             "method": key,
+            "threads": torch.get_num_threads(),
+            "repeats": repeats,
+            "machine load": round(os.getloadavg()[0]),
             "wall s": round(times["wall"], 4),
             "CPU s": round(times["cpu"], 4),
             "wall range": f"{times['wall_min']:.3g} to {times['wall_max']:.3g}",
             "LDS": None if score is None else round(score, 3),
             "peak MiB": round(peak_memory(workload, key, folder)) if memory else None,
-            "note": notes.get(key, f"damping {dampings[key]:g}" if key in dampings else ""),
+            "note": notes.get(key, _damping_note(key, dampings)),
         }
         rows.append(row)
         print("  ".join(f"{value}" for value in row.values()), flush=True)
     return rows
 
 
+def _damping_note(key, dampings):
+    """State the damping that a peer ran at."""
+    given = {"kronfluence EKFAC": 1e-4, "pyDVL Nystroem 200": 0.01, "pyDVL Direct": 0.01} | dampings
+    return f"damping {given[key]:g}" if key in given else ""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workloads", nargs="+")
+    parser.add_argument("workloads", nargs="*", default=["W1", "W1s", "W2", "W2-10k", "MLP235k"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", default="influence_workloads")
-    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    parser.add_argument("--search", action="store_true", help="search the peers' best damping")
     parser.add_argument("--memory-of")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -171,12 +181,8 @@ def main():
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     for name in arguments.workloads:
         kept = [row for row in results["rows"] if row["workload"] != name]
-        new = run(name, arguments.cache, arguments.repeats, arguments.memory)
+        new = run(name, arguments.cache, arguments.repeats, arguments.memory, arguments.search)
         results = {
-            "command": "python -m benchmarks.influence " + name,
-            "threads": arguments.threads,
-            "repeats": arguments.repeats,
-            "load": os.getloadavg()[0],
             "rows": [*kept, *new],
         }
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
