@@ -198,13 +198,13 @@ def influence_rows(figures: Path) -> list[tuple[str, str, str, str]]:
     rng = np.random.default_rng(0)
     flipped = rng.random(1000) < 0.1
     labels = np.where(flipped, (y[:1000] + rng.integers(1, 10, 1000)) % 10, y[:1000])
-    net = Net(SmallConvNet, lr=0.003, max_epochs=8, batch_size=64, random_state=0)
+    net = Net(SmallConvNet, lr=0.003, max_epochs=6, batch_size=64, random_state=0)
     scorer = InfluenceScorer(net, random_state=0).fit(X[:1000], labels)
     found, plain = scorer.detect_mislabels(), scorer.loss_
     auc, naive = roc_auc_score(flipped, found), roc_auc_score(flipped, plain)
-    guard, asked = slice(1000, 1500), np.arange(1500, 3000)
-    wrong = asked[scorer.estimator_.predict(X[1500:]) != y[1500:]][:10]
-    options = {"guard": (X[guard], y[guard]), "k": 50, "max_steps": 20}
+    guard = slice(1000, 1400)
+    wrong = 1400 + np.flatnonzero(scorer.estimator_.predict(X[1400:2000]) != y[1400:2000])[:5]
+    options = {"guard": (X[guard], y[guard]), "k": 50, "max_steps": 10, "max_drop": 0.02}
     reports = [scorer.repair(X[[i]], y[[i]], **options).edit_report_ for i in wrong]
     others = [report["baselines"]["same_class"] for report in reports]
     display = InfluenceDisplay.from_estimator(
