@@ -1,6 +1,6 @@
 """Next-round log loss on real rows, in worlds that answer the model and in one that does not.
 
-Run with ``python -m benchmarks.performative_real [--seeds 5] [--rounds 60]`` after
+Run with ``python -m benchmarks.performative_real [--seeds 5] [--rounds 40]`` after
 ``python -m skperf.datasets fetch fashion_mnist r8 newsgroups wordllama``; writes
 ``benchmarks/results/performative_real.json`` and ``performative_real.png``. The adapter is what
 is deployed; all others are judged on the rounds that it meets.
@@ -163,7 +163,7 @@ def draw(curves):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     torch.set_num_threads(1)
     records, curves = [], {}
