@@ -257,7 +257,7 @@ def component_rows(figures: Path) -> list[tuple[str, str, str, str]]:
     X, y = bunch.images.astype(np.float32) / 255, np.asarray(bunch.target)
     names = list(bunch.target_names)
     module = from_module(load_small_resnet(), np.arange(len(names)))
-    forgotten = names.index("bag")
+    forgotten = names.index("coat")
     rng = np.random.default_rng(0)
     rows = np.concatenate(
         [
@@ -285,7 +285,7 @@ def component_rows(figures: Path) -> list[tuple[str, str, str, str]]:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     of_class = np.flatnonzero(y[rows] == forgotten)
     ComponentDisplay.from_estimator(
-        model, examples=of_class, ax=axes[0], name="what makes a bag a bag"
+        model, examples=of_class, ax=axes[0], name="what makes a coat a coat"
     )
     EditPathDisplay.from_estimator(edited, ax=axes[1], name="forgetting it")
     figure.savefig(figures / "components.png", dpi=90)
@@ -299,7 +299,7 @@ def component_rows(figures: Path) -> list[tuple[str, str, str, str]]:
         ),
         (
             "ComponentAttributor.edit",
-            f"forget the class 'bag' ({before[0]} right, the others {before[1]})",
+            f"forget the class 'coat' ({before[0]} right, the others {before[1]})",
             f"{k} filters gone: {after[0]} right, the others {after[1]}",
             f"{k} random filters: {luck[0]} and {luck[1]}",
         ),

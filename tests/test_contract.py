@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from skperf.model_selection import RoundForwardSplit
 
 import skperf
 import skperf.metrics
 from skperf.datasets import PerformativeStream
+from skperf.model_selection import RoundForwardSplit
 
 # constructor: (positional, {keyword: default}); methods: {name: arguments}
 ESTIMATORS = {
