@@ -362,7 +362,7 @@ class Net(NeuralNetClassifier):
             Mean loss; with weights the weighted sum over the sum of weights.
         """
         if not isinstance(y_true, tuple | list):
-            return self.criterion_(y_pred, y_true)
+            return self.criterion_(y_pred, y_true.to(y_pred.device))
         codes, weight = y_true
         weight = weight.to(y_pred.device)
         reduction, self.criterion_.reduction = self.criterion_.reduction, "none"

@@ -278,7 +278,8 @@ def _gains(
         log_loss(rows.scores + q, rows.codes, rows.weight)
         for q in expected.reshape(-1, len(log_base))
     ]
-    return -rows.weight.sum() * np.reshape(losses, expected.shape[:2])
+    likelihoods: Array = -rows.weight.sum() * np.reshape(losses, expected.shape[:2])
+    return likelihoods
 
 
 def _updated_spread(state: Anticipation, statistic: Array, counts: Array) -> float:

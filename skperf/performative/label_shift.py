@@ -40,7 +40,8 @@ def correct_logits(logits: Array, log_prior: Array, log_base: Array) -> Array:
 def smooth_shares(counts: Array, pseudo_count: float = 1.0) -> Array:
     """Turn label counts of shape (..., n_classes) into shares, none of them 0."""
     filled: Array = counts + pseudo_count / counts.shape[-1]
-    return filled / filled.sum(axis=-1, keepdims=True)
+    shares: Array = filled / filled.sum(axis=-1, keepdims=True)
+    return shares
 
 
 def probabilities(logits: Array) -> Array:
