@@ -68,7 +68,7 @@ def live(logits, y, world, seed, n_rounds):
     stream = PerformativeStream(logits, y, train_size=1, random_state=seed, **WORLDS[world])
     # the rows are logits already: the network has been run once for all
     classifier = from_module(torch.nn.Identity().double(), np.arange(n_classes))
-    adapter = PerformativeAdapter(classifier, random_state=seed)
+    adapter = PerformativeAdapter(classifier, transductive="map_em", random_state=seed)
     statistic, counts, losses, recalls = None, None, [], []
     confusion = np.zeros((n_classes, n_classes))
     for number in range(n_rounds):
@@ -78,8 +78,7 @@ def live(logits, y, world, seed, n_rounds):
             scores = X - np.log(adapter.base_prior_)
             shares = (counts + 1 / n_classes) / (counts.sum() + 1)
             base, anticipated = np.log(adapter.base_prior_), np.log(adapter.predicted_prior_)
-            both = adapter.set_params(transductive="map_em").predict_log_proba(X)
-            adapter.set_params(transductive=None)
+            both = adapter.predict_log_proba(X)  # has seen the batch, which is not deployed
             bbse = bbse_prior(softmax(X, axis=1), confusion)
             mixes = {
                 "none": base,

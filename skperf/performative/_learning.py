@@ -218,6 +218,7 @@ def _learned(adapter, record, number, X, codes, predicted, weight):
         log_prior,
         weight=weight,
         objective=adapter.objective,
+        hybrid=adapter.transductive == "map_em" and isinstance(adapter.prior_strength, str),
     )
 
 

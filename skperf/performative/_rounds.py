@@ -32,6 +32,8 @@ COSTLY = 2000  # parameters above which a linear map among others is refitted mo
 LADDER = ("fixed", "tied", "curve", "linear", "mlp")
 ROWS_A_ROUND = 256  # kept for the log-loss objective
 ROWS_A_CLASS = 200  # kept to watch the worst recall
+WORTHS = (np.inf, 1e4, 1e3, 1e2, 0.0)  # labels; infinity is the anticipation alone
+BATCH_MEMORY = 0.8  # about five rounds
 LOSSES = ("none", "last", "adapter", "oracle")
 
 
@@ -130,12 +132,15 @@ class Record:
         total variation to the last mix, and the mixes predicted and realised.
     memory : tuple of ndarray or None
         Scores and classes of recent rows, for the worst recall.
+    batch_losses : ndarray of shape (n_worths,) or None
+        Log losses lately, had the anticipation been worth each number of labels to the hybrid.
     """
 
     anticipation: Anticipation
     confusion: np.ndarray
     losses: tuple = ()
     memory: tuple | None = None
+    batch_losses: np.ndarray | None = None
 
     @property
     def log_base(self):
@@ -180,7 +185,9 @@ def measure(statistic, smoothing, codes, predicted, logits, classes, weight):
     return values
 
 
-def add_round(record, settings, number, logits, codes, statistic, log_prior, *, weight, objective):
+def add_round(
+    record, settings, number, logits, codes, statistic, log_prior, *, weight, objective, hybrid
+):
     """Learn from one round.
 
     Parameters
@@ -203,6 +210,8 @@ def add_round(record, settings, number, logits, codes, statistic, log_prior, *, 
         Weights of the rows.
     objective : {"marginal", "log_loss"}
         Whether rows are kept.
+    hybrid : bool
+        Whether to judge how much the anticipation is worth beside the rows themselves.
 
     Returns
     -------
@@ -229,7 +238,25 @@ def add_round(record, settings, number, logits, codes, statistic, log_prior, *, 
         confusion=record.confusion + soft_confusion(proba, codes, weight),
         losses=(*record.losses, _losses(record, number, counts, log_prior, logits, codes, weight)),
         memory=_remembered(record.memory, logits - record.log_base, codes),
+        batch_losses=_hybrid_losses(record, logits, codes, log_prior, weight) if hybrid else None,
     )
+
+
+def _hybrid_losses(record, logits, codes, log_prior, weight):
+    """Judge every worth on a round before its labels are learned from."""
+    scores = logits - record.log_base
+    mixes = [_hybrid_prior(record, logits, log_prior, worth) for worth in WORTHS]
+    losses = np.array([log_loss(scores + mix, codes, weight) for mix in mixes])
+    before = record.batch_losses
+    return losses if before is None else BATCH_MEMORY * before + (1 - BATCH_MEMORY) * losses
+
+
+def _hybrid_prior(record, logits, log_prior, worth):
+    if np.isinf(worth):
+        return log_prior
+    mean = np.exp(log_prior)
+    prior = em_prior(logits, record.log_base, mean=mean, strength=worth, tol=1e-5).prior
+    return np.log(np.maximum(prior, 1e-12))
 
 
 def add_counts(record, settings, number, counts, statistic):
@@ -336,8 +363,8 @@ def batch_prior(record, logits, log_prior, *, how, strength):
     how : {"em", "bbse", "map_em"}
         Estimator; only the last uses the anticipation.
     strength : float or "auto"
-        Labels that the anticipation is worth to ``"map_em"``; "auto" follows from how well
-        the latest rounds were anticipated.
+        Labels that the anticipation is worth to ``"map_em"``; "auto" takes what gave the latest
+        rounds their smallest loss.
 
     Returns
     -------
@@ -350,14 +377,13 @@ def batch_prior(record, logits, log_prior, *, how, strength):
     if how == "em":
         return np.log(np.maximum(em_prior(logits, record.log_base).prior, 1e-12))
     worth = _pseudo_labels(record) if isinstance(strength, str) else strength
-    mean = np.exp(log_prior)
-    return np.log(
-        np.maximum(em_prior(logits, record.log_base, mean=mean, strength=worth).prior, 1e-12)
-    )
+    return _hybrid_prior(record, logits, log_prior, worth)
 
 
 def _pseudo_labels(record):
-    """Concentration of label mixes around the anticipated ones, in labels."""
+    """Give the worth that did best lately, or at first the concentration of recent mixes."""
+    if record.batch_losses is not None:
+        return WORTHS[int(record.batch_losses.argmin())]
     state = record.anticipation
     size = state.trajectory.counts.sum(axis=1).mean() if len(state.trajectory) else 1.0
     return float(np.clip((size - state.spread) / max(state.spread - 1.0, 1e-2), 1.0, 10 * size))
@@ -385,6 +411,6 @@ def interval_of(record, prior, level=0.9):
 
     state = record.anticipation
     size = state.trajectory.counts.sum(axis=1).mean() if len(state.trajectory) else 1.0
-    worth = max(1.0, size / state.spread)
+    worth = max(1.0, size / max(1.0, state.spread))
     tails = np.array([(1 - level) / 2, (1 + level) / 2])[(...,) + (None,) * prior.ndim]
     return beta.ppf(tails, worth * prior, np.maximum(worth * (1 - prior), 1e-9))

@@ -140,8 +140,8 @@ class Anticipation:
     choice : Choice
         The one in use.
     spread : float
-        Dispersion of the latest counts around what was anticipated; labels of a round are worth
-        this much less.
+        Dispersion of the latest counts around what was anticipated, 1 where they differ by chance
+        alone; labels of a round are worth this much less.
     n_rounds, n_pairs : int
         Seen so far, also when no longer in the buffer.
     rows : tuple of Rows
@@ -283,9 +283,11 @@ def _gains(
 
 
 def _updated_spread(state: Anticipation, statistic: Array, counts: Array) -> float:
+    """Average the surprises so far, then those of about ten rounds."""
     freedom = max(1, len(counts) - 1)
     surprise = float(deviance(state.log_prior(statistic)[None], counts[None])[0]) / freedom
-    return max(1.0, MEMORY * state.spread + (1 - MEMORY) * surprise)
+    weight = max(1 - MEMORY, 1.0 / (state.n_pairs + 1.0))
+    return (1 - weight) * state.spread + weight * surprise
 
 
 def _refitted(state: Anticipation, settings: Settings) -> dict[str, Contender]:

@@ -672,6 +672,24 @@ def test_the_batch_itself(lived, how):
     np.testing.assert_array_equal(adapter.predict(X), adapter.predict(X))
 
 
+def test_overconfident_scores_make_the_hybrid_trust_the_anticipation(frozen):
+    module = torch.nn.Linear(3, K).double()
+    inner = frozen.estimator
+    with torch.no_grad():
+        module.weight.copy_(6 * torch.tensor(inner.coef_))
+        module.bias.copy_(6 * torch.tensor(inner.intercept_))
+    keywords = {"adapter": ["fixed", "tied"], "base_prior": "uniform", "random_state": 0}
+    adapter = PerformativeAdapter(module, transductive="map_em", **keywords)
+    live(adapter, World(), 12)
+    assert adapter.record_.batch_losses.argmin() == 0  # the anticipation alone
+    X, _ = World(seed=5).draw(1000, prior=adapter.predicted_prior_)
+    alone = deepcopy(adapter).set_params(transductive=None)
+    np.testing.assert_allclose(adapter.predict_proba(X), alone.predict_proba(X))
+    given = deepcopy(adapter).set_params(prior_strength=0)
+    em = deepcopy(adapter).set_params(transductive="em")
+    np.testing.assert_allclose(given.predict_proba(X), em.predict_proba(X), atol=1e-2)
+
+
 @pytest.mark.parametrize("how", ["em", "bbse", "map_em"])
 def test_a_batch_without_any_rounds(frozen, how):
     X, y = World(seed=5).draw(2000, prior=[0.05, 0.05, 0.1, 0.8])
