@@ -240,7 +240,9 @@ class Net(NeuralNetClassifier):
             weight = check_sample_weight(sample_weight, inputs, dtype=np.float64)
             targets = (targets, torch.as_tensor(weight).to(network.dtype))
         with preserved_rng(network.device):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator_)))
+            # for dropout; not while another thread draws its initial weights
+            with _INITIALISING:
+                torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator_)))
             self.notify("on_train_begin", X=inputs, y=targets)
             with suppress(_StopTraining):
                 self.fit_loop(inputs, targets)
