@@ -1,16 +1,15 @@
 """Run the passes of a plan, in pieces and in any order of workers, and keep only sums."""
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skperf.backbone._workers import spread
 from skperf.backbone.outputs import Output
 from skperf.backbone.progress import track
 from skperf.components.designs import GRADIENT_COST, Plan, bernoulli_masks, path_gates
@@ -312,29 +311,17 @@ def _pieces(start: int, count: int, size: int) -> list[range]:
 
 
 def _run(
-    task: Callable[..., Any],
+    task: Callable[[Question, range], Any],
     question: Question,
     pieces: list[range],
     n_jobs: int | None,
     what: str,
     verbose: int,
 ) -> Iterator[Any]:
-    alone = effective_n_jobs(n_jobs) == 1
-    results: Any = (
-        (task(question, piece) for piece in pieces)
-        if alone
-        else Parallel(n_jobs=n_jobs, return_as="generator")(
-            delayed(_on_a_copy)(task, question, piece) for piece in pieces
-        )
-    )
+    # threads would share the circuit, whose weights a pass changes
+    own = question.circuit.copied
+    results = spread(task, question, pieces, n_jobs=n_jobs, own=own)
     return track(results, description=what, total=len(pieces), verbose=verbose)
-
-
-def _on_a_copy(task: Callable[..., Any], question: Question, piece: range) -> Any:
-    """Workers that are threads share the circuit, whose weights a pass changes."""
-    if question.circuit.copied:
-        question = replace(question, circuit=deepcopy(question.circuit))
-    return task(question, piece)
 
 
 def _paths(question: Question, numbers: range) -> tuple[PathSums, Array]:

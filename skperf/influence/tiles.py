@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, effective_n_jobs
+from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skperf.backbone._workers import spread
 from skperf.backbone.network import Network
 from skperf.backbone.progress import track
 from skperf.influence.captures import Tape
@@ -297,16 +298,19 @@ def scored_tiles(
     scores : ndarray of shape (n_queries, n_rows)
         Their scores.
     """
-    n, workers = len(train[0]), effective_n_jobs(n_jobs)
-    length = min(length, -(-n // workers))
+    n = len(train[0])
+    length = min(length, -(-n // effective_n_jobs(n_jobs)))
     slices = [slice(start, min(start + length, n)) for start in range(0, n, length)]
-    if workers == 1:
-        for rows in slices:
-            yield rows, block(terms, take(train, rows), scale, device)
-        return
-    jobs = (delayed(block)(terms, take(train, rows), scale, device) for rows in slices)
-    parallel = Parallel(n_jobs, prefer="threads", return_as="generator")
-    yield from zip(slices, parallel(jobs), strict=True)
+    tiles = (take(train, rows) for rows in slices)
+    common = (terms, scale, device)
+    yield from zip(
+        slices, spread(_block, common, tiles, n_jobs=n_jobs, prefer="threads"), strict=True
+    )
+
+
+def _block(common: tuple[Terms, float, torch.device], tile: Sequence[Factor]) -> NDArray[Any]:
+    terms, scale, device = common
+    return block(terms, tile, scale, device)
 
 
 class Largest:

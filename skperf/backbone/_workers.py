@@ -1,0 +1,78 @@
+"""Give pieces of work to joblib, and send what they share once to each worker."""
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any
+from uuid import uuid4
+
+import cloudpickle
+import numpy as np
+from joblib import Parallel, delayed, effective_n_jobs, parallel_config
+from joblib.parallel import get_active_backend
+from numpy.typing import NDArray
+
+
+def spread(
+    task: Callable[..., Any],
+    common: Any,
+    pieces: Iterable[Any],
+    *,
+    n_jobs: int | None,
+    prefer: str | None = None,
+    own: bool = False,
+) -> Iterator[Any]:
+    """Run ``task(common, piece)`` for every piece, wherever joblib is told to.
+
+    Processes take `common` as an array of bytes: joblib maps it into the memory of processes on
+    this machine, and dask replicates it over its workers, so that a worker that dies costs time
+    only. Threads share it.
+
+    Parameters
+    ----------
+    task : callable
+        At the top level of a module.
+    common : object
+        What all pieces need, such as the network.
+    pieces : iterable
+        What distinguishes them; sent with each task.
+    n_jobs : int or None
+        As in joblib.
+    prefer : {"threads", "processes"}, optional
+        As in joblib.
+    own : bool, default=False
+        Whether tasks change `common`, so that threads need a copy each.
+
+    Yields
+    ------
+    object
+        Results, in the order of the pieces.
+    """
+    if effective_n_jobs(n_jobs) == 1:
+        yield from (task(common, piece) for piece in pieces)
+        return
+    backend, _ = get_active_backend(prefer=prefer)
+    if getattr(backend, "supports_sharedmem", False):
+        parallel = Parallel(n_jobs, prefer=prefer, return_as="generator")
+        yield from parallel(
+            delayed(task)(deepcopy(common) if own else common, piece) for piece in pieces
+        )
+        return
+    # dask names what it replicates by its content, and may be dropping the same content from the
+    # last call just now: a few bytes behind the pickle make it another
+    packed = np.frombuffer(cloudpickle.dumps(common) + uuid4().bytes, np.uint8)
+    with _replicated(backend, packed):
+        parallel = Parallel(n_jobs, prefer=prefer, return_as="generator")
+    yield from parallel(delayed(_unpacked)(task, packed, piece) for piece in pieces)
+
+
+def _replicated(backend: Any, packed: NDArray[np.uint8]) -> AbstractContextManager[Any]:
+    client = getattr(backend, "client", None)
+    if client is None:
+        return nullcontext()
+    return parallel_config("dask", n_jobs=-1, client=client, scatter=[packed])
+
+
+def _unpacked(task: Callable[..., Any], packed: NDArray[np.uint8], piece: Any) -> Any:
+    return task(pickle.loads(packed.data), piece)
