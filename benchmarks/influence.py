@@ -5,8 +5,10 @@
 Needs the peers of ``benchmarks/peers.txt`` in an environment of their own, and Fashion-MNIST
 (``python -m skperf.datasets fetch fashion_mnist``). All methods of a workload run in turn in one
 process after a warm-up; medians of wall and CPU seconds go to results/influence_speed.json with
-the linear datamodeling score (LDS) against networks retrained on 50 halves. Peak memory is taken
-in a process of its own for each method.
+the linear datamodeling score (LDS) against networks retrained on 50 halves, and its jackknife
+error over the halves. Peers run at the damping that this same score likes best; ours is what
+``benchmarks.influence_damping`` chose on other data. Peak memory is taken in a process of its
+own for each method. What the figures come to is written to results/influence_targets.json.
 """
 
 import argparse
@@ -30,7 +32,17 @@ from skperf.influence import InfluenceScorer
 from skperf.metrics import linear_datamodeling_score
 
 RESULTS = Path(__file__).parent / "results" / "influence_speed.json"
-DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2)
+DAMPINGS = {
+    "kronfluence EKFAC": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+    "pyDVL Nystroem 200": (1e-3, 3e-3, 1e-2, 3e-2),
+    "pyDVL Direct": (0.01, 0.03, 0.1, 0.3),
+}
+ORDINARY = {"kronfluence EKFAC": 1e-4, "pyDVL Nystroem 200": 0.01, "pyDVL Direct": 0.01}
+PEERS = {
+    "kronfluence EKFAC": peers.kronfluence,
+    "pyDVL Nystroem 200": peers.pydvl_nystroem,
+    "pyDVL Direct": peers.pydvl_direct,
+}
 
 
 def ours(workload, **params):
@@ -48,46 +60,67 @@ def ensemble(workload):
 
 def methods_of(workload, dampings):
     """List what runs on a workload, each as a function without arguments."""
-    small = workload.name in ("W1", "W1s")
     methods = {
         "skperf gradient dot": partial(ours, workload, method="gradient_dot"),
         "captum TracInCP": partial(peers.captum_tracin, workload),
     }
     if workload.name == "W2-10k":
         return methods
-    own = {"damping": 0.01} if workload.name == "W1s" else {}
-    methods["skperf GGN (default)"] = partial(ours, workload, **own)
-    methods["skperf EKFAC"] = partial(ours, workload, method="ekfac")
-    kron = dampings.get("kronfluence EKFAC", 1e-4)
-    methods["kronfluence EKFAC"] = partial(peers.kronfluence, workload, kron)
-    if small:
-        nystroem = dampings.get("pyDVL Nystroem 200", 0.01)
-        methods["pyDVL Nystroem 200"] = partial(peers.pydvl_nystroem, workload, nystroem)
+    methods["skperf GGN (default)"] = partial(ours, workload)
     if workload.name == "W1s":
-        methods["pyDVL Direct"] = partial(peers.pydvl_direct, workload, 0.01)
+        methods["skperf GGN, damping 0.01"] = partial(ours, workload, damping=0.01)
+    methods["skperf EKFAC"] = partial(ours, workload, method="ekfac")
+    for name in peers_of(workload):
+        methods[name] = partial(PEERS[name], workload, dampings.get(name, ORDINARY[name]))
     if workload.name == "W1":
         methods["skperf GGN, 8 networks"] = partial(ensemble, workload)
     return methods
 
 
+def peers_of(workload):
+    """Name the peers with a curvature that can run on a workload."""
+    small = {"W1": 2, "W1s": 3}
+    return list(PEERS)[: small.get(workload.name, 1)]
+
+
 def best_dampings(workload):
-    """Each peer at the damping that retraining likes best."""
+    """Find for each peer the damping that retraining likes best."""
     if workload.losses is None:
         return {}
-    found = {}
-    candidates = {"kronfluence EKFAC": peers.kronfluence}
-    if workload.name == "W1":
-        candidates["pyDVL Nystroem 200"] = peers.pydvl_nystroem
-    for name, method in candidates.items():
-        options = DAMPINGS if name.startswith("kron") else DAMPINGS[2:]
-        found[name] = max(options, key=lambda d: lds(workload, method(workload, d)))
-    return found
+    return {
+        name: max(DAMPINGS[name], key=lambda d: lds(workload, PEERS[name](workload, d))[0])
+        for name in peers_of(workload)
+    }
 
 
 def lds(workload, scores):
+    """Linear datamodeling score: of all subsets, and of all but each one in turn."""
+    subsets, losses = workload.subsets, workload.losses
+    others = [np.arange(len(subsets)) != i for i in range(len(subsets))]
+    left = [linear_datamodeling_score(scores, subsets[k], losses[k]) for k in others]
+    return linear_datamodeling_score(scores, subsets, losses), np.array(left)
+
+
+def jackknife_error(left_out):
+    """Turn what is computed with one subset left out at a time into a standard error."""
+    return np.sqrt((len(left_out) - 1) * np.var(left_out))
+
+
+def qualities(workload, scores):
+    """Score all methods; how far the default is ahead of each comes with its paired error."""
     if workload.losses is None:
-        return None
-    return linear_datamodeling_score(scores, workload.subsets, workload.losses)
+        return {key: {} for key in scores}
+    found = {key: lds(workload, values) for key, values in scores.items()}
+    default, without = found["skperf GGN (default)"]
+    return {
+        key: {
+            "LDS": round(score, 3),
+            "LDS error": round(jackknife_error(left), 3),
+            "default ahead by": round(default - score, 3),
+            "error of that": round(jackknife_error(without - left), 3),
+        }
+        for key, (score, left) in found.items()
+    }
 
 
 def agreements(workload, scores):
@@ -97,17 +130,54 @@ def agreements(workload, scores):
     difference = np.abs(ours_dot - theirs).max() / np.abs(theirs).max()
     notes["skperf gradient dot"] = f"greatest difference from captum's {difference:.0e}"
     if workload.name in ("W1", "W1s"):
-        damping = 0.01 if workload.name == "W1s" else None
         scorer = InfluenceScorer(from_module(workload.modules[0]))
-        damping = damping or scorer.fit(workload.X_train, workload.y_train).damping_
+        damping = scorer.fit(workload.X_train, workload.y_train).damping_
         exact = ours(workload, damping=damping, kept_trace=1.0, max_rows=8000)
-        pearson = np.corrcoef(exact.ravel(), scores["skperf GGN (default)"].ravel())[0, 1]
+        pearson = _pearson(exact, scores["skperf GGN (default)"])
         notes["skperf GGN (default)"] = f"Pearson {pearson:.4f} with all curvature rows"
+        same = {"damping": 1e-3, "curvature": "empirical", "rank": None}
+        theirs = peers.kronfluence(workload, 1e-3, empirical=True)
+        pearson = _pearson(ours(workload, method="ekfac", **same), theirs)
+        notes["kronfluence EKFAC"] = f"Pearson {pearson:.6f} with ours of the same empirical Fisher"
     if "skperf EKFAC" in scores:
         full = ours(workload, method="ekfac", rank=None)
-        pearson = np.corrcoef(full.ravel(), scores["skperf EKFAC"].ravel())[0, 1]
+        pearson = _pearson(full, scores["skperf EKFAC"])
         notes["skperf EKFAC"] = f"Pearson {pearson:.4f} with the full EKFAC score"
     return notes
+
+
+def _pearson(left, right):
+    return np.corrcoef(left.ravel(), right.ravel())[0, 1]
+
+
+def physical_limit(workload, key):
+    """Seconds that the arithmetic of a method takes at the machine's own rate.
+
+    Counts the multiplications that the algorithm cannot do without, at the rate of one large
+    matrix product; for fully connected networks.
+    """
+    weights = [p for p in workload.modules[0].parameters() if p.ndim == 2]
+    if workload.name not in ("W1", "W1s", "MLP235k"):
+        return None
+    size, sums = sum(p.numel() for p in weights), sum(sum(p.shape) for p in weights)
+    n, q = len(workload.X_train), len(workload.X_test)
+    dot = 4 * (n + q) * size + 2 * n * q * sums
+    if key == "skperf gradient dot":
+        return dot / gemm_rate()
+    if key != "skperf GGN (default)":
+        return None
+    scorer = InfluenceScorer(from_module(workload.modules[0]), random_state=0)
+    r = scorer.fit(workload.X_train, workload.y_train).fits_[0].report["n_rows"]
+    grams = r * r * sums + 2 * (n + q) * r * sums
+    solved = r**3 / 3 + r * r * (n + q) + 2 * n * q * r
+    return (dot + 2 * r * size + grams + solved) / gemm_rate()
+
+
+def gemm_rate(size=2048):
+    """Floating point operations a second of a large product in single precision."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    times = interleaved({"product": lambda: left @ right}, repeats=5)
+    return 2 * size**3 / times["product"]["wall_min"]
 
 
 def peak_memory(workload, name, folder):
@@ -135,10 +205,10 @@ def run(name, folder, repeats, memory, search):
     timed = interleaved(
         {key: partial(keep, method, key) for key, method in methods.items()}, repeats=repeats
     )
-    notes = agreements(workload, scores)
+    notes, quality = agreements(workload, scores), qualities(workload, scores)
     rows = []
     for key, times in timed.items():
-        score = lds(workload, scores[key])
+        limit = physical_limit(workload, key)
         row = {
             "workload": name,
             "method": key,
@@ -148,9 +218,10 @@ def run(name, folder, repeats, memory, search):
             "wall s": round(times["wall"], 4),
             "CPU s": round(times["cpu"], 4),
             "wall range": f"{times['wall_min']:.3g} to {times['wall_max']:.3g}",
-            "LDS": None if score is None else round(score, 3),
+            **quality[key],
+            "times the limit": None if limit is None else round(times["wall"] / limit, 1),
             "peak MiB": round(peak_memory(workload, key, folder)) if memory else None,
-            "note": notes.get(key, _damping_note(key, dampings)),
+            "note": "; ".join(filter(None, (_damping_note(key, dampings), notes.get(key)))),
         }
         rows.append(row)
         print("  ".join(f"{value}" for value in row.values()), flush=True)
@@ -159,8 +230,45 @@ def run(name, folder, repeats, memory, search):
 
 def _damping_note(key, dampings):
     """State the damping that a peer ran at."""
-    given = {"kronfluence EKFAC": 1e-4, "pyDVL Nystroem 200": 0.01, "pyDVL Direct": 0.01} | dampings
+    given = ORDINARY | dampings
     return f"damping {given[key]:g}" if key in given else ""
+
+
+# workload, ours, whose, greatest share of its time, least difference of the scores
+TARGETS = (
+    ("W1", "skperf gradient dot", "captum TracInCP", 0.10, None),
+    ("W1", "skperf GGN (default)", "kronfluence EKFAC", 0.06, 0.02),
+    ("W1", "skperf GGN (default)", "pyDVL Nystroem 200", 0.06, -0.005),
+    ("W1s", "skperf GGN, damping 0.01", "pyDVL Direct", 0.04, -0.02),
+    ("MLP235k", "skperf EKFAC", "kronfluence EKFAC", 0.05, None),
+    ("W2", "skperf gradient dot", "captum TracInCP", 0.50, None),
+    ("W2-10k", "skperf gradient dot", "captum TracInCP", 0.50, None),
+    ("W2", "skperf GGN (default)", "kronfluence EKFAC", 0.20, 0.0),
+    ("W1", "skperf GGN, 8 networks", "kronfluence EKFAC", None, 0.05),
+    ("W1", "skperf GGN, 8 networks", "pyDVL Nystroem 200", None, 0.05),
+)
+
+
+def write_targets(rows):
+    """Set what was measured beside what was aimed at."""
+    found = {(row["workload"], row["method"]): row for row in rows}
+    comparisons = []
+    for workload, own, other, share, gain in TARGETS:
+        left, right = found.get((workload, own)), found.get((workload, other))
+        if left is None or right is None:
+            continue
+        record = {"workload": workload, "method": own, "beside": other}
+        record["time"] = round(left["wall s"] / right["wall s"], 4)
+        record["CPU time"] = round(left["CPU s"] / right["CPU s"], 4)
+        record["time aimed at"] = share
+        if "LDS" in left:
+            record["LDS gain"] = round(left["LDS"] - right["LDS"], 3)
+        record["LDS gain aimed at"] = gain
+        if left["peak MiB"] is not None:
+            record["memory"] = round(left["peak MiB"] / max(right["peak MiB"], 1), 2)
+        comparisons.append(record)
+    path = RESULTS.with_name("influence_targets.json")
+    path.write_text(json.dumps({"rows": comparisons}, indent=1) + "\n")
 
 
 def main():
@@ -182,10 +290,9 @@ def main():
     for name in arguments.workloads:
         kept = [row for row in results["rows"] if row["workload"] != name]
         new = run(name, arguments.cache, arguments.repeats, arguments.memory, arguments.search)
-        results = {
-            "rows": [*kept, *new],
-        }
+        results = {"rows": [*kept, *new]}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_targets(results["rows"])
 
 
 if __name__ == "__main__":
