@@ -168,7 +168,10 @@ def assemble(estimator, net, task, classes, choice):
     )
     classifier.eval()
     picture = task.program.picture(module.image.detach())
-    linear = task.head == "linear" and not module.has_unit_embeddings
+    with module.encoder.open(), torch.no_grad():
+        classes_embedded = classifier.classes()
+    if task.head == "linear" and classes_embedded is None:
+        classes_embedded = module.head.weight.detach() * module.stretch
     return {
         "_task": task,
         "_module": classifier,
@@ -180,9 +183,7 @@ def assemble(estimator, net, task, classes, choice):
         "text_delta_": None if module.text is None else module.text.detach().cpu().numpy(),
         "used_tokens_": None if task.text is None else task.text.used.numpy(),
         "label_mapping_": module.mapping.cpu().numpy() if task.head == "mapping" else None,
-        "class_embeddings_": (
-            classifier.table.cpu().numpy() if module.has_unit_embeddings or linear else None
-        ),
+        "class_embeddings_": None if classes_embedded is None else classes_embedded.cpu().numpy(),
         "alpha_": choice.alpha,
         "logit_scale_": choice.logit_scale,
         "ood_threshold_": choice.threshold,

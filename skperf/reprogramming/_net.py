@@ -186,13 +186,17 @@ class ProgramNet(Net):
         held_out : pair of Tensors, optional
             Images and codes for early stopping.
         """
+        module = self.module_
         targets = torch.as_tensor(codes)
         if weight is not None:
-            targets = (targets, torch.as_tensor(weight).to(self.module_.image.dtype))
+            weight = torch.as_tensor(weight).to(module.image.dtype)
+            targets = (targets, weight)
         # what Net.partial_fit does, with several inputs for each row
-        with preserved_rng(self.module_.image.device):
+        with preserved_rng(module.image.device):
             torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator_)))
             inputs = self.inputs(images)
+            if module.none_margin is not None and "plain" in inputs and not self.history:
+                module.set_none_level(inputs["plain"], weight)
             if held_out is not None:
                 held_out = Dataset(self.inputs(held_out[0]), held_out[1])
             self.held_out = held_out

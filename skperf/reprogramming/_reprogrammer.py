@@ -4,44 +4,22 @@ import copy
 
 import numpy as np
 import torch
-from scipy.special import softmax
-from sklearn.base import (
-    BaseEstimator,
-    ClassifierMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    TransformerMixin,
-)
-from sklearn.utils import Bunch, check_random_state
-from sklearn.utils.validation import check_is_fitted
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
-from skperf.backbone._validation import check_labelled_rows, check_rows
-from skperf.backbone.network import Network
-from skperf.reprogramming._judging import assemble, choose, represent, score_path
-from skperf.reprogramming._program_file import read_program, write_program
-from skperf.reprogramming._task import (
-    ALPHA_GRID,
-    CONSTRAINTS,
-    RELEASED_SETTINGS,
-    as_images,
-    settle,
-)
+from skperf.backbone._validation import check_labelled_rows
+from skperf.reprogramming._fitted import ProgrammedMixin
+from skperf.reprogramming._judging import assemble, choose
+from skperf.reprogramming._task import CONSTRAINTS, RELEASED_SETTINGS, settle
 from skperf.reprogramming._training import hold_out, make_net, prepare_head
-from skperf.reprogramming.rejection import SCORES
-from skperf.reprogramming.residual import alpha_curve
 
 _SHARED = ("encoder", "processor", "tokenizer")
 _PRIVATE = ("_task", "_module", "_n_features_out")
 
 
-class Reprogrammer(
-    CallbackSupportMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    TransformerMixin,
-    ClassifierMixin,
-    BaseEstimator,
-):
+class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
     """Classifier around a frozen encoder: a program on its inputs and one on its tokens.
 
     Logits are ``scale * mix(u, u0) @ mix(q, q0).T``, where u and q embed the reprogrammed
@@ -104,6 +82,11 @@ class Reprogrammer(
     training_alpha : float, default=0.5
         The mix whose loss is averaged with that of the reprogrammed representation in
         training; 0 trains the latter alone, as the released code does.
+    none_margin : float or None, default=3.0
+        Training adds one logit to those of the classes: "none of these", the same for all
+        images, so far above the mean of the zero-shot classifier's largest logits. The right
+        class has to beat it, which gives the similarities themselves a meaning. None adds
+        none; nor is one added where `training_alpha` is 0 or prompts are missing.
     renormalize : bool, default=False
         Whether mixed embeddings are scaled back to unit length.
     logit_scale : "encoder", "calibrated" or float, default="encoder"
@@ -114,7 +97,7 @@ class Reprogrammer(
         Divides the cosines (or logits) in the score.
     ood_retention : float, default=0.95
         Share of the rows held out that the threshold keeps.
-    lr : float, default=0.1
+    lr : float, default=0.03
         Learning rate of the border.
     text_lr, head_lr : "auto" or float, default="auto"
         Learning rates of text delta and linear head; "auto" goes by the scale of what they
@@ -230,12 +213,13 @@ class Reprogrammer(
         focal_alpha=1.0,
         alpha="auto",
         training_alpha=0.5,
+        none_margin=3.0,
         renormalize=False,
         logit_scale="encoder",
         ood_score="mcm",
         ood_temperature=1.0,
         ood_retention=0.95,
-        lr=0.1,
+        lr=0.03,
         text_lr="auto",
         head_lr="auto",
         weight_decay=0.0,
@@ -281,6 +265,7 @@ class Reprogrammer(
         self.focal_alpha = focal_alpha
         self.alpha = alpha
         self.training_alpha = training_alpha
+        self.none_margin = none_margin
         self.renormalize = renormalize
         self.logit_scale = logit_scale
         self.ood_score = ood_score
@@ -405,205 +390,6 @@ class Reprogrammer(
             self.__dict__.update(assemble(self, net, task, labels, choice))
         return self
 
-    def predict(self, X):
-        """Predict labels.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Images or rows as in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (n,)
-            The class with the largest logit.
-        """
-        codes = self._logits(X).argmax(1)
-        return self.classes_[codes]
-
-    def predict_proba(self, X):
-        """Compute class probabilities.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Images or rows as in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (n, n_classes)
-            Softmax of the class logits.
-        """
-        return softmax(self._logits(X).astype(np.float64), axis=1)
-
-    def decision_function(self, X):
-        """Compute class logits.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Images or rows as in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (n, n_classes) or (n,)
-            Logits; with two classes, of the second against the first.
-        """
-        logits = self._logits(X)
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
-
-    def score_samples(self, X):
-        """Score how much rows look like the task's images.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Images or rows as in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (n,)
-            Higher is more in-distribution.
-        """
-        if self.ood_score == "disagreement":
-            return self._run(X, lambda module, images: module.agreement(images))
-        score = SCORES[self.ood_score]
-        temperature = self.ood_temperature
-
-        def scored(module, images):
-            return score(module.similarities(module.represent(images)), temperature)
-
-        return self._run(X, scored)
-
-    def predict_inlier(self, X):
-        """Tell which rows belong to the task at all.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Images or rows as in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (n,)
-            +1 where the score reaches ``ood_threshold_``, else -1.
-        """
-        scores = self.score_samples(X)
-        return np.where(scores >= self.ood_threshold_, 1, -1)
-
-    def transform(self, X):
-        """Embed rows with the programs and the residual.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Images or rows as in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (n, n_outputs)
-            Mixed unit embeddings; for other encoders what they return.
-        """
-        embeddings = self._run(X, lambda module, images: module.represent(images))
-        return embeddings.astype(np.float32, copy=False)
-
-    def reprogram(self, X):
-        """Give the images that the encoder sees, before its normalisation.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Images or rows as in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (n, channels, height, width)
-            In [0, 1].
-        """
-        return self._run(X, lambda module, images: module.reprogram(images))
-
-    def alpha_path(self, X, y, alphas=ALPHA_GRID):
-        """Follow accuracy and score along the residual, without refitting.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Images as in :meth:`fit`.
-        y : array-like of shape (n,)
-            Labels.
-        alphas : sequence of float, default=(0, 0.1, ..., 1)
-            Mixes, 0 = reprogrammed, 1 = zero-shot.
-
-        Returns
-        -------
-        Bunch
-            ``alphas``, and at each of them ``accuracy``, ``loss`` and ``score`` (the mean
-            of what :meth:`score_samples` would give).
-
-        Raises
-        ------
-        ValueError
-            If the encoder has no zero-shot representation.
-        """
-        images = self._images(X)
-        module, size = self.net_.module_, self.net_.batch_size
-        if not module.has_unit_embeddings:
-            raise ValueError("there is no alpha to vary: the encoder has no zero-shot head.")
-        codes = Network(self._module, self.classes_).codes(y).cpu()
-        with self.encoder_.open():
-            representations = represent(module, images, size)
-        options = {"scale": self.logit_scale_, "renormalize": self.renormalize}
-        curve = alpha_curve(representations, codes, alphas, **options)
-        return Bunch(
-            alphas=np.array(curve.alphas),
-            accuracy=np.array(curve.accuracy),
-            loss=np.array(curve.loss),
-            score=score_path(self, representations, alphas),
-        )
-
-    def to_module(self):
-        """Give the whole as a module from images in [0, 1] to class logits.
-
-        Returns
-        -------
-        nn.Module
-            Contains the encoder itself, not a copy.
-        """
-        check_is_fitted(self)
-        return self._module
-
-    def save_program(self, path):
-        """Write everything but the encoder to a safetensors file.
-
-        Parameters
-        ----------
-        path : path-like
-            Where to.
-        """
-        check_is_fitted(self)
-        write_program(self, path)
-
-    def load_program(self, path):
-        """Read what :meth:`save_program` wrote; the encoder must be the same.
-
-        Parameters
-        ----------
-        path : path-like
-            Where from.
-
-        Returns
-        -------
-        Reprogrammer
-            Itself, fitted, with the parameters that belong to the program.
-
-        Raises
-        ------
-        ValueError
-            If the program was made for another encoder.
-        """
-        read_program(self, path)
-        return self
-
     def __sklearn_clone__(self):
         handles = copy.copy(self)
         for name in _SHARED:
@@ -612,9 +398,6 @@ class Reprogrammer(
         for name in _SHARED:
             setattr(twin, name, getattr(self, name))
         return twin
-
-    def __sklearn_is_fitted__(self):
-        return hasattr(self, "net_")
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -642,37 +425,12 @@ class Reprogrammer(
                 raise ValueError("only one class has rows of positive weight.")
         return images, np.searchsorted(labels, y), labels, weight
 
-    def _as_images(self, X):
-        return as_images(
-            X,
-            image_shape=self.image_shape,
-            channels=self.channels,
-            input_range=self.input_range,
-            any_rows=self.encoder is None,
-        )
-
-    def _images(self, X):
-        check_is_fitted(self)
-        return self._as_images(check_rows(self, X))
-
     def _split(self, codes):
         rows = np.arange(len(codes))
         if self.max_epochs == 0:
             # nothing is trained, so every row is as good as held out
             return rows, rows[:0]
         return hold_out(codes, self.validation_fraction, check_random_state(self.random_state))
-
-    def _logits(self, X):
-        return self._run(X, lambda module, images: module(images))
-
-    def _run(self, X, function):
-        images, module = self._images(X), self._module
-        with self.encoder_.open(), torch.inference_mode():
-            parts = [
-                function(module, batch.to(module.weights)).cpu()
-                for batch in images.split(self.batch_size)
-            ]
-        return torch.cat(parts).numpy()
 
 
 class _Handle:

@@ -124,6 +124,7 @@ def make_net(estimator, task, *, n_train, n_held_out):
         "mapping_smoothing": estimator.mapping_smoothing,
         **module_params(task, init=estimator.init, exact=estimator.gradient == "exact"),
         "module__training_alpha": estimator.training_alpha,
+        "module__none_margin": estimator.none_margin,
     }
     return ProgramNet(ProgrammedEncoder, **(params | (estimator.net_params or {})))
 

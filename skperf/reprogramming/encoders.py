@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from skperf.backbone.modes import forward_hooks, untouched
 from skperf.backbone.parameters import fingerprint
+from skperf.reprogramming.batch_norm import AffineBatchNorm
 from skperf.reprogramming.tokens import TransformersTokens, tokens_for
 
 Hook = Callable[..., Tensor | None]
@@ -136,7 +137,8 @@ class FrozenEncoder:
             shape = (1, -1, 1, 1)
             mean, std = (images.new_tensor(v).view(shape) for v in (self.mean, self.std))
             images = (images - mean) / std
-        outputs = self.image(self.model if model is None else model, images.to(self.dtype))
+        with AffineBatchNorm():
+            outputs = self.image(self.model if model is None else model, images.to(self.dtype))
         if outputs.ndim != 2 or len(outputs) != len(images):
             raise ValueError(
                 f"the encoder turned {len(images)} images into an array of shape "
@@ -144,7 +146,7 @@ class FrozenEncoder:
             )
         return outputs.to(images.dtype)
 
-    def encode_text(self, ids: Tensor, hook: Hook | None = None) -> Tensor:
+    def encode_text(self, ids: Tensor, hook: Hook | None = None, model: Any = None) -> Tensor:
         """Encode tokenized texts.
 
         Parameters
@@ -153,6 +155,8 @@ class FrozenEncoder:
             Token ids.
         hook : callable, optional
             Forward hook for the token embedding; registered for this call only.
+        model : object, optional
+            A copy of the model to use in its place.
 
         Returns
         -------
@@ -160,9 +164,9 @@ class FrozenEncoder:
             Embeddings.
         """
         assert self.text is not None
-        assert self.token_embedding is not None
-        with forward_hooks({} if hook is None else {self.token_embedding: hook}):
-            return self.text(self.model, ids)
+        model = self.model if model is None else model
+        with forward_hooks({} if hook is None else {self._tokens_of(model): hook}):
+            return self.text(model, ids)
 
     def fingerprint(self) -> str:
         """Digest that tells two encoders apart.
@@ -180,6 +184,11 @@ class FrozenEncoder:
                 else hashlib.sha256(f"{self.model.__module__}.{name}".encode()).hexdigest()
             )
         return self._cache["digest"]
+
+    def _tokens_of(self, model: Any) -> nn.Module:
+        names = {part: name for name, part in self.model.named_modules()}
+        tokens: nn.Module = model.get_submodule(names[self.token_embedding])
+        return tokens
 
     def __sklearn_clone__(self) -> "FrozenEncoder":
         return self

@@ -1,6 +1,7 @@
 """A frozen encoder with programs around it, in training and in use."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ class ProgrammedEncoder(nn.Module):
         Whether gradients flow through the encoder.
     training_alpha : float, default=0.0
         Mix with the zero-shot representation that is trained beside the reprogrammed one.
+    none_margin : float, optional
+        How far above the zero-shot logits that of "none of these" lies in training.
     """
 
     zero_shot: Tensor | None
     mapping: Tensor
     shift: Tensor
     stretch: Tensor
+    none_level: Tensor
 
     def __init__(
         self,
@@ -58,9 +62,11 @@ class ProgrammedEncoder(nn.Module):
         init: str = "zeros",
         exact: bool = True,
         training_alpha: float = 0.0,
+        none_margin: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.none_margin = none_margin
         self.training_alpha = training_alpha
         self.program = program
         self.text_program = text
@@ -78,6 +84,7 @@ class ProgrammedEncoder(nn.Module):
         self.register_buffer("mapping", torch.full((n_outputs, n_classes), 1 / n_outputs))
         self.register_buffer("shift", torch.zeros(n_outputs))
         self.register_buffer("stretch", torch.ones(n_outputs))
+        self.register_buffer("none_level", torch.zeros(()))
         if self.head is not None:
             for parameter in self.head.parameters():
                 parameter.data.zero_()
@@ -97,13 +104,14 @@ class ProgrammedEncoder(nn.Module):
         images : Tensor of shape (n, channels, height, width)
             In [0, 1], of any size.
         plain : Tensor of shape (n, n_outputs), optional
-            Zero-shot embeddings of the same images.
+            Zero-shot embeddings of the same images, in training.
 
         Returns
         -------
-        Tensor of shape (n, n_classes) or (2, n, n_classes)
+        Tensor of shape (n, n_classes), (2, n, n_classes) or (2, n, n_classes + 1)
             Class logits; with `plain` those of the reprogrammed representation and those of
-            its mix with the zero-shot one at `training_alpha`.
+            its mix with the zero-shot one at `training_alpha`, and with `none_margin` one
+            more column, the logit of "none of these".
         """
         return self.logits(self.encode(images, self.image), plain)
 
@@ -144,8 +152,8 @@ class ProgrammedEncoder(nn.Module):
 
         Returns
         -------
-        Tensor of shape (n, n_classes) or (2, n, n_classes)
-            Class logits.
+        Tensor
+            Class logits, of the shapes of :meth:`forward`.
         """
         if self.head_kind == "mapping":
             return outputs @ self.mapping
@@ -159,22 +167,32 @@ class ProgrammedEncoder(nn.Module):
             alpha = self.training_alpha
             mixes = mixed(outputs, plain, alpha) @ mixed(classes, self.zero_shot, alpha).T
             similarities = torch.stack([similarities, mixes])
+        if plain is not None and self.none_margin is not None:
+            none = self.none_level.expand(*similarities.shape[:-1], 1)
+            similarities = torch.cat([similarities, none], -1)
         return self.encoder.logit_scale * similarities + self.encoder.logit_bias
 
-    def classes(self) -> Tensor:
+    def classes(self, model: Any = None) -> Tensor:
         """Embed the classes, with the text program and the linear head's offsets.
+
+        Parameters
+        ----------
+        model : object, optional
+            A copy of the encoder's model to use in its place.
 
         Returns
         -------
         Tensor of shape (n_classes, n_outputs)
-            Unit embeddings of the prompts, plus the offsets where there are any.
+            Unit embeddings.
         """
         assert self.zero_shot is not None
         classes = self.zero_shot
         if self.text_program is not None and self.text is not None and self.ids is not None:
             hook = self.text_program.hook(self.text)
-            classes = class_embeddings(self.encoder, self.ids, len(classes), hook)
-        return classes if self.head is None else classes + self.head.weight
+            classes = class_embeddings(self.encoder, self.ids, len(classes), hook, model=model)
+        if self.head is not None:
+            classes = functional.normalize(classes + self.head.weight, dim=-1)
+        return classes
 
     def batches(
         self, images: Tensor, batch_size: int, *, programmed: bool = True
@@ -200,6 +218,23 @@ class ProgrammedEncoder(nn.Module):
             for batch in images.split(batch_size):
                 yield self.encode(batch.to(self.image), weights).cpu()
 
+    def set_none_level(self, plain: Tensor, weight: Tensor | None) -> None:
+        """Place the logit of "none of these" above those of zero-shot.
+
+        Parameters
+        ----------
+        plain : Tensor of shape (n, n_outputs)
+            Zero-shot embeddings of the training images.
+        weight : Tensor of shape (n,) or None
+            Their weights.
+        """
+        assert self.zero_shot is not None
+        assert self.none_margin is not None
+        largest = (plain.to(self.zero_shot) @ self.zero_shot.T).amax(1)
+        weight = torch.ones_like(largest) if weight is None else weight.to(largest)
+        margin = self.none_margin / self.encoder.logit_scale
+        self.none_level.copy_(largest @ weight / weight.sum() + margin)
+
     def standardise(self, outputs: Tensor) -> None:
         """Take over the means and deviations of outputs, for the linear head.
 
@@ -224,12 +259,15 @@ class ProgrammedEncoder(nn.Module):
 
 
 class ReprogrammedClassifier(nn.Module):
-    """From images to class logits, the encoder included; nothing left to train.
+    """From images to class logits, the encoder included.
+
+    Its parameters are those of the encoder, ``model.*``, and of the programs and the head,
+    ``programmed.*``.
 
     Parameters
     ----------
     programmed : ProgrammedEncoder
-        After training.
+        After training; its programs and head are copied.
     alpha : float
         Share of the zero-shot representation.
     scale : float
@@ -245,10 +283,6 @@ class ReprogrammedClassifier(nn.Module):
         The encoder, not a copy.
     """
 
-    weights: Tensor
-    table: Tensor
-    offset: Tensor
-
     def __init__(
         self,
         programmed: ProgrammedEncoder,
@@ -261,17 +295,14 @@ class ReprogrammedClassifier(nn.Module):
         super().__init__()
         self.encoder = programmed.encoder
         self.model = self.encoder.model if self.encoder.differentiable else None
-        self.program = programmed.program
+        self.programmed = deepcopy(programmed)
+        self.programmed.encoder = self.encoder
         self.alpha = alpha
         self.scale = scale
         self.image_shape = image_shape
         self.renormalize = renormalize
         self.unit = programmed.has_unit_embeddings
         self.bias = self.encoder.logit_bias if self.unit else 0.0
-        with torch.no_grad(), self.encoder.open():
-            self.register_buffer("weights", programmed.image.detach().clone())
-            self.register_buffer("table", self._table(programmed).detach().clone())
-            self.register_buffer("offset", self._offset(programmed).detach().clone())
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute class logits.
@@ -286,7 +317,7 @@ class ReprogrammedClassifier(nn.Module):
         Tensor of shape (n, n_classes)
             Class logits.
         """
-        return self.scale * self.similarities(self.represent(images)) + self.bias
+        return self.logits(self.represent(images), self.classes())
 
     def represent(self, images: Tensor) -> Tensor:
         """Encode images with the programs and the residual.
@@ -304,10 +335,62 @@ class ReprogrammedClassifier(nn.Module):
         placed = self._placed(images)
         if self.alpha == 1:
             return self._encode(placed)
-        outputs = self._encode(self.program.add(placed, self.weights))
+        outputs = self._encode(self.programmed.program.add(placed, self.programmed.image))
         if self.alpha == 0:
             return outputs
         return mixed(outputs, self._encode(placed), self.alpha, renormalize=self.renormalize)
+
+    def classes(self) -> Tensor | None:
+        """Embed the classes, with the programs and the residual.
+
+        Returns
+        -------
+        Tensor of shape (n_classes, n_outputs) or None
+            None where images are not held against texts.
+        """
+        zero_shot = self.programmed.zero_shot
+        if zero_shot is None:
+            return None
+        classes = self.programmed.classes(self.model)
+        return mixed(classes, zero_shot, self.alpha, renormalize=self.renormalize)
+
+    def similarities(self, representation: Tensor, classes: Tensor | None) -> Tensor:
+        """Hold representations against the classes.
+
+        Parameters
+        ----------
+        representation : Tensor of shape (n, n_outputs)
+            From :meth:`represent`.
+        classes : Tensor of shape (n_classes, n_outputs) or None
+            From :meth:`classes`.
+
+        Returns
+        -------
+        Tensor of shape (n, n_classes)
+            Cosines for text-image encoders, logits for others.
+        """
+        return (
+            self.programmed.logits(representation)
+            if classes is None
+            else representation @ classes.T
+        )
+
+    def logits(self, representation: Tensor, classes: Tensor | None) -> Tensor:
+        """Scale similarities.
+
+        Parameters
+        ----------
+        representation : Tensor of shape (n, n_outputs)
+            From :meth:`represent`.
+        classes : Tensor of shape (n_classes, n_outputs) or None
+            From :meth:`classes`.
+
+        Returns
+        -------
+        Tensor of shape (n, n_classes)
+            Class logits.
+        """
+        return self.scale * self.similarities(representation, classes) + self.bias
 
     def reprogram(self, images: Tensor) -> Tensor:
         """Add the program.
@@ -322,7 +405,7 @@ class ReprogrammedClassifier(nn.Module):
         Tensor of shape (n, channels, canvas height, canvas width)
             What the encoder sees, before its normalisation.
         """
-        return self.program.add(self._placed(images), self.weights)
+        return self.programmed.program.add(self._placed(images), self.programmed.image)
 
     def agreement(self, images: Tensor) -> Tensor:
         """Compare embeddings with and without the program.
@@ -340,41 +423,15 @@ class ReprogrammedClassifier(nn.Module):
         programmed = self._encode(self.reprogram(images))
         return agreement(programmed, self._encode(self._placed(images)))
 
-    def similarities(self, representation: Tensor) -> Tensor:
-        """Hold representations against the classes.
-
-        Parameters
-        ----------
-        representation : Tensor of shape (n, n_outputs)
-            From :meth:`represent`.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Cosines for text-image encoders, logits for others.
-        """
-        similarities: Tensor = representation @ self.table.T + self.offset
-        return similarities
-
     def _placed(self, images: Tensor) -> Tensor:
         if images.ndim == 2 and self.image_shape is not None:
             images = images.view(-1, *self.image_shape)
-        return self.program.place(images)
+        return self.programmed.program.place(images)
 
     def _encode(self, placed: Tensor) -> Tensor:
         outputs = self.encoder.encode_image(placed, self.model)
         return functional.normalize(outputs, dim=-1) if self.unit else outputs
 
-    def _table(self, programmed: ProgrammedEncoder) -> Tensor:
-        if programmed.zero_shot is not None:
-            classes = programmed.classes()
-            zero = programmed.zero_shot
-            return mixed(classes, zero, self.alpha, renormalize=self.renormalize)
-        if programmed.head is None:
-            return programmed.mapping.T
-        return programmed.head.weight * programmed.stretch
-
-    def _offset(self, programmed: ProgrammedEncoder) -> Tensor:
-        if programmed.head is None or self.unit:
-            return torch.zeros(len(self.table), device=self.table.device)
-        return programmed.head.bias - self.table @ programmed.shift
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.programmed.encoder = self.encoder

@@ -346,7 +346,12 @@ def filled_prompts(templates: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def class_embeddings(
-    encoder: FrozenEncoder, ids: Tensor, n_classes: int, hook: Callable[..., Tensor] | None = None
+    encoder: FrozenEncoder,
+    ids: Tensor,
+    n_classes: int,
+    hook: Callable[..., Tensor] | None = None,
+    *,
+    model: Any = None,
 ) -> Tensor:
     """Embed classes by their prompts.
 
@@ -360,12 +365,14 @@ def class_embeddings(
         Number of classes.
     hook : callable, optional
         From :meth:`TextProgram.hook`.
+    model : object, optional
+        A copy of the encoder's model to use in its place.
 
     Returns
     -------
     Tensor of shape (n_classes, d)
         Of unit length: the mean of the unit embeddings of a class's prompts.
     """
-    embeddings = functional.normalize(encoder.encode_text(ids, hook), dim=-1)
+    embeddings = functional.normalize(encoder.encode_text(ids, hook, model), dim=-1)
     means = embeddings.view(n_classes, -1, embeddings.shape[-1]).mean(1)
     return functional.normalize(means, dim=-1)
