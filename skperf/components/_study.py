@@ -10,7 +10,7 @@ from sklearn.base import clone
 
 from skperf.backbone.modes import preserved_rng
 from skperf.backbone.outputs import resolve_output
-from skperf.components.designs import Plan, bernoulli_masks, plan_budget
+from skperf.components.designs import bernoulli_masks, plan_budget
 from skperf.components.estimation import Fit
 from skperf.components.gates import Circuit
 from skperf.components.passes import (
@@ -130,8 +130,7 @@ class Study:
                 stop=self._stop(question) if self.settings["tol"] is not None else None,
             )
         except KeyboardInterrupt:
-            done = self.measured.done
-            if done.singles in (0, self.n_components) and (done.gradients or done.masks > 2):
+            if self.measured.done.gradients or self.measured.done.masks > 2:
                 self._conclude(question)
             raise
         self._conclude(question)
@@ -166,13 +165,13 @@ class Study:
                 f"method={method!r} needs gradients, but the output of this network has none "
                 "with respect to its components; use 'regression' or 'loo'."
             )
-        if method == "loo" and self.measured.done.singles:
-            return Plan()
         return plan_budget(
             "regression" if own else method,
             budget,
             self.n_components,
+            self.fraction,
             differentiable=self.differentiable,
+            done=self.measured.done,
         )
 
     def _conclude(self, question):

@@ -4,7 +4,7 @@ Every draw has a seed of its own, made of the user's seed, the purpose and a num
 no result depends on how the work is cut.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,8 @@ _BLOCK = 64
 _GOLDEN = 0.6180339887498949
 GRADIENT_COST = 3
 """Forward-equivalents of one forward and backward pass."""
+_LEAST = 12
+_FEW_TOGETHER = 10
 
 
 def bernoulli_masks(
@@ -128,7 +130,13 @@ class Plan:
 
 
 def plan_budget(
-    method: str, budget: int, n_components: int, *, differentiable: bool = True
+    method: str,
+    budget: int,
+    n_components: int,
+    fraction: float,
+    *,
+    differentiable: bool = True,
+    done: Plan | None = None,
 ) -> Plan:
     """Split a budget of forward-equivalents.
 
@@ -140,31 +148,44 @@ def plan_budget(
         Forward-equivalents in all.
     n_components : int
         Number of components.
+    fraction : float
+        Share of them that a mask ablates. Where that is few, ablating each alone says so
+        much about it that "auto" does so once it can pay for all.
     differentiable : bool, default=True
-        Whether gradients can be had; without them "auto" spends all on masks.
+        Whether gradients can be had; without them "auto" spends nothing on them.
+    done : Plan, optional
+        Earlier passes on the same examples.
 
     Returns
     -------
     Plan
-        Costs at most `budget`, except that "loo" always takes one pass a component.
+        Passes to add. Costs at most `budget`, except that "loo" always takes one pass a
+        component.
 
     Raises
     ------
     ValueError
         If the budget is too small for the method.
     """
+    alone = n_components - (done.singles if done else 0)
     if method == "loo":
-        return Plan(singles=n_components)
+        return Plan(singles=alone)
     if method == "gradient":
         return Plan(gradients=1)
-    least = {"auto": 12, "regression": 3, "path_gradient": 1 + GRADIENT_COST}[method]
+    least = {"auto": _LEAST, "regression": 3, "path_gradient": 1 + GRADIENT_COST}[method]
     if budget < least:
         raise ValueError(f"budget={budget} is too small: method={method!r} needs at least {least}.")
+    rest = budget - 1
     if method == "path_gradient":
-        return Plan(gradients=(budget - 1) // GRADIENT_COST)
-    if method == "regression" or not differentiable:
-        return Plan(masks=budget - 1)
-    return _share(budget - 1, n_components)
+        return Plan(gradients=rest // GRADIENT_COST)
+    if method == "regression":
+        return Plan(masks=rest)
+    singles = alone if fraction * n_components <= _FEW_TOGETHER and rest >= alone else 0
+    rest -= singles
+    if singles and rest < _LEAST:
+        return Plan(singles=singles)
+    shared = _share(rest, n_components) if differentiable else Plan(masks=rest)
+    return replace(shared, singles=singles)
 
 
 def _share(budget: int, n_components: int) -> Plan:

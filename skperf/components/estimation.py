@@ -51,9 +51,9 @@ def ridge(
 
     ``W = sum_g c_g P_g + argmin_D ||Y - V (sum_g c_g P_g + D)||^2 + penalty |D|^2``
     with |D|^2 divided by the variances,
-    with V and Y centred. The penalty comes from the exact leave-one-out error, and the
-    standard errors from the leave-one-out residuals (the jackknife, which allows for
-    random masks) and the noise of the prior.
+    with V and Y centred. The penalty comes from the exact leave-one-out error. The standard
+    errors are the sandwich over masks, which lets every mask have noise of its own, and the
+    noise of the prior.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def ridge(
     solver = (vectors / (spectrum.values + penalty)) @ vectors.T
     spread = variance[:, None] * (V.T @ solver)
     coefficients = mean + (spread @ residual).T
-    square = (spread[:, :n_masks] ** 2 @ left_out[:n_masks] ** 2).T
+    square = (spread[:, :n_masks] ** 2 @ spectrum.noise(penalty)[:n_masks]).T
     unmoved = 1 - np.einsum("jm,mj->j", spread, V)
     return Fit(
         coefficients,
@@ -237,9 +237,19 @@ class _Spectrum:
         """Leave-one-out residuals, ``e_i / (1 - h_ii)``."""
         share = self.values / (self.values + penalty)
         leverage = (self.vectors**2 * share).sum(1) + 1 / len(self.vectors)
-        fitted = self.vectors @ (share[:, None] * self.rotated)
-        left: Array = (self.residual - fitted) / (1 - np.minimum(leverage, 1 - 1e-9))[:, None]
+        left: Array = self._misfit(share) / (1 - np.minimum(leverage, 1 - 1e-9))[:, None]
         return left
+
+    def noise(self, penalty: float) -> Array:
+        """Variances of the outcomes, ``e_i^2 / sum_k (I - H)_ik^2``, without bias if alike."""
+        share = self.values / (self.values + penalty)
+        left = (self.vectors**2 * (1 - share) ** 2).sum(1) - 1 / len(self.vectors)
+        noise: Array = self._misfit(share) ** 2 / np.maximum(left, 1e-9)[:, None]
+        return noise
+
+    def _misfit(self, share: Array) -> Array:
+        misfit: Array = self.residual - self.vectors @ (share[:, None] * self.rotated)
+        return misfit
 
 
 def _choose(spectrum: _Spectrum, Y: Array, n_masks: int) -> float:
@@ -272,4 +282,4 @@ def _mean(prior: Prior | None, slopes: Array | None, n_examples: int, n_componen
 def _prior_noise(prior: Prior | None, slopes: Array | None, unmoved: Array) -> Array | float:
     if prior is None or slopes is None:
         return 0.0
-    return np.asarray((unmoved * slopes[1]) ** 2 * prior.noise)
+    return np.asarray((unmoved * slopes[0]) ** 2 * prior.noise)

@@ -152,6 +152,16 @@ class Measurements:
         """Outputs under the first masks, as many as are kept, (m, n_examples)."""
         return np.concatenate(self.rows) if self.rows else np.zeros((0, len(self.baseline)))
 
+    @property
+    def alone(self) -> Array | None:
+        """Fall of the output when each component alone goes, (n_examples, n_components).
+
+        None until all of them have been tried.
+        """
+        if self.done.singles < self.n_components:
+            return None
+        return self.baseline[:, None] - np.concatenate(self.singles).T
+
     def take_masks(self, masks: NDArray[Any], outcomes: Array) -> None:
         """Add outcomes of masks.
 

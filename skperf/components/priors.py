@@ -1,7 +1,7 @@
 """What gradients say before any ablation: sums over passes, guesses, and how to mix them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,22 @@ class PathSums:
         on_path = np.where(self.tested > 0, self.inside / np.maximum(self.tested, 1), open_gate)
         return on_path, open_gate
 
+    def spread(self, on_path: Array) -> Array:
+        """Squared deviations from the mean on the path, summed over the passes.
+
+        Parameters
+        ----------
+        on_path : ndarray of shape (n_examples, n_components)
+            From :meth:`means`.
+
+        Returns
+        -------
+        ndarray of shape (n_examples, n_components)
+            Zero where no pass or one tested the component.
+        """
+        tested: Array = np.maximum(self.inside_squared - self.tested * on_path**2, 0.0)
+        return np.where(self.tested > 1, tested, 0.0)
+
 
 @dataclass(frozen=True)
 class Prior:
@@ -91,7 +107,7 @@ class Prior:
     variance : ndarray of shape (n_components,)
         How far off the guesses are, relative to one another.
     noise : ndarray of shape (n_examples, n_components)
-        Sampling variance of the second guess, the noisy one.
+        Sampling variance of the first guess.
     """
 
     guesses: Sequence[Array]
@@ -133,7 +149,7 @@ def population(sums: PathSums) -> Population:
     on_path, open_gate = sums.means()
     count = np.maximum(sums.tested.sum(0), 1)
     pooled = np.where(sums.tested.any(0), sums.inside.sum(0) / count, open_gate.mean(0))
-    spread = np.maximum(sums.inside_squared - sums.tested * on_path**2, 0.0).sum(0)
+    spread = sums.spread(on_path).sum(0)
     freedom = np.maximum(sums.tested - 1, 0).sum(0)
     if freedom.any():
         typical = spread.sum() / freedom.sum()
@@ -162,12 +178,35 @@ def path_prior(sums: PathSums, shared: Population) -> Prior:
     Returns
     -------
     Prior
-        Guesses: open gate, on the path, and the population's two means.
+        Guesses: on the path, open gate, and the population's two means.
     """
     on_path, open_gate = sums.means()
-    noise = shared.single / np.maximum(sums.tested, 1.0)
+    freedom = np.maximum(sums.tested - 1, 0)
+    own = sums.spread(on_path).sum(1) / np.maximum((freedom * shared.single).sum(1), _TINY)
+    own = np.where(freedom.any(1), own, 1.0)
+    typical = shared.single / np.maximum(sums.tested, 1.0)
     both = [np.broadcast_to(v, on_path.shape) for v in (shared.on_path, shared.open_gate)]
-    return Prior([open_gate, on_path, *both], noise.mean(0), noise)
+    return Prior([on_path, open_gate, *both], typical.mean(0), own[:, None] * typical)
+
+
+def with_singles(prior: Prior | None, alone: Array) -> Prior:
+    """Add what ablating each component alone has shown, free of noise, to the guesses.
+
+    Parameters
+    ----------
+    prior : Prior or None
+        From gradients, if there are any.
+    alone : ndarray of shape (n_examples, n_components)
+        Fall of the output.
+
+    Returns
+    -------
+    Prior
+        With one guess more.
+    """
+    if prior is None:
+        return Prior([alone], np.ones(alone.shape[1]), np.zeros(alone.shape))
+    return replace(prior, guesses=[*prior.guesses, alone])
 
 
 def pooled_slopes(observations: Sequence[tuple[Array, Array]]) -> Array:

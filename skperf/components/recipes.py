@@ -15,6 +15,7 @@ from skperf.components.priors import (
     path_prior,
     pooled_slopes,
     population,
+    with_singles,
 )
 
 Array = NDArray[np.float64]
@@ -62,13 +63,17 @@ def attribute(
     learned : Learned
         For other examples.
     """
-    if measured.singles:
-        return one_at_a_time(measured), Learned()
+    done, alone = measured.done, measured.alone
+    if alone is not None and not (done.gradients or done.masks):
+        return _exact(alone, measured.baseline), Learned()
     prior, slopes, shared = None, None, None
     if measured.paths is not None:
         shared = learned.population if learned else population(measured.paths)
         assert shared is not None
         prior = path_prior(measured.paths, shared)
+    if alone is not None:
+        prior = with_singles(prior, alone)
+    if prior is not None:
         slopes = learned.slopes if learned else _slopes(question, measured, prior)
     if not measured.done.masks:
         assert prior is not None
@@ -86,23 +91,6 @@ def attribute(
     return fit, Learned(shared, slopes, fit.penalty)
 
 
-def one_at_a_time(measured: Measurements) -> Fit:
-    """Attributions from ablating one component at a time.
-
-    Parameters
-    ----------
-    measured : Measurements
-        With a pass for each component.
-
-    Returns
-    -------
-    Fit
-        Exact for a linear network; no standard errors, for nothing is drawn.
-    """
-    after = np.concatenate(measured.singles).T
-    return _exact(measured.baseline[:, None] - after, measured.baseline)
-
-
 def first_order(gradients: Array, baseline: Array) -> Fit:
     """Attributions from derivatives at the intact network.
 
@@ -116,7 +104,7 @@ def first_order(gradients: Array, baseline: Array) -> Fit:
     Returns
     -------
     Fit
-        A Taylor expansion; no standard errors, for nothing is drawn.
+        A Taylor expansion without standard errors, for nothing is drawn.
     """
     return _exact(gradients, baseline)
 
@@ -133,14 +121,16 @@ def _path_only(question: Question, measured: Measurements, prior: Prior, slopes:
     chosen = _spread(len(values), _PASSES_FOR_SLOPES)
     predicted = _on_paths(question, chosen, [coefficients])[0]
     intercept = (values[chosen] - predicted).mean(0)
-    stderr = np.abs(slopes[1]) * np.sqrt(prior.noise)
+    stderr = np.abs(slopes[0]) * np.sqrt(prior.noise)
     return Fit(coefficients, intercept, stderr, 0.0, float("nan"))
 
 
 def _slopes(question: Question, measured: Measurements, prior: Prior) -> Array:
-    values = np.concatenate(measured.path_values)
-    chosen = _spread(len(values), _PASSES_FOR_SLOPES)
-    observations = [(_on_paths(question, chosen, list(prior.guesses)), values[chosen])]
+    observations = []
+    if measured.paths is not None:
+        values = np.concatenate(measured.path_values)
+        chosen = _spread(len(values), _PASSES_FOR_SLOPES)
+        observations.append((_on_paths(question, chosen, list(prior.guesses)), values[chosen]))
     outcomes = measured.outcomes[:_MASKS_FOR_SLOPES]
     if len(outcomes) > 2:
         masks = _masks(question, range(len(outcomes))).astype(np.float64)

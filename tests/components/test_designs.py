@@ -48,13 +48,24 @@ def test_points_on_the_path_are_spread_over_the_rounds():
 
 @pytest.mark.parametrize("method", ["auto", "regression", "path_gradient"])
 @pytest.mark.parametrize("budget", [12, 100, 511, 5000])
-def test_a_plan_stays_within_its_budget(method, budget):
-    plan = plan_budget(method, budget, 60)
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_a_plan_stays_within_its_budget(method, budget, fraction):
+    plan = plan_budget(method, budget, 60, fraction)
     assert budget - 3 < plan.cost <= budget
 
 
+def test_components_are_tried_alone_where_few_go_together_and_the_budget_pays_for_all():
+    assert plan_budget("auto", 60, 60, 0.05).singles == 0
+    assert plan_budget("auto", 61, 60, 0.05) == Plan(singles=60)
+    assert plan_budget("auto", 100, 60, 0.05).singles == 60
+    assert plan_budget("auto", 100, 60, 0.3).singles == 0
+    assert plan_budget("auto", 100, 60, 0.05, done=Plan(singles=60, masks=9)).singles == 0
+    assert plan_budget("auto", 100, 60, 0.05, done=Plan(singles=50)).singles == 10
+
+
 def test_fixed_plans_and_budgets_that_are_too_small():
-    assert plan_budget("loo", 1, 7) == Plan(singles=7)
-    assert plan_budget("auto", 50, 7, differentiable=False) == Plan(masks=49)
+    assert plan_budget("loo", 1, 7, 0.2) == Plan(singles=7)
+    assert plan_budget("loo", 1, 7, 0.2, done=Plan(singles=7)) == Plan()
+    assert plan_budget("auto", 50, 7, 0.2, differentiable=False) == Plan(singles=7, masks=42)
     with pytest.raises(ValueError, match="budget=2 is too small"):
-        plan_budget("regression", 2, 7)
+        plan_budget("regression", 2, 7, 0.2)
