@@ -1,124 +1,39 @@
 """Reprogramming a small CLIP-like encoder, side by side with what else one could do.
 
-Three tasks on the shipped text-image encoder. For each method: accuracy on the task's own test
-rows (ID), on shifted rows, and AUROC and FPR95 of "does this belong to the task at all" against
-two sets of foreign pictures. Writes ``benchmarks/results/reprogramming_seed<n>.json`` and, from
-all of these, the table ``benchmarks/results/reprogramming.json``:
+Three tasks, on the shipped text-image encoder or on EfficientNet-Lite0 joined to MiniLM. For
+each method: accuracy on the task's own test rows (ID), on shifted rows, and AUROC and FPR95 of
+"does this belong to the task at all" against two sets of foreign pictures, by two scores: the
+estimator's default ("mcm") and the largest similarity ("max_logit"). Writes
+``benchmarks/results/reprogramming_<encoder>_seed<n>.json`` and, from all of these, the tables
+``reprogramming.json``, ``reprogramming_lite0.json`` and, of differences by seed,
+``reprogramming_paired.json``:
 
     python -m skperf.datasets fetch mnist fashion_mnist
     python -m benchmarks.reprogramming --seeds 0 1 2
+    python -m skperf.datasets fetch emoji_google emoji_twitter efficientnet_lite0 minilm
+    python -m benchmarks.reprogramming --encoder lite0 --seeds 0 1 2
 
-The encoder is CLIP-like in form only; nothing here says anything about CLIP's own figures.
+The encoders are CLIP-like in form only; nothing here says anything about CLIP's own figures.
 """
 
 import argparse
 import json
 import time
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
-from skperf.datasets import (
-    fetch_fashion_mnist,
-    fetch_mnist,
-    load_emoji,
-    load_text_image_encoder,
-)
+from benchmarks.reprogramming_tasks import ENCODERS, PROMPT, make_tasks
 from skperf.metrics import fpr_at_95_tpr, ood_auroc
 from skperf.reprogramming import RELEASED_SETTINGS, Reprogrammer
 from skperf.reprogramming._judging import represent
-from skperf.reprogramming.rejection import concept_matching
+from skperf.reprogramming.rejection import concept_matching, max_logit
 
 RESULTS = Path(__file__).parent / "results"
-FASHION = ["t-shirt", "trousers", "pullover", "dress", "coat"]
-FASHION += ["sandal", "shirt", "sneaker", "bag", "boot"]
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-PROMPT = "a picture of a {}"
-SIDE = 32
-
-
-@dataclass
-class Task:
-    """Rows to learn, to be tested on, shifted ones, and two sets of foreign pictures."""
-
-    name: str
-    classes: list[str]
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    shifted: tuple[np.ndarray, np.ndarray]
-    foreign: dict[str, np.ndarray]
-
-
-def to_canvas(images):
-    """Bring uint8 images to 3 x 32 x 32 floats in [0, 1], as every method sees them."""
-    x = torch.as_tensor(np.asarray(images, dtype=np.float32)) / 255
-    x = x[:, None] if x.ndim == 3 else x
-    if x.shape[-1] != SIDE:
-        shrink = x.shape[-1] > SIDE
-        x = functional.interpolate(
-            x, (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=shrink
-        )
-    return x.clamp(0, 1).expand(-1, 3, -1, -1).numpy()
-
-
-def rotated(images, degrees):
-    """Turn images around their middle."""
-    angle = torch.tensor(degrees * np.pi / 180)
-    cos, sin = angle.cos(), angle.sin()
-    matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
-    grid = functional.affine_grid(matrix, images.shape, align_corners=False)
-    turned = functional.grid_sample(torch.as_tensor(images), grid, align_corners=False)
-    return turned.numpy()
-
-
-def make_tasks(seed, n_train, n_test):
-    """Draw the three tasks."""
-    draw = np.random.RandomState(seed)
-    fashion, mnist, uci = fetch_fashion_mnist(subset="all"), fetch_mnist(), load_digits()
-    rows = draw.permutation(len(fashion.images))
-    fashion_x, fashion_y = to_canvas(fashion.images[rows[: n_train + n_test]]), fashion.target
-    fashion_y = fashion_y[rows[: n_train + n_test]]
-    rows = draw.permutation(len(mnist.images))[: n_train + n_test]
-    mnist_x, mnist_y = to_canvas(mnist.images[rows]), mnist.target[rows]
-    some = draw.permutation(len(uci.images))[:n_test]
-    uci_x, uci_y = to_canvas(np.clip(uci.images[some] * 16, 0, 255)), uci.target[some]
-    google, twitter = load_emoji(style="google"), load_emoji(style="twitter")
-    emoji = to_canvas(google.images)
-    cut = slice(0, n_train), slice(n_train, n_train + n_test)
-    learn, held = google.is_train, ~google.is_train
-    turned = rotated(fashion_x[cut[1]], 20)
-    return [
-        Task(
-            "MNIST",
-            DIGITS,
-            (mnist_x[cut[0]], mnist_y[cut[0]]),
-            (mnist_x[cut[1]], mnist_y[cut[1]]),
-            (uci_x, uci_y),
-            {"Fashion-MNIST": fashion_x[cut[1]], "emoji": emoji},
-        ),
-        Task(
-            "Fashion-MNIST",
-            FASHION,
-            (fashion_x[cut[0]], fashion_y[cut[0]]),
-            (fashion_x[cut[1]], fashion_y[cut[1]]),
-            (turned, fashion_y[cut[1]]),
-            {"MNIST": mnist_x[cut[1]], "emoji": emoji},
-        ),
-        Task(
-            "emoji",
-            [str(name).lower().replace("&", "and") for name in google.target_names],
-            (emoji[learn], google.target[learn]),
-            (emoji[held], google.target[held]),
-            (to_canvas(twitter.images)[held], google.target[held]),
-            {"MNIST": mnist_x[cut[1]], "Fashion-MNIST": fashion_x[cut[1]]},
-        ),
-    ]
 
 
 class Prompted(torch.nn.Module):
@@ -127,6 +42,8 @@ class Prompted(torch.nn.Module):
     def __init__(self, encoder, tokenizer, classes):
         super().__init__()
         self.visual = deepcopy(encoder.visual)
+        self.mean = torch.tensor(encoder.mean).view(3, 1, 1)
+        self.std = torch.tensor(encoder.std).view(3, 1, 1)
         self.scale = float(encoder.logit_scale.exp())
         texts = tokenizer([PROMPT.format(name) for name in classes])
         with torch.no_grad():
@@ -135,15 +52,22 @@ class Prompted(torch.nn.Module):
 
     def forward(self, images):
         """Compute cosines with the classes."""
-        embeddings = functional.normalize(self.visual((images - 0.5) / 0.5), dim=-1)
-        return embeddings @ functional.normalize(self.table, dim=-1).T
+        return self.embed(images) @ functional.normalize(self.table, dim=-1).T
+
+    def embed(self, images):
+        """Embed images in [0, 1], of unit length."""
+        return functional.normalize(self.visual((images - self.mean) / self.std), dim=-1)
 
 
 def similarities(module, images):
     """Cosines of many images, in evaluation mode."""
-    module.eval()
+    return in_batches(module.eval(), images)
+
+
+def in_batches(function, images):
+    """Apply a function to many images, without gradients."""
     with torch.inference_mode():
-        return torch.cat([module(torch.as_tensor(b)) for b in np.array_split(images, 8)])
+        return torch.cat([function(torch.as_tensor(b)) for b in np.array_split(images, 8)])
 
 
 def fine_tuned(module, X, y, *, lr, epochs, seed, held_out):
@@ -168,24 +92,26 @@ def fine_tuned(module, X, y, *, lr, epochs, seed, held_out):
 
 
 def figures(score):
-    """Reduce a function from images to cosines (or logits) to the table's four numbers."""
+    """Reduce a function from images to cosines (or logits) to the table's numbers."""
 
     def reduce(task):
-        inside = score(task.test[0])
-        shifted = score(task.shifted[0])
-        own = concept_matching(inside).numpy()
-        aurocs, fprs = [], []
-        for foreign in task.foreign.values():
-            other = concept_matching(score(foreign)).numpy()
-            truth = np.repeat([1, 0], [len(own), len(other)])
-            aurocs.append(ood_auroc(truth, np.r_[own, other]))
-            fprs.append(fpr_at_95_tpr(truth, np.r_[own, other]))
-        return {
+        inside, shifted = score(task.test[0]), score(task.shifted[0])
+        foreign = [score(images) for images in task.foreign.values()]
+        result = {
             "ID": float((inside.argmax(1).numpy() == task.test[1]).mean()),
             "shifted": float((shifted.argmax(1).numpy() == task.shifted[1]).mean()),
-            "AUROC": float(np.mean(aurocs)),
-            "FPR95": float(np.mean(fprs)),
         }
+        for suffix, rate in SCORES.items():
+            own = rate(inside).numpy()
+            aurocs, fprs = [], []
+            for other in foreign:
+                scores = np.r_[own, rate(other).numpy()]
+                truth = np.repeat([1, 0], [len(own), len(other)])
+                aurocs.append(ood_auroc(truth, scores))
+                fprs.append(fpr_at_95_tpr(truth, scores))
+            result[f"AUROC{suffix}"] = float(np.mean(aurocs))
+            result[f"FPR95{suffix}"] = float(np.mean(fprs))
+        return result
 
     return reduce
 
@@ -200,16 +126,7 @@ def baselines(encoder, tokenizer, task, seed, epochs):
     start = time.process_time()
 
     def embed(images):
-        with torch.inference_mode():
-            return functional.normalize(
-                torch.cat(
-                    [
-                        plain.visual((torch.as_tensor(b) - 0.5) / 0.5)
-                        for b in np.array_split(images, 8)
-                    ]
-                ),
-                dim=-1,
-            ).numpy()
+        return in_batches(plain.embed, images).numpy()
 
     plain.eval()
     probe = LogisticRegression(C=100.0, max_iter=500).fit(embed(X), y)
@@ -255,16 +172,20 @@ def reprogrammed(encoder, tokenizer, task, seed, *, epochs, **more):
     return model, at, seconds
 
 
-def run(seed, epochs, n_train, n_test):
+def run(name, seed, epochs, n_train, n_test):
     """Fill the results file of a seed, method by method."""
-    path = RESULTS / f"reprogramming_seed{seed}.json"
+    path = RESULTS / f"reprogramming_{name}_seed{seed}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     done = {(row["task"], row["method"]) for row in rows}
-    encoder, tokenizer = load_text_image_encoder()
+    encoder, tokenizer, pictures = ENCODERS[name]()
+    side = encoder.image_size
     # the border at the same share of the canvas, the warm-up at that of a long training
-    preset = RELEASED_SETTINGS | {"warmup": 0.05, "border": 2}
-    # the released rate is made for tokens of size 0.01 or so; those of this encoder are of size 1
-    scaled = preset | {"text_lr": 0.02}
+    preset = RELEASED_SETTINGS | {"warmup": 0.05, "border": side // 16}
+    settings = {"released preset": preset}
+    if name == "tiny":
+        # the released rate is made for tokens of size 0.01 or so, as MiniLM's are too; those of
+        # the shipped encoder are of size 1
+        settings["released preset, text rate scaled"] = preset | {"text_lr": 0.02}
 
     def keep(task, method, result, seconds, **more):
         rows.append({"task": task.name, "seed": seed, "method": method, **result, **more})
@@ -273,18 +194,21 @@ def run(seed, epochs, n_train, n_test):
         shown = " ".join(f"{k} {v:.3f}" for k, v in result.items())
         print(f"{task.name:14s} {seed} {method:34s} {shown} {seconds:.0f} s", flush=True)
 
-    for task in make_tasks(seed, n_train, n_test):
+    for task in make_tasks(pictures, side, seed, n_train, n_test):
         if (task.name, "WiSE-FT 0.5") not in done:
             for method, result, seconds in baselines(encoder, tokenizer, task, seed, epochs):
                 keep(task, method, result, seconds)
-        for name, settings in (("", preset), (", text rate scaled", scaled)):
-            if (task.name, f"released preset{name}") in done:
-                continue
-            _, at, seconds = reprogrammed(encoder, tokenizer, task, seed, epochs=epochs, **settings)
-            keep(task, f"released preset{name}", at(0.4), seconds)
+        for method, chosen in settings.items():
+            if (task.name, method) not in done:
+                _, at, seconds = reprogrammed(
+                    encoder, tokenizer, task, seed, epochs=epochs, **chosen
+                )
+                keep(task, method, at(0.4), seconds)
         if (task.name, "skperf default") in done:
             continue
-        model, at, seconds = reprogrammed(encoder, tokenizer, task, seed, epochs=epochs)
+        model, at, seconds = reprogrammed(
+            encoder, tokenizer, task, seed, epochs=epochs, border=side // 8
+        )
         keep(task, "skperf, alpha 0", at(0.0), seconds)
         keep(task, "skperf, alpha 0.4", at(0.4), seconds)
         curve = model.alpha_curve_
@@ -294,45 +218,77 @@ def run(seed, epochs, n_train, n_test):
         keep(task, "skperf default", result, seconds, alpha=model.alpha_, over_best_end=gain)
 
 
-def table():
+def by_seed(rows, method, task, column):
+    """Percent of a method, seed by seed, for one task or the mean over the tasks."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if row["method"] == method and task in (row["task"], MEAN):
+            values.setdefault(row["seed"], []).append(100 * row[column])
+    n_tasks = max(map(len, values.values()))
+    return {seed: float(np.mean(v)) for seed, v in values.items() if len(v) == n_tasks}
+
+
+def read(name):
+    """Read the results of all seeds of an encoder."""
+    paths = sorted(RESULTS.glob(f"reprogramming_{name}_seed*.json"))
+    return [row for path in paths for row in json.loads(path.read_text())]
+
+
+def table(name, target):
     """Write and print means and standard deviations over seeds, by task and over all tasks."""
-    rows = [
-        row
-        for path in sorted(RESULTS.glob("reprogramming_seed*.json"))
-        for row in json.loads(path.read_text())
-    ]
-    records = []
-    for task in [*dict.fromkeys(row["task"] for row in rows), "mean of tasks"]:
-        for name in dict.fromkeys(row["method"] for row in rows):
-            mine = [r for r in rows if r["method"] == name and task in (r["task"], "mean of tasks")]
-            record = {"task": task, "method": name}
+    rows, records = read(name), []
+    for task in [*dict.fromkeys(row["task"] for row in rows), MEAN]:
+        for method in dict.fromkeys(row["method"] for row in rows):
+            record = {"task": task, "method": method}
             for column in COLUMNS:
-                by_seed: dict[int, list[float]] = {}
-                for row in mine:
-                    by_seed.setdefault(row["seed"], []).append(100 * row[column])
-                complete = max(map(len, by_seed.values()))
-                means = [np.mean(v) for v in by_seed.values() if len(v) == complete]
-                record[column] = f"{np.mean(means):.1f} ± {np.std(means):.1f}"
-                record["seeds"] = len(means)
-            records.append(record)
+                means = list(by_seed(rows, method, task, column).values())
+                record[column] = f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}"
+            records.append(record | {"seeds": len(means)})
             cells = "".join(f"{record[column]:>14s}" for column in COLUMNS)
-            print(f"{task:14s} {name:34s}{cells}")
-    (RESULTS / "reprogramming.json").write_text(
-        json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-    )
+            print(f"{task:14s} {method:34s}{cells}")
+    write(target, records)
 
 
-COLUMNS = ("ID", "shifted", "AUROC", "FPR95")
+def paired():
+    """Write and print by how much skperf's default differs from other methods, seed by seed."""
+    records = []
+    for name in ENCODERS:
+        rows = read(name)
+        for other in (method for method in METHODS if any(r["method"] == method for r in rows)):
+            record = {"encoder": name, "skperf default minus": other}
+            for column in COLUMNS:
+                ours = by_seed(rows, "skperf default", MEAN, column)
+                theirs = by_seed(rows, other, MEAN, column)
+                gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+                record[column] = f"{np.mean(gains):+.1f} ± {np.std(gains, ddof=1):.1f}"
+            records.append(record | {"seeds": len(gains)})
+            cells = "".join(f"{record[column]:>14s}" for column in COLUMNS)
+            print(f"{name:6s} default minus {other:34s}{cells}")
+    write("reprogramming_paired.json", records)
+
+
+def write(name, records):
+    """Write records to the results."""
+    (RESULTS / name).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+
+
+MEAN = "mean of tasks"
+SCORES = {"": concept_matching, " max logit": max_logit}
+COLUMNS = ("ID", "shifted", *(f"{what}{s}" for s in SCORES for what in ("AUROC", "FPR95")))
+METHODS = ["released preset", "released preset, text rate scaled", "zero-shot", "linear probe"]
+METHODS += ["full fine-tuning", "WiSE-FT 0.5"]
+TARGETS = {"tiny": "reprogramming.json", "lite0": "reprogramming_lite0.json"}
+# epochs, training and test rows: the larger encoder is given what it can do in minutes
+SIZES = {"tiny": (10, 600, 600), "lite0": (5, 200, 200)}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoder", choices=ENCODERS, default="tiny")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--n-train", type=int, default=600)
-    parser.add_argument("--n-test", type=int, default=600)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in options.seeds:
-        run(seed, options.epochs, options.n_train, options.n_test)
-    table()
+        run(options.encoder, seed, *SIZES[options.encoder])
+    table(options.encoder, TARGETS[options.encoder])
+    paired()
