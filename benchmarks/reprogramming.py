@@ -44,7 +44,7 @@ class Prompted(torch.nn.Module):
         self.visual = deepcopy(encoder.visual)
         self.mean = torch.tensor(encoder.mean).view(3, 1, 1)
         self.std = torch.tensor(encoder.std).view(3, 1, 1)
-        self.scale = float(encoder.logit_scale.exp())
+        self.scale = float(encoder.logit_scale.detach().exp())
         texts = tokenizer([PROMPT.format(name) for name in classes])
         with torch.no_grad():
             table = encoder.encode_text(texts, normalize=True)

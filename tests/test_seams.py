@@ -63,10 +63,22 @@ def test_all_ranked_together(products, rows):
 @pytest.mark.parametrize("kind", KINDS)
 def test_into_influence_scorer(products, rows, kind):
     X, y = rows
-    # the text tower of the reprogrammed encoder does not run
     parameters = "last" if kind in ("ablated", "unlearned") else "model.visual.*"
     scorer = InfluenceScorer(products[kind], method="gradient_dot", parameters=parameters).fit(X, y)
     assert scorer.influence(X[:5], y[:5]).shape == (5, 120)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_influence_through_a_program(products, rows):
+    X, y = rows
+    scorer = InfluenceScorer(
+        products["reprogrammed"],
+        method="gradient_dot",
+        parameters="*program*",
+        # no layer computes with a program: its gradients are taken row by row
+        gradients="reference",
+    ).fit(X[:40], y[:40])
+    assert np.abs(scorer.influence(X[:5], y[:5])).min() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

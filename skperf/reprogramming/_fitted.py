@@ -81,10 +81,10 @@ class ProgrammedMixin(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Classif
         """
         if self.ood_score == "disagreement":
             return self._run(X, lambda module, images: module.agreement(images))
-        score, classes = SCORES[self.ood_score], self._classes()
+        score = SCORES[self.ood_score]
 
         def scored(module, images):
-            similarities = module.similarities(module.represent(images), classes)
+            similarities = module.similarities(module.represent(images))
             return score(similarities, self.ood_temperature)
 
         return self._run(X, scored)
@@ -181,7 +181,8 @@ class ProgrammedMixin(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Classif
         Returns
         -------
         nn.Module
-            Contains the encoder itself, not a copy.
+            Contains the encoder itself, not a copy, as ``model``; programs and head are the
+            parameters ``programmed.*``. It knows no rejection: :meth:`predict_inlier` does.
         """
         check_is_fitted(self)
         return self._module
@@ -234,16 +235,8 @@ class ProgrammedMixin(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Classif
         check_is_fitted(self)
         return self._as_images(check_rows(self, X))
 
-    def _classes(self):
-        check_is_fitted(self)
-        # the fitted embeddings, so that the text tower does not run at each call
-        if not self._module.unit:
-            return None
-        return torch.as_tensor(self.class_embeddings_, device=self.encoder_.device)
-
     def _logits(self, X):
-        classes = self._classes()
-        return self._run(X, lambda module, images: module.logits(module.represent(images), classes))
+        return self._run(X, lambda module, images: module(images))
 
     def _run(self, X, function):
         images, module = self._images(X), self._module

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional
 
-from skperf.reprogramming.programmed import ReprogrammedClassifier
+from skperf.reprogramming.classifier import ReprogrammedClassifier
 from skperf.reprogramming.rejection import SCORES, agreement, retention_threshold
 from skperf.reprogramming.residual import AlphaCurve, Representations, alpha_curve
 

@@ -82,7 +82,7 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
     training_alpha : float, default=0.5
         The mix whose loss is averaged with that of the reprogrammed representation in
         training; 0 trains the latter alone, as the released code does.
-    none_margin : float or None, default=3.0
+    none_margin : float or None, default=2.0
         Training adds one logit to those of the classes: "none of these", the same for all
         images, so far above the mean of the zero-shot classifier's largest logits. The right
         class has to beat it, which gives the similarities themselves a meaning. None adds
@@ -213,7 +213,7 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
         focal_alpha=1.0,
         alpha="auto",
         training_alpha=0.5,
-        none_margin=3.0,
+        none_margin=2.0,
         renormalize=False,
         logit_scale="encoder",
         ood_score="mcm",

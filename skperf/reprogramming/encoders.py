@@ -132,7 +132,8 @@ class FrozenEncoder:
             If the model returns something else than one row for each image.
         """
         if images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
+            # channels last in memory, said in a way that torch.func.vmap understands
+            images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if self.mean is not None and self.std is not None:
             shape = (1, -1, 1, 1)
             mean, std = (images.new_tensor(v).view(shape) for v in (self.mean, self.std))

@@ -1,7 +1,6 @@
-"""A frozen encoder with programs around it, in training and in use."""
+"""A frozen encoder with programs around it, in training."""
 
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch.nn import functional
 
 from skperf.reprogramming.encoders import FrozenEncoder
 from skperf.reprogramming.programs import InputProgram, TextProgram, class_embeddings
-from skperf.reprogramming.rejection import agreement
 from skperf.reprogramming.residual import mixed
 
 
@@ -172,8 +170,18 @@ class ProgrammedEncoder(nn.Module):
             similarities = torch.cat([similarities, none], -1)
         return self.encoder.logit_scale * similarities + self.encoder.logit_bias
 
-    def classes(self, model: Any = None) -> Tensor:
+    def classes(self) -> Tensor:
         """Embed the classes, with the text program and the linear head's offsets.
+
+        Returns
+        -------
+        Tensor of shape (n_classes, n_outputs)
+            Unit embeddings.
+        """
+        return self.shifted(self.prompts())
+
+    def prompts(self, model: Any = None) -> Tensor:
+        """Embed the prompts, with the text program.
 
         Parameters
         ----------
@@ -186,13 +194,29 @@ class ProgrammedEncoder(nn.Module):
             Unit embeddings.
         """
         assert self.zero_shot is not None
-        classes = self.zero_shot
-        if self.text_program is not None and self.text is not None and self.ids is not None:
-            hook = self.text_program.hook(self.text)
-            classes = class_embeddings(self.encoder, self.ids, len(classes), hook, model=model)
-        if self.head is not None:
-            classes = functional.normalize(classes + self.head.weight, dim=-1)
-        return classes
+        if self.text_program is None or self.text is None or self.ids is None:
+            return self.zero_shot
+        hook = self.text_program.hook(self.text)
+        return class_embeddings(self.encoder, self.ids, len(self.zero_shot), hook, model=model)
+
+    def shifted(self, prompts: Tensor) -> Tensor:
+        """Add the linear head's offsets, where there are any.
+
+        Parameters
+        ----------
+        prompts : Tensor of shape (n_classes, n_outputs)
+            From :meth:`prompts`.
+
+        Returns
+        -------
+        Tensor of shape (n_classes, n_outputs)
+            Unit embeddings.
+        """
+        return (
+            prompts
+            if self.head is None
+            else functional.normalize(prompts + self.head.weight, dim=-1)
+        )
 
     def batches(
         self, images: Tensor, batch_size: int, *, programmed: bool = True
@@ -256,182 +280,3 @@ class ProgrammedEncoder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # the encoder travels with whoever holds this module, once
         return {**self.__dict__, "encoder": None, "outputs": None}
-
-
-class ReprogrammedClassifier(nn.Module):
-    """From images to class logits, the encoder included.
-
-    Its parameters are those of the encoder, ``model.*``, and of the programs and the head,
-    ``programmed.*``.
-
-    Parameters
-    ----------
-    programmed : ProgrammedEncoder
-        After training; its programs and head are copied.
-    alpha : float
-        Share of the zero-shot representation.
-    scale : float
-        From similarities to logits.
-    image_shape : tuple of int, optional
-        (channels, height, width), into which flat rows are brought.
-    renormalize : bool, default=False
-        Whether mixes are scaled back to unit length.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The encoder, not a copy.
-    """
-
-    def __init__(
-        self,
-        programmed: ProgrammedEncoder,
-        *,
-        alpha: float,
-        scale: float,
-        image_shape: tuple[int, ...] | None = None,
-        renormalize: bool = False,
-    ) -> None:
-        super().__init__()
-        self.encoder = programmed.encoder
-        self.model = self.encoder.model if self.encoder.differentiable else None
-        self.programmed = deepcopy(programmed)
-        self.programmed.encoder = self.encoder
-        self.alpha = alpha
-        self.scale = scale
-        self.image_shape = image_shape
-        self.renormalize = renormalize
-        self.unit = programmed.has_unit_embeddings
-        self.bias = self.encoder.logit_bias if self.unit else 0.0
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute class logits.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width) or (n, n_features)
-            In [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Class logits.
-        """
-        return self.logits(self.represent(images), self.classes())
-
-    def represent(self, images: Tensor) -> Tensor:
-        """Encode images with the programs and the residual.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width) or (n, n_features)
-            In [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, n_outputs)
-            Mixed embeddings, or outputs of the encoder.
-        """
-        placed = self._placed(images)
-        if self.alpha == 1:
-            return self._encode(placed)
-        outputs = self._encode(self.programmed.program.add(placed, self.programmed.image))
-        if self.alpha == 0:
-            return outputs
-        return mixed(outputs, self._encode(placed), self.alpha, renormalize=self.renormalize)
-
-    def classes(self) -> Tensor | None:
-        """Embed the classes, with the programs and the residual.
-
-        Returns
-        -------
-        Tensor of shape (n_classes, n_outputs) or None
-            None where images are not held against texts.
-        """
-        zero_shot = self.programmed.zero_shot
-        if zero_shot is None:
-            return None
-        classes = self.programmed.classes(self.model)
-        return mixed(classes, zero_shot, self.alpha, renormalize=self.renormalize)
-
-    def similarities(self, representation: Tensor, classes: Tensor | None) -> Tensor:
-        """Hold representations against the classes.
-
-        Parameters
-        ----------
-        representation : Tensor of shape (n, n_outputs)
-            From :meth:`represent`.
-        classes : Tensor of shape (n_classes, n_outputs) or None
-            From :meth:`classes`.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Cosines for text-image encoders, logits for others.
-        """
-        return (
-            self.programmed.logits(representation)
-            if classes is None
-            else representation @ classes.T
-        )
-
-    def logits(self, representation: Tensor, classes: Tensor | None) -> Tensor:
-        """Scale similarities.
-
-        Parameters
-        ----------
-        representation : Tensor of shape (n, n_outputs)
-            From :meth:`represent`.
-        classes : Tensor of shape (n_classes, n_outputs) or None
-            From :meth:`classes`.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Class logits.
-        """
-        return self.scale * self.similarities(representation, classes) + self.bias
-
-    def reprogram(self, images: Tensor) -> Tensor:
-        """Add the program.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width) or (n, n_features)
-            In [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, channels, canvas height, canvas width)
-            What the encoder sees, before its normalisation.
-        """
-        return self.programmed.program.add(self._placed(images), self.programmed.image)
-
-    def agreement(self, images: Tensor) -> Tensor:
-        """Compare embeddings with and without the program.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width) or (n, n_features)
-            In [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n,)
-            Cosines.
-        """
-        programmed = self._encode(self.reprogram(images))
-        return agreement(programmed, self._encode(self._placed(images)))
-
-    def _placed(self, images: Tensor) -> Tensor:
-        if images.ndim == 2 and self.image_shape is not None:
-            images = images.view(-1, *self.image_shape)
-        return self.programmed.program.place(images)
-
-    def _encode(self, placed: Tensor) -> Tensor:
-        outputs = self.encoder.encode_image(placed, self.model)
-        return functional.normalize(outputs, dim=-1) if self.unit else outputs
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.programmed.encoder = self.encoder

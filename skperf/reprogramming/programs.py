@@ -162,11 +162,17 @@ class ImageProgram:
 
 
 class _ClampInward(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, low: float, high: float) -> Tensor:  # type: ignore[override]
+    def forward(values: Tensor, low: float, high: float) -> Tensor:  # type: ignore[override]
+        return values.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+        values, low, high = inputs
         ctx.save_for_backward(values)
         ctx.range = low, high
-        return values.clamp(low, high)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

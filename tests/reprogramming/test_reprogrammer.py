@@ -59,20 +59,21 @@ def test_training_lowers_the_loss_and_leaves_the_encoder(towers, pictures, param
     assert set(dict(model.net_.module_.named_parameters())) == {"image", "text", "head.weight"}
 
 
+@pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError("broken"), FloatingPointError])
-def test_encoder_survives_an_exception(towers, pictures, parameters, raised, monkeypatch):
+def test_encoder_survives_an_exception(towers, pictures, parameters, raised, tower, monkeypatch):
     X, y = pictures
     before = state_of(towers)
     calls = []
-    encode = type(towers).encode_image
+    encode = getattr(type(towers), tower)
 
-    def failing(self, pixels):
+    def failing(self, inputs):
         calls.append(1)
         if len(calls) == 4:
             raise raised
-        return encode(self, pixels)
+        return encode(self, inputs)
 
-    monkeypatch.setattr(type(towers), "encode_image", failing)
+    monkeypatch.setattr(type(towers), tower, failing)
     model = Reprogrammer(towers, **parameters)
     with pytest.raises(raised if isinstance(raised, type) else type(raised)):
         model.fit(X, y)
