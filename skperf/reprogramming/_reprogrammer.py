@@ -64,7 +64,7 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
         token in the prompts. "auto" is "table", unless `head` is "linear".
     head : {"auto", "prompts", "mapping", "linear"}, default="auto"
         Class prompts; a map of the encoder's own labels; a trained linear layer, which where
-        there are prompts is an offset to their embeddings. "auto" goes by the encoder: with
+        there are prompts is an offset to their unit embeddings. "auto" goes by the encoder: with
         text towers "linear" if `text` is "auto" too, else "prompts".
     mapping : {"blm", "blm+", "rlm", "flm", "ilm", "linear"} or array (s, n_classes), default="blm"
         Bayesian, its soft form, random, frequent, iterative, trained, or given.
@@ -83,10 +83,11 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
         The mix whose loss is averaged with that of the reprogrammed representation in
         training; 0 trains the latter alone, as the released code does.
     none_margin : float or None, default=2.0
-        Training adds one logit to those of the classes: "none of these", the same for all
+        Training adds one logit to those of the classes, "none of these": the same for all
         images, so far above the mean of the zero-shot classifier's largest logits. The right
-        class has to beat it, which gives the similarities themselves a meaning. None adds
-        none; nor is one added where `training_alpha` is 0 or prompts are missing.
+        class has to beat it, which gives the similarities themselves a meaning ("max_logit"
+        and "energy" then reject better). Without effect where `training_alpha` is 0, in
+        contrast within the batch, and for encoders without a text tower.
     renormalize : bool, default=False
         Whether mixed embeddings are scaled back to unit length.
     logit_scale : "encoder", "calibrated" or float, default="encoder"
@@ -97,8 +98,8 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
         Divides the cosines (or logits) in the score.
     ood_retention : float, default=0.95
         Share of the rows held out that the threshold keeps.
-    lr : float, default=0.03
-        Learning rate of the border.
+    lr : "auto" or float, default="auto"
+        Learning rate of the border; "auto" is 0.03 where there are prompts, else 0.1.
     text_lr, head_lr : "auto" or float, default="auto"
         Learning rates of text delta and linear head; "auto" goes by the scale of what they
         are added to, which differs by orders of magnitude between encoders.
@@ -219,7 +220,7 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
         ood_score="mcm",
         ood_temperature=1.0,
         ood_retention=0.95,
-        lr=0.03,
+        lr="auto",
         text_lr="auto",
         head_lr="auto",
         weight_decay=0.0,

@@ -61,7 +61,7 @@ CONSTRAINTS = {
     "ood_score": [StrOptions({*SCORES, "disagreement"})],
     "ood_temperature": _POSITIVE,
     "ood_retention": [Interval(Real, 0, 1, closed="right")],
-    "lr": _POSITIVE,
+    "lr": [StrOptions({"auto"}), *_POSITIVE],
     "text_lr": [StrOptions({"auto"}), *_POSITIVE],
     "head_lr": [StrOptions({"auto"}), *_POSITIVE],
     "weight_decay": _NOT_NEGATIVE,

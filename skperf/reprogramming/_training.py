@@ -14,6 +14,9 @@ from skperf.reprogramming.label_mapping import cooccurrence, labels_of_interest,
 from skperf.reprogramming.objectives import ClassObjective
 from skperf.reprogramming.programmed import ProgrammedEncoder
 
+#: Learning rates of the border where texts are trained beside it, and where it is alone.
+BORDER_RATES = {"beside texts": 0.03, "alone": 0.1}
+
 #: Learning rate of token rows, as a share of the embeddings' root mean square.
 RELATIVE_TEXT_RATE = 0.02
 
@@ -98,6 +101,9 @@ def make_net(estimator, task, *, n_train, n_held_out):
         Not initialised.
     """
     named = isinstance(estimator.mapping, str) and task.head == "mapping"
+    rate = estimator.lr
+    if rate == "auto":
+        rate = BORDER_RATES["alone" if task.ids is None else "beside texts"]
     params = {
         "criterion": ClassObjective,
         "criterion__contrastive": estimator.objective == "contrastive",
@@ -106,7 +112,7 @@ def make_net(estimator, task, *, n_train, n_held_out):
         "optimizer": torch.optim.AdamW,
         "optimizer__weight_decay": 0.0,
         "optimizer__param_groups": _parameter_groups(estimator, task),
-        "lr": estimator.lr,
+        "lr": rate,
         "max_epochs": estimator.max_epochs,
         "batch_size": estimator.batch_size,
         "callbacks": _callbacks(
