@@ -13,7 +13,7 @@ from torch import nn
 
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import loss
-from skperf.datasets import fetch_fashion_mnist
+from skperf.datasets import fetch_fashion_mnist, load_email_vectors
 from skperf.influence.retraining import (
     Recipe,
     fresh_parameters,
@@ -64,18 +64,25 @@ def adam(parameters, lr):
     return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
-def digits_workload(name, widths, *, n_members=8, n_subsets=50, n_seeds=2):
-    """Digits, 1,437 rows to train on and 360 to ask about."""
+def digits():
+    """1,797 images of 8 x 8."""
     X, y = load_digits(return_X_y=True)
-    X = (X / 16).astype(np.float32)
-    parts = train_test_split(X, y, test_size=360, random_state=1, stratify=y)
+    return (X / 16).astype(np.float32), y
+
+
+def stacked_workload(
+    name, data, widths, *, n_members=1, n_test=360, n_subsets=50, n_seeds=2, draw=2, n_epochs=40
+):
+    """Fully connected networks, retrained all at once."""
+    X, y = data()
+    parts = train_test_split(X, y, test_size=n_test, random_state=draw - 1, stratify=y)
     X_train, X_test, y_train, y_test = parts
-    network = Network(mlp(*widths), np.arange(10))
-    recipe = Recipe(partial(adam, lr=1e-3), n_epochs=40, batch_size=32)
+    network = Network(mlp(*widths), np.unique(y))
+    recipe = Recipe(partial(adam, lr=1e-3), n_epochs=n_epochs, batch_size=32)
     rows, codes = torch.from_numpy(X_train), torch.from_numpy(y_train)
     everything = torch.ones(n_members, len(rows), dtype=torch.bool)
     members = train_subsets(network, rows, codes, everything, recipe, seeds=list(range(n_members)))
-    subsets = half_subsets(len(rows), n_subsets, torch.Generator().manual_seed(2))
+    subsets = half_subsets(len(rows), n_subsets, torch.Generator().manual_seed(draw))
     seeds = [1000 + i for i in range(n_subsets * n_seeds)]
     retrained = train_subsets(network, rows, codes, subsets.repeat(n_seeds, 1), recipe, seeds=seeds)
     queries = torch.from_numpy(X_test), torch.from_numpy(y_test)
@@ -92,12 +99,13 @@ def _filled(module, stacked, i):
     return module.eval()
 
 
-def fashion_workload(name, build, n_train, *, n_subsets=0, n_seeds=2, n_epochs=10, n_test=500):
+def fashion_workload(
+    name, build, n_train, *, first=20_000, n_subsets=0, n_seeds=2, n_epochs=10, n_test=500, draw=2
+):
     """Fashion-MNIST images; the truth by retraining one network after another."""
     images, target = fetch_fashion_mnist(subset="train", return_X_y=True)
     test_images, test_target = fetch_fashion_mnist(subset="test", return_X_y=True)
-    # the first rows belong to benchmarks.influence_damping
-    train, test = slice(20_000, 20_000 + n_train), slice(2000, 2000 + n_test)
+    train, test = slice(first, first + n_train), slice(first // 10, first // 10 + n_test)
     X_train, y_train = _images(images[train]), target[train].astype(np.int64)
     X_test, y_test = _images(test_images[test]), test_target[test].astype(np.int64)
     if build is not convolutional:
@@ -107,10 +115,10 @@ def fashion_workload(name, build, n_train, *, n_subsets=0, n_seeds=2, n_epochs=1
     module = again(rows, codes, seed=0)
     subsets = losses = None
     if n_subsets:
-        subsets = half_subsets(n_train, n_subsets, torch.Generator().manual_seed(2)).numpy()
+        subsets = half_subsets(n_train, n_subsets, torch.Generator().manual_seed(draw)).numpy()
         queries = torch.from_numpy(X_test), torch.from_numpy(y_test)
         retrained = [
-            again(rows[kept], codes[kept], seed=1000 + i)
+            again(rows[kept], codes[kept], seed=10 ** (draw + 1) + i)
             for i, kept in enumerate(np.tile(subsets, (n_seeds, 1)))
         ]
         losses = np.stack([_losses(module, queries) for module in retrained])
@@ -143,14 +151,45 @@ def _losses(module, queries):
         return nn.functional.cross_entropy(module(queries[0]), queries[1], reduction="none").numpy()
 
 
+def small_fashion():
+    """Two thousand Fashion-MNIST images of 14 x 14, none of which W2 holds."""
+    images, target = fetch_fashion_mnist(subset="train", return_X_y=True)
+    pooled = _images(images[5000:7000]).reshape(-1, 14, 2, 14, 2).mean((2, 4))
+    return pooled.reshape(len(pooled), -1), target[5000:7000].astype(np.int64)
+
+
+def mails():
+    """E-mails as MiniLM vectors, spam or not."""
+    found = load_email_vectors()
+    codes = np.unique(found.target, return_inverse=True)[1]
+    return found.data.astype(np.float32), codes
+
+
 BUILDERS = {
-    "W1": partial(digits_workload, "W1", (64, 128, 64, 10)),
-    "W1s": partial(digits_workload, "W1s", (64, 32, 10), n_members=1),
+    "W1": partial(stacked_workload, "W1", digits, (64, 128, 64, 10), n_members=8),
+    "W1s": partial(stacked_workload, "W1s", digits, (64, 32, 10)),
     "W2": partial(fashion_workload, "W2", convolutional, 2000, n_subsets=50),
     "W2-10k": partial(fashion_workload, "W2-10k", convolutional, 10_000, n_epochs=4),
-    "MLP235k": partial(
-        fashion_workload, "MLP235k", partial(mlp, 784, 256, 128, 10), 5000, n_epochs=10
+    "MLP235k": partial(fashion_workload, "MLP235k", partial(mlp, 784, 256, 128, 10), 5000),
+    # no row and no retraining of these is among those above: damping is chosen on them
+    "images": partial(stacked_workload, "images", small_fashion, (196, 64, 32, 10), draw=1),
+    "images, one layer": partial(
+        stacked_workload, "images, one layer", small_fashion, (196, 32, 10), draw=1
     ),
+    "mails": partial(
+        stacked_workload, "mails", mails, (384, 32, 2), draw=1, n_test=200, n_epochs=20
+    ),
+    "CNN": partial(
+        fashion_workload, "CNN", convolutional, 2000, first=0, n_subsets=50, n_seeds=1, draw=1
+    ),
+}
+MODULES = {
+    "W1": partial(mlp, 64, 128, 64, 10),
+    "W1s": partial(mlp, 64, 32, 10),
+    "MLP235k": partial(mlp, 784, 256, 128, 10),
+    "images": partial(mlp, 196, 64, 32, 10),
+    "images, one layer": partial(mlp, 196, 32, 10),
+    "mails": partial(mlp, 384, 32, 2),
 }
 
 
@@ -163,9 +202,7 @@ def load(name, folder):
         fields = {**vars(workload), "modules": [m.state_dict() for m in workload.modules]}
         torch.save(fields, path)
     fields = torch.load(path, weights_only=False)
-    build = {"W1": partial(mlp, 64, 128, 64, 10), "W1s": partial(mlp, 64, 32, 10)}.get(
-        name, partial(mlp, 784, 256, 128, 10) if name == "MLP235k" else convolutional
-    )
+    build = MODULES.get(name, convolutional)
     modules = []
     for state in fields["modules"]:
         module = build()

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from skperf.influence._scoring import TopRows
+
 _HELPFUL, _HARMFUL = "#3a6ea5", "#b5473c"
 
 
@@ -161,8 +163,6 @@ class InfluenceDisplay:
 
 
 def _top(influence, k, sign):
-    from skperf.influence._scorer import TopRows
-
     indices = np.argsort(-sign * influence, axis=1, kind="stable")[:, :k]
     return TopRows(indices=indices, values=np.take_along_axis(influence, indices, 1))
 

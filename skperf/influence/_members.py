@@ -14,6 +14,8 @@ from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone.parameters import select_parameters
 from skperf.influence.captures import record, record_reference
+from skperf.influence.damping import horizon_time
+from skperf.influence.horizon import FurtherTraining, further_trained
 from skperf.influence.layers import find_layers
 from skperf.influence.problem import Problem, Settings
 from skperf.influence.tiles import Shelf, budget_in_bytes
@@ -285,6 +287,80 @@ def open_problem(scorer, network):
         scorer.batch_size or _batch_size(network),
         Shelf(budget_in_bytes(scorer.memory_budget), scorer.storage),
     )
+
+
+def linearised(scorer):
+    """State the problems that a scorer's methods are fitted on.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        With ``estimators_`` and ``ahead_``.
+
+    Returns
+    -------
+    list of (Problem, float)
+        Each with its weight in the scores: at the fitted weights, or where those of
+        ``ahead_`` are known, there.
+    """
+    found = networks_of(scorer)
+    if scorer.ahead_ is not None:
+        found = [
+            (_moved(network, weights), share)
+            for (network, share), weights in zip(found, scorer.ahead_, strict=True)
+        ]
+    return [(open_problem(scorer, network), share) for network, share in found]
+
+
+def _moved(network, weights):
+    copy = network.copy()
+    own = dict(copy.module.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+    return copy
+
+
+def half_way(scorer):
+    """Train each member on for half of the horizon.
+
+    The effect of a row on a horizon of training is that of gradients and curvature along the
+    way; those of its middle stand for them all, as in the midpoint rule.
+
+    Parameters
+    ----------
+    scorer : InfluenceScorer
+        With its settings.
+
+    Returns
+    -------
+    list of dict of str to Tensor, or None
+        Weights of each member, on the CPU; None where the damping is not ``"flow"``.
+    """
+    settings = scorer.settings_
+    if settings.damping != "flow":
+        return None
+    horizon_time(settings)
+    ends = []
+    for network, _ in networks_of(scorer):
+        problem = open_problem(scorer, network)
+        training = FurtherTraining(
+            settings.learning_rate,
+            min(64, problem.n_train),
+            settings.weight_decay,
+            settings.seed + 1,
+        )
+        end = further_trained(
+            network,
+            problem.parameters,
+            network.tensor(problem.X),
+            problem.codes.to(network.device),
+            problem.shares,
+            training,
+            settings.horizon // 2,
+        )
+        ends.append({name: value.cpu() for name, value in end.items()})
+    return ends
 
 
 def _batch_size(network):

@@ -16,10 +16,10 @@ from skperf.influence._scoring import (
     score_dtype,
     tiles_of,
 )
-from skperf.influence.curvature import softmax_rows
 from skperf.influence.damping import resolve_damping
 from skperf.influence.gradients import inner
 from skperf.influence.heads import leave_one_out_steps, linear_head_hessian
+from skperf.influence.output_rows import softmax_rows
 from skperf.influence.problem import LOSS_UNIT, slopes
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
@@ -14,24 +13,23 @@ from skperf.influence._actions import remove, repair
 from skperf.influence._constraints import CONSTRAINTS
 from skperf.influence._members import (
     fitted_members,
+    half_way,
+    linearised,
     named_settings,
     networks_of,
     open_problem,
 )
 from skperf.influence._rows import detect_mislabels, group_influence, loo_effect, losses
-from skperf.influence._scoring import influence_matrix, score_dtype, self_influences, tiles_of
+from skperf.influence._scoring import (
+    TopRows,
+    influence_matrix,
+    score_dtype,
+    self_influences,
+    tiles_of,
+)
 from skperf.influence._trust import fading, score
 from skperf.influence.methods import METHODS, redamped
 from skperf.influence.tiles import Largest, budget_in_bytes
-
-
-class TopRows(Bunch):
-    """Rows of largest influence: a Bunch whose ``values`` are not the dictionary's."""
-
-    @property
-    def values(self):
-        """Influence of the rows."""
-        return self["values"]
 
 
 class InfluenceScorer(
@@ -70,8 +68,8 @@ class InfluenceScorer(
     damping : float, "auto", "horizon" or "flow", default="auto"
         Added to the eigenvalues of the mean loss's curvature; ``"auto"`` is a share of its
         mean eigenvalue. ``"horizon"`` is ``1 / (learning_rate * horizon)``; ``"flow"``
-        replaces the damped inverse by the filter of `horizon` further gradient steps
-        (``"ggn"`` and ``"exact"``).
+        replaces the damped inverse by the filter of `horizon` further gradient steps, taken
+        at the weights that half of them lead to (``"ggn"`` and ``"exact"``).
     horizon : int, optional
         Number of further training steps whose effect is predicted; ties ``damping="auto"``
         to it.
@@ -132,6 +130,8 @@ class InfluenceScorer(
         Labels.
     method_ : str
         The method in use.
+    ahead_ : list of dict of str to Tensor, or None
+        Of every member, the weights half-way along the horizon, for ``damping="flow"``.
     unit_ : str
         ``"loss"``, ``"relative loss"`` or ``"squared gradient"``.
     damping_ : float or list of float
@@ -258,7 +258,8 @@ class InfluenceScorer(
         self.classes_ = network.classes
         self.method_ = self._resolved_method(network)
         self.settings_ = named_settings(self)
-        problems = [open_problem(self, network) for network, _ in networks_of(self)]
+        self.ahead_ = half_way(self)
+        problems = [problem for problem, _ in linearised(self)]
         self.coverage_ = self._coverage(problems[0])
         self.fits_ = [METHODS[self.method_](problem) for problem in problems]
         self._read_reports()
@@ -408,7 +409,7 @@ class InfluenceScorer(
         return losses(self, self.X_, self.y_).mean(0)
 
     def with_damping(self, damping, *, horizon=None):
-        """Use another damping, without a new pass through the network.
+        """Use another damping, without a new pass through the network except for ``"flow"``.
 
         Parameters
         ----------
@@ -427,14 +428,20 @@ class InfluenceScorer(
             raise ValueError(
                 f"with_damping needs method='ggn' or 'exact'; this scorer uses {self.method_!r}."
             )
+        horizon = self.horizon if horizon is None else horizon
+        return self._redamped(damping, horizon, self.learning_rate)
+
+    def _redamped(self, damping, horizon, learning_rate):
         other = type(self)(**self.get_params(deep=False))
         vars(other).update(vars(self))
         vars(other).pop("_self_influence", None)
-        other.damping, other.horizon = damping, horizon if horizon is not None else self.horizon
+        other.damping, other.horizon, other.learning_rate = damping, horizon, learning_rate
         other.settings_ = named_settings(other)
-        problems = [open_problem(other, network) for network, _ in networks_of(other)]
+        other.ahead_ = half_way(other)
+        moved = other.ahead_ is not None or self.ahead_ is not None
+        problems = [problem for problem, _ in linearised(other)]
         other.fits_ = [
-            redamped(problem, fitted, self.method_)
+            METHODS[self.method_](problem) if moved else redamped(problem, fitted, self.method_)
             for fitted, problem in zip(self.fits_, problems, strict=True)
         ]
         other._read_reports()

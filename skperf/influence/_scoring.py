@@ -2,10 +2,12 @@
 
 import numpy as np
 import torch
+from sklearn.utils import Bunch
 
 from skperf.backbone.outputs import resolve_output
+from skperf.influence import anew
 from skperf.influence._constraints import TARGETS
-from skperf.influence._members import networks_of, open_problem
+from skperf.influence._members import linearised, networks_of
 from skperf.influence.neighbours import features_of, nearest
 from skperf.influence.problem import self_scores
 from skperf.influence.tiles import (
@@ -15,6 +17,15 @@ from skperf.influence.tiles import (
     scored_tiles,
     tile_lengths,
 )
+
+
+class TopRows(Bunch):
+    """Rows of largest influence: a Bunch whose ``values`` are not the dictionary's."""
+
+    @property
+    def values(self):
+        """Influence of the rows."""
+        return self["values"]
 
 
 def score_dtype(scorer):
@@ -49,8 +60,8 @@ def open_members(scorer):
         Each with its weight in the scores.
     """
     return [
-        (open_problem(scorer, network), fitted, weight)
-        for (network, weight), fitted in zip(networks_of(scorer), scorer.fits_, strict=True)
+        (problem, fitted, weight)
+        for (problem, weight), fitted in zip(linearised(scorer), scorer.fits_, strict=True)
     ]
 
 
@@ -139,15 +150,15 @@ def tiles_of(scorer, X, y, fill=0.0):
 
 def _member_tiles(scorer, member, output, X, y, length):
     problem, fitted, weight = member
-    gradients = query_gradients(scorer, problem, output, X, y)
-    yield from scored_tiles(
-        fitted.lift(problem, gradients),
-        fitted.train,
-        scale=fitted.scale * weight,
-        length=length,
-        device=problem.network.device,
-        n_jobs=scorer.n_jobs,
-    )
+    queries = _queries(scorer, problem, output, X, y)
+    options = {"scale": fitted.scale * weight, "length": length}
+    workers = {"n_jobs": scorer.n_jobs, "prefer": "threads"}
+    if anew.worth_it(problem, fitted, **workers):
+        yield from anew.tiles_anew(problem, fitted, queries, **options, **workers)
+        return
+    terms = fitted.lift(problem, queries.factors(problem))
+    device = problem.network.device
+    yield from scored_tiles(terms, fitted.train, device=device, **options, **workers)
 
 
 def query_gradients(scorer, problem, output, X, y):
@@ -171,10 +182,14 @@ def query_gradients(scorer, problem, output, X, y):
     list of Factor
         One a layer.
     """
+    return _queries(scorer, problem, output, X, y).factors(problem)
+
+
+def _queries(scorer, problem, output, X, y):
     codes = problem.network.codes(y).cpu()
     # of every other target more is better, and its fall is what is estimated
     signs = None if scorer.target == "loss" else torch.full((len(X),), -1.0)
-    return problem.gradients(output, X, codes, signs)
+    return anew.Pulled(output, X, codes, signs, [])
 
 
 def _candidates(scorer, X):

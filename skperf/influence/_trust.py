@@ -14,11 +14,9 @@ from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone._validation import check_labelled_rows
 from skperf.backbone.outputs import resolve_output
-from skperf.influence._members import learning_rate_of, networks_of
+from skperf.influence._members import learning_rate_of, networks_of, open_problem
 from skperf.influence._scoring import influence_matrix, open_members, query_gradients
-from skperf.influence.damping import at_horizon
 from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
-from skperf.influence.methods import redamped
 from skperf.influence.problem import scores_of
 from skperf.influence.retraining import Recipe, half_subsets, stacked_outputs, train_subsets
 from skperf.metrics import linear_datamodeling_score
@@ -79,8 +77,9 @@ def fading(
     steps = sorted({int(step) for step in steps})
     if not steps or steps[0] < 1:
         raise ValueError(f"steps must be positive numbers of training steps, got {steps}.")
-    problem, _, _ = open_members(self)[0]
-    network, generator = problem.network, torch.Generator().manual_seed(self.settings_.seed)
+    network = networks_of(self)[0][0]
+    problem = open_problem(self, network)
+    generator = torch.Generator().manual_seed(self.settings_.seed)
     rows = torch.randperm(problem.n_train, generator=generator)[:n_train]
     training = FurtherTraining(
         learning_rate or learning_rate_of(self) or 0.03,
@@ -120,21 +119,20 @@ def fading(
 
 def _predicted(scorer, X, y, steps, rows, training):
     """Scores of the rows that are left out, at each horizon where they depend on it."""
-    tied = scorer.horizon is not None or scorer.damping in ("horizon", "flow")
+    if scorer.horizon is None and scorer.damping not in ("horizon", "flow"):
+        return _scores_of_rows(scorer, X, y, rows).expand(len(steps), -1, -1)
+    how = "flow" if scorer.damping == "flow" else "horizon"
+    there = (scorer._redamped(how, step, training.learning_rate) for step in steps)
+    return torch.stack([_scores_of_rows(one, X, y, rows) for one in there])
+
+
+def _scores_of_rows(scorer, X, y, rows):
     output = resolve_output(scorer.target, argument="target")
-    total = 0.0
-    for problem, fitted, weight in open_members(scorer):
-        queries = query_gradients(scorer, problem, output, X, y)
-        how = scorer.damping if scorer.damping == "flow" else "horizon"
-        scores = []
-        for step in steps if tied else steps[:1]:
-            current = fitted
-            if tied:
-                there = at_horizon(problem, step, how, training.learning_rate)
-                current = redamped(there, fitted, scorer.method_)
-            scores.append(torch.as_tensor(scores_of(problem, current, queries, rows)))
-        total = total + weight * torch.stack(scores).expand(len(steps), -1, -1)
-    return total
+    parts = [
+        weight * scores_of(problem, fitted, query_gradients(scorer, problem, output, X, y), rows)
+        for problem, fitted, weight in open_members(scorer)
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None):

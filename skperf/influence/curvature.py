@@ -3,17 +3,20 @@
 The Gauss-Newton matrix (for a softmax classifier also the Fisher matrix with the exact
 expectation over labels) is ``C = sum_i w_i J_i' H_i J_i`` with ``H_i = diag(p_i) - p_i p_i'``.
 Each eigenpair of an ``H_i`` gives one row of a matrix A with ``C = A' A``; few of the
-eigenvalues carry nearly all of the trace, and only their rows are pulled back.
+eigenvalues carry nearly all of the trace. Their rows are pulled back, and a sample of the
+others in proportion to their share stands for the rest of the trace; see
+:mod:`~skperf.influence.output_rows`.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 
 from skperf.backbone.network import Network
@@ -23,73 +26,6 @@ from skperf.influence.gradients import (
     gram,
     inner,
 )
-
-
-@dataclass(frozen=True)
-class OutputRows:
-    """Rows of the curvature at the logits.
-
-    Parameters
-    ----------
-    examples : Tensor of shape (n_rows,)
-        Training row that each comes from.
-    cotangents : Tensor of shape (n_rows, n_classes)
-        What to pull back.
-    kept_trace : float
-        Share of the trace at the logits that the rows hold.
-    logits : Tensor of shape (n, n_classes)
-        Of all training rows.
-    """
-
-    examples: Tensor
-    cotangents: Tensor
-    kept_trace: float
-    logits: Tensor
-
-
-def softmax_rows(
-    logits: Tensor, weights: Tensor, *, kept_trace: float = 1.0, max_rows: int | None = None
-) -> OutputRows:
-    """Largest eigenpairs of the softmax Hessians of many examples.
-
-    Parameters
-    ----------
-    logits : Tensor of shape (n, n_classes)
-        The network's answers.
-    weights : Tensor of shape (n,)
-        Share of each example in the mean loss; they sum to one.
-    kept_trace : float, default=1.0
-        Take rows, largest first, until they hold this share of the trace.
-    max_rows : int, optional
-        Never take more.
-
-    Returns
-    -------
-    OutputRows
-        Cotangents ``sqrt(w_i eigenvalue) * eigenvector``.
-    """
-    probabilities = logits.double().softmax(1)
-    traces = weights.double() * (1 - probabilities.square().sum(1))
-    total = traces.sum()
-    order = traces.argsort(descending=True, stable=True)
-    # the tail whose whole trace is a tenth of what may be dropped needs no decomposition
-    reached = traces[order].cumsum(0)
-    tolerance = max((1 - kept_trace) / 10, 1e-14)
-    order = order[: int((reached < (1 - tolerance) * total).sum()) + 1]
-    p = probabilities[order]
-    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    values, vectors = torch.linalg.eigh(hessians)
-    values = (values.clamp_min(0) * weights[order, None]).flatten()
-    ranked = values.argsort(descending=True, stable=True)
-    sums = values[ranked].cumsum(0)
-    wanted = int((sums < min(kept_trace, 1 - 1e-14) * total).sum()) + 1
-    wanted = min(wanted, int((values > 0).sum()), max_rows or len(values))
-    ranked = ranked[:wanted]
-    cotangents = vectors.mT.flatten(0, 1)[ranked] * values[ranked, None].sqrt()
-    kept = float(values[ranked].sum() / total) if total > 0 else 1.0
-    return OutputRows(
-        order[ranked // logits.shape[1]], cotangents.to(logits.dtype), min(kept, 1.0), logits
-    )
 
 
 @dataclass(frozen=True)
@@ -320,6 +256,11 @@ class CurvatureProduct:
         -------
         Tensor of shape (m, n_parameters)
             Products.
+
+        Raises
+        ------
+        ValueError
+            If torch cannot differentiate some layer this way; the message names it.
         """
         _prepare_forward_mode()
         everything = torch.arange(len(self.inputs)) if rows is None else rows
@@ -328,11 +269,45 @@ class CurvatureProduct:
         for part in torch.split(everything, self.batch_size):
             weights = self.weights[part] * share
             product = _PRODUCTS[self.kind](self, self.inputs[part], self.codes[part], weights)
-            result = result + vmap(product, chunk_size=32)(vectors).detach()
+            with _named_layers(self.network):
+                result = result + vmap(product, chunk_size=32)(vectors).detach()
         return result
 
     def _logits(self, inputs: Tensor) -> Callable[[Parameters], Tensor]:
         return lambda values: self.network(inputs, values)
+
+
+@contextmanager
+def _named_layers(network: Network) -> Iterator[None]:
+    """Say which layers torch's forward mode may have failed at."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        unusual = [
+            f"{name!r} ({type(part).__name__})"
+            for name, part in network.module.named_modules()
+            if list(part.parameters(recurse=False)) and not isinstance(part, _DIFFERENTIABLE)
+        ]
+        raise ValueError(
+            "methods that multiply by the curvature ('cg', 'lissa', 'arnoldi', 'exact', 'gif') "
+            f"cannot differentiate {', '.join(unusual) or type(network.module).__name__}: "
+            f"{str(error).splitlines()[0]} Use method='ggn' or 'ekfac', or leave the layer out "
+            "with parameters=..."
+        ) from error
+
+
+_DIFFERENTIABLE = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._NormBase,
+)
 
 
 @cache

@@ -1,7 +1,5 @@
 """What is added to the curvature's eigenvalues."""
 
-from dataclasses import replace
-
 from skperf.influence.curvature import RowSpace
 from skperf.influence.problem import Problem, Settings, curvature_rows
 
@@ -85,28 +83,3 @@ def layer_damping(settings: Settings, mean_eigenvalue: float) -> float:
     if settings.damping != "auto" or settings.horizon is not None:
         return 1 / horizon_time(settings)
     return max(0.1 * mean_eigenvalue, _LEAST_DAMPING)
-
-
-def at_horizon(problem: Problem, steps: int, damping: str, learning_rate: float) -> Problem:
-    """Tie a problem's damping to a number of further steps.
-
-    Parameters
-    ----------
-    problem : Problem
-        Any.
-    steps : int
-        Further training steps.
-    damping : {"horizon", "flow"}
-        How to tie it.
-    learning_rate : float
-        Of those steps.
-
-    Returns
-    -------
-    Problem
-        With other settings.
-    """
-    settings = replace(
-        problem.settings, horizon=steps, damping=damping, learning_rate=learning_rate
-    )
-    return replace(problem, settings=settings)

@@ -121,6 +121,53 @@ def actual_effects(
     return torch.stack(effects)
 
 
+def further_trained(
+    network: Network,
+    parameters: Parameters,
+    inputs: Tensor,
+    codes: Tensor,
+    shares: Tensor,
+    training: FurtherTraining,
+    steps: int,
+) -> Parameters:
+    """Train on.
+
+    Parameters
+    ----------
+    network : Network
+        Fitted; left as it is.
+    parameters : dict of str to Tensor
+        Those that are trained.
+    inputs : Tensor of shape (n, ...)
+        Training rows.
+    codes : Tensor of shape (n,)
+        Their labels.
+    shares : Tensor of shape (n,)
+        Each row's share of the mean loss.
+    training : FurtherTraining
+        How to go on.
+    steps : int
+        How far.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The parameters there.
+    """
+    current = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+    shares, order = shares.to(inputs), _batches(len(inputs), training)
+    with untouched(network.module), torch.enable_grad():
+        for _ in range(steps):
+            rows = next(order).to(inputs.device)
+            losses = functional.cross_entropy(
+                network(inputs[rows], current), codes[rows], reduction="none"
+            )
+            mean = (losses * (shares[rows] / shares[rows].sum())).sum()
+            gradients = torch.autograd.grad(mean, list(current.values()), materialize_grads=True)
+            _step(current, gradients, training)
+    return {name: p.detach() for name, p in current.items()}
+
+
 def _batches(n: int, training: FurtherTraining) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(training.seed)
     while True:

@@ -127,9 +127,16 @@ def _warn_unconverged(what: str, converged: bool, residual: float) -> None:
 def cg(problem: Problem) -> Fitted:
     """Conjugate gradients, all queries of a tile at once."""
     damping = resolve_damping(problem)
+    _check_products(problem)
     train = problem.train_gradients()
     report = {"damping": damping}
     return Fitted(train, Solved("cg", damping), 1 / problem.n_train, LOSS_UNIT, report)
+
+
+def _check_products(problem: Problem) -> None:
+    """Fail at fit, rather than at the first query, where no product can be formed."""
+    with recording(problem.network.module):
+        problem.product()(random_vector(problem)[None], torch.arange(1))
 
 
 def lissa(problem: Problem) -> Fitted:
@@ -150,6 +157,7 @@ def lissa(problem: Problem) -> Fitted:
 def gif(problem: Problem) -> Fitted:
     """Generalised influence on chosen parameters."""
     chosen = chosen_parameters(problem, problem.X, problem.codes)
+    _check_products(problem)
     report = {"chosen": chosen.numpy(), "damping": 0.0}
     train = problem.train_gradients()
     lift = Solved("gif", 0.0, {"chosen": chosen})

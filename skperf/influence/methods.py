@@ -34,6 +34,7 @@ from skperf.influence.problem import (
     DOT_UNIT,
     LOSS_UNIT,
     Fitted,
+    Lift,
     Problem,
     curvature_rows,
     plain_terms,
@@ -104,6 +105,16 @@ class Filtered:
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
         """Add the components along the eigenvectors."""
         return [*rows, Dense(self._components(rows))]
+
+    def solve(self, vectors: Sequence[Factor]) -> Gradients:
+        """Multiply vectors by the filtered curvature."""
+        spectrum, rows = self.spectrum, self.curvature.rows
+        components = self._components(list(vectors)).double() * self.weights
+        weights = (components @ (spectrum.vectors / spectrum.values.sqrt()).T).to(
+            rows[0].tensors[0]
+        )
+        layers = zip(vectors, rows, strict=True)
+        return [Dense(written_out(v) * self.at_zero + combine(weights, row)) for v, row in layers]
 
     def _components(self, rows: Gradients) -> Tensor:
         crossed = inner(rows, self.curvature.rows)
@@ -177,6 +188,24 @@ def _with_filter(
     lift = Filtered(curvature, spectrum, *filtered_weights(spectrum.values, apply))
     report = {**fitted.report, "damping": 1 / lift.at_zero}
     return Fitted(lift.store(problem, train), lift, 1 / problem.n_train, LOSS_UNIT, report)
+
+
+def plain_weight(lift: Lift) -> float | None:
+    """Weight with which the gradients of queries meet those of rows.
+
+    Parameters
+    ----------
+    lift : Lift
+        Of any method.
+
+    Returns
+    -------
+    float or None
+        None if the method changes either of them.
+    """
+    if isinstance(lift, Filtered):
+        return lift.at_zero
+    return 1.0 if isinstance(lift, Unchanged | Woodbury) else None
 
 
 # Kronecker-factored ---------------------------------------------------------------------------

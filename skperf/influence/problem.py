@@ -12,9 +12,10 @@ from skperf.backbone.network import Network
 from skperf.backbone.outputs import Output, loss
 from skperf.backbone.parameters import Parameters
 from skperf.influence.captures import Tape, recording
-from skperf.influence.curvature import CurvatureProduct, OutputRows, softmax_rows
+from skperf.influence.curvature import CurvatureProduct
 from skperf.influence.gradients import Gradients, inner, paired, take, written_out
 from skperf.influence.layers import Layer
+from skperf.influence.output_rows import OutputRows, softmax_rows
 from skperf.influence.tiles import Shelf, Terms, gather
 
 LOSS_UNIT = "loss"

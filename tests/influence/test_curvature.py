@@ -12,10 +12,10 @@ from skperf.influence.curvature import (
     dense_curvature,
     filtered_weights,
     gradient_flow,
-    softmax_rows,
 )
 from skperf.influence.gradients import inner
 from skperf.influence.layers import find_layers
+from skperf.influence.output_rows import representatives, softmax_rows
 from skperf.influence.tiles import gather
 
 NETWORK, INPUTS = cases()["mlp"]
@@ -63,10 +63,33 @@ def test_fewer_rows_keep_the_trace_they_report():
     total = (SHARES * (1 - p.square().sum(1))).sum()
     for kept in (0.5, 0.9):
         rows = softmax_rows(logits, SHARES, kept_trace=kept)
-        assert rows.kept_trace >= kept
-        assert float(rows.cotangents.square().sum() / total) == pytest.approx(rows.kept_trace)
+        assert kept - 0.2 < rows.kept_trace < 1
+        # the others stand for what is left out, all but the examples least in doubt
+        held = float(rows.cotangents.square().sum() / total)
+        assert 1 - (1 - kept) / 10 <= held <= 1 + 1e-12
         fewer = softmax_rows(logits, SHARES, kept_trace=kept, max_rows=len(rows.examples) - 1)
-        assert fewer.kept_trace < kept
+        assert fewer.kept_trace < rows.kept_trace
+
+
+def test_representatives_are_unbiased_and_keep_the_large_ones():
+    values = torch.tensor([5.0, 3.0, 1.0, 0.5, 0.3, 0.2], dtype=torch.float64)
+    indices, sizes = representatives(values, 4)
+    assert indices[:2].tolist() == [0, 1]
+    assert sizes.tolist() == pytest.approx([5.0, 3.0, 1.0, 1.0])
+    everything = representatives(values, 6)
+    assert everything[0].tolist() == list(range(6))
+    torch.testing.assert_close(everything[1], values)
+    assert len(representatives(values, 0)[0]) == 0
+    values = torch.rand(400, dtype=torch.float64).square().sort(descending=True).values
+    for n in (1, 7, 100, 399):
+        indices, sizes = representatives(values, n)
+        assert len(set(indices.tolist())) == n
+        assert float(sizes.sum()) == pytest.approx(float(values.sum()))
+        assert bool((sizes >= values[indices] - 1e-12).all())
+        # the cumulated sum is met at equal steps: no entry is far from its share
+        reached = torch.zeros(400, dtype=torch.float64)
+        reached[indices] = sizes
+        assert float((reached.cumsum(0) - values.cumsum(0)).abs().max()) <= float(sizes.max())
 
 
 def test_woodbury_is_the_damped_inverse(row_space, gradients):

@@ -8,7 +8,15 @@ from skperf.backbone.network import Network
 from skperf.backbone.outputs import loss
 from skperf.backbone.parameters import select_parameters
 from skperf.influence import InfluenceScorer
-from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
+from skperf.influence._members import linearised
+from skperf.influence.horizon import (
+    FurtherTraining,
+    actual_effects,
+    agreement,
+    further_trained,
+    usable_horizon,
+)
+from skperf.influence.methods import METHODS
 
 
 def test_actual_effects_are_those_of_two_separate_runs():
@@ -54,6 +62,60 @@ def test_actual_effects_are_those_of_two_separate_runs():
         torch.testing.assert_close(
             effects[:, :, column], run(row) - run(None), rtol=1e-6, atol=1e-9
         )
+
+
+def test_further_training_is_that_of_torch():
+    torch.manual_seed(0)
+    module = mlp(4, 5, 3)
+    network = Network(module, np.arange(3))
+    inputs, codes = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    training = FurtherTraining(0.1, 8, weight_decay=0.01, seed=3)
+    shares = torch.full((20,), 1 / 20)
+    end = further_trained(
+        network, select_parameters(module), inputs, codes, shares, training, steps=5
+    )
+    copy = mlp(4, 5, 3)
+    copy.load_state_dict(module.state_dict())
+    optimizer = torch.optim.SGD(copy.parameters(), lr=0.1, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(3)
+    batches = [b for _ in range(2) for b in torch.randperm(20, generator=generator).split(8)]
+    for rows in batches[:5]:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(copy(inputs[rows]), codes[rows]).backward()
+        optimizer.step()
+    for name, parameter in copy.named_parameters():
+        torch.testing.assert_close(end[name], parameter.detach())
+
+
+def test_the_flow_is_linearised_half_way_along_the_horizon():
+    torch.manual_seed(0)
+    module = mlp(4, 6, 3)
+    X, y = torch.randn(60, 4).double().numpy(), np.arange(60) % 3
+    flow = {"damping": "flow", "horizon": 40, "learning_rate": 0.1, "kept_trace": 1.0}
+    scorer = InfluenceScorer(module, **flow).fit(X[:50], y[:50])
+    middle = mlp(4, 6, 3)
+    middle.load_state_dict(scorer.ahead_[0])
+    moved = sum(
+        float((a - b).detach().norm())
+        for a, b in zip(module.parameters(), middle.parameters(), strict=True)
+    )
+    assert moved > 0.1
+    there = InfluenceScorer(middle, method="exact", **flow).fit(X[:50], y[:50])
+    # at its own middle the second one has moved on: put it back to compare at the same weights
+    there.ahead_ = None
+    there.fits_ = [METHODS["exact"](problem) for problem, _ in linearised(there)]
+    expected = there.influence(X[50:], y[50:])
+    np.testing.assert_allclose(scorer.influence(X[50:], y[50:]), expected, rtol=1e-3, atol=1e-6)
+    later = InfluenceScorer(module, damping=0.1, learning_rate=0.1, kept_trace=1.0)
+    later.fit(X[:50], y[:50])
+    again = later.with_damping("flow", horizon=40)
+    np.testing.assert_allclose(again.influence(X[50:], y[50:]), expected, rtol=1e-3, atol=1e-6)
+    assert again.with_damping(0.1).ahead_ is None
+    np.testing.assert_allclose(
+        again.with_damping(0.1).influence(X[50:], y[50:]), later.influence(X[50:], y[50:])
+    )
+    edited = scorer.repair(X[50:52], (y[50:52] + 1) % 3, precondition=True, max_drop=1.0)
+    assert edited.edit_report_["n_steps"] > 0
 
 
 def test_agreement_is_the_mean_correlation():

@@ -138,7 +138,8 @@ def test_ekfac_fast_score_is_the_dense_one(reference, digits):
     assert pearsonr(exact.ravel(), exact_influence(reference).ravel())[0] > 0.8
 
 
-def test_ekfac_and_kfac_by_hand(reference, digits):
+@pytest.mark.parametrize("curvature", ["ggn", "empirical"])
+def test_ekfac_and_kfac_by_hand(reference, digits, curvature):
     """One layer, written out: eigenbasis of A and B, second moments of the rows in it."""
     X, y = digits
     network = open_network(from_module(reference[0], [0, 1, 2]))
@@ -147,7 +148,10 @@ def test_ekfac_and_kfac_by_hand(reference, digits):
     features = torch.cat([hidden, torch.ones(60, 1)], 1)
     p = network(inputs).softmax(1).detach()
     slopes = p - torch.nn.functional.one_hot(torch.as_tensor(y), 3)
-    fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None])[:N]
+    if curvature == "empirical":
+        fisher = (slopes[:, :, None] * slopes[:, None])[:N]
+    else:
+        fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None])[:N]
     A = features[:N].T @ features[:N] / N
     B = fisher.mean(0)
     (a_values, a_vectors), (b_values, b_vectors) = torch.linalg.eigh(A), torch.linalg.eigh(B)
@@ -157,10 +161,11 @@ def test_ekfac_and_kfac_by_hand(reference, digits):
         rotated = torch.einsum("nk,kj,nd,de->nje", slopes, b_vectors, features, a_vectors)
         weighted = rotated / (values + DAMPING)
         expected = weighted[N:].flatten(1) @ rotated[:N].flatten(1).T / N
-        scorer = fitted(
-            reference[0], digits, method=method, parameters="last", rank=None, kept_trace=1.0
-        )
+        params = {"method": method, "parameters": "last", "curvature": curvature}
+        scorer = fitted(reference[0], digits, rank=None, kept_trace=1.0, **params)
         np.testing.assert_allclose(queried(scorer, digits), expected, rtol=1e-6, atol=1e-10)
+        fast = fitted(reference[0], digits, rank=6, kept_trace=1.0, **params)
+        assert pearsonr(queried(fast, digits).ravel(), expected.numpy().ravel())[0] > 0.9999
 
 
 def test_datainf_is_its_formula(reference, digits):
@@ -268,3 +273,26 @@ def test_frozen_and_bare_modules_agree(reference, digits):
     bare = InfluenceScorer(reference[0], damping=DAMPING).fit(X[:N], y[:N])
     frozen = InfluenceScorer(FrozenEstimator(bare.estimator_), damping=DAMPING).fit(X[:N], y[:N])
     np.testing.assert_array_equal(queried(bare, digits), queried(frozen, digits))
+
+
+class Bag(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = torch.nn.EmbeddingBag(30, 5)
+        self.output = torch.nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.output(torch.tanh(self.bag(x)))
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("method", ["cg", "lissa", "arnoldi", "exact", "gif"])
+def test_layers_without_second_derivatives_are_named_at_fit(method, curvature):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    X, y = rng.integers(0, 30, (20, 4)), rng.integers(0, 3, 20)
+    params = {"method": method, "curvature": curvature, "damping": 1.0, "ratio": 0.5}
+    with pytest.raises(ValueError, match=rf"'{method}'.*'bag' \(EmbeddingBag\).*Use method='ggn'"):
+        InfluenceScorer(Bag(), **params).fit(X, y)
+    head = InfluenceScorer(Bag(), parameters="output.*", **params).fit(X, y)
+    assert np.isfinite(head.influence(X[:3], y[:3])).all()
