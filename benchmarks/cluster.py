@@ -27,10 +27,10 @@ def main() -> None:
     X, y = fashion.images[:, None].astype(np.float32) / 255, fashion.target
     module = load_small_resnet()
     network = from_module(module, np.arange(10))
-    scorer = InfluenceScorer(network, method="gradient_dot", parameters="last").fit(X, y)
+    scorer = InfluenceScorer(network, method="gradient_dot").fit(X[:1000], y[:1000])
 
     def influence(n):
-        return scorer.influence(X[:n], y[:n])
+        return scorer.influence(X[1000 : 1000 + n], y[1000 : 1000 + n])
 
     def components(n_masks):
         attributor = ComponentAttributor(
@@ -39,10 +39,10 @@ def main() -> None:
         return attributor.fit(X[:100], y[:100]).attributions_
 
     work = {
-        "influence of 2,000 rows on 500": lambda: influence(500),
-        "influence of 2,000 rows on 2,000": lambda: influence(2000),
-        "200 masks of 560 filters, 100 examples": lambda: components(200),
-        "800 masks of 560 filters, 100 examples": lambda: components(800),
+        "influence of 1,000 rows on 200": lambda: influence(200),
+        "influence of 1,000 rows on 800": lambda: influence(800),
+        "150 masks of 560 filters, 100 examples": lambda: components(150),
+        "600 masks of 560 filters, 100 examples": lambda: components(600),
     }
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     rows = []

@@ -52,8 +52,7 @@ def spread(
     if effective_n_jobs(n_jobs) == 1:
         yield from (task(common, piece) for piece in pieces)
         return
-    backend, _ = get_active_backend(prefer=prefer)
-    if getattr(backend, "supports_sharedmem", False):
+    if not leaves_the_process(n_jobs, prefer):
         parallel = Parallel(n_jobs, prefer=prefer, return_as="generator")
         yield from parallel(
             delayed(task)(deepcopy(common) if own else common, piece) for piece in pieces
@@ -62,12 +61,32 @@ def spread(
     # dask names what it replicates by its content, and may be dropping the same content from the
     # last call just now: a few bytes behind the pickle make it another
     packed = np.frombuffer(cloudpickle.dumps(common) + uuid4().bytes, np.uint8)
-    with _replicated(backend, packed):
+    with _replicated(packed, prefer):
         parallel = Parallel(n_jobs, prefer=prefer, return_as="generator")
     yield from parallel(delayed(_unpacked)(task, packed, piece) for piece in pieces)
 
 
-def _replicated(backend: Any, packed: NDArray[np.uint8]) -> AbstractContextManager[Any]:
+def leaves_the_process(n_jobs: int | None, prefer: str | None = None) -> bool:
+    """Say whether what tasks take and give is copied to other processes and back.
+
+    Parameters
+    ----------
+    n_jobs : int or None
+        As in joblib.
+    prefer : {"threads", "processes"}, optional
+        As in joblib.
+
+    Returns
+    -------
+    bool
+        False with one worker and with threads.
+    """
+    backend, _ = get_active_backend(prefer=prefer)
+    return effective_n_jobs(n_jobs) > 1 and not getattr(backend, "supports_sharedmem", False)
+
+
+def _replicated(packed: NDArray[np.uint8], prefer: str | None) -> AbstractContextManager[Any]:
+    backend, _ = get_active_backend(prefer=prefer)
     client = getattr(backend, "client", None)
     if client is None:
         return nullcontext()

@@ -273,6 +273,7 @@ def scored_tiles(
     length: int,
     device: torch.device,
     n_jobs: int | None = None,
+    prefer: str = "threads",
 ) -> Iterator[tuple[slice, NDArray[Any]]]:
     """Score some queries against all training rows, tile by tile.
 
@@ -290,6 +291,8 @@ def scored_tiles(
         Where to compute.
     n_jobs : int, optional
         Tiles at once, through joblib and whatever backend it is told to use.
+    prefer : {"threads", "processes"}
+        Which, if it is told nothing.
 
     Yields
     ------
@@ -298,14 +301,31 @@ def scored_tiles(
     scores : ndarray of shape (n_queries, n_rows)
         Their scores.
     """
-    n = len(train[0])
-    length = min(length, -(-n // effective_n_jobs(n_jobs)))
-    slices = [slice(start, min(start + length, n)) for start in range(0, n, length)]
+    slices = row_slices(len(train[0]), length, n_jobs)
     tiles = (take(train, rows) for rows in slices)
     common = (terms, scale, device)
-    yield from zip(
-        slices, spread(_block, common, tiles, n_jobs=n_jobs, prefer="threads"), strict=True
-    )
+    yield from zip(slices, spread(_block, common, tiles, n_jobs=n_jobs, prefer=prefer), strict=True)
+
+
+def row_slices(n: int, length: int, n_jobs: int | None) -> list[slice]:
+    """Cut training rows into tiles, at least one for each worker.
+
+    Parameters
+    ----------
+    n : int
+        Rows.
+    length : int
+        Most of them in a tile.
+    n_jobs : int or None
+        As in joblib.
+
+    Returns
+    -------
+    list of slice
+        In order.
+    """
+    length = min(length, -(-n // effective_n_jobs(n_jobs)))
+    return [slice(start, min(start + length, n)) for start in range(0, n, length)]
 
 
 def _block(common: tuple[Terms, float, torch.device], tile: Sequence[Factor]) -> NDArray[Any]:

@@ -1,0 +1,153 @@
+"""Tiles whose gradients are computed where they are scored, for workers that share no memory.
+
+A gradient of a convolutional network takes a hundred times the memory of its row. Sending rows
+and computing their gradients again costs a pass; sending gradients costs far longer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skperf.backbone._workers import leaves_the_process, spread
+from skperf.backbone.outputs import Output, loss
+from skperf.influence.gradients import Gradients, scaled, take
+from skperf.influence.methods import plain_weight
+from skperf.influence.problem import Fitted, Problem
+from skperf.influence.tiles import block, bytes_of_row, row_slices
+
+DEARER = 32  # times the bytes of a row from which on its gradient is not sent
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Rows, what to differentiate of them, and what is known of them besides.
+
+    Parameters
+    ----------
+    output : callable
+        ``(logits, codes) -> (n,)``.
+    X : ndarray of shape (n, ...)
+        Rows.
+    codes : Tensor of shape (n,)
+        Their labels.
+    weights : Tensor of shape (n,) or None
+        Multiplied in.
+    others : list of Factor
+        Further factors, which no pass gives.
+    """
+
+    output: Output
+    X: NDArray[Any]
+    codes: Tensor
+    weights: Tensor | None
+    others: Gradients
+
+    def __getitem__(self, rows: slice) -> "Pulled":
+        """Take some rows."""
+        weights = None if self.weights is None else self.weights[rows]
+        return Pulled(self.output, self.X[rows], self.codes[rows], weights, take(self.others, rows))
+
+    def factors(self, problem: Problem) -> Gradients:
+        """Compute the gradients, followed by the other factors.
+
+        Parameters
+        ----------
+        problem : Problem
+            Knows the network.
+
+        Returns
+        -------
+        list of Factor
+            One a layer, and the others.
+        """
+        return [*problem.gradients(self.output, self.X, self.codes, self.weights), *self.others]
+
+
+def worth_it(problem: Problem, fitted: Fitted, n_jobs: int | None, prefer: str) -> bool:
+    """Say whether workers should compute gradients anew.
+
+    Parameters
+    ----------
+    problem : Problem
+        With the training rows.
+    fitted : Fitted
+        A method on it.
+    n_jobs : int or None
+        As in joblib.
+    prefer : {"threads", "processes"}
+        As in joblib.
+
+    Returns
+    -------
+    bool
+        Only where they share no memory, the method meets plain gradients, and these are large.
+    """
+    size = bytes_of_row(fitted.train[: len(problem.layers)])
+    large = size > DEARER * problem.X[0].nbytes
+    return large and leaves_the_process(n_jobs, prefer) and plain_weight(fitted.lift) is not None
+
+
+def tiles_anew(
+    problem: Problem,
+    fitted: Fitted,
+    queries: Pulled,
+    *,
+    scale: float,
+    length: int,
+    n_jobs: int | None,
+    prefer: str,
+) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Score some queries against all training rows, tile by tile.
+
+    Parameters
+    ----------
+    problem : Problem
+        With the training rows.
+    fitted : Fitted
+        A method that meets plain gradients.
+    queries : Pulled
+        Their targets; without other factors.
+    scale : float
+        Multiplies everything.
+    length : int
+        Most training rows in a tile.
+    n_jobs, prefer
+        As in joblib.
+
+    Yields
+    ------
+    rows : slice
+        Training rows.
+    scores : ndarray of shape (n_queries, n_rows)
+        Their scores.
+    """
+    plain = plain_weight(fitted.lift)
+    assert plain is not None
+    kept = fitted.train[len(problem.layers) :]
+    train = Pulled(loss, problem.X, problem.codes, problem.relative_weights(), kept)
+    if kept:
+        terms = fitted.lift(problem, queries.factors(problem))
+        queries = replace(queries, others=[factor for _, factor in terms[len(problem.layers) :]])
+    without_rows = replace(
+        problem, parameters={}, X=problem.X[:0], codes=problem.codes[:0], shares=problem.shares[:0]
+    )
+    slices = row_slices(problem.n_train, length, n_jobs)
+    results = spread(
+        _tile,
+        (without_rows, queries, plain, scale),
+        (train[rows] for rows in slices),
+        n_jobs=n_jobs,
+        prefer=prefer,
+    )
+    yield from zip(slices, results, strict=True)
+
+
+def _tile(common: tuple[Problem, Pulled, float, float], rows: Pulled) -> NDArray[Any]:
+    problem, queries, plain, scale = common
+    factors = queries.factors(problem)
+    own = [scaled(factor, plain) for factor in factors[: len(problem.layers)]]
+    terms = list(enumerate([*own, *queries.others]))
+    return block(terms, rows.factors(problem), scale, problem.network.device)
