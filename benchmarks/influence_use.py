@@ -9,6 +9,7 @@ Parts: ``mislabels`` (10 % flipped labels), ``fading`` (how long estimates stay 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ from skperf.datasets import (
     load_email_vectors,
 )
 from skperf.influence import InfluenceScorer
+from skperf.influence._members import linearised
 from skperf.influence.horizon import agreement
+from skperf.influence.methods import redamped
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -101,6 +104,17 @@ def noisy_tanh_net(seed):
 STEPS = (1, 10, 50, 200, 500)
 
 
+def started(scorer, step):
+    """Filter as a horizon asks, but at the fitted weights."""
+    there = scorer.with_damping(1.0)
+    there.settings_ = replace(there.settings_, damping="flow", horizon=step, learning_rate=0.03)
+    there.fits_ = [
+        redamped(problem, fitted, "ggn")
+        for (problem, _), fitted in zip(linearised(there), scorer.fits_, strict=True)
+    ]
+    return there
+
+
 def fading(seed):
     module, X_train, labels, X_test, y_test = noisy_tanh_net(seed)
     queries = X_test[:60], y_test[:60]
@@ -108,17 +122,18 @@ def fading(seed):
     truth = scorer.fading(*queries, steps=STEPS, n_train=64, weight_decay=1e-3)
     dot = InfluenceScorer(module, method="gradient_dot").fit(X_train, labels)
     damped = scorer.with_damping
-    dense = {"method": "exact", "damping": "flow", "horizon": 1, "learning_rate": 0.03}
-    full = InfluenceScorer(module, **dense).fit(X_train, labels)
-    hessian = InfluenceScorer(module, curvature="hessian", **dense).fit(X_train, labels)
+    more = InfluenceScorer(module, learning_rate=0.03, max_rows=2000).fit(X_train, labels)
+    dense = {"method": "exact", "curvature": "hessian", "damping": 100.0}
+    full = InfluenceScorer(module, learning_rate=0.03, **dense).fit(X_train, labels)
     ways = {
         "gradient dot": lambda step: dot,
         "GGN, damping 0.01": lambda step: damped(0.01),
         "GGN, damping 0.1": lambda step: damped(0.1),
         "GGN, damping tied to the horizon": lambda step: damped("horizon", horizon=step),
+        "GGN, filter where training starts": lambda step: started(scorer, step),
         "GGN, filter of the horizon": lambda step: damped("flow", horizon=step),
-        "exact, filter of the horizon": lambda step: full.with_damping("flow", horizon=step),
-        "exact Hessian, filter": lambda step: hessian.with_damping("flow", horizon=step),
+        "GGN of 2,000 rows, the same": lambda step: more.with_damping("flow", horizon=step),
+        "exact Hessian, the same": lambda step: full.with_damping("flow", horizon=step),
     }
     found = {}
     for name, at in ways.items():
