@@ -4,7 +4,7 @@ Similarities of the shipped encoder's zero-shot classifier on Fashion-MNIST and 
 Writes ``benchmarks/results/reprogramming_peers.json``; needs pytorch-ood
 (``benchmarks/peers.txt``):
 
-    sh benchmarks/run.sh .venv reprogramming_peers
+    sh benchmarks/run.sh .venv reprogramming
 """
 
 import importlib.util

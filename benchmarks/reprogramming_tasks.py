@@ -178,7 +178,7 @@ def make_tasks(pictures, side, seed, n_train, n_test):
     some = draw.permutation(len(uci.images))[:n_test]
     uci_x, uci_y = to_canvas(np.clip(uci.images[some] * 16, 0, 255), side), uci.target[some]
     learn = pictures.learn[:n_train]
-    held = pictures.held_out
+    held = pictures.held_out[:n_test]
     emoji = to_canvas(pictures.google[np.r_[learn, held]][:n_test], side)
     cut = slice(0, n_train), slice(n_train, n_train + n_test)
     return [

@@ -38,5 +38,7 @@ if wanted components; then
 fi
 if wanted reprogramming; then
     run benchmarks.reprogramming --seeds 0 1 2
+    run benchmarks.reprogramming --encoder lite0 --seeds 0 1 2
+    run benchmarks.reprogramming_peers
     run benchmarks.reprogramming_cost
 fi

@@ -44,6 +44,12 @@ def test_every_mapping_learns_and_leaves_the_encoder(source, pictures, parameter
         np.testing.assert_allclose(model.decision_function(X), expected, atol=1e-4)
 
 
+def test_border_learns_faster_where_it_is_alone(source, towers, tokenizer, pictures):
+    shared = {"border": 2, "max_epochs": 1}
+    assert Reprogrammer(source, **shared).fit(*pictures).net_.lr == 0.1
+    assert Reprogrammer(towers, tokenizer=tokenizer, **shared).fit(*pictures).net_.lr == 0.03
+
+
 def test_mapping_without_epochs_is_that_of_the_plain_pictures(source, pictures, parameters):
     X, y = pictures
     model = Reprogrammer(source, mapping="flm", **parameters | {"max_epochs": 0}).fit(X, y)
