@@ -336,10 +336,20 @@ def half_way(scorer):
     -------
     list of dict of str to Tensor, or None
         Weights of each member, on the CPU; None where the damping is not ``"flow"``.
+
+    Raises
+    ------
+    ValueError
+        If the method has no such damping.
     """
     settings = scorer.settings_
     if settings.damping != "flow":
         return None
+    if scorer.method_ not in ("ggn", "exact"):
+        raise ValueError(
+            f"damping='flow' needs method='ggn' or 'exact', not {scorer.method_!r}; "
+            "damping='horizon' ties any damped method to a horizon."
+        )
     horizon_time(settings)
     ends = []
     for network, _ in networks_of(scorer):

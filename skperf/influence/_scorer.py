@@ -421,7 +421,8 @@ class InfluenceScorer(
         Returns
         -------
         InfluenceScorer
-            A fitted one that shares the gradients of this one; ``"ggn"`` and ``"exact"`` only.
+            A fitted one, which shares the gradients of this one except for ``"flow"``;
+            ``"ggn"`` and ``"exact"`` only.
         """
         check_is_fitted(self)
         if self.method_ not in ("ggn", "exact"):

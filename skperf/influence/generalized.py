@@ -179,14 +179,8 @@ def generalized_update(
         Values of shape (m, n_parameters), zero outside S.
     """
     where = chosen.nonzero()[:, 0]
-
-    def spread(values: Tensor) -> Tensor:
-        full = values.new_zeros(len(values), len(chosen))
-        full[:, where] = values
-        return full
-
     solution = lsmr(
-        lambda d: multiply(spread(d)),
+        lambda d: multiply(_spread(d, chosen)),
         lambda v: multiply(v)[:, where],
         gradients,
         ridge=ridge,
@@ -194,8 +188,17 @@ def generalized_update(
         tol=tol,
     )
     return Solution(
-        spread(solution.values), solution.residual, solution.n_iterations, solution.converged
+        _spread(solution.values, chosen),
+        solution.residual,
+        solution.n_iterations,
+        solution.converged,
     )
+
+
+def _spread(values: Tensor, chosen: Tensor) -> Tensor:
+    full = values.new_zeros(len(values), len(chosen))
+    full[:, chosen] = values
+    return full
 
 
 def generalized_query(
@@ -233,16 +236,10 @@ def generalized_query(
         ``y_t``.
     """
     where = chosen.nonzero()[:, 0]
-
-    def spread(values: Tensor) -> Tensor:
-        full = values.new_zeros(len(values), len(chosen))
-        full[:, where] = values
-        return full
-
     # min |y|^2 over y with H_S'y ~ g: the same damped least squares with the roles exchanged
     return lsmr(
         lambda v: multiply(v)[:, where],
-        lambda d: multiply(spread(d)),
+        lambda d: multiply(_spread(d, chosen)),
         gradients[:, where],
         ridge=ridge,
         max_iter=max_iter,

@@ -385,6 +385,8 @@ def test_horizon_ties_the_damping(data, net):
     assert same.fit(X[:120], y[:120]).damping_ == pytest.approx(1.0)
     with pytest.raises(ValueError, match="needs horizon"):
         InfluenceScorer(frozen, damping="flow").fit(X, y)
+    with pytest.raises(ValueError, match="'flow' needs method='ggn' or 'exact', not 'ekfac'"):
+        InfluenceScorer(frozen, method="ekfac", damping="flow", horizon=5).fit(X, y)
     with pytest.raises(ValueError, match="needs learning_rate"):
         InfluenceScorer(net.module_, horizon=5).fit(X[:50], np.arange(50) % 4)
 
