@@ -4,7 +4,7 @@ Every draw has a seed of its own, made of the user's seed, the purpose and a num
 no result depends on how the work is cut.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -149,8 +149,8 @@ def plan_budget(
     n_components : int
         Number of components.
     fraction : float
-        Share of them that a mask ablates. Where that is few, ablating each alone says so
-        much about it that "auto" does so once it can pay for all.
+        Share of them that a mask ablates. Where these are few, ablating each component alone
+        says so much that "auto" does it once the budget pays for that and more.
     differentiable : bool, default=True
         Whether gradients can be had; without them "auto" spends nothing on them.
     done : Plan, optional
@@ -180,12 +180,12 @@ def plan_budget(
         return Plan(gradients=rest // GRADIENT_COST)
     if method == "regression":
         return Plan(masks=rest)
-    singles = alone if fraction * n_components <= _FEW_TOGETHER and rest >= alone else 0
-    rest -= singles
-    if singles and rest < _LEAST:
-        return Plan(singles=singles)
-    shared = _share(rest, n_components) if differentiable else Plan(masks=rest)
-    return replace(shared, singles=singles)
+    few_together = fraction * n_components <= _FEW_TOGETHER
+    left = rest - alone
+    if few_together and alone and left >= max(2 * _LEAST, 0.4 * n_components):
+        gradients = left // (2 * GRADIENT_COST) if differentiable else 0
+        return Plan(gradients, left - GRADIENT_COST * gradients, alone)
+    return _share(rest, n_components) if differentiable else Plan(masks=rest)
 
 
 def _share(budget: int, n_components: int) -> Plan:
