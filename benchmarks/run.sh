@@ -26,7 +26,8 @@ if wanted performative; then
     run benchmarks.performative_speed
 fi
 if wanted influence; then
-    run benchmarks.influence
+    OMP_WAIT_POLICY=PASSIVE run benchmarks.influence --search --memory
+    run benchmarks.influence_damping
     run benchmarks.influence_use
 fi
 if wanted components; then

@@ -77,7 +77,8 @@ class InfluenceScorer(
         Of those steps; by default the estimator's own. For ``"tracin"``, the weight of every
         checkpoint.
     kept_trace : float, default=0.95
-        Curvature rows are kept until they hold this share of the trace at the logits.
+        As many curvature rows are taken as the largest would need for this share of the
+        trace at the logits: the largest, and a sample that stands for the rest.
     max_rows : int or None, default=1000
         Most curvature rows of ``"ggn"``.
     rank : int or None, default=8
@@ -137,7 +138,7 @@ class InfluenceScorer(
     damping_ : float or list of float
         What was added to the curvature's eigenvalues, of every layer for Kronecker factors.
     kept_trace_ : float
-        Share of the curvature's trace at the logits taken into account.
+        Share of the curvature's trace at the logits that these rows hold by themselves.
     coverage_ : float
         Share of the network's parameters taken into account.
     self_influence_ : ndarray of shape (n_train,)

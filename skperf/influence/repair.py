@@ -166,7 +166,7 @@ def _gradient(network: Network, parameters: Parameters, rows: Rows) -> Parameter
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     with torch.enable_grad():
         loss = functional.cross_entropy(network(rows[0], leaves), rows[1])
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, gradients, strict=True))
 
 
