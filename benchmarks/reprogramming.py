@@ -21,6 +21,7 @@ import json
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +83,14 @@ def in_batches(function, images):
         return torch.cat([function(torch.as_tensor(b)) for b in np.array_split(images, 8)])
 
 
-def fine_tuned(module, X, y, *, lr, epochs, seed, held_out):
-    """Train image tower and class embeddings; return module and held-out accuracy."""
+def fine_tuned(module, X, y, *, lr, epochs, seed, held_out, margin=None):
+    """Train image tower and class embeddings; return module and held-out accuracy.
+
+    With `margin`, beside the constant logit of "none of these" that Reprogrammer trains with.
+    """
+    level = None
+    if margin is not None:
+        level = similarities(module, X).amax(1).mean() + margin / module.scale
     module = deepcopy(module)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
@@ -94,7 +101,10 @@ def fine_tuned(module, X, y, *, lr, epochs, seed, held_out):
     module.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(keep), generator=generator).split(128):
-            loss = functional.cross_entropy(module.scale * module(images[rows]), codes[rows])
+            cosines = module(images[rows])
+            if level is not None:
+                cosines = torch.cat([cosines, level.expand(len(rows), 1)], 1)
+            loss = functional.cross_entropy(module.scale * cosines, codes[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -128,11 +138,21 @@ def figures(score):
     return reduce
 
 
+def best_tuned(plain, task, seed, epochs, margin=None):
+    """Fine-tune at two rates; return the better module and the seconds of one."""
+    X, y = task.train
+    held_out = np.random.RandomState(seed).permutation(len(X))[: len(X) // 10]
+    options = {"epochs": epochs, "seed": seed, "held_out": held_out, "margin": margin}
+    start = time.process_time()
+    tried = [fine_tuned(plain, X, y, lr=lr, **options) for lr in (3e-4, 1e-3)]
+    seconds = (time.process_time() - start) / 2
+    return max(tried, key=lambda pair: pair[1])[0], seconds
+
+
 def baselines(encoder, tokenizer, task, seed, epochs):
     """Zero-shot, linear probe, full fine-tuning and the mix of its weights with the first."""
     X, y = task.train
     plain = Prompted(encoder, tokenizer, task.classes)
-    held_out = np.random.RandomState(seed).permutation(len(X))[: len(X) // 10]
     yield "zero-shot", figures(lambda images: similarities(plain, images))(task), 0.0
 
     start = time.process_time()
@@ -146,11 +166,7 @@ def baselines(encoder, tokenizer, task, seed, epochs):
     result = figures(lambda images: torch.as_tensor(probe.decision_function(embed(images))))(task)
     yield "linear probe", result, seconds
 
-    start = time.process_time()
-    options = {"epochs": epochs, "seed": seed, "held_out": held_out}
-    tried = [fine_tuned(plain, X, y, lr=lr, **options) for lr in (3e-4, 1e-3)]
-    tuned = max(tried, key=lambda pair: pair[1])[0]
-    seconds = (time.process_time() - start) / 2
+    tuned, seconds = best_tuned(plain, task, seed, epochs)
     yield "full fine-tuning", figures(lambda images: similarities(tuned, images))(task), seconds
 
     mixed = deepcopy(tuned)
@@ -213,6 +229,10 @@ def run(name, seed):
         if (task.name, "WiSE-FT 0.5") not in done:
             for method, result, seconds in baselines(encoder, tokenizer, task, seed, epochs):
                 keep(task, method, result, seconds)
+        if (task.name, REJECTING) not in done:
+            plain = Prompted(encoder, tokenizer, task.classes)
+            tuned, seconds = best_tuned(plain, task, seed, epochs, margin=2.0)
+            keep(task, REJECTING, figures(partial(similarities, tuned))(task), seconds)
         for method, chosen in settings.items():
             if (task.name, method) not in done:
                 _, at, seconds = reprogrammed(
@@ -291,7 +311,8 @@ MEAN = "mean of tasks"
 SCORES = {"": concept_matching, " max logit": max_logit}
 COLUMNS = ("ID", "shifted", *(f"{what}{s}" for s in SCORES for what in ("AUROC", "FPR95")))
 METHODS = ["released preset", "released preset, text rate scaled", "zero-shot", "linear probe"]
-METHODS += ["full fine-tuning", "WiSE-FT 0.5"]
+REJECTING = "full fine-tuning with none of these"
+METHODS += ["full fine-tuning", REJECTING, "WiSE-FT 0.5"]
 TARGETS = {"tiny": "reprogramming.json", "lite0": "reprogramming_lite0.json"}
 SIZES = {
     "tiny": Size(("MNIST", "Fashion-MNIST", "emoji"), 10, 25, 600, 600),
