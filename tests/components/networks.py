@@ -87,6 +87,23 @@ class Tied(nn.Module):
         return self.out(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+class Linear(nn.Module):
+    """A network whose output is linear in its gates, so that every method must be exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.hidden(x))
+
+
+def linear():
+    torch.manual_seed(0)
+    X = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
+    return Linear(), X, np.arange(30) % 2
+
+
 def made(kind, seed=0, dtype=torch.float64, **options):
     """A network with statistics that are not the initial ones, and rows for it."""
     torch.manual_seed(seed)

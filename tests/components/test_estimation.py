@@ -82,15 +82,26 @@ def test_the_penalty_is_small_for_clean_outcomes_and_large_for_noise():
     assert ridge_from_moments(moments).penalty < 1e-1
 
 
-def test_standard_errors_match_the_spread_of_repeated_draws():
+@pytest.mark.parametrize("n_masks", [15, 30, 150])
+def test_standard_errors_match_the_spread_of_repeated_draws(n_masks):
     fits = []
-    for _ in range(200):
-        masks = rng.random((150, N)) > 0.2
-        outcomes = masks @ TRUTH.T + 0.5 * rng.normal(size=(150, EXAMPLES))
-        fits.append(ridge(masks, outcomes))
-    spread = np.std([fit.coefficients for fit in fits], 0)
-    claimed = np.mean([fit.stderr for fit in fits], 0)
-    np.testing.assert_allclose(claimed.mean(), spread.mean(), rtol=0.1)
+    for _ in range(300):
+        masks = rng.random((n_masks, N)) > 0.2
+        outcomes = masks @ TRUTH.T + 0.5 * rng.normal(size=(n_masks, EXAMPLES))
+        fits.append(ridge(masks, outcomes, penalty=1.0))
+    spread = np.var([fit.coefficients for fit in fits], 0)
+    claimed = np.mean([fit.stderr**2 for fit in fits], 0)
+    np.testing.assert_allclose(claimed.mean(), spread.mean(), rtol=0.2)
+
+
+def test_noise_of_the_path_follows_the_scale_of_each_example():
+    scale = np.array([1.0, 10.0, 0.1])[:, None]
+    sums = PathSums(N, 3)
+    for number in range(400):
+        tested = np.broadcast_to(np.arange(N) % 2 == number % 2, (3, N))
+        sums.add(scale * rng.normal(size=(3, N)), tested)
+    noise = path_prior(sums, population(sums)).noise
+    np.testing.assert_allclose(noise.mean(1), scale[:, 0] ** 2 / 200, rtol=0.15)
 
 
 def test_path_means_recover_a_linear_network_exactly():
