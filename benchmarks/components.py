@@ -142,28 +142,54 @@ def coverage(n_repeats=30, fraction=0.1, budget=200):
 
 
 def plot():
-    """One panel a network and fraction: correlation against forward-equivalents."""
+    """Draw correlation against forward-equivalents: one figure of all networks, one of lite0."""
     import matplotlib.pyplot as plt
 
     paths = sorted(RESULTS.glob("components_curve_*.json"))
     rows = [row for path in paths for row in json.loads(path.read_text())]
-    panels = sorted({(row["network"], row["fraction"]) for row in rows})
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False, layout="constrained"
-    )
-    for ax, (network, fraction) in zip(axes[0], panels, strict=True):
-        here = [r for r in rows if (r["network"], r["fraction"]) == (network, fraction)]
-        for method in dict.fromkeys(row["method"] for row in here):
-            points = {}
-            for row in here:
-                if row["method"] == method:
-                    points.setdefault(row["cost"], []).append(row["correlation"])
-            costs = sorted(points)
-            ax.plot(costs, [np.mean(points[c]) for c in costs], marker=".", label=method)
-        ax.set(title=f"{network}, {fraction} ablated", xlabel="forward-equivalents", xscale="log")
-    axes[0, 0].set_ylabel("correlation with fresh ablations")
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(RESULTS / "components.png", dpi=110)
+    small = [row for row in rows if row["network"] != "lite0"]
+    deep = [row for row in rows if row["network"] == "lite0"]
+    networks = ["resnet", "rnet", "minilm"]
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    for line, fraction in zip(axes, (0.1, 0.05), strict=True):
+        for ax, network in zip(line, networks, strict=True):
+            here = [r for r in small if (r["network"], r["fraction"]) == (network, fraction)]
+            draw(ax, here, "correlation")
+            count = f"{here[0]['n_components']} parts, " if here else ""
+            ax.set_title(f"{network}: {count}{fraction} ablated", fontsize=10)
+        line[0].set_ylabel("correlation with fresh ablations")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(RESULTS / "components.png", dpi=100)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+    for ax, key in zip(axes, ("correlation", "slope"), strict=True):
+        draw(ax, deep, key)
+        ax.set_ylabel(key)
+    axes[0].legend(fontsize=8)
+    figure.savefig(RESULTS / "components_lite0.png", dpi=100)
+
+
+COLOURS = {
+    "auto": "C3",
+    "least squares": "C0",
+    "ridge": "C2",
+    "leave one out": "C1",
+    "gradient x parameter": "C7",
+}
+
+
+def draw(ax, rows, key):
+    """Draw mean and range over the seeds, by method."""
+    for method, colour in COLOURS.items():
+        points = {}
+        for row in rows:
+            if row["method"] == method:
+                points.setdefault(row["cost"], []).append(row[key])
+        costs = sorted(points)
+        if costs:
+            ax.plot(costs, [np.mean(points[c]) for c in costs], colour, marker=".", label=method)
+            least, most = ([end(points[c]) for c in costs] for end in (min, max))
+            ax.fill_between(costs, least, most, color=colour, alpha=0.25, linewidth=0)
+    ax.set(xscale="log", xlabel="forward-equivalents")
 
 
 def main():

@@ -237,7 +237,7 @@ def subgroup(seed, n_train=3000, n_rounds=3):
         }
 
     choice, test = groups(rest[:800]), groups(rest[800:])
-    best, first, mask = from_module(module), None, 1
+    best, first, mask = from_module(module), None, True
     for turn in range(n_rounds):
         start = accuracies(best, choice)
         worst = int(np.argmin(list(start.values())))
