@@ -53,7 +53,8 @@ class ComponentAttributor(
     method : {"auto", "regression", "path_gradient", "loo", "gradient"}, default="auto"
         Random masks and ridge; gradients along the paths of the gates; every component
         alone; one gradient at the intact network; or gradients first, then ridge around
-        them on true ablations (``"auto"``).
+        them on true ablations (``"auto"``; where a mask ablates ten components or fewer and
+        the budget has room, every component alone too).
     budget : int, default=512
         Passes over the examples, in forward-equivalents (a backward pass counts two).
         ``"loo"`` always takes one for each component.
@@ -87,6 +88,8 @@ class ComponentAttributor(
         Mean correlation of outputs with predictions that did not use them; NaN without masks.
     n_forward_equivalents_ : int
         What was spent.
+    penalty_ : float
+        Of the ridge; 0 without masks.
     fraction_ : float
         The fraction used.
     estimator_ : classifier
