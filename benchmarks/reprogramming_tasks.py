@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class Pictures:
     held_out: np.ndarray
 
 
+@cache
 def tiny():
     """Open the shipped encoder, with the emoji of which half were held out of its training."""
     google, twitter = load_emoji(style="google"), load_emoji(style="twitter")
@@ -59,6 +61,7 @@ def tiny():
     return *load_text_image_encoder(), pictures
 
 
+@cache
 def lite0_minilm():
     """Join EfficientNet-Lite0 and MiniLM by a ridge map fitted on Google's emoji.
 
