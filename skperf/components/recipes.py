@@ -66,16 +66,11 @@ def attribute(
     done, alone = measured.done, measured.alone
     if alone is not None and not (done.gradients or done.masks):
         return _exact(alone, measured.baseline), Learned()
-    prior, slopes, shared = None, None, None
-    if measured.paths is not None:
-        shared = learned.population if learned else population(measured.paths)
-        assert shared is not None
-        prior = path_prior(measured.paths, shared)
-    if alone is not None:
-        prior = with_singles(prior, alone)
+    prior, shared = _guesses(measured, learned)
+    slopes = None
     if prior is not None:
         slopes = learned.slopes if learned else _slopes(question, measured, prior)
-    if not measured.done.masks:
+    if not done.masks:
         assert prior is not None
         assert slopes is not None
         return _path_only(question, measured, prior, slopes), Learned(shared, slopes)
@@ -107,6 +102,19 @@ def first_order(gradients: Array, baseline: Array) -> Fit:
         A Taylor expansion without standard errors, for nothing is drawn.
     """
     return _exact(gradients, baseline)
+
+
+def _guesses(
+    measured: Measurements, learned: Learned | None
+) -> tuple[Prior | None, Population | None]:
+    prior, shared = None, None
+    if measured.paths is not None:
+        shared = learned.population if learned else population(measured.paths)
+        assert shared is not None
+        prior = path_prior(measured.paths, shared)
+    if measured.alone is not None:
+        prior = with_singles(prior, measured.alone)
+    return prior, shared
 
 
 def _exact(coefficients: Array, baseline: Array) -> Fit:
