@@ -92,6 +92,17 @@ def test_curvature_methods_converge_to_the_dense_inverse(reference, digits, meth
     )
 
 
+def test_half_of_the_rows_stand_for_all_of_them(reference, digits):
+    expected = exact_influence(reference)
+    scorer = fitted(reference[0], digits, kept_trace=1.0, max_rows=40)
+    scores = queried(scorer, digits)
+    assert scorer.kept_trace_ < 0.98
+    assert pearsonr(scores.ravel(), expected.ravel())[0] > 0.98
+    assert (scores * expected).sum() / (expected**2).sum() == pytest.approx(1, abs=0.05)
+    trace = float(reference[2].trace())
+    assert float(scorer.fits_[0].lift.curvature.trace) == pytest.approx(trace, rel=0.1)
+
+
 @pytest.mark.parametrize("method", ["cg", "exact"])
 def test_hessian_in_place_of_gauss_newton(reference, digits, method):
     X, y = digits
