@@ -284,21 +284,35 @@ def table(name, target):
 
 
 def paired():
-    """Write and print by how much skperf's default differs from other methods, seed by seed."""
+    """Write and print by how much skperf's default differs from other methods.
+
+    Mean and standard deviation over seeds of the difference averaged over tasks, and in how
+    many of the pairs of seed and task the default is the better.
+    """
     records = []
     for name in ENCODERS:
         rows = read(name)
+        tasks = dict.fromkeys(row["task"] for row in rows)
         for other in (method for method in METHODS if any(r["method"] == method for r in rows)):
             record = {"encoder": name, "skperf default minus": other}
             for column in COLUMNS:
-                ours = by_seed(rows, "skperf default", MEAN, column)
-                theirs = by_seed(rows, other, MEAN, column)
-                gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-                record[column] = f"{np.mean(gains):+.1f} ± {np.std(gains, ddof=1):.1f}"
-            records.append(record | {"seeds": len(gains)})
-            cells = "".join(f"{record[column]:>14s}" for column in COLUMNS)
+                means = gains(rows, other, MEAN, column)
+                single = [gain for task in tasks for gain in gains(rows, other, task, column)]
+                sign = -1 if column.startswith("FPR95") else 1
+                won = sum(sign * gain > 0 for gain in single)
+                spread = np.std(means, ddof=1)
+                record[column] = f"{np.mean(means):+.1f} ± {spread:.1f} ({won}/{len(single)})"
+            records.append(record | {"seeds": len(means)})
+            cells = "".join(f"{record[column]:>20s}" for column in COLUMNS)
             print(f"{name:6s} default minus {other:34s}{cells}")
     write("reprogramming_paired.json", records)
+
+
+def gains(rows, other, task, column):
+    """Differences of skperf's default from another method, seed by seed."""
+    ours = by_seed(rows, "skperf default", task, column)
+    theirs = by_seed(rows, other, task, column)
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def write(name, records):
