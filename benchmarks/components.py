@@ -107,12 +107,22 @@ class Curve:
         self.record("leave one out", measured.done.cost, fit.coefficients, fit.intercept)
 
 
+BUDGETS = {
+    "resnet": [100, 200, 448, 1120, 2240],
+    "rnet": [100, 140, 280, 560],
+    "minilm": [100, 144, 216, 288],
+    "lite0": [150, 300, 600, 1200],
+}
+
+
 def curve(options):
-    """All methods at all budgets; 0 stands for four passes a component."""
-    result = Curve(options.network, options.fraction, options.seed, options.n_test)
-    budgets = [budget or 4 * result.question.n_components for budget in options.budgets]
+    """All methods at all budgets, up to four passes a component; "auto" alone for lite0."""
+    deep = options.network == "lite0"
+    fraction = options.fraction or (0.01 if deep else 0.1)
+    result = Curve(options.network, fraction, options.seed, options.n_test)
+    budgets = options.budgets or BUDGETS[options.network]
     result.auto(budgets)
-    if not options.only_auto:
+    if not deep:
         result.least_squares(budgets)
         result.one_at_a_time()
 
@@ -196,11 +206,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["curve", "speed", "race", "coverage", "plot"])
     parser.add_argument("--network", choices=list(NETWORKS), default="resnet")
-    parser.add_argument("--fraction", type=float, default=0.1)
+    parser.add_argument("--fraction", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[100, 200, 448, 1120, 0])
+    parser.add_argument("--budgets", type=int, nargs="+")
     parser.add_argument("--n-test", type=int, default=100)
-    parser.add_argument("--only-auto", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "curve":
