@@ -47,6 +47,8 @@ class Size:
     preset_epochs: int
     n_train: int
     n_test: int
+    tuning_rates: tuple[float, float]
+    fixed_statistics: bool
 
 
 class Prompted(torch.nn.Module):
@@ -83,7 +85,7 @@ def in_batches(function, images):
         return torch.cat([function(torch.as_tensor(b)) for b in np.array_split(images, 8)])
 
 
-def fine_tuned(module, X, y, *, lr, epochs, seed, held_out, margin=None):
+def fine_tuned(module, X, y, *, lr, size, seed, held_out, margin=None):
     """Train image tower and class embeddings; return module and held-out accuracy.
 
     With `margin`, beside the constant logit of "none of these" that Reprogrammer trains with.
@@ -96,10 +98,10 @@ def fine_tuned(module, X, y, *, lr, epochs, seed, held_out, margin=None):
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     keep = np.setdiff1d(np.arange(len(X)), held_out)
     images, codes = torch.as_tensor(X[keep]), torch.as_tensor(y[keep]).long()
-    n_steps = epochs * -(-len(keep) // 128)
+    n_steps = size.epochs * -(-len(keep) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    module.train()
-    for _ in range(epochs):
+    module.train(not size.fixed_statistics)
+    for _ in range(size.epochs):
         for rows in torch.randperm(len(keep), generator=generator).split(128):
             cosines = module(images[rows])
             if level is not None:
@@ -138,18 +140,18 @@ def figures(score):
     return reduce
 
 
-def best_tuned(plain, task, seed, epochs, margin=None):
+def best_tuned(plain, task, seed, size, margin=None):
     """Fine-tune at two rates; return the better module and the seconds of one."""
     X, y = task.train
     held_out = np.random.RandomState(seed).permutation(len(X))[: len(X) // 10]
-    options = {"epochs": epochs, "seed": seed, "held_out": held_out, "margin": margin}
+    options = {"size": size, "seed": seed, "held_out": held_out, "margin": margin}
     start = time.process_time()
-    tried = [fine_tuned(plain, X, y, lr=lr, **options) for lr in (3e-4, 1e-3)]
+    tried = [fine_tuned(plain, X, y, lr=lr, **options) for lr in size.tuning_rates]
     seconds = (time.process_time() - start) / 2
     return max(tried, key=lambda pair: pair[1])[0], seconds
 
 
-def baselines(encoder, tokenizer, task, seed, epochs):
+def baselines(encoder, tokenizer, task, seed, size):
     """Zero-shot, linear probe, full fine-tuning and the mix of its weights with the first."""
     X, y = task.train
     plain = Prompted(encoder, tokenizer, task.classes)
@@ -166,7 +168,7 @@ def baselines(encoder, tokenizer, task, seed, epochs):
     result = figures(lambda images: torch.as_tensor(probe.decision_function(embed(images))))(task)
     yield "linear probe", result, seconds
 
-    tuned, seconds = best_tuned(plain, task, seed, epochs)
+    tuned, seconds = best_tuned(plain, task, seed, size)
     yield "full fine-tuning", figures(lambda images: similarities(tuned, images))(task), seconds
 
     mixed = deepcopy(tuned)
@@ -200,10 +202,16 @@ def reprogrammed(encoder, tokenizer, task, seed, *, epochs, **more):
     return model, at, seconds
 
 
-def run(name, task_name, seed):
-    """Fill the results file of a seed by one task, method by method."""
+def run(name, task_name, seed, afresh):
+    """Fill the results file of a seed by one task, method by method.
+
+    What is there is kept, skperf's own rows only unless they are wanted afresh.
+    """
     path = RESULTS / f"reprogramming_{name}_seed{seed}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
+    if afresh:
+        ours = [row["method"].startswith("skperf") and row["task"] == task_name for row in rows]
+        rows = [row for row, own in zip(rows, ours, strict=True) if not own]
     done = {(row["task"], row["method"]) for row in rows}
     encoder, tokenizer, pictures = ENCODERS[name]()
     side, size = encoder.image_size, SIZES[name]
@@ -227,11 +235,11 @@ def run(name, task_name, seed):
     tasks = make_tasks(pictures, side, seed, size.n_train, size.n_test)
     task = next(task for task in tasks if task.name == task_name)
     if (task.name, "WiSE-FT 0.5") not in done:
-        for method, result, seconds in baselines(encoder, tokenizer, task, seed, epochs):
+        for method, result, seconds in baselines(encoder, tokenizer, task, seed, size):
             keep(task, method, result, seconds)
     if name == "tiny" and (task.name, REJECTING) not in done:
         plain = Prompted(encoder, tokenizer, task.classes)
-        tuned, seconds = best_tuned(plain, task, seed, epochs, margin=2.0)
+        tuned, seconds = best_tuned(plain, task, seed, size, margin=2.0)
         keep(task, REJECTING, figures(partial(similarities, tuned))(task), seconds)
     for method, chosen in settings.items():
         if (task.name, method) not in done:
@@ -328,9 +336,10 @@ REJECTING = "full fine-tuning with none of these"
 METHODS += ["full fine-tuning", REJECTING, "WiSE-FT 0.5"]
 TARGETS = {"tiny": "reprogramming.json", "lite0": "reprogramming_lite0.json"}
 SIZES = {
-    "tiny": Size(("MNIST", "Fashion-MNIST", "emoji"), 10, 25, 600, 600),
-    # what can be done in minutes; of digits this encoder knows nothing to begin with
-    "lite0": Size(("emoji", "Fashion-MNIST"), 5, 10, 150, 150),
+    "tiny": Size(("MNIST", "Fashion-MNIST", "emoji"), 10, 25, 600, 600, (3e-4, 1e-3), False),
+    # what can be done in minutes; of digits this encoder knows nothing to begin with, and few
+    # batches spoil the statistics of its batch normalisations
+    "lite0": Size(("emoji", "Fashion-MNIST"), 5, 10, 150, 150, (3e-5, 3e-4), True),
 }
 
 
@@ -338,10 +347,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encoder", choices=ENCODERS, default="tiny")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--afresh", action="store_true", help="run skperf's own rows again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for task in SIZES[options.encoder].tasks:
         for seed in options.seeds:
-            run(options.encoder, task, seed)
+            run(options.encoder, task, seed, options.afresh)
     table(options.encoder, TARGETS[options.encoder])
     paired()

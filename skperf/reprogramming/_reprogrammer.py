@@ -78,7 +78,7 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
         Exponent and factor of the focal form.
     alpha : "auto", float or list of float, default="auto"
         0 = reprogrammed, 1 = zero-shot. Of a list, or of 0, 0.1, ..., 1 for "auto", the best
-        on the rows held out, of equals the largest; 0 without a zero-shot head.
+        on the rows held out (accuracy, then loss); 0 without a zero-shot head.
     training_alpha : float, default=0.5
         The mix whose loss is averaged with that of the reprogrammed representation in
         training; 0 trains the latter alone, as the released code does.

@@ -96,16 +96,15 @@ class AlphaCurve:
     loss: tuple[float, ...]
 
     def best(self) -> float:
-        """Choose the alpha with the highest accuracy; of equals the largest.
+        """Choose the alpha with the highest accuracy; of equals that with the smallest loss.
 
         Returns
         -------
         float
-            The zero-shot representation is what knows about pictures that the task's rows
-            do not show, so that where it costs nothing more of it is better.
+            A few rows give many alphas the same accuracy; the loss tells these apart.
         """
-        ranked = zip(self.accuracy, self.alphas, strict=True)
-        return max((round(right, 6), alpha) for right, alpha in ranked)[1]
+        ranked = zip(self.accuracy, self.loss, self.alphas, strict=True)
+        return min((-round(right, 6), loss, alpha) for right, loss, alpha in ranked)[2]
 
 
 def alpha_curve(

@@ -34,9 +34,9 @@ def test_curve_equals_direct_computation():
         assert loss == pytest.approx(functional.cross_entropy(logits, codes).item(), rel=1e-6)
 
 
-def test_largest_of_the_best_alphas_is_chosen():
-    curve = AlphaCurve((0.0, 0.2, 0.4, 1.0), (0.8, 0.85, 0.85, 0.3), (1.0, 1.0, 1.1, 1.0))
-    assert curve.best() == 0.4
+def test_of_the_most_accurate_alphas_that_of_least_loss_is_chosen():
+    curve = AlphaCurve((0.0, 0.2, 0.4, 1.0), (0.8, 0.85, 0.85, 0.3), (0.5, 1.0, 1.1, 0.4))
+    assert curve.best() == 0.2
 
 
 def test_focal_loss_is_cross_entropy_at_gamma_zero():
