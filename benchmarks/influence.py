@@ -18,13 +18,13 @@ own for each method. What the figures come to is written to results/influence_ta
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -198,9 +198,24 @@ def measure_memory(workload, name):
     # imports and the libraries' own work space belong to the base
     methods_of(small, {})[name]()
     method = methods_of(workload, {})[name]
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    base = _status("VmRSS")
     method()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
+    print((_status("VmHWM") - base) / 1024)
+
+
+def _status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def with_memory(rows, folder):
+    """Measure peak memory for rows whose times are known."""
+    for row in rows:
+        workload = SimpleNamespace(name=row["workload"])
+        row["peak MiB"] = round(peak_memory(workload, row["method"], folder))
+        print(row["workload"], row["method"], row["peak MiB"], flush=True)
+    return rows
 
 
 def run(name, folder, repeats, memory, search):
@@ -288,6 +303,7 @@ def main():
     parser.add_argument("--cache", default="influence_workloads")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory")
     parser.add_argument("--search", action="store_true", help="search the peers' best damping")
+    parser.add_argument("--only-memory", action="store_true", help="keep the times of before")
     parser.add_argument("--memory-of")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -298,7 +314,11 @@ def main():
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     for name in arguments.workloads:
         kept = [row for row in results["rows"] if row["workload"] != name]
-        new = run(name, arguments.cache, arguments.repeats, arguments.memory, arguments.search)
+        if arguments.only_memory:
+            timed = [row for row in results["rows"] if row["workload"] == name]
+            new = with_memory(timed, arguments.cache)
+        else:
+            new = run(name, arguments.cache, arguments.repeats, arguments.memory, arguments.search)
         results = {"rows": [*kept, *new]}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         write_targets(results["rows"])
