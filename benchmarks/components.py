@@ -168,7 +168,7 @@ def plot():
             count = f"{here[0]['n_components']} parts, " if here else ""
             ax.set_title(f"{network}: {count}{fraction} ablated", fontsize=10)
         line[0].set_ylabel("correlation with fresh ablations")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].legend(fontsize=8, loc="lower left")
     figure.savefig(RESULTS / "components.png", dpi=100)
     figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
     for ax, key in zip(axes, ("correlation", "slope"), strict=True):
