@@ -56,7 +56,8 @@ test-oldest:  ## run the tests on the oldest supported versions
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/$(PIP_INSTALL) torch==2.13.0 -r oldest.txt
 	.venv-oldest/bin/$(PIP_INSTALL) -c oldest.txt -e '.[test]'
-	.venv-oldest/bin/python -m pytest -n 2 tests
+	# scikit-learn 1.8 lists a check twice
+	.venv-oldest/bin/python -m pytest -n 2 -o strict_parametrization_ids=false tests
 
 OPEN_CLIP ?= .venv-open-clip
 test-open-clip:  ## the adapter against the real open_clip (several GB, an environment of its own)
