@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks import influence_peers as peers
-from benchmarks.influence_workloads import load
+from benchmarks.influence_workloads import BUILDERS, load
 from benchmarks.timing import interleaved
 from skperf import from_module
 from skperf.influence import InfluenceScorer
@@ -295,6 +295,11 @@ def write_targets(rows):
     path.write_text(json.dumps({"rows": comparisons}, indent=1) + "\n")
 
 
+def known_rows():
+    """Rows of the results so far."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="*", default=["W1", "W1s", "W2", "W2-10k", "MLP235k"])
@@ -311,17 +316,16 @@ def main():
     if arguments.memory_of:
         measure_memory(load(arguments.workloads[0], arguments.cache), arguments.memory_of)
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     for name in arguments.workloads:
-        kept = [row for row in results["rows"] if row["workload"] != name]
         if arguments.only_memory:
-            timed = [row for row in results["rows"] if row["workload"] == name]
+            timed = [row for row in known_rows() if row["workload"] == name]
             new = with_memory(timed, arguments.cache)
         else:
             new = run(name, arguments.cache, arguments.repeats, arguments.memory, arguments.search)
-        results = {"rows": [*kept, *new]}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        write_targets(results["rows"])
+        rows = [*(row for row in known_rows() if row["workload"] != name), *new]
+        rows.sort(key=lambda row: list(BUILDERS).index(row["workload"]))
+        RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        write_targets(rows)
 
 
 if __name__ == "__main__":
