@@ -31,7 +31,18 @@ if wanted influence; then
     run benchmarks.influence_use
 fi
 if wanted components; then
-    for network in resnet rnet minilm lite0; do run benchmarks.components curve --network $network; done
+    for network in resnet rnet minilm; do
+        for fraction in 0.1 0.05; do
+            run benchmarks.components curve --network $network --fraction $fraction
+        done
+    done
+    for seed in 1 2; do
+        for fraction in 0.1 0.05; do
+            run benchmarks.components curve --network rnet --fraction $fraction --seed $seed
+        done
+    done
+    run benchmarks.components curve --network lite0 --n-test 60
+    run benchmarks.components race
     run benchmarks.components speed
     run benchmarks.components coverage
     run benchmarks.components plot
