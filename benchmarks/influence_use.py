@@ -146,49 +146,35 @@ def fading(seed):
     return found
 
 
-def repair_tasks(seed):
-    """Yield (name, network, training rows and labels, other rows and labels)."""
-    X_train, X_test, y_train, y_test = digits(seed, 0.6)
-    net = Net(MLP, module__hidden=(32,), lr=0.005, max_epochs=15, random_state=seed)
-    yield "digits", net, (X_train, y_train), (X_test, y_test)
-    images, target = fetch_fashion_mnist(subset="train", return_X_y=True)
-    rows = np.random.default_rng(seed).permutation(len(images))[:3500]
-    X, y = images[rows].reshape(-1, 1, 28, 28), target[rows]
-    net = Net(SmallConvNet, lr=0.002, max_epochs=8, batch_size=64, random_state=seed)
-    yield "Fashion-MNIST CNN", net, (X[:1500], y[:1500]), (X[1500:], y[1500:])
-
-
 def repair(seed):
+    X_train, X_test, y_train, y_test = digits(seed, 0.6)
+    labels, _ = flipped(y_train, np.random.default_rng(seed))
+    net = Net(MLP, module__hidden=(32,), lr=0.005, max_epochs=15, random_state=seed)
+    guard, X_test, guard_y, y_test = train_test_split(
+        X_test, y_test, test_size=0.5, random_state=seed
+    )
+    scorer = InfluenceScorer(net, random_state=seed).fit(X_train, labels)
+    first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
+    first.fit(X_train, labels)
+    wrong = np.flatnonzero(scorer.estimator_.predict(X_test) != y_test)[:40]
     reports = {}
-    for task, net, (X_train, y_train), others in repair_tasks(seed):
-        labels, _ = flipped(y_train, np.random.default_rng(seed))
-        guard, X_test, guard_y, y_test = train_test_split(*others, test_size=0.5, random_state=seed)
-        scorer = InfluenceScorer(net, random_state=seed).fit(X_train, labels)
-        first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
-        first.fit(X_train, labels)
-        wrong = np.flatnonzero(scorer.estimator_.predict(X_test) != y_test)
-        for i in wrong[: 40 if task == "digits" else 15]:
-            for name, report in _repairs(
-                scorer, first, X_test[[i]], y_test[[i]], (guard, guard_y)
-            ).items():
-                reports.setdefault(f"{task}: {name}", []).append(report)
+
+    def add(name, report):
+        reports.setdefault(name, []).append(report)
+
+    for i in wrong:
+        asked = {"guard": (guard, guard_y), "max_drop": 0.03, "k": 50}
+        report = scorer.repair(X_test[[i]], y_test[[i]], **asked).edit_report_
+        add("GGN proponents, natural steps", report)
+        add("same class at random, natural steps", report["baselines"]["same_class"])
+        add("same class at random, plain steps", report["baselines"]["same_class_plain"])
+        add("random rows, plain steps", report["baselines"]["random"])
+        asked["baselines"] = False
+        plain = scorer.repair(X_test[[i]], y_test[[i]], precondition=False, **asked)
+        add("GGN proponents, plain steps", plain.edit_report_)
+        dot = first.repair(X_test[[i]], y_test[[i]], **asked).edit_report_
+        add("gradient dot proponents, plain steps", dot)
     return {name: _repair_summary(each) for name, each in reports.items()}
-
-
-def _repairs(scorer, first, X, y, guard):
-    """Correct one row in every way."""
-    asked = {"guard": guard, "max_drop": 0.03, "k": 50}
-    report = scorer.repair(X, y, **asked).edit_report_
-    asked["baselines"] = False
-    plain = scorer.repair(X, y, precondition=False, **asked)
-    return {
-        "GGN proponents, natural steps": report,
-        "same class at random, natural steps": report["baselines"]["same_class"],
-        "same class at random, plain steps": report["baselines"]["same_class_plain"],
-        "random rows, plain steps": report["baselines"]["random"],
-        "GGN proponents, plain steps": plain.edit_report_,
-        "gradient dot proponents, plain steps": first.repair(X, y, **asked).edit_report_,
-    }
 
 
 def _repair_summary(reports):
