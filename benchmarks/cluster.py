@@ -20,7 +20,7 @@ from skperf.datasets import load_fashion_mnist, load_small_resnet
 
 RESULTS = Path(__file__).parent / "results" / "cluster.json"
 REPEATS = 3
-# dask has workers give memory back after every tensor, which costs half of torch's time
+# dask has workers give memory back after every tensor, which costs much of torch's time
 KEEP_MEMORY = {
     f"distributed.nanny.pre-spawn-environ.MALLOC_{name}_THRESHOLD_": 2**30
     for name in ("TRIM", "MMAP")

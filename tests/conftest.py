@@ -35,4 +35,5 @@ def pytest_runtest_setup(item):
         if os.environ.get("CI") == "true" and FETCHED_IN_CI & set(missing):
             pytest.fail(message)
         if missing:
+            # the other files take hundreds of megabytes of packages, too much for every run
             pytest.skip(message)

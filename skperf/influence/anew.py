@@ -147,7 +147,7 @@ def tiles_anew(
 
 def _tile(common: tuple[Problem, Pulled, float, float], rows: Pulled) -> NDArray[Any]:
     problem, queries, plain, scale = common
-    factors = queries.factors(problem)
-    own = [scaled(factor, plain) for factor in factors[: len(problem.layers)]]
-    terms = list(enumerate([*own, *queries.others]))
+    factors, n_layers = queries.factors(problem), len(problem.layers)
+    factors[:n_layers] = [scaled(factor, plain) for factor in factors[:n_layers]]
+    terms = list(enumerate(factors))
     return block(terms, rows.factors(problem), scale, problem.network.device)
