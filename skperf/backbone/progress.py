@@ -29,4 +29,6 @@ def track(
     object
         The items.
     """
-    yield from tqdm(iterable, desc=description, total=total, disable=not verbose, leave=False)
+    if verbose:
+        iterable = tqdm(iterable, desc=description, total=total, leave=False)
+    yield from iterable

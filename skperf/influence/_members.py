@@ -375,4 +375,4 @@ def half_way(scorer):
 
 def _batch_size(network):
     convolves = any(isinstance(part, nn.Conv2d | nn.Conv1d) for part in network.module.modules())
-    return 64 if convolves else 1024
+    return 64 if convolves else 2048

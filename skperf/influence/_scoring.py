@@ -1,5 +1,7 @@
 """Run the queries of a fitted scorer through its tiles."""
 
+from functools import reduce
+
 import numpy as np
 import torch
 from sklearn.utils import Bunch
@@ -94,13 +96,15 @@ def influence_matrix(scorer, X, y, *, out=None, aggregate=None):
     if aggregate not in (None, "sum", "mean"):
         raise ValueError(f"aggregate must be None, 'sum' or 'mean', got {aggregate!r}.")
     shape = (len(X), len(scorer.X_)) if aggregate is None else (len(scorer.X_),)
-    if out is None:
-        out = np.zeros(shape, dtype=score_dtype(scorer))
-    elif out.shape != shape:
+    if out is not None and out.shape != shape:
         raise ValueError(f"out has shape {out.shape}, expected {shape}.")
-    elif aggregate is not None:
+    if out is not None and aggregate is not None:
         out[:] = 0
     for queries, rows, scores in tiles_of(scorer, X, y):
+        if out is None and scores.shape == shape:
+            return scores
+        if out is None:
+            out = np.zeros(shape, dtype=scores.dtype)
         if aggregate is None:
             out[queries, rows] = scores
         else:
@@ -142,7 +146,7 @@ def tiles_of(scorer, X, y, fill=0.0):
             for member in members
         ]
         for parts in zip(*tiles, strict=True):
-            rows, scores = parts[0][0], sum(scores for _, scores in parts)
+            rows, scores = parts[0][0], reduce(np.add, [scores for _, scores in parts])
             if close is not None:
                 scores = only_candidates(scores, close[queries], rows, fill)
             yield queries, rows, scores

@@ -133,9 +133,9 @@ def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
         returned = torch.autograd.grad(
             logits, edges, cotangent, retain_graph=True, materialize_grads=True
         )
+        _check_finite([layer.name for layer in layers], returned)
         gradients = []
         for layer, gradient in zip(layers, returned, strict=True):
-            _check_finite(layer.name, gradient)
             arguments = watch.arguments[layer.name]
             gradients.append(_factor(layer, watch.inputs[layer.name], gradient, arguments))
         return gradients
@@ -172,21 +172,22 @@ def record_reference(network: Network, inputs: Tensor, parameters: Parameters) -
 
     def pull(cotangent: Tensor) -> Gradients:
         values = vmap(gradient, chunk_size=64)(inputs, cotangent)
-        _check_finite("the network", values)
+        _check_finite(["the network"], [values])
         return [Dense(values.detach())]
 
     return Tape(network(inputs), pull)
 
 
-def _check_finite(name: str, gradient: Tensor) -> None:
-    if torch.isfinite(gradient.sum()):
+def _check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:
+    if torch.isfinite(torch.stack([gradient.sum() for gradient in gradients]).sum()):
         return
-    finite = torch.isfinite(gradient).flatten(1).all(1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0, 0])
-        raise ValueError(
-            f"the gradient at layer {name!r} is not finite, first at row {row} of the batch."
-        )
+    for name, gradient in zip(names, gradients, strict=True):
+        finite = torch.isfinite(gradient).flatten(1).all(1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0, 0])
+            raise ValueError(
+                f"the gradient at layer {name!r} is not finite, first at row {row} of the batch."
+            )
 
 
 def _factor(layer: Layer, inputs: Tensor, gradient: Tensor, arguments: tuple[Any, ...]) -> Factor:

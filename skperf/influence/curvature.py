@@ -21,11 +21,7 @@ from torch.func import jvp, vjp, vmap
 
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten, unflatten
-from skperf.influence.gradients import (
-    Gradients,
-    gram,
-    inner,
-)
+from skperf.influence.gradients import Gradients, gram
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class RowSpace:
         return float(self.gram.square().sum()) / trace if trace > 0 else 0.0
 
     def factor(self, damping: float) -> Tensor:
-        """Factorise ``A A' + damping`` for :meth:`whiten`.
+        """Factorise ``A A' + damping``.
 
         Parameters
         ----------
@@ -87,27 +83,6 @@ class RowSpace:
         damped.diagonal().add_(damping)
         factor: Tensor = torch.linalg.cholesky(damped)
         return factor.to(self.gram)
-
-    def whiten(self, gradients: Gradients, cholesky: Tensor) -> Tensor:
-        """Coordinates whose inner products are the Woodbury correction.
-
-        ``g' (A'A + damping)^-1 h = (g'h - u(g)'u(h)) / damping``.
-
-        Parameters
-        ----------
-        gradients : list of Factor
-            n gradients.
-        cholesky : Tensor of shape (n_rows, n_rows)
-            From :meth:`factor`.
-
-        Returns
-        -------
-        Tensor of shape (n, n_rows)
-            ``u``.
-        """
-        crossed = inner(self.rows, gradients)
-        solved: Tensor = torch.linalg.solve_triangular(cholesky, crossed, upper=False)
-        return solved.T
 
 
 @dataclass(frozen=True)

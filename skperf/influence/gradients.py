@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 24  # floats in an intermediate product
-_TILE = 1 << 17  # scores that are summed over layers while in the cache
+_SIDE = 512  # of a tile of scores that stays in the cache while every layer adds to it
 
 
 @dataclass(frozen=True)
@@ -212,15 +212,17 @@ def inner(
         ``<G_i, G_j>``.
     """
     n_queries, n = len(queries[0]), len(rows[0])
-    if out is None:
-        out = _floating(queries[0]).new_zeros(n_queries, n)
-    # a tile that stays in the cache while every layer adds to it
-    length = max(64, _TILE // max(n_queries, 1))
-    for start in range(0, n, length):
-        part = slice(start, start + length)
-        for query, row in zip(queries, rows, strict=True):
-            _INNER[type(query), type(row)](query, row[part], out[:, part])
-    return out
+    result = _floating(queries[0]).new_empty(n_queries, n) if out is None else out
+    for first in range(0, n_queries, _SIDE):
+        asked = slice(first, first + _SIDE)
+        for start in range(0, n, _SIDE):
+            part = slice(start, start + _SIDE)
+            tile = result[asked, part]
+            if out is None:
+                tile.zero_()
+            for query, row in zip(queries, rows, strict=True):
+                _INNER[type(query), type(row)](query[asked], row[part], tile)
+    return result
 
 
 def gram(rows: Sequence[Factor]) -> Tensor:

@@ -70,27 +70,31 @@ def gradient_dot(problem: Problem) -> Fitted:
 
 @dataclass(frozen=True)
 class Woodbury:
-    """Gradients, and their coordinates in the whitened row space."""
+    """Gradients, and their products with the curvature's rows.
+
+    ``g' (A'A + damping)^-1 h = (g'h - (Ag)' (AA' + damping)^-1 Ah) / damping``.
+    """
 
     curvature: RowSpace
     cholesky: Tensor
 
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
-        """Add the whitened coordinates."""
-        return [*rows, Dense(self.curvature.whiten(rows, self.cholesky))]
+        """Add the products."""
+        return [*rows, Dense(inner(rows, self.curvature.rows))]
 
     def solve(self, vectors: Sequence[Factor]) -> Gradients:
         """Multiply vectors by the damped inverse, up to a factor."""
-        rows = self.curvature.rows
-        crossed = inner(rows, vectors)
-        weights = torch.cholesky_solve(crossed, self.cholesky).T
-        layers = zip(vectors, rows, strict=True)
+        layers = zip(vectors, self.curvature.rows, strict=True)
+        weights = self._weights(vectors)
         return [Dense(written_out(v) - combine(weights, row)) for v, row in layers]
+
+    def _weights(self, vectors: Sequence[Factor]) -> Tensor:
+        crossed = inner(vectors, self.curvature.rows)
+        return torch.cholesky_solve(crossed.T, self.cholesky).T
 
     def __call__(self, problem: Problem, queries: Gradients) -> Terms:
         """Map the queries."""
-        coordinates = -self.curvature.whiten(queries, self.cholesky)
-        return [*plain_terms(queries), (len(queries), Dense(coordinates))]
+        return [*plain_terms(queries), (len(queries), Dense(-self._weights(queries)))]
 
 
 @dataclass(frozen=True)

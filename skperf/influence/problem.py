@@ -254,8 +254,7 @@ def slopes(output: Output, logits: Tensor, codes: Tensor) -> Tensor:
     """
     if output is loss:
         slope = logits.softmax(1)
-        slope[torch.arange(len(codes)), codes] -= 1
-        return slope
+        return slope.scatter_add_(1, codes[:, None], slope.new_full((len(codes), 1), -1.0))
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         values = output(leaf, codes)

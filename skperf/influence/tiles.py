@@ -104,14 +104,18 @@ class Shelf:
         size = n * like[0].numel() * like.element_size()
         if self.used + size <= self.budget or size == 0:
             self.used += size
-            return torch.empty(n, *like.shape[1:], dtype=like.dtype)
+            # numpy asks the system for large pages: they cost a fourth to touch first
+            return torch.from_numpy(np.empty((n, *like.shape[1:]), _numpy_type(like)))
         if self.home is None:
             self.home = Path(tempfile.mkdtemp(prefix="skperf-influence-", dir=self.folder))
             weakref.finalize(self, shutil.rmtree, self.home, ignore_errors=True)
         path = self.home / f"{len(list(self.home.iterdir()))}.bin"
-        dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
-        stored = np.memmap(path, dtype, "w+", shape=(n, *like.shape[1:]))
+        stored = np.memmap(path, _numpy_type(like), "w+", shape=(n, *like.shape[1:]))
         return torch.from_numpy(stored)
+
+
+def _numpy_type(like: Tensor) -> np.dtype[Any]:
+    return torch.empty(0, dtype=like.dtype).numpy().dtype
 
 
 def gather(
@@ -151,10 +155,10 @@ def gather(
     list of Factor
         m gradients, one factor a layer, on the CPU.
     """
-    examples = torch.arange(len(X)) if examples is None else examples
     shelf = shelf or Shelf(2**62)
     results: Gradients = []
-    batches = list(_batches_by_count(examples, batch_size))
+    n = len(X) if examples is None else len(examples)
+    batches = list(_batches(torch.arange(n) if examples is None else examples, batch_size))
     for members, positions in track(batches, description="gradients", verbose=verbose):
         inputs = network.tensor(X[_index(members)])
         if inputs.ndim == 4:
@@ -168,28 +172,37 @@ def gather(
             )
             pulled = tape.pull(wanted.to(tape.logits))
             if not results:
-                results = [shelf.empty(len(examples), factor) for factor in pulled]
+                results = [shelf.empty(n, factor) for factor in pulled]
             _put(results, _index(rows), pulled)
     return results
 
 
-def _batches_by_count(examples: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Group examples with equally many cotangents, so that no backward pass is wasted."""
-    if len(examples) == 0:
-        return
+def _batches(examples: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Group examples with equally many cotangents, so that no backward pass is wasted.
+
+    Where too few have as many to fill much of a batch, they run once for each cotangent.
+    """
     order = examples.argsort(stable=True)
     counts = torch.bincount(examples)
     starts = counts.cumsum(0) - counts
-    for count in torch.unique(counts[counts > 0]).tolist():
-        for members in torch.split((counts == count).nonzero()[:, 0], batch_size):
-            yield members, order[starts[members, None] + torch.arange(count)]
+    once = torch.ones(len(examples), dtype=torch.bool)
+    for count in torch.unique(counts[counts > 1]).tolist():
+        members = (counts == count).nonzero()[:, 0]
+        if len(members) >= batch_size // 4:
+            positions = order[starts[members, None] + torch.arange(count)]
+            once[positions] = False
+            yield from zip(members.split(batch_size), positions.split(batch_size), strict=True)
+    rest = once.nonzero()
+    for start in range(0, len(rest), batch_size):
+        positions = rest[start : start + batch_size]
+        yield examples[positions[:, 0]], positions
 
 
 def _index(rows: Tensor) -> Any:
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == len(rows) and bool((rows.diff() == 1).all()):
-        return slice(first, last + 1)
-    return rows.numpy()
+    numbers = rows.numpy()
+    if bool((np.diff(numbers) == 1).all()):
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers
 
 
 def _put(results: Gradients, rows: Any, pulled: Gradients) -> None:

@@ -6,7 +6,7 @@ from skperf.influence.gradients import Dense, Outer, Tokens
 from skperf.influence.tiles import (
     Largest,
     Shelf,
-    _batches_by_count,
+    _batches,
     block,
     budget_in_bytes,
     bytes_of_row,
@@ -27,11 +27,21 @@ def test_budgets_are_read():
 
 def test_examples_are_grouped_by_how_often_they_are_asked_for():
     examples = torch.tensor([4, 0, 1, 4, 2, 4, 1])
-    seen = []
-    for members, positions in _batches_by_count(examples, 2):
+    seen, passes = [], 0
+    for members, positions in _batches(examples, 4):
         assert (examples[positions] == members[:, None]).all()
         seen += positions.flatten().tolist()
+        passes += positions.shape[1]
     assert sorted(seen) == list(range(7))
+    assert passes == 1 + 2 + 3
+    assert list(_batches(torch.arange(0), 4)) == []
+
+
+def test_examples_too_few_to_fill_a_batch_run_once_for_each_cotangent():
+    examples = torch.tensor([4, 0, 1, 4, 2, 4, 1])
+    ((members, positions),) = _batches(examples, 16)
+    assert members.tolist() == examples.tolist()
+    assert positions[:, 0].tolist() == list(range(7))
 
 
 def test_gradients_beyond_the_budget_go_to_files_that_vanish(tmp_path):
