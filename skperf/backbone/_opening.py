@@ -60,9 +60,11 @@ def fit_estimator(estimator, X, y, *, sample_weight=None, random_state=None):
     if isinstance(estimator, nn.Module):
         return _probed(ModuleClassifier(estimator), X)
     if isinstance(estimator, FrozenEstimator):
-        check_is_fitted(estimator)
         inner = estimator.estimator
-        return _probed(inner, X) if isinstance(inner, ModuleClassifier) else estimator
+        if isinstance(inner, ModuleClassifier):
+            return _probed(inner, X)
+        check_is_fitted(estimator)
+        return estimator
     if callable(getattr(estimator, "to_module", None)):
         if isinstance(estimator, BaseEstimator):
             check_is_fitted(estimator)

@@ -65,5 +65,6 @@ def check_labelled_rows(estimator, X, y, *, reset=False):
         The labels.
     """
     X, y = validate_data(estimator, as_array(X), as_array(y), reset=reset, allow_nd=True)
-    check_classification_targets(y)
+    if reset:  # later labels are held against the classes that fit has seen
+        check_classification_targets(y)
     return X, np.asarray(y)

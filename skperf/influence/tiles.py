@@ -101,7 +101,7 @@ class Shelf:
         return with_tensors(like, *(self._tensor(n, tensor) for tensor in like.tensors))
 
     def _tensor(self, n: int, like: Tensor) -> Tensor:
-        size = n * like[0].numel() * like.element_size()
+        size = n * like.shape[1:].numel() * like.element_size()
         if self.used + size <= self.budget or size == 0:
             self.used += size
             # numpy asks the system for large pages: they cost a fourth to touch first
