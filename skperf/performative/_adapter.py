@@ -406,7 +406,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         scoring : {"accuracy", "neg_log_loss"} or callable, default="accuracy"
             A callable takes ``(y_true, y_pred, sample_weight=)``.
         n_bootstrap : int, default=200
-            Resamples of rows and rounds.
+            Resamples of rows, rounds and one-step-ahead errors; 0 gives no intervals.
 
         Returns
         -------

@@ -32,10 +32,12 @@ def rank_models(adapter, candidates, X, y, scoring, n_bootstrap):
     settings = _settings(adapter)
     known = state.choice.name in state.contenders and state.choice.strength > 0
     maps = resampled_maps(state, settings, n_bootstrap, generator) if known else []
+    surprises = _one_step_errors(adapter)
+    errors = surprises[generator.integers(len(surprises), size=n_bootstrap)]
     results, current = [], []
     for model in models:
         statistic, score = _candidate(adapter, model, X, codes, scoring)
-        results.append(predict_score(state, maps, statistic, score, draws))
+        results.append(predict_score(state, maps, statistic, score, draws, errors))
         shares = np.bincount(codes, minlength=len(adapter.classes_)) / len(codes)
         current.append(score(shares, np.arange(len(codes))))
     predicted = np.array([result.value for result in results])
@@ -53,6 +55,15 @@ def rank_models(adapter, candidates, X, y, scoring, n_bootstrap):
 def _settings(adapter):
     n_statistics, n_classes = len(adapter.statistic_), len(adapter.classes_)
     return settings_of(adapter, seed=adapter.seed_, n_statistics=n_statistics, n_classes=n_classes)
+
+
+def _one_step_errors(adapter):
+    """Realised minus anticipated shares, (n_errors, n_classes), of the rounds to learn from."""
+    known = adapter.prequential_
+    errors = (known.realised - known.predicted)[adapter.min_rounds :]
+    if adapter.buffer_size is not None:
+        errors = errors[-adapter.buffer_size :]
+    return errors if len(errors) else np.zeros((1, len(adapter.classes_)))
 
 
 def _row_draws(codes, n_draws, generator):

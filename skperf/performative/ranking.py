@@ -88,7 +88,7 @@ class Prediction:
     Attributes
     ----------
     value, low, high : float
-        Expected score and its bootstrap interval.
+        Expected score, and its interval from resampled rows, maps and one-step-ahead errors.
     prior : ndarray of shape (n_classes,)
         Label mix it would meet.
     """
@@ -105,6 +105,7 @@ def predict_score(
     statistic: Callable[[Codes], Array],
     score: Callable[[Array, Codes], float],
     draws: Codes,
+    errors: Array,
     *,
     level: float = 0.9,
 ) -> Prediction:
@@ -122,6 +123,8 @@ def predict_score(
         Label mix and row indices to the candidate's score.
     draws : ndarray of shape (n_bootstrap, n)
         Resampled row indices.
+    errors : ndarray of shape (n_bootstrap, n_classes)
+        Realised minus anticipated shares of past rounds, resampled.
     level : float
         Of the interval.
 
@@ -134,10 +137,13 @@ def predict_score(
     prior = np.exp(state.log_prior(statistic(everything)))
     value = score(prior, everything)
     resampled = []
-    for i, rows in enumerate(draws):
+    for i, (rows, error) in enumerate(zip(draws, errors, strict=True)):
         mix = answer_of(state, maps[i % len(maps)], statistic(rows)) if maps else prior
-        resampled.append(score(mix, rows))
+        met = np.maximum(mix + error, 1e-12)
+        resampled.append(score(met / met.sum(), rows))
     if not resampled:
         return Prediction(value, np.nan, np.nan, prior)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    # the usual quantiles of few draws hold less than they say
+    low, high = np.quantile(resampled, tails, method="weibull")
     return Prediction(value, min(value, float(low)), max(value, float(high)), prior)

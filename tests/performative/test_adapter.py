@@ -750,6 +750,25 @@ def test_candidates_are_ranked_by_what_they_would_meet(classifier, lived):
     assert found.names == ["plain", "weak", "weaker"]
 
 
+def test_the_interval_of_a_candidate_holds_what_rounds_do_to_it(frozen, classifier):
+    rng = np.random.default_rng(3)
+    mixes = rng.dirichlet(np.full(K, 5.0), size=60)  # whatever was deployed
+    counts = np.array([rng.multinomial(400, mix) for mix in mixes])
+    X, y = World(seed=9).draw(8000, prior=np.full(K, 1 / K))
+    recall = np.array([(classifier.predict(X[y == c]) == c).mean() for c in range(K)])
+    statistics = np.clip(recall + rng.normal(scale=0.02, size=(60, K)), 0, 1)
+    adapter = PerformativeAdapter(frozen, base_prior="uniform", random_state=0, adapter="tied")
+    found = adapter.fit_trajectory(statistics, counts).rank_models([classifier], X, y)
+    scores = rng.dirichlet(np.full(K, 5.0), size=2000) @ recall
+    assert 0.8 < np.mean((found.low <= scores) & (scores <= found.high)) < 0.97
+    latest = PerformativeAdapter(frozen, base_prior="uniform", random_state=0, adapter="tied")
+    latest.set_params(buffer_size=20).fit_trajectory(
+        statistics[:30], np.vstack([counts[:10], np.full((20, K), 100)])
+    )
+    calm = latest.rank_models([classifier], X, y)
+    assert calm.high[0] - calm.low[0] < 0.5 * (found.high[0] - found.low[0])
+
+
 def test_candidates_in_any_class_order_and_form(classifier, lived):
     adapter, _ = lived
     X, y = World(seed=9).draw(400, prior=np.full(K, 1 / K))
