@@ -1,9 +1,11 @@
 """What influence is good for, with the baselines that any claim must be held against.
 
-    python -m benchmarks.influence_use            # all parts, three seeds
+    python -m benchmarks.influence_use            # all parts
+    python -m benchmarks.influence_use fading --seeds 3 4 5 6 7
 
 Parts: ``mislabels`` (10 % flipped labels), ``fading`` (how long estimates stay true),
 ``repair`` (mis-predictions), ``removal`` (forget a class). Writes results/influence_PART.json.
+Seeds 0, 1 and 2 served to choose what ``fading`` does, so that it is reported on others.
 """
 
 import argparse
@@ -14,100 +16,113 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import train_test_split
-from torch import nn
 
-from skperf import MLP, Net
-from skperf.backbone.architectures import SmallConvNet
-from skperf.datasets import (
-    fetch_fashion_mnist,
-    fetch_spam_assassin,
-    fetch_wordllama,
-    load_email_vectors,
+from benchmarks.influence_tasks import (
+    cnn,
+    digits,
+    fashion,
+    flipped,
+    halves,
+    mails,
+    mlp,
+    news,
+    tanh_net,
 )
+from skperf.datasets import load_email_vectors
 from skperf.influence import InfluenceScorer
 from skperf.influence._members import linearised
-from skperf.influence.horizon import agreement
+from skperf.influence.horizon import agreement, usable_horizon
 from skperf.influence.methods import redamped
+from skperf.influence.repair import harmonic_mean
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def digits(seed, test_size=0.3):
-    X, y = load_digits(return_X_y=True)
-    X = (X / 16).astype(np.float32)
-    return train_test_split(X, y, test_size=test_size, random_state=seed, stratify=y)
-
-
-def flipped(y, rng, share=0.1):
-    labels = np.unique(y)
-    wrong = rng.random(len(y)) < share
-    other = (np.searchsorted(labels, y) + rng.integers(1, len(labels), len(y))) % len(labels)
-    return np.where(wrong, labels[other], y), wrong
-
-
-def mislabel_tasks(seed):
-    """Yield (name, classifier, rows, labels)."""
-    X, _, y, _ = digits(seed, 0.2)
-    net = Net(MLP, module__hidden=(64,), lr=0.003, max_epochs=40, random_state=seed)
-    yield "digits, MLP 64-64-10", net, X, y
-    images, target = fetch_fashion_mnist(subset="train", return_X_y=True)
-    rows = np.random.default_rng(seed).permutation(len(images))[:2000]
-    X = images[rows].reshape(-1, 1, 28, 28)
-    net = Net(SmallConvNet, lr=0.002, max_epochs=8, batch_size=64, random_state=seed)
-    yield "Fashion-MNIST, CNN 17k", net, X, target[rows]
-    mail = fetch_spam_assassin()
-    rows = np.random.default_rng(seed).permutation(len(mail.data))[:2000]
-    vectors = fetch_wordllama().embed([mail.data[i] for i in rows])
-    model = LogisticRegression(C=1.0, max_iter=2000)
-    yield "SpamAssassin, wordllama + logistic", model, vectors, mail.target[rows]
-    mail = load_email_vectors()
-    yield "e-mails, MiniLM + logistic", model, mail.data, mail.target
-
-
 def mislabels(seed):
-    found = {}
-    for name, model, X, y in mislabel_tasks(seed):
-        labels, wrong = flipped(y, np.random.default_rng(seed))
+    for name, model, (X, y) in _mislabel_tasks(seed):
+        labels, wrong = flipped(y, seed)
         scorer = InfluenceScorer(model, random_state=seed).fit(X, labels)
         first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
-        found[name] = {
-            "self-influence": roc_auc_score(wrong, scorer.detect_mislabels()),
-            "class-aware": roc_auc_score(wrong, scorer.detect_mislabels(class_aware=True)),
-            "gradient norm": roc_auc_score(wrong, first.fit(X, labels).detect_mislabels()),
-            "plain loss": roc_auc_score(wrong, scorer.loss_),
+        scores = {
+            "self-influence": scorer.detect_mislabels(),
+            "class-aware": scorer.detect_mislabels(class_aware=True),
+            "gradient norm": first.fit(X, labels).detect_mislabels(),
+            "plain loss": scorer.loss_,
         }
-    return found
+        yield {"way": name} | {way: roc_auc_score(wrong, score) for way, score in scores.items()}
 
 
-def noisy_tanh_net(seed):
-    """64-32-10 tanh network on digits with 10 % label noise, not trained to the end."""
-    X_train, X_test, y_train, y_test = digits(seed)
-    labels, _ = flipped(y_train, np.random.default_rng(seed))
-    torch.manual_seed(seed)
-    module = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    rows, codes = torch.from_numpy(X_train), torch.from_numpy(labels)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(30):
-        for batch in torch.randperm(len(rows), generator=generator).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(module(rows[batch]), codes[batch]).backward()
-            optimizer.step()
-    return module.double(), X_train, labels, X_test, y_test
+def _mislabel_tasks(seed):
+    yield "digits, MLP 64-64-10", mlp(64, 40, seed, lr=0.003), digits(seed, 0.2)[0]
+    yield "Fashion-MNIST, CNN 17k", cnn(seed), fashion(seed)[0]
+    model = LogisticRegression(C=1.0, max_iter=2000)
+    yield "SpamAssassin, wordllama + logistic", model, mails(seed)[0]
+    mail = load_email_vectors()
+    yield "e-mails, MiniLM + logistic", model, (mail.data, mail.target)
 
 
 STEPS = (1, 10, 50, 200, 500)
 
 
-def started(scorer, step):
+def fading(seed):
+    for name, model, rows, queries, asked in _fading_tasks(seed):
+        rate = asked["learning_rate"]
+        scorer = InfluenceScorer(model, learning_rate=rate, random_state=seed).fit(*rows)
+        truth = scorer.fading(*queries, steps=STEPS, weight_decay=1e-3, **asked)
+        for way, at in _ways_to_predict(scorer, model, rows).items():
+            figures = {}
+            for step, actual in zip(STEPS, truth.actual, strict=True):
+                predicted = at(step).influence(*queries)[:, truth.rows]
+                figures[step] = agreement(torch.as_tensor(predicted), torch.as_tensor(actual))
+            pearson = [figures[step][0] for step in STEPS]
+            yield {
+                "task": name,
+                "way": way,
+                **{f"{step} steps": value for step, value in zip(STEPS, pearson, strict=True)},
+                "slope at 500": figures[500][2],
+                "usable horizon": usable_horizon(STEPS, pearson),
+            }
+
+
+def _fading_tasks(seed):
+    """Networks trained on 10 % wrong labels, and how they are trained on."""
+    asked = {"n_train": 64, "learning_rate": 0.03}
+    for name, width, (train, test) in (
+        ("digits, tanh net 64-32-10", 32, digits(seed)),
+        ("SpamAssassin, tanh net 256-8-2", 8, mails(seed)),
+    ):
+        rows = train[0], flipped(train[1], seed)[0]
+        yield name, tanh_net(width, rows, seed), rows, (test[0][:60], test[1][:60]), asked
+    train, test = fashion(seed)
+    rows = train[0], flipped(train[1], seed)[0]
+    model = FrozenEstimator(cnn(seed, (8, 16, 16)).fit(*rows))
+    asked = {"n_train": 12, "learning_rate": 0.01}
+    yield "Fashion-MNIST, CNN 5k", model, rows, (test[0][:60], test[1][:60]), asked
+
+
+def _ways_to_predict(scorer, model, rows):
+    """Give for each way a function from a horizon to a scorer."""
+    dot = InfluenceScorer(model, method="gradient_dot").fit(*rows)
+    damped = scorer.with_damping
+    return {
+        "gradient dot": lambda step: dot,
+        "GGN, damping 0.01": lambda step: damped(0.01),
+        "GGN, damping 0.1": lambda step: damped(0.1),
+        "GGN, damping tied to the horizon": lambda step: damped("horizon", horizon=step),
+        "GGN, filter where training starts": lambda step: _started(scorer, step),
+        "GGN, filter of the horizon": lambda step: damped("flow", horizon=step),
+    }
+
+
+def _started(scorer, step):
     """Filter as a horizon asks, but at the fitted weights."""
     there = scorer.with_damping(1.0)
-    there.settings_ = replace(there.settings_, damping="flow", horizon=step, learning_rate=0.03)
+    there.settings_ = replace(
+        there.settings_, damping="flow", horizon=step, learning_rate=scorer.learning_rate
+    )
     there.fits_ = [
         redamped(problem, fitted, "ggn")
         for (problem, _), fitted in zip(linearised(there), scorer.fits_, strict=True)
@@ -115,134 +130,128 @@ def started(scorer, step):
     return there
 
 
-def fading(seed):
-    module, X_train, labels, X_test, y_test = noisy_tanh_net(seed)
-    queries = X_test[:60], y_test[:60]
-    scorer = InfluenceScorer(module, learning_rate=0.03, random_state=seed).fit(X_train, labels)
-    truth = scorer.fading(*queries, steps=STEPS, n_train=64, weight_decay=1e-3)
-    dot = InfluenceScorer(module, method="gradient_dot").fit(X_train, labels)
-    damped = scorer.with_damping
-    more = InfluenceScorer(module, learning_rate=0.03, max_rows=2000).fit(X_train, labels)
-    dense = {"method": "exact", "curvature": "hessian", "damping": 100.0}
-    full = InfluenceScorer(module, learning_rate=0.03, **dense).fit(X_train, labels)
-    ways = {
-        "gradient dot": lambda step: dot,
-        "GGN, damping 0.01": lambda step: damped(0.01),
-        "GGN, damping 0.1": lambda step: damped(0.1),
-        "GGN, damping tied to the horizon": lambda step: damped("horizon", horizon=step),
-        "GGN, filter where training starts": lambda step: started(scorer, step),
-        "GGN, filter of the horizon": lambda step: damped("flow", horizon=step),
-        "GGN of 2,000 rows, the same": lambda step: more.with_damping("flow", horizon=step),
-        "exact Hessian, the same": lambda step: full.with_damping("flow", horizon=step),
-    }
-    found = {}
-    for name, at in ways.items():
-        figures = {}
-        for step, actual in zip(STEPS, truth.actual, strict=True):
-            predicted = at(step).influence(*queries)[:, truth.rows]
-            figures[step] = agreement(torch.as_tensor(predicted), torch.as_tensor(actual))
-        found[name] = {f"{step} steps": figures[step][0] for step in STEPS}
-        found[name]["slope at 500"] = figures[500][2]
-    return found
-
-
 def repair(seed):
-    X_train, X_test, y_train, y_test = digits(seed, 0.6)
-    labels, _ = flipped(y_train, np.random.default_rng(seed))
-    net = Net(MLP, module__hidden=(32,), lr=0.005, max_epochs=15, random_state=seed)
-    guard, X_test, guard_y, y_test = train_test_split(
-        X_test, y_test, test_size=0.5, random_state=seed
-    )
-    scorer = InfluenceScorer(net, random_state=seed).fit(X_train, labels)
-    first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
-    first.fit(X_train, labels)
-    wrong = np.flatnonzero(scorer.estimator_.predict(X_test) != y_test)[:40]
-    reports = {}
-
-    def add(name, report):
-        reports.setdefault(name, []).append(report)
-
-    for i in wrong:
-        asked = {"guard": (guard, guard_y), "max_drop": 0.03, "k": 50}
-        report = scorer.repair(X_test[[i]], y_test[[i]], **asked).edit_report_
-        add("GGN proponents, natural steps", report)
-        add("same class at random, natural steps", report["baselines"]["same_class"])
-        add("same class at random, plain steps", report["baselines"]["same_class_plain"])
-        add("random rows, plain steps", report["baselines"]["random"])
-        asked["baselines"] = False
-        plain = scorer.repair(X_test[[i]], y_test[[i]], precondition=False, **asked)
-        add("GGN proponents, plain steps", plain.edit_report_)
-        dot = first.repair(X_test[[i]], y_test[[i]], **asked).edit_report_
-        add("gradient dot proponents, plain steps", dot)
-    return {name: _repair_summary(each) for name, each in reports.items()}
+    for name, net, (train, test) in (
+        ("digits, MLP 64-32-10", mlp(32, 15, seed), digits(seed, 0.6)),
+        ("Fashion-MNIST, CNN 17k", cnn(seed), fashion(seed)),
+        ("SpamAssassin, MLP 256-32-2", mlp(32, 15, seed), mails(seed)),
+    ):
+        rows = train[0], flipped(train[1], seed)[0]
+        guard, (X, y) = halves(test, seed)
+        scorer = InfluenceScorer(net, random_state=seed).fit(*rows)
+        first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
+        first.fit(*rows)
+        wrong = np.flatnonzero(scorer.estimator_.predict(X) != y)[:40]
+        reports = {}
+        for i in wrong:
+            for way, report in _repaired(scorer, first, (X[[i]], y[[i]]), guard).items():
+                reports.setdefault(way, []).append(_outcome(report))
+        for way, found in reports.items():
+            yield {"task": name, "way": way, "mis-predictions": len(found), **_mean(found)}
 
 
-def _repair_summary(reports):
+def _repaired(scorer, first, query, guard):
+    asked = {"guard": guard, "max_drop": 0.03, "k": 50}
+    report = scorer.repair(*query, **asked).edit_report_
+    baselines = report.pop("baselines")
+    asked["baselines"] = False
+    plain = scorer.repair(*query, precondition=False, **asked).edit_report_
     return {
-        "flipped": float(np.mean([r["flipped"].all() for r in reports])),
-        "guard change": float(np.mean([r["guard_after"] - r["guard_before"] for r in reports])),
-        "displacement": float(np.mean([r["displacement"] for r in reports])),
+        "GGN proponents, natural steps": report,
+        "same class at random, natural steps": baselines["same_class"],
+        "same class at random, plain steps": baselines["same_class_plain"],
+        "random rows, plain steps": baselines["random"],
+        "GGN proponents, plain steps": plain,
+        "gradient dot proponents, plain steps": first.repair(*query, **asked).edit_report_,
     }
+
+
+def _outcome(report):
+    return {
+        "flipped": report["flipped"].all(),
+        "guard change": report["guard_after"] - report["guard_before"],
+        "displacement": report["displacement"],
+    }
+
+
+CLASSES = (0, 3, 8)
 
 
 def removal(seed):
     """Forget a class with 5 % of the parameters; the scale is chosen on held-out rows."""
-    X_train, X_test, y_train, y_test = digits(seed)
-    held_out = train_test_split(X_test, y_test, test_size=0.5, random_state=seed)
-    guard, test, guard_y, test_y = held_out
-    net = Net(MLP, module__hidden=(32,), lr=0.005, max_epochs=30, random_state=seed)
-    scorer = InfluenceScorer(net, random_state=seed).fit(X_train, y_train)
-    found = {}
-    for select in ("output", "gradient", "sam", "random"):
-        for how in ("gif", "freeze", "project", "ascent", "plain"):
-            scores = []
-            for class_ in (0, 3, 8):
-                asked = {"guard": (guard, guard_y), "select": select, "baseline": False}
-                edited = scorer.remove(class_=class_, how=how, **asked)
-                gone = test_y == class_
-                self_accuracy = (edited.predict(test[gone]) == class_).mean()
-                other = (edited.predict(test[~gone]) == test_y[~gone]).mean()
-                scores.append(
-                    [
-                        self_accuracy,
-                        other,
-                        2 * (1 - self_accuracy) * other / max(1 - self_accuracy + other, 1e-9),
-                    ]
-                )
-            means = np.mean(scores, 0)
-            found[f"{select}, {how}"] = dict(
-                zip(("self", "other", "f1"), means.tolist(), strict=True)
-            )
-    return found
+    ways = {
+        f"{select}, {how}": {"select": select, "how": how}
+        for select in ("output", "gradient", "sam", "random")
+        for how in ("gif", "freeze", "project", "ascent")
+    } | {"all parameters, plain": {"how": "plain"}}
+    for name, net, (train, test) in (
+        ("digits, MLP 64-32-10", mlp(32, 30, seed), digits(seed)),
+        ("Fashion-MNIST, CNN 17k", cnn(seed), fashion(seed)),
+        ("20 Newsgroups, MLP 256-32-20", mlp(32, 30, seed), news(seed)),
+    ):
+        guard, rest = halves(test, seed)
+        scorer = InfluenceScorer(net, random_state=seed).fit(*train)
+        before = [_forgotten(scorer.estimator_, rest, class_) for class_ in CLASSES]
+        yield {"task": name, "way": "before", **_mean(before)}
+        for way, asked in ways.items():
+            found = []
+            for class_ in CLASSES:
+                edited = scorer.remove(class_=class_, guard=guard, baseline=False, **asked)
+                found.append(_forgotten(edited, rest, class_))
+            yield {"task": name, "way": way, **_mean(found)}
 
 
-PARTS = {"mislabels": mislabels, "fading": fading, "repair": repair, "removal": removal}
+def _forgotten(edited, rows, class_):
+    X, y = rows
+    predicted, gone = edited.predict(X), y == class_
+    self_accuracy = np.mean(predicted[gone] == class_)
+    other = np.mean(predicted[~gone] == y[~gone])
+    f1 = harmonic_mean(1 - self_accuracy, other)
+    return {"self": self_accuracy, "other": other, "f1": f1}
+
+
+def _mean(records):
+    return {key: np.mean([record[key] for record in records]) for key in records[0]}
+
+
+PARTS = {
+    "mislabels": (mislabels, (0, 1, 2)),
+    "fading": (fading, (3, 4, 5, 6, 7)),
+    "repair": (repair, (0, 1, 2)),
+    "removal": (removal, (0, 1, 2)),
+}
 
 
 def summarised(runs):
-    """One flat record for each way, means over seeds with the range beside them."""
+    """One flat record for each task and way: means over seeds, the values beside them."""
     rows = []
-    for name in runs[0]:
-        record = {"way": name}
-        for key in runs[0][name]:
-            values = [float(run[name][key]) for run in runs]
-            record[key] = round(float(np.mean(values)), 4)
-            record[f"{key}: range"] = f"{min(values):.3f} to {max(values):.3f}"
-        rows.append(record)
+    for records in zip(*runs, strict=True):
+        row = {}
+        for key, first in records[0].items():
+            if isinstance(first, str):
+                row[key] = first
+                continue
+            values = [float(record[key]) for record in records]
+            row[key] = round(float(np.mean(values)), 4)
+            row[f"{key}: range"] = f"{min(values):.3g} to {max(values):.3g}"
+            row[f"{key}: seeds"] = [round(value, 4) for value in values]
+        rows.append(row)
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for part in arguments.parts:
         start = time.process_time()
-        rows = summarised([PARTS[part](seed) for seed in range(arguments.seeds)])
-        command = f"python -m benchmarks.influence_use {part} --seeds {arguments.seeds}"
-        results = {"command": command, "seeds": arguments.seeds, "rows": rows}
+        run, seeds = PARTS[part]
+        seeds = arguments.seeds or seeds
+        rows = summarised([list(run(seed)) for seed in seeds])
+        command = f"python -m benchmarks.influence_use {part} --seeds {' '.join(map(str, seeds))}"
+        results = {"command": command, "seeds": list(seeds), "rows": rows}
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"influence_{part}.json"
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -14,10 +14,12 @@ from skperf.backbone.parameters import flatten, unflatten
 from skperf.influence._members import networks_of, open_problem
 from skperf.influence._scoring import influence_matrix, open_members
 from skperf.influence.captures import recording
+from skperf.influence.curvature import RowSpace
 from skperf.influence.damping import resolve_damping
-from skperf.influence.generalized import removal_update
+from skperf.influence.generalized import removal_update, row_product
 from skperf.influence.inverses import chosen_parameters
 from skperf.influence.layers import from_vectors, to_vectors
+from skperf.influence.problem import curvature_rows
 from skperf.influence.repair import (
     accuracy,
     best_scale,
@@ -102,7 +104,7 @@ def repair(
     if precondition is True or (precondition == "auto" and self.method_ == "ggn"):
         options["precondition"] = _natural(self)
     with untouched(network.module):
-        limits = accuracy(network, start, guard_rows), max_drop
+        limits = {"before": accuracy(network, start, guard_rows), "max_drop": max_drop}
         rows = _rows_to_train(self, network, chosen, how)
         outcome, report = _guarded(
             network, start, rows, queries, guard_rows, limits, _SIGNS[how], options
@@ -126,15 +128,14 @@ def _rows_to_train(scorer, network, chosen, how):
 
 
 def _guarded(network, start, rows, queries, guard, limits, sign, options):
-    before, max_drop = limits
     path = smallest_flip(network, start, rows, queries, sign=sign, **options)
-    parameters, share = largest_allowed(network, start, path.parameters, guard, before - max_drop)
+    parameters, share, kept = largest_allowed(network, start, path.parameters, guard, **limits)
     report = {
         "flipped": predicted_as(network, parameters, queries).cpu().numpy(),
         "n_steps": path.n_steps,
         "displacement": distance(start, parameters),
-        "guard_before": before,
-        "guard_after": accuracy(network, parameters, guard),
+        "guard_before": limits["before"],
+        "guard_after": kept,
         "share_of_path": share,
     }
     return parameters, report
@@ -311,13 +312,12 @@ class _Removal:
             codes=problem.codes[kept],
             shares=problem.shares[kept] / share,
         )
-        damping = 0.0 if how == "gif" else resolve_damping(problem)
         gradient = (weights[:, None] * vectors).sum(0) / float(share)
         device = problem.network.device
         with recording(problem.network.module):
             update = removal_update(
                 how,
-                retained.product(damping),
+                torch.zeros_like if how == "ascent" else _products(retained, how),
                 self.chosen.to(device),
                 gradient.to(device),
                 ridge=problem.settings.ridge,
@@ -332,8 +332,11 @@ class _Removal:
             scale = self.scale(direction)
             end = moved(start, direction, scale)
             if self.class_ is None:
-                least = accuracy(network, start, self.guard) - self.max_drop
-                end, share = largest_allowed(network, start, end, self.guard, least)
+                limits = {
+                    "before": accuracy(network, start, self.guard),
+                    "max_drop": self.max_drop,
+                }
+                end, share, _ = largest_allowed(network, start, end, self.guard, **limits)
                 scale *= share
             return end, self.report(end, scale)
 
@@ -362,6 +365,17 @@ class _Removal:
             "share_changed": changed / sum(p.numel() for p in start.values()),
             "n_removed": len(self.removed),
         }
+
+
+def _products(problem, how):
+    """Multiply by the curvature, damped where the least squares are not."""
+    settings = problem.settings
+    if settings.curvature == "hessian":
+        return problem.product(0.0 if how == "gif" else resolve_damping(problem))
+    rows = curvature_rows(problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows)
+    curvature = RowSpace.of(problem.gather(problem.X, rows.cotangents, rows.examples))
+    damping = 0.0 if how == "gif" else resolve_damping(problem, curvature)
+    return row_product(problem.layers, problem.parameters, curvature.rows, damping)
 
 
 def _write(network, parameters):

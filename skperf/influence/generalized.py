@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten
-from skperf.influence.layers import Layer
+from skperf.influence.gradients import Dense, Gradients, combine, inner
+from skperf.influence.layers import Layer, from_vectors, to_vectors
 from skperf.influence.solvers import Solution, lsmr
 
 Multiply = Callable[[Tensor], Tensor]
@@ -23,7 +24,10 @@ _UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 def unit_strengths(
     network: Network, inputs: Tensor, codes: Tensor, layers: Sequence[Layer], by: str
 ) -> dict[str, Tensor]:
-    """Mean pre-activation or mean output gradient of every unit.
+    """Mean pre-activation, or size of the mean output gradient, of every unit.
+
+    Pre-activations keep their sign: where a rectifier follows, the weights of a unit far below
+    zero do nothing, and the most negative logit is not that of the class.
 
     Parameters
     ----------
@@ -41,7 +45,7 @@ def unit_strengths(
     Returns
     -------
     dict of str to Tensor
-        For each layer's name, (n_units,) absolute values.
+        For each layer's name, (n_units,), largest for the strongest.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -56,20 +60,24 @@ def unit_strengths(
     with forward_hooks({layer.module: keep(layer.name) for layer in chosen}):
         logits = network(inputs)
     if by == "output":
-        seen = list(outputs.values())
-    else:
-        loss = torch.nn.functional.cross_entropy(logits, codes, reduction="sum")
-        seen = list(torch.autograd.grad(loss, list(outputs.values())))
+        seen = [values.detach() for values in outputs.values()]
+        return _of_units(chosen, seen)
+    loss = torch.nn.functional.cross_entropy(logits, codes, reduction="sum")
+    means = _of_units(chosen, torch.autograd.grad(loss, list(outputs.values())))
+    return {name: mean.abs() for name, mean in means.items()}
+
+
+def _of_units(layers: Sequence[Layer], seen: Sequence[Tensor]) -> dict[str, Tensor]:
     return {
-        layer.name: _unit_means(layer.module, values.detach())
-        for layer, values in zip(chosen, seen, strict=True)
+        layer.name: _unit_means(layer.module, values)
+        for layer, values in zip(layers, seen, strict=True)
     }
 
 
 def _unit_means(module: nn.Module, values: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
-        return values.reshape(-1, values.shape[-1]).mean(0).abs()
-    return values.transpose(0, 1).flatten(1).mean(1).abs()
+        return values.reshape(-1, values.shape[-1]).mean(0)
+    return values.transpose(0, 1).flatten(1).mean(1)
 
 
 def choose_units(
@@ -145,6 +153,36 @@ def choose_by_saliency(gradient: Tensor, curvature: Tensor, ratio: float) -> Ten
     chosen = torch.zeros_like(saliency, dtype=torch.bool)
     chosen[saliency.argsort(descending=True)[: max(1, int(ratio * len(saliency)))]] = True
     return chosen
+
+
+def row_product(
+    layers: Sequence[Layer], like: Parameters, rows: Gradients, damping: float
+) -> Multiply:
+    """Make products with a damped curvature ``A'A + damping`` from its rows.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        Layers of the network.
+    like : dict of str to Tensor
+        Parameters taken into account.
+    rows : list of Factor
+        A.
+    damping : float
+        Added multiple of the identity.
+
+    Returns
+    -------
+    callable
+        From vectors in rows to their products.
+    """
+
+    def multiply(vectors: Tensor) -> Tensor:
+        weights = inner(from_vectors(layers, vectors.cpu(), like), rows)
+        products = [Dense(combine(weights, row)) for row in rows]
+        return to_vectors(layers, products, like).to(vectors.device) + damping * vectors
+
+    return multiply
 
 
 def generalized_update(

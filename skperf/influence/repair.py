@@ -55,7 +55,9 @@ def predicted_as(network: Network, parameters: Parameters, rows: Rows) -> Tensor
     """
     inputs, codes = rows
     with torch.no_grad():
-        parts = [network(part, parameters).argmax(1) for part in torch.split(inputs, 1024)]
+        parts = [
+            network(part, parameters).argmax(1) for part in torch.split(inputs, network.batch_size)
+        ]
     return torch.cat(parts) == codes
 
 
@@ -93,7 +95,7 @@ def smallest_flip(
 ) -> Displacement:
     """Train on a few rows until the queries flip, and go no further than that.
 
-    Step sizes are halved twice at a time as long as the queries still flip within
+    Step sizes are halved twice at a time as long as the queries can still flip within
     `max_steps`; of the paths that flip most queries the shortest is kept, its last step cut
     by bisection.
 
@@ -130,6 +132,8 @@ def smallest_flip(
             break
         if best is None or path.length < best.length or path.flipped.sum() > best.flipped.sum():
             best = path
+        if bool(path.flipped.all()) and 4 * (path.n_steps - 1) > max_steps:
+            break  # a quarter of the step takes four times as many
         learning_rate /= 4
     assert best is not None
     return best
@@ -216,9 +220,11 @@ def largest_allowed(
     start: Parameters,
     end: Parameters,
     guard: Rows,
-    least: float,
+    *,
+    before: float,
+    max_drop: float,
     n_halvings: int = 6,
-) -> tuple[Parameters, float]:
+) -> tuple[Parameters, float, float]:
     """Go from start towards end as far as a guard set's accuracy allows.
 
     Parameters
@@ -229,8 +235,10 @@ def largest_allowed(
         Parameters.
     guard : tuple of Tensor
         Inputs and labels.
-    least : float
-        Accuracy that must be kept.
+    before : float
+        Accuracy at the start.
+    max_drop : float
+        How far it may fall.
     n_halvings : int, default=6
         Precision of the bisection.
 
@@ -240,17 +248,22 @@ def largest_allowed(
         On the line between the two.
     share : float
         1 if the end itself is allowed.
+    kept : float
+        Accuracy there.
     """
-    if accuracy(network, end, guard) >= least:
-        return end, 1.0
-    low, high = 0.0, 1.0
+    least = before - max_drop
+    at_end = accuracy(network, end, guard)
+    if at_end >= least:
+        return end, 1.0, at_end
+    low, high, kept = 0.0, 1.0, before
     for _ in range(n_halvings):
         middle = (low + high) / 2
-        if accuracy(network, _between(start, end, middle), guard) >= least:
-            low = middle
+        there = accuracy(network, _between(start, end, middle), guard)
+        if there >= least:
+            low, kept = middle, there
         else:
             high = middle
-    return _between(start, end, low), low
+    return _between(start, end, low), low, kept
 
 
 def harmonic_mean(forgotten: float, kept: float) -> float:

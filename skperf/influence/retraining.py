@@ -136,7 +136,10 @@ def stacked_logits(
         outputs = functional_call(network.module, parameters, (rows,))
         return outputs if network.readout is None else network.readout(outputs)
 
-    result: Tensor = vmap(logits, in_dims=(0, 0 if own else None))(stacked, inputs)
+    # batched weights make a grouped convolution, which is slower than one network after another
+    convolves = any(isinstance(part, nn.Conv2d) for part in network.module.modules())
+    one_by_one = 1 if convolves else None
+    result: Tensor = vmap(logits, (0, 0 if own else None), chunk_size=one_by_one)(stacked, inputs)
     return result
 
 

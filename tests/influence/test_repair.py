@@ -1,13 +1,18 @@
 import numpy as np
 import pytest
 import torch
+from influence_nets import brute_curvature, mlp
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 
 from skperf import MLP, EditedClassifier, Net
+from skperf.backbone._opening import open_network
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import fingerprint, select_parameters
-from skperf.influence import InfluenceScorer
+from skperf.influence import InfluenceScorer, repair
+from skperf.influence._actions import _natural, _products
+from skperf.influence._members import open_problem
+from skperf.influence.captures import recording
 from skperf.influence.repair import best_scale, distance, harmonic_mean, smallest_flip
 
 
@@ -73,6 +78,26 @@ def test_a_path_stops_where_the_label_flips():
     assert distance(start, path.parameters) == pytest.approx(path.length)
 
 
+@pytest.mark.parametrize(("learning_rate", "n_paths"), [(1.0, 3), (0.02, 1)])
+def test_smaller_steps_are_tried_where_they_can_get_there(monkeypatch, learning_rate, n_paths):
+    module = torch.nn.Linear(1, 2, bias=False).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0], [0.0]]))
+    row = torch.ones(1, 1, dtype=torch.float64), torch.tensor([1])
+    taken = []
+
+    def counted(*args, walk=repair._path):
+        taken.append(walk(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(repair, "_path", counted)
+    start = select_parameters(module)
+    network = Network(module, np.arange(2))
+    path = smallest_flip(network, start, row, row, learning_rate=learning_rate, max_steps=100)
+    assert path.flipped.all()
+    assert len(taken) == n_paths
+
+
 def test_scale_is_chosen_by_the_harmonic_mean():
     assert harmonic_mean(1.0, 0.5) == pytest.approx(2 / 3)
     assert harmonic_mean(0.0, 0.0) == 0
@@ -135,12 +160,22 @@ def test_what_cannot_be_removed(scorer, arguments, message):
         scorer.remove(**arguments)
 
 
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize(("how", "damping"), [("gif", 0.0), ("freeze", 0.2)])
+def test_removal_multiplies_by_the_curvature(digits, curvature, how, damping):
+    X, y = digits
+    X, y = X[:60, 16:40].astype(np.float64), y[:60] % 3
+    settings = {"damping": 0.2, "kept_trace": 1.0, "max_rows": None, "curvature": curvature}
+    scorer = InfluenceScorer(mlp(24, 5, 3), method="cg", **settings).fit(X, y)
+    problem = open_problem(scorer, open_network(scorer.estimator_))
+    vectors = torch.randn(2, 143, dtype=torch.float64)
+    with recording(problem.network.module):
+        multiplied = _products(problem, how)(vectors)
+        expected = problem.product(damping)(vectors)
+    torch.testing.assert_close(multiplied, expected)
+
+
 def test_natural_steps_are_those_of_the_damped_inverse(digits):
-    from influence_nets import brute_curvature, mlp
-
-    from skperf.backbone._opening import open_network
-    from skperf.influence._actions import _natural
-
     X, y = digits
     X, y = X[:60, 16:40].astype(np.float64), y[:60] % 3
     module = mlp(24, 5, 3)

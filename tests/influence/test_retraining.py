@@ -3,7 +3,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from influence_nets import mlp
+from influence_nets import cases, mlp
 from torch import nn
 
 from skperf.backbone.network import Network
@@ -12,6 +12,7 @@ from skperf.influence.retraining import (
     Recipe,
     fresh_parameters,
     half_subsets,
+    stacked_logits,
     stacked_outputs,
     train_subsets,
 )
@@ -50,6 +51,22 @@ def test_many_at_once_equal_one_after_another(kind):
         own = loss(module(inputs), codes).detach()
         values = stacked_outputs(network, stacked, inputs, codes, loss, batch_size=10)
         torch.testing.assert_close(values[i], own)
+
+
+def test_logits_of_many_convolutional_networks():
+    network, images = cases()["convolutional"]
+    stacked = {
+        name: torch.stack([p.detach(), 2 * p.detach()])
+        for name, p in network.module.named_parameters()
+    }
+    own = torch.stack([images, images.flip(0)])
+    for inputs, together in (
+        ([images, images], stacked_logits(network, stacked, images)),
+        (own, stacked_logits(network, stacked, own, own=True)),
+    ):
+        for i in range(2):
+            one = {name: tensor[i] for name, tensor in stacked.items()}
+            torch.testing.assert_close(together[i], network(inputs[i], one))
 
 
 def test_modules_that_cannot_start_afresh_are_named():
