@@ -1,10 +1,8 @@
 """Influence of training rows, side by side with captum, kronfluence and pyDVL.
 
-    export OMP_WAIT_POLICY=PASSIVE
     python -m benchmarks.influence W1 W1s W2 W2-10k MLP235k --search --memory
 
-(Threads that wait then give the core up, to us and to peers alike; else what other programs do
-is measured, too.)
+Leave the machine alone meanwhile: two threads that wait for a core are measured, too.
 
 Needs the peers of ``benchmarks/peers.txt`` in an environment of their own, and Fashion-MNIST
 (``python -m skperf.datasets fetch fashion_mnist``). All methods of a workload run in turn in one

@@ -170,7 +170,8 @@ class Problem:
         ValueError
             If one is not finite.
         """
-        logits = self.network.logits(self.X)
+        batch_size = max(self.batch_size, self.network.batch_size)
+        logits = self.network.logits(self.X, batch_size)
         finite = torch.isfinite(logits).all(1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0, 0])
