@@ -156,7 +156,7 @@ def from_module(module, classes=None, *, device=None, batch_size=256):
     TypeError
         If `module` is no ``nn.Module``.
     ValueError
-        If `classes` has not one label for each output.
+        If `classes` holds a label twice.
 
     Examples
     --------

@@ -374,6 +374,10 @@ class Net(NeuralNetClassifier):
             self.criterion_.reduction = reduction
         return (losses * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
+    def _get_param_names(self):
+        # skorch keeps a note for its own checks among them
+        return [name for name in super()._get_param_names() if name != "_params_to_validate"]
+
     def get_iterator(self, dataset, training=False):
         """Iterate over batches, in orders of the net's own.
 
@@ -399,7 +403,7 @@ class Net(NeuralNetClassifier):
         check_classification_targets(labels)
         self.classes_inferred_ = np.unique(labels if classes is None else as_array(classes))
         self.module_widths_ = {
-            "n_features": np.shape(as_array(X))[1],
+            "n_features": int(np.prod(np.shape(as_array(X))[1:])),
             "n_classes": max(2, len(self.classes_inferred_)),
         }
         seed = seed_of(self.random_state)

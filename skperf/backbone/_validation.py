@@ -63,7 +63,18 @@ def check_labelled_rows(estimator, X, y, *, reset=False):
         The rows.
     y : ndarray of shape (n,)
         The labels.
+
+    Raises
+    ------
+    ValueError
+        If there are no labels, or rows and labels are none or disagree.
     """
+    if y is None:
+        # in scikit-learn's words, whose own checks look for them
+        name = type(estimator).__name__
+        raise ValueError(
+            f"This {name} estimator requires y to be passed, but the target y is None."
+        )
     X, y = validate_data(estimator, as_array(X), as_array(y), reset=reset, allow_nd=True)
     if reset:  # later labels are held against the classes that fit has seen
         check_classification_targets(y)

@@ -175,10 +175,12 @@ class Network:
         Raises
         ------
         ValueError
-            If the module's output has not one column for each class.
+            If there are no rows, or the module's output has not one column for each class.
         """
         with untouched(self.module), torch.inference_mode():
             parts = [self(inputs).cpu() for (inputs,) in self.batches(X, batch_size=batch_size)]
+        if not parts:
+            raise ValueError("X holds no rows.")
         logits = torch.cat(parts)
         if logits.ndim != 2 or logits.shape[1] != self.n_classes:
             raise ValueError(

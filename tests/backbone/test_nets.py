@@ -45,6 +45,18 @@ def test_a_module_instance_refuses_parameters_that_would_rebuild_it():
         Net(MLP(4, 3), module__hidden=(8,)).fit(X, y)
 
 
+def test_rows_of_any_shape_fill_in_the_widths():
+    images = X.reshape(len(X), 1, 2, 2)
+    net = Net(MLP, max_epochs=3, random_state=0).fit(images, y)
+    assert np.array_equal(net.predict_proba(images), fitted_probabilities(0))
+
+
+def test_parameters_are_those_of_the_constructor():
+    net = default_net(random_state=0)
+    assert not [name for name in net.get_params() if name.startswith("_")]
+    assert clone(net).fit(X, y).module_.hidden[0].weight.dtype == torch.float64
+
+
 def test_all_rows_train():
     class Count(Callback):
         rows = 0

@@ -251,6 +251,14 @@ def test_logits_do_not_depend_on_the_batch_size():
     torch.testing.assert_close(network.logits(X, 7), network.logits(X, 1000))
 
 
+def test_rows_and_labels_are_needed():
+    classifier = from_module(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="X holds no rows"):
+        classifier.predict(np.zeros((0, 4)))
+    with pytest.raises(ValueError, match="requires y to be passed"):
+        check_labelled_rows(LogisticRegression(), X, None)
+
+
 def test_readout_of_model_outputs():
     class Output:
         logits = torch.zeros(2, 3)
