@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 from sklearn.frozen import FrozenEstimator
+from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from skperf.backbone._opening import class_logits, fit_estimator, has_network
@@ -165,7 +166,11 @@ def is_frozen(estimator):
 
 def open_candidate(candidate, X):
     """Accept a fitted classifier, a frozen one or a bare module; nothing is trained."""
-    return fit_estimator(candidate, X, None) if is_frozen(candidate) else candidate
+    if is_frozen(candidate):
+        return fit_estimator(candidate, X, None)
+    if hasattr(candidate, "fit"):
+        check_is_fitted(candidate)
+    return candidate
 
 
 def check_deployed(deployed, n_rows, classes):

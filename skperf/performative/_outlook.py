@@ -22,9 +22,10 @@ def rank_models(adapter, candidates, X, y, scoring, n_bootstrap):
         raise ValueError(
             f"scoring must be 'accuracy', 'neg_log_loss' or a callable, got {scoring!r}."
         )
+    if n_bootstrap < 0:
+        raise ValueError(f"n_bootstrap must be 0 or more, got {n_bootstrap}.")
+    named = _by_name(candidates)
     X, y = check_labelled_rows(adapter, X, y)
-    names = list(candidates) if isinstance(candidates, dict) else list(range(len(candidates)))
-    models = list(candidates.values()) if isinstance(candidates, dict) else list(candidates)
     codes = encode(y, adapter.classes_)
     generator = np.random.default_rng(adapter.seed_)
     draws = _row_draws(codes, n_bootstrap, generator)
@@ -35,7 +36,7 @@ def rank_models(adapter, candidates, X, y, scoring, n_bootstrap):
     surprises = _one_step_errors(adapter)
     errors = surprises[generator.integers(len(surprises), size=n_bootstrap)]
     results, current = [], []
-    for model in models:
+    for model in named.values():
         statistic, score = _candidate(adapter, model, X, codes, scoring)
         results.append(predict_score(state, maps, statistic, score, draws, errors))
         shares = np.bincount(codes, minlength=len(adapter.classes_)) / len(codes)
@@ -48,8 +49,17 @@ def rank_models(adapter, candidates, X, y, scoring, n_bootstrap):
         high=np.array([result.high for result in results]),
         current=np.array(current),
         prior=np.array([result.prior for result in results]),
-        names=names,
+        names=list(named),
     )
+
+
+def _by_name(candidates):
+    if not isinstance(candidates, dict | list | tuple) or not candidates:
+        raise ValueError(
+            "candidates must be a list of fitted classifiers or a dict of them by name, with one "
+            f"or more; got {candidates!r}."
+        )
+    return candidates if isinstance(candidates, dict) else dict(enumerate(candidates))
 
 
 def _settings(adapter):
@@ -118,6 +128,10 @@ def _weighted_metric(metric, codes, predicted, classes):
 
 def stable_point(adapter, X, y, damping, tol, max_iter):
     """See `PerformativeAdapter.stable_point`."""
+    if not 0 < damping <= 1:
+        raise ValueError(f"damping must be in (0, 1], got {damping}.")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be 1 or more, got {max_iter}.")
     X, y = check_labelled_rows(adapter, X, y)
     codes = encode(y, adapter.classes_)
     logits = _learning.logits_of(adapter, adapter.estimator_, X, strict=False)

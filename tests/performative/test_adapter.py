@@ -798,6 +798,18 @@ def test_scoring_by_a_metric(classifier, lived):
         adapter.rank_models([classifier], X, y, scoring="speed")
 
 
+def test_candidates_that_cannot_be_ranked(classifier, lived):
+    adapter, _ = lived
+    X, y = World(seed=9).draw(100, prior=np.full(K, 1 / K))
+    for candidates in ([], {}, classifier):
+        with pytest.raises(ValueError, match="candidates must be a list"):
+            adapter.rank_models(candidates, X, y)
+    with pytest.raises(NotFittedError, match="LogisticRegression"):
+        adapter.rank_models([LogisticRegression()], X, y)
+    with pytest.raises(ValueError, match="n_bootstrap must be 0 or more, got -1"):
+        adapter.rank_models([classifier], X, y, n_bootstrap=-1)
+
+
 def test_rest_point(frozen):
     adapter = PerformativeAdapter(frozen, adapter="tied", random_state=0)
     live(adapter, World(temperature=0.1), 10)
@@ -805,6 +817,10 @@ def test_rest_point(frozen):
     rest = adapter.stable_point(X, y)
     assert rest.converged
     assert rest.residual <= 0.005
+    with pytest.raises(ValueError, match=r"damping must be in \(0, 1\], got 0"):
+        adapter.stable_point(X, y, damping=0)
+    with pytest.raises(ValueError, match="max_iter must be 1 or more, got 0"):
+        adapter.stable_point(X, y, max_iter=0)
     np.testing.assert_allclose(rest.prior.sum(), 1.0)
     assert rest.statistic.shape == (K,)
     assert rest.cycle is True
