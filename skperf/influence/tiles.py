@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,7 @@ def gather(
     n = len(X) if examples is None else len(examples)
     batches = list(_batches(torch.arange(n) if examples is None else examples, batch_size))
     for members, positions in track(batches, description="gradients", verbose=verbose):
-        inputs = network.tensor(X[_index(members)])
-        if inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        tape = record(network, inputs)
+        tape = _recorded(network, record, network.tensor(X[_index(members)]))
         for rows in positions.T:
             wanted = (
                 cotangents[rows]
@@ -175,6 +173,14 @@ def gather(
                 results = [shelf.empty(n, factor) for factor in pulled]
             _put(results, _index(rows), pulled)
     return results
+
+
+def _recorded(network: Network, record: Callable[..., Tape], inputs: Tensor) -> Tape:
+    if inputs.ndim == 4:
+        # faster, but the network's own Tensor.view may insist on the usual order
+        with suppress(RuntimeError):
+            return record(network, inputs.contiguous(memory_format=torch.channels_last))
+    return record(network, inputs)
 
 
 def _batches(examples: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -312,6 +312,24 @@ def state_of(module):
     )
 
 
+def test_a_convolutional_network_may_view_its_activations():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolve, self.output = nn.Conv2d(3, 4, 3), nn.Linear(36, 2)
+
+        def forward(self, images):
+            return self.output(torch.relu(self.convolve(images)).view(len(images), -1))
+
+    torch.manual_seed(0)
+    X, y = np.random.default_rng(0).normal(size=(12, 3, 5, 5)), np.arange(12) % 2
+    module = Viewing().double()
+    flattened = nn.Sequential(module.convolve, nn.ReLU(), nn.Flatten(), module.output)
+    expected = InfluenceScorer(flattened, damping=0.1).fit(X, y).influence(X, y)
+    found = InfluenceScorer(module, damping=0.1).fit(X, y).influence(X, y)
+    np.testing.assert_allclose(found, expected)
+
+
 def test_the_network_is_left_as_it_was(data):
     X, y = data
     codes = np.unique(y, return_inverse=True)[1]
