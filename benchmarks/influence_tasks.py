@@ -76,15 +76,8 @@ def mlp(width, n_epochs, seed, lr=0.005):
     return Net(MLP, module__hidden=(width,), lr=lr, max_epochs=n_epochs, random_state=seed)
 
 
-def cnn(seed, widths=(16, 32, 32)):
-    return Net(
-        SmallConvNet,
-        module__widths=widths,
-        lr=0.002,
-        max_epochs=8,
-        batch_size=64,
-        random_state=seed,
-    )
+def cnn(seed):
+    return Net(SmallConvNet, lr=0.002, max_epochs=8, batch_size=64, random_state=seed)
 
 
 def tanh_net(width, rows, seed):
