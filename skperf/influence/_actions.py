@@ -276,6 +276,8 @@ class _Removal:
             max_drop,
             max_iter,
         )
+        known = scorer.damping_
+        self.damping = known if isinstance(known, float) and known > 0 else None
         rng = np.random.default_rng(scorer.settings_.seed)
         held_out = np.zeros(len(removed), dtype=bool)
         if guard is None:
@@ -312,12 +314,13 @@ class _Removal:
             codes=problem.codes[kept],
             shares=problem.shares[kept] / share,
         )
+        damping = 0.0 if how == "gif" else self.damping
         gradient = (weights[:, None] * vectors).sum(0) / float(share)
         device = problem.network.device
         with recording(problem.network.module):
             update = removal_update(
                 how,
-                torch.zeros_like if how == "ascent" else _products(retained, how),
+                torch.zeros_like if how == "ascent" else _products(retained, damping),
                 self.chosen.to(device),
                 gradient.to(device),
                 ridge=problem.settings.ridge,
@@ -367,15 +370,16 @@ class _Removal:
         }
 
 
-def _products(problem, how):
-    """Multiply by the curvature, damped where the least squares are not."""
+def _products(problem, damping):
+    """Multiply by the curvature, damped unless it is 0; None means as the problem says."""
     settings = problem.settings
     if settings.curvature == "hessian":
-        return problem.product(0.0 if how == "gif" else resolve_damping(problem))
-    rows = curvature_rows(problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows)
-    curvature = RowSpace.of(problem.gather(problem.X, rows.cotangents, rows.examples))
-    damping = 0.0 if how == "gif" else resolve_damping(problem, curvature)
-    return row_product(problem.layers, problem.parameters, curvature.rows, damping)
+        return problem.product(resolve_damping(problem) if damping is None else damping)
+    picked = curvature_rows(problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows)
+    rows = problem.gather(problem.X, picked.cotangents, picked.examples)
+    if damping is None:
+        damping = resolve_damping(problem, RowSpace.of(rows))
+    return row_product(problem.layers, problem.parameters, rows, damping)
 
 
 def _write(network, parameters):

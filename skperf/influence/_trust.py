@@ -68,7 +68,8 @@ def fading(
         pearson, spearman : ndarray of shape (n_steps,), mean over queries of the correlation
         across left-out rows;
         slope : ndarray of shape (n_steps,), actual over predicted effect;
-        usable_horizon : int, the last step before `pearson` falls below `least`;
+        usable_horizon : int, the last step before `pearson` falls below `least`; 0 where already
+        the first does, as with a damping far below ``1 / (learning_rate * step)``;
         rows : ndarray of shape (n_train,), which rows were left out;
         predicted, actual : ndarray of shape (n_steps, n_query, n_train).
     """
