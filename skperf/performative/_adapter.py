@@ -10,6 +10,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
+from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import as_array, check_labelled_rows
 from skperf.performative import _learning, _outlook
 from skperf.performative._inputs import check_rounds, encode, open_candidate, predicted_codes
@@ -221,9 +222,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
     def fit(self, X, y, *, rounds=None, deployed_pred=None, sample_weight=None):
         """Fit the classifier on the first round and learn the response from all of them.
 
-        Rounds are gone through in order as `partial_fit` would: each is first predicted by what
-        was known before it, and these predictions count as deployed unless `deployed_pred`
-        tells what was.
+        Rounds are gone through in order, each predicted by what was known before it; these
+        predictions count as deployed unless `deployed_pred` tells what was.
 
         Parameters
         ----------
@@ -248,7 +248,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             If rounds are no integers or of another length, or labels are unknown to a frozen
             estimator.
         """
-        with _learning.unchanged_on_error(self):
+        with unchanged_on_error(self):
             _learning.forget(self)
             X, y = check_labelled_rows(self, X, y, reset=True)
             numbers = None if rounds is None else check_rounds(as_array(rounds), len(y))
@@ -277,7 +277,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
 
         Raises ValueError if a round is not later than the last one seen.
         """
-        with _learning.unchanged_on_error(self):
+        with unchanged_on_error(self):
             first = not hasattr(self, "record_")
             X, y = check_labelled_rows(self, X, y, reset=not hasattr(self, "estimator_"))
             numbers = _learning.next_round(self) if rounds is None else as_array(rounds)
@@ -310,7 +310,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Itself. An estimator that is not frozen stays unfitted: `predict_prior` works,
             `predict` does not.
         """
-        with _learning.unchanged_on_error(self):
+        with unchanged_on_error(self):
             _learning.forget(self)
             _learning.learn_trajectory(self, statistics, label_counts, rounds, classes)
             _learning.warn_of_little(self, None)

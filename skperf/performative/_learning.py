@@ -1,7 +1,6 @@
 """How an adapter takes rounds in and what it gives out: the steps behind its public methods."""
 
 import warnings
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -59,18 +58,6 @@ class Data(NamedTuple):
     rounds: np.ndarray | None
     deployed: object
     weight: object
-
-
-@contextmanager
-def unchanged_on_error(adapter):
-    """Undo all that a call did to an adapter if it is broken off, by Ctrl-C too."""
-    before = dict(vars(adapter))
-    try:
-        yield
-    except BaseException:
-        vars(adapter).clear()
-        vars(adapter).update(before)
-        raise
 
 
 def forget(adapter):

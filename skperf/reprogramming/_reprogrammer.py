@@ -9,6 +9,7 @@ from sklearn.utils import check_random_state
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
+from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_labelled_rows
 from skperf.reprogramming._fitted import ProgrammedMixin
 from skperf.reprogramming._judging import assemble, choose
@@ -331,8 +332,15 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
         Reprogrammer
             Itself.
         """
-        self._forget()
-        images, codes, classes, weight = self._open(X, y, sample_weight)
+        with unchanged_on_error(self):
+            self._forget()
+            self._train(*self._open(X, y, sample_weight))
+        return self
+
+    def _train(self, images, codes, classes, weight):
+        def part(rows):
+            return images[rows], codes[rows], None if weight is None else weight[rows]
+
         task = settle(self, images, classes)
         train, held_out = self._split(codes)
         judged = held_out if len(held_out) else train
@@ -342,13 +350,10 @@ class Reprogrammer(CallbackSupportMixin, ProgrammedMixin, BaseEstimator):
             stopping = images[held_out], torch.as_tensor(codes[held_out])
         with task.encoder.open():
             net.begin(images, task.n_classes)
-            prepare_head(net, self, images[train], codes[train], _rows(weight, train))
-            net.learn(images[train], codes[train], _rows(weight, train), stopping)
-            choice = choose(
-                self, net, task.alphas, images[judged], codes[judged], _rows(weight, judged)
-            )
+            prepare_head(net, self, *part(train))
+            net.learn(*part(train), stopping)
+            choice = choose(self, net, task.alphas, *part(judged))
             self.__dict__.update(assemble(self, net, task, classes, choice))
-        return self
 
     @fit_context(prefer_skip_nested_validation=False)
     def partial_fit(self, X, y, classes=None, sample_weight=None):
@@ -442,7 +447,3 @@ class _Handle:
 
     def __sklearn_clone__(self):
         return self
-
-
-def _rows(weight, rows):
-    return None if weight is None else weight[rows]

@@ -294,7 +294,10 @@ def class_texts(class_names, classes):
             f"{labels[:20]}. Where a fold lacks a class, split by class or give class_names as "
             "a dict by label."
         )
-    return [str(name) for name in class_names]
+    names = [str(name) for name in class_names]
+    if set(names) == set(map(str, labels)) and names != [str(label) for label in labels]:
+        raise ValueError(f"class_names are the labels in another order than {labels[:20]}.")
+    return names
 
 
 def _tensor(X, dtype):

@@ -48,6 +48,10 @@ def test_images(towers, pictures, parameters, change, match):
         ({"border": 6}, "border=6 does not fit a canvas of 12 x 12 .* at most 5"),
         ({"border": 16}, "border=16 does not fit a canvas of 12 x 12"),
         ({"class_names": ["cat", "dog"]}, "2 names but y has the 3 classes"),
+        (
+            {"class_names": ["cat", "dog", "bird"]},
+            r"the labels in another order than \['bird', 'cat', 'dog'\]",
+        ),
         ({"class_names": {"cat": "cat"}}, r"no name for the labels \['bird', 'dog'\]"),
         ({"prompts": "a photo"}, r"'a photo' has no '\{\}'"),
         ({"prompts": ["a {}", "cat"]}, r"'cat' has no '\{\}'"),
@@ -122,6 +126,18 @@ def test_callable_with_scores_of_the_wrong_shape(pictures):
 def test_one_class(towers, pictures, parameters):
     X, _ = pictures
     refuse(Reprogrammer(towers, **parameters), X, np.zeros(len(X)), "one class only")
+
+
+def test_a_fit_that_breaks_off_leaves_the_one_before(towers, pictures, parameters):
+    X, y = pictures
+    model = Reprogrammer(towers, **parameters).fit(X, y)
+    before, expected = dict(vars(model)), model.predict_proba(X)
+    with pytest.raises(ValueError, match="2 names"):
+        model.set_params(class_names=["cat", "dog"]).fit(X, y)
+    with pytest.raises(ValueError, match="NaN"):
+        model.set_params(class_names=None).fit(np.full_like(X, np.nan), y)
+    assert vars(model) == before
+    np.testing.assert_array_equal(model.predict_proba(X), expected)
 
 
 def test_class_absent_from_the_fold(towers, pictures, parameters):

@@ -82,15 +82,22 @@ def test_encoder_survives_an_exception(towers, pictures, parameters, raised, tow
         model.predict(X)
 
 
-def test_divergence_names_the_rate_and_leaves_nothing(towers, pictures, parameters):
+def test_divergence_names_the_rate_and_leaves_nothing_half_fitted(towers, pictures, parameters):
     X, y = pictures
-    model = Reprogrammer(towers, **parameters).fit(X, y)
-    model.set_params(lr=1e25, bound="none", weight_decay=1.0)
+    wild = {**parameters, "lr": 1e25, "bound": "none", "weight_decay": 1.0}
+    model = Reprogrammer(towers, **wild)
     with pytest.raises(FloatingPointError, match=r"became inf in epoch \d+ at lr=1e\+25.*Lower lr"):
         model.fit(X, y)
     with pytest.raises(NotFittedError):
         model.predict(X)
     assert not hasattr(model, "classes_")
+    model.set_params(**parameters, lr="auto", bound="tanh", weight_decay=0.0).fit(X, y)
+    before = dict(vars(model))
+    with pytest.raises(FloatingPointError):
+        model.set_params(**wild).fit(X, y)
+    assert {n: v for n, v in vars(model).items() if n.endswith("_")} == {
+        n: v for n, v in before.items() if n.endswith("_")
+    }
 
 
 def test_border_solves_what_only_a_border_can():
