@@ -1,42 +1,67 @@
-"""Choose what ``damping="auto"`` is: a share of the curvature's mean eigenvalue.
+"""Choose what ``damping="auto"`` is: how hard it pulls, in units of the gradient's own noise.
 
     python -m benchmarks.influence_damping
 
 Tasks of which ``benchmarks.influence`` reports nothing: other data, other rows, other
-retrainings. Writes results/influence_damping.json: for each task the linear datamodeling score
-(LDS) against networks retrained on 50 halves at every share, the score of the whole, and what
-plain gradient dot products reach. The best share is the one whose LDS, as a part of each
-task's own best, is highest on average.
+retrainings. For each the linear datamodeling score (LDS) against networks retrained on 50 halves,
+for Gauss-Newton and EKFAC at several pulls, beside a damping that is a share of the curvature's
+mean eigenvalue, each weighted by itself. What is best keeps on average the largest part of each
+task's own best score. Writes results/influence_damping.json.
 """
 
 import argparse
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.influence_workloads import load
 from skperf import from_module
-from skperf.influence import InfluenceScorer
+from skperf.influence import InfluenceScorer, damping
 from skperf.metrics import linear_datamodeling_score
 
 RESULTS = Path(__file__).parent / "results" / "influence_damping.json"
-TASKS = ("images", "images, one layer", "mails", "CNN")
-SHARES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+TASKS = (
+    "images, 400",
+    "images",
+    "images, one layer",
+    "images, 6,000",
+    "CNN",
+    "news",
+    "mails",
+    "tumours",
+)
+PULLS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
+PULLS_OF_LAYERS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SHARES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)
 
 
-def scores_by_share(workload):
-    """LDS at every share, and of gradient dot products."""
+def lds(workload, scorer):
+    scores = scorer.influence(workload.X_test, workload.y_test)
+    return linear_datamodeling_score(scores, workload.subsets, workload.losses)
 
-    def lds(scorer):
-        scores = scorer.influence(workload.X_test, workload.y_test)
-        return linear_datamodeling_score(scores, workload.subsets, workload.losses)
 
+def scores(workload):
+    """LDS of every method and damping, by (method, rule, number)."""
     network, rows = from_module(workload.modules[0]), (workload.X_train, workload.y_train)
-    scorer = InfluenceScorer(network).fit(*rows)
-    mean = scorer.fits_[0].lift.curvature.mean_eigenvalue
-    found = {share: lds(scorer.with_damping(share * mean)) for share in SHARES}
-    return found, lds(InfluenceScorer(network, method="gradient_dot").fit(*rows))
+    scorer = InfluenceScorer(network, random_state=0).fit(*rows)
+    found = {}
+    for pull in PULLS:
+        with patch.object(damping, "_PULL", pull):
+            found["GGN", "pull", pull] = lds(workload, scorer.with_damping("auto"))
+    gram = scorer.fits_[0].lift.curvature.gram
+    mean = float(gram.square().sum() / gram.diagonal().sum())
+    for share in SHARES:
+        damped = scorer.with_damping(share * mean)
+        found["GGN", "share of the mean eigenvalue", share] = lds(workload, damped)
+    for pull in PULLS_OF_LAYERS:
+        with patch.object(damping, "_PULL_OF_LAYER", pull):
+            fitted = InfluenceScorer(network, method="ekfac", random_state=0).fit(*rows)
+            found["EKFAC", "pull", pull] = lds(workload, fitted)
+    plain = InfluenceScorer(network, method="gradient_dot").fit(*rows)
+    found["gradient dot", "", None] = lds(workload, plain)
+    return found
 
 
 def main():
@@ -44,17 +69,18 @@ def main():
     parser.add_argument("--cache", default="influence_workloads")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = {name: scores_by_share(load(name, arguments.cache)) for name in TASKS}
+    found = {name: scores(load(name, arguments.cache)) for name in TASKS}
     rows = []
-    for share in SHARES:
-        row = {"share": share} | {name: round(by[share], 3) for name, (by, _) in found.items()}
-        parts = [by[share] / max(by.values()) for by, _ in found.values()]
-        rows.append({**row, "of the best": round(sum(parts) / len(parts), 3)})
-        print(rows[-1], flush=True)
-    plain = {name: round(dot, 3) for name, (_, dot) in found.items()}
-    rows.append({"share": "gradient dot", **plain, "of the best": None})
-    best = max(rows[:-1], key=lambda row: row["of the best"])["share"]
-    RESULTS.write_text(json.dumps({"best share": best, "rows": rows}, indent=1) + "\n")
+    for method, rule, number in found[TASKS[0]]:
+        row = {"method": method, "rule": rule, "number": number}
+        own = [found[name][method, rule, number] for name in TASKS]
+        best = [max(v for key, v in found[name].items() if key[0] == method) for name in TASKS]
+        parts = [score / most for score, most in zip(own, best, strict=True)]
+        row |= {name: round(score, 3) for name, score in zip(TASKS, own, strict=True)}
+        row |= {"of the best": round(sum(parts) / len(parts), 3), "least": round(min(parts), 3)}
+        rows.append(row)
+        print(*row.values(), flush=True)
+    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

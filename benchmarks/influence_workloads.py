@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import loss
-from skperf.datasets import fetch_fashion_mnist, load_email_vectors
+from skperf.datasets import (
+    fetch_fashion_mnist,
+    fetch_newsgroups,
+    fetch_wordllama,
+    load_email_vectors,
+)
 from skperf.influence.retraining import (
     Recipe,
     fresh_parameters,
@@ -151,11 +156,26 @@ def _losses(module, queries):
         return nn.functional.cross_entropy(module(queries[0]), queries[1], reduction="none").numpy()
 
 
-def small_fashion():
-    """Two thousand Fashion-MNIST images of 14 x 14, none of which W2 holds."""
+def small_fashion(first=5000, n=2000):
+    """Fashion-MNIST images of 14 x 14, none of which W2 holds."""
     images, target = fetch_fashion_mnist(subset="train", return_X_y=True)
-    pooled = _images(images[5000:7000]).reshape(-1, 14, 2, 14, 2).mean((2, 4))
-    return pooled.reshape(len(pooled), -1), target[5000:7000].astype(np.int64)
+    rows = slice(first, first + n)
+    pooled = _images(images[rows]).reshape(-1, 14, 2, 14, 2).mean((2, 4))
+    return pooled.reshape(len(pooled), -1), target[rows].astype(np.int64)
+
+
+def news():
+    """Embed posts to 20 newsgroups by the mean of their word vectors."""
+    found = fetch_newsgroups(subset="train")
+    rows = np.random.default_rng(0).permutation(len(found.data))[:3360]
+    vectors = fetch_wordllama().embed([found.data[i] for i in rows])
+    return vectors.astype(np.float32), np.asarray(found.target)[rows]
+
+
+def tumours():
+    """30 measurements of 569 tumours, malignant or not."""
+    X, y = load_breast_cancer(return_X_y=True)
+    return ((X - X.mean(0)) / X.std(0)).astype(np.float32), y
 
 
 def mails():
@@ -179,6 +199,24 @@ BUILDERS = {
     "mails": partial(
         stacked_workload, "mails", mails, (384, 32, 2), draw=1, n_test=200, n_epochs=20
     ),
+    "images, 400": partial(
+        stacked_workload,
+        "images, 400",
+        partial(small_fashion, 7000, 760),
+        (196, 64, 32, 10),
+        draw=1,
+    ),
+    "images, 6,000": partial(
+        stacked_workload,
+        "images, 6,000",
+        partial(small_fashion, 8000, 6360),
+        (196, 64, 32, 10),
+        draw=1,
+        n_epochs=15,
+        n_seeds=1,
+    ),
+    "tumours": partial(stacked_workload, "tumours", tumours, (30, 32, 2), draw=1, n_test=160),
+    "news": partial(stacked_workload, "news", news, (256, 32, 20), draw=1, n_epochs=15, n_seeds=1),
     "CNN": partial(
         fashion_workload, "CNN", convolutional, 2000, first=0, n_subsets=50, n_seeds=1, draw=1
     ),
@@ -189,6 +227,10 @@ MODULES = {
     "MLP235k": partial(mlp, 784, 256, 128, 10),
     "images": partial(mlp, 196, 64, 32, 10),
     "images, one layer": partial(mlp, 196, 32, 10),
+    "images, 400": partial(mlp, 196, 64, 32, 10),
+    "images, 6,000": partial(mlp, 196, 64, 32, 10),
+    "tumours": partial(mlp, 30, 32, 2),
+    "news": partial(mlp, 256, 32, 20),
     "mails": partial(mlp, 384, 32, 2),
 }
 

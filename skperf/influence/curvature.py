@@ -60,12 +60,6 @@ class RowSpace:
         """Sum of the curvature's eigenvalues."""
         return float(self.gram.diagonal().sum())
 
-    @property
-    def mean_eigenvalue(self) -> float:
-        """Mean of the eigenvalues, each weighted by itself."""
-        trace = self.trace
-        return float(self.gram.square().sum()) / trace if trace > 0 else 0.0
-
     def factor(self, damping: float) -> Tensor:
         """Factorise ``A A' + damping``.
 

@@ -1,6 +1,12 @@
 """What is added to the curvature's eigenvalues."""
 
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
 from skperf.influence.curvature import RowSpace
+from skperf.influence.gradients import squared_norms
 from skperf.influence.problem import Problem, Settings, curvature_rows
 
 
@@ -53,32 +59,70 @@ def resolve_damping(problem: Problem, curvature: RowSpace | None = None) -> floa
         return 1 / horizon_time(settings)
     if curvature is None:
         rows = curvature_rows(problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows)
-        curvature = RowSpace.of(problem.gather(problem.X, rows.cotangents, rows.examples))
-    return max(_AUTO_SHARE * curvature.mean_eigenvalue, _LEAST_DAMPING)
+        pulled = problem.gather(problem.X, rows.cotangents, rows.examples)
+        trace = float(squared_norms(pulled).sum())
+    else:
+        trace = curvature.trace
+    return _PULL * noise_damping(trace, problem.shares, problem.parameters.values())
 
 
-# of the mean eigenvalue, each weighted by itself: benchmarks.influence_damping chose it
-_AUTO_SHARE = 0.002
-_LEAST_DAMPING = 1e-8
-
-
-def layer_damping(settings: Settings, mean_eigenvalue: float) -> float:
-    """Find the damping of one layer's own curvature.
+def layer_damping(problem: Problem, which: int, trace: float) -> float:
+    """Find what is added to the eigenvalues of one layer's own curvature.
 
     Parameters
     ----------
-    settings : Settings
+    problem : Problem
         With `damping` as given.
-    mean_eigenvalue : float
-        Of the layer's curvature.
+    which : int
+        Number of the layer.
+    trace : float
+        Sum of the eigenvalues of its curvature.
 
     Returns
     -------
     float
-        Positive; ``"auto"`` is a tenth of the mean eigenvalue.
+        Positive.
     """
+    settings = problem.settings
     if not isinstance(settings.damping, str):
         return float(settings.damping)
     if settings.damping != "auto" or settings.horizon is not None:
         return 1 / horizon_time(settings)
-    return max(0.1 * mean_eigenvalue, _LEAST_DAMPING)
+    own = list(problem.parameters)
+    if problem.layers:
+        own = problem.layers[which].parameter_names
+    weights = [problem.parameters[name] for name in own]
+    return _PULL_OF_LAYER * noise_damping(trace, problem.shares, weights)
+
+
+# benchmarks.influence_damping chose them
+_PULL = 1.5
+_PULL_OF_LAYER = 0.1
+_LEAST_DAMPING = 1e-8
+
+
+def noise_damping(trace: float, shares: Tensor, weights: Iterable[Tensor]) -> float:
+    """Find the weight decay that pulls as hard as chance does.
+
+    The mean gradient of a sample has the standard error ``sqrt(trace(C) sum_i w_i^2)``, which is
+    ``sqrt(trace(C) / n)`` for equal shares. A weight decay x holds the weights against a mean
+    gradient of length ``x ||weights||``. Scaling the weights leaves what results unchanged.
+
+    Parameters
+    ----------
+    trace : float
+        Sum of the curvature's eigenvalues, which estimates the mean squared length of the rows'
+        gradients.
+    shares : Tensor of shape (n,)
+        Of the rows in the mean loss.
+    weights : iterable of Tensor
+        The parameters that the curvature belongs to.
+
+    Returns
+    -------
+    float
+        At least 1e-8.
+    """
+    length = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights))
+    error = math.sqrt(trace * float(shares.square().sum()))
+    return max(error / (length or 1.0), _LEAST_DAMPING)

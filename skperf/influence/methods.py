@@ -182,7 +182,9 @@ def with_damping(fitted: Fitted, curvature: RowSpace, problem: Problem) -> Fitte
     damping = resolve_damping(problem, curvature)
     lift = Woodbury(curvature, curvature.factor(damping))
     report = {**fitted.report, "damping": damping}
-    return Fitted(lift.store(problem, train), lift, 1 / (n * damping), LOSS_UNIT, report)
+    # the products with the curvature's rows do not depend on the damping
+    stored = fitted.train if isinstance(fitted.lift, Woodbury) else lift.store(problem, train)
+    return Fitted(stored, lift, 1 / (n * damping), LOSS_UNIT, report)
 
 
 def _with_filter(
@@ -265,10 +267,10 @@ def _kronecker(problem: Problem, *, corrected: bool) -> Fitted:
     train, rows, kept = _train_and_rows(problem, kept_trace=kept_trace, max_rows=None)
     bases, dampings = [], []
     filters: list[tuple[Tensor, Tensor] | Tensor] = []
-    for layer, gradients, own in zip(problem.layers, train, rows, strict=True):
+    for which, (layer, gradients, own) in enumerate(zip(problem.layers, train, rows, strict=True)):
         shape = layer.matrix_shape
         basis = kronecker_basis(gradients, own, shape, corrected=corrected, weights=problem.shares)
-        damping = layer_damping(settings, float(basis.values.mean()))
+        damping = layer_damping(problem, which, float(basis.values.sum()))
         inverse = 1 / (basis.values + damping)
         if settings.rank is None or not isinstance(gradients, Outer):
             filters.append(inverse)
@@ -390,15 +392,14 @@ def datainf(problem: Problem) -> Fitted:
     """Swap mean and inverse, layer by layer, as DataInf does; close to a gradient dot product."""
     train = problem.train_gradients()
     norms = [paired(factor, factor) for factor in train]
-    sizes = [layer.n_weights for layer in problem.layers] or [train[0].tensors[0].shape[1]]
     # rows are stored times their relative weight, whose square is taken out of their norms
     weights = problem.relative_weights()
     squares = torch.ones_like(problem.shares) if weights is None else weights.square()
     squares = torch.where(squares > 0, squares, 1.0).to(norms[0])
     shares = problem.shares.to(norms[0])
     dampings = [
-        layer_damping(problem.settings, float((shares * squared / squares).sum()) / size)
-        for squared, size in zip(norms, sizes, strict=True)
+        layer_damping(problem, which, float((shares * squared / squares).sum()))
+        for which, squared in enumerate(norms)
     ]
     lift = SwappedInverse(train, norms, dampings, shares, squares)
     return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": dampings})
