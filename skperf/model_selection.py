@@ -1,6 +1,7 @@
 """Split and score along rounds of deployment, forward in time."""
 
 from copy import copy
+from numbers import Integral
 
 import numpy as np
 from sklearn.metrics import log_loss
@@ -97,8 +98,9 @@ class RoundForwardSplit(BaseCrossValidator):
     def _starts(self, numbers):
         """Positions of the first test rounds."""
         for name, least in (("min_train_rounds", 1), ("test_rounds", 1), ("gap", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value}.")
         n_rounds = len(np.unique(numbers))
         first = self.min_train_rounds + self.gap
         starts = range(first, n_rounds - self.test_rounds + 1, self.test_rounds)
@@ -113,7 +115,10 @@ class RoundForwardSplit(BaseCrossValidator):
 def _rounds(groups):
     if groups is None:
         raise ValueError("The 'groups' parameter should not be None: it holds every row's round.")
-    return np.asarray(groups)
+    rounds = np.asarray(groups)
+    if rounds.dtype.kind == "f" and np.isnan(rounds).any():
+        raise ValueError("The 'groups' parameter holds NaN: every row needs a round.")
+    return rounds
 
 
 class OneStepScorer(MetadataRequester):
@@ -166,6 +171,10 @@ class OneStepScorer(MetadataRequester):
         if hasattr(estimator, "steps"):
             X = estimator[:-1].transform(X) if len(estimator.steps) > 1 else X
             estimator = estimator[-1]
+        if not hasattr(estimator, "replay"):
+            raise TypeError(
+                f"one_step_scorer scores a PerformativeAdapter, not a {type(estimator).__name__}."
+            )
         numbers = np.zeros(len(y), dtype=int) if rounds is None else rounds
         proba = estimator.replay(X, y, rounds=numbers)
         return -log_loss(y, proba, labels=estimator.classes_)

@@ -66,11 +66,17 @@ def test_every_row_of_a_round_stays_together():
     [
         (RoundForwardSplit(), None, "'groups' parameter should not be None"),
         (RoundForwardSplit(), np.zeros(5), "1 rounds are too few"),
-        (RoundForwardSplit(0), np.arange(5), "min_train_rounds must be at least 1"),
-        (RoundForwardSplit(gap=-1), np.arange(5), "gap must be at least 0"),
+        (
+            RoundForwardSplit(0),
+            np.arange(5),
+            "min_train_rounds must be a whole number of at least 1",
+        ),
+        (RoundForwardSplit(gap=-1), np.arange(5), "gap must be a whole number of at least 0"),
+        (RoundForwardSplit(2.5), np.arange(5), r"whole number of at least 1, got 2\.5"),
+        (RoundForwardSplit(), [0, 1, 2, 3, np.nan], "holds NaN: every row needs a round"),
         (RoundForwardSplit(), np.arange(9), "inconsistent numbers of samples"),
     ],
-    ids=["none", "few", "train", "gap", "length"],
+    ids=["none", "few", "train", "gap", "half", "nan", "length"],
 )
 def test_splits_that_cannot_be(splitter, groups, message):
     with pytest.raises(ValueError, match=message):
@@ -165,3 +171,5 @@ def test_one_step_scorer_is_routed(lived):
         assert scores.shape == (2,)
         assert (scores < 0).all()
     assert repr(one_step_scorer) == "one_step_scorer"
+    with pytest.raises(TypeError, match="scores a PerformativeAdapter, not a LogisticRegression"):
+        one_step_scorer(classifier, X, y)

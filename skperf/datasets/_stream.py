@@ -126,6 +126,9 @@ class PerformativeStream:
             raise ValueError(
                 f"response must be one of {sorted(RESPONSES)} or a callable, got {self.response!r}."
             )
+        for name in ("train_size", "test_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
         reserved = self.floor * len(self.classes_)

@@ -85,6 +85,8 @@ class TrajectoryDisplay:
         """
         check_is_fitted(estimator, "record_")
         record = estimator.prequential_ if X is None else _further(estimator, X, y, rounds)
+        if not len(record["round"]):
+            raise ValueError("there are no rounds to draw: the adapter was fitted without any.")
         display = cls(
             {name: record[name] for name in LINES if name in record},
             rounds=record["round"],

@@ -214,6 +214,10 @@ def check_trajectory(statistics, label_counts, *, is_recall):
             "statistics must have shape (n_rounds, n_statistics) and label_counts (n_rounds, "
             f"n_classes); got {statistics.shape} and {counts.shape}."
         )
+    if not statistics.size or not counts.size:
+        raise ValueError(
+            f"there is no round, statistic or class: {statistics.shape}, {counts.shape}."
+        )
     if not np.isfinite(counts).all() or (counts < 0).any():
         raise ValueError("label_counts must be finite and not negative.")
     if np.isnan(statistics).any():

@@ -140,6 +140,8 @@ def _calibration(adapter, logits, codes, weight):
 def _start_record(adapter, statistic, confusion=None):
     log_base = np.log(adapter.base_prior_)
     n_classes = len(log_base)
+    # refuses maps that there are not, also where no round will ask for one
+    settings_of(adapter, seed=adapter.seed_, n_statistics=len(statistic), n_classes=n_classes)
     trajectory = Trajectory.empty(len(statistic), n_classes, lag=adapter.lag)
     watched = adapter.worst_recall_floor is not None
     adapter.record_ = Record(

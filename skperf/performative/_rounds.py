@@ -77,6 +77,8 @@ def settings_of(adapter, *, seed, n_statistics, n_classes):
 
 def _names(adapter, one_entry_a_class):
     if isinstance(adapter, list | tuple):
+        if not adapter:
+            raise ValueError("adapter is an empty list: name one kind of map or more.")
         return tuple(adapter)
     if not (isinstance(adapter, str) and adapter == "auto"):
         return (adapter,)

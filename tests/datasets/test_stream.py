@@ -97,10 +97,11 @@ def test_seeds(rows):
     [
         ({"response": "kind"}, "response must be one of"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"train_size": 0}, "train_size must be at least 1, got 0"),
         ({"floor": 600}, "takes 2400 rows"),
         ({"floor": -1}, "floor=-1"),
     ],
-    ids=["response", "temperature", "much", "negative"],
+    ids=["response", "temperature", "none", "much", "negative"],
 )
 def test_worlds_that_cannot_be(rows, keywords, message):
     with pytest.raises(ValueError, match=message):

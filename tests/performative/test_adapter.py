@@ -310,6 +310,8 @@ def test_records_are_checked():
         adapter.fit_trajectory(good[:4], counts)
     with pytest.raises(ValueError, match="negative"):
         adapter.fit_trajectory(good, counts - 11)
+    with pytest.raises(ValueError, match="there is no round, statistic or class"):
+        adapter.fit_trajectory(good[:0], counts[:0])
     with pytest.raises(ValueError, match="needs rows"):
         PerformativeAdapter(objective="log_loss").fit_trajectory(good, counts)
     with pytest.warns(PerformativeWarning, match="not identifiable"):
@@ -477,11 +479,12 @@ def test_parameters_are_checked_in_fit(frozen, world, parameters):
         PerformativeAdapter(frozen, **parameters).fit(*world.draw(60))
 
 
-@pytest.mark.parametrize("kind", [["tied", "cubic"], int, [LogisticRegression]], ids=str)
-def test_maps_that_are_none(frozen, world, kind):
+@pytest.mark.parametrize("kind", [["tied", "cubic"], int, [LogisticRegression], []], ids=str)
+@pytest.mark.parametrize("rounds", [None, np.arange(60) // 10], ids=["alone", "rounds"])
+def test_maps_that_are_none(frozen, world, kind, rounds):
     X, y = world.draw(60)
-    with pytest.raises(ValueError, match="adapter must be"):
-        PerformativeAdapter(frozen, adapter=kind).fit(X, y, rounds=np.arange(60) // 10)
+    with pytest.raises(ValueError, match=r"adapter (must be|is an empty list)"):
+        PerformativeAdapter(frozen, adapter=kind).fit(X, y, rounds=rounds)
 
 
 def test_the_paper_knows_mixes_only(frozen, world):

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from skperf import PerformativeAdapter, TrajectoryDisplay
@@ -30,6 +31,12 @@ def test_from_estimator(lived):
     assert one.lines_["adapter"].get_linewidth() == 3
     with pytest.raises(NotFittedError):
         TrajectoryDisplay.from_estimator(PerformativeAdapter())
+
+
+def test_no_rounds_no_picture(lived):
+    adapter, (X, y, _) = lived
+    with pytest.raises(ValueError, match="there are no rounds to draw"):
+        TrajectoryDisplay.from_estimator(clone(adapter).fit(X, y))
 
 
 def test_from_predictions(lived, frozen):
