@@ -97,7 +97,7 @@ def layer_damping(problem: Problem, which: int, trace: float) -> float:
 
 # benchmarks.influence_damping chose them
 _PULL = 1.5
-_PULL_OF_LAYER = 0.1
+_PULL_OF_LAYER = 0.2
 _LEAST_DAMPING = 1e-8
 
 
