@@ -16,7 +16,7 @@ from skperf.influence._scoring import influence_matrix, open_members
 from skperf.influence.captures import recording
 from skperf.influence.curvature import RowSpace
 from skperf.influence.damping import resolve_damping
-from skperf.influence.generalized import removal_update, row_product
+from skperf.influence.generalized import REMOVALS, removal_update, row_product
 from skperf.influence.inverses import chosen_parameters
 from skperf.influence.layers import from_vectors, to_vectors
 from skperf.influence.problem import curvature_rows
@@ -32,6 +32,7 @@ from skperf.influence.repair import (
 )
 
 _SIGNS = {"descend": -1.0, "ascend": 1.0, "relabel": -1.0}
+_MOST_GUARDS = 5000
 _SCALES = tuple(2.0**i for i in range(-10, 4))
 
 
@@ -68,7 +69,8 @@ def repair(
     max_steps : int, default=50
         Most gradient steps.
     guard : tuple (X, y), optional
-        Rows whose accuracy may fall by at most `max_drop`; by default the training rows.
+        Rows whose accuracy may fall by at most `max_drop`; by default the training rows, 5,000
+        of them drawn at random if there are more.
     max_drop : float, default=0.01
         How far.
     learning_rate : float, default=0.1
@@ -92,7 +94,7 @@ def repair(
     if how not in _SIGNS:
         raise ValueError(f"how must be one of {sorted(_SIGNS)}, got {how!r}.")
     k = min(k, len(self.X_))
-    guard = (self.X_, self.y_) if guard is None else check_labelled_rows(self, *guard)
+    guard = _training_guard(self) if guard is None else check_labelled_rows(self, *guard)
     total = influence_matrix(self, X, y, aggregate="sum")
     chosen = np.argsort(-total if how == "descend" else total, kind="stable")[:k]
     network = networks_of(self)[0][0].copy()
@@ -116,6 +118,12 @@ def repair(
             )
     _write(network, outcome)
     return edited(self.estimator_, network, {"action": f"repair:{how}", **report})
+
+
+def _training_guard(scorer):
+    n, rng = len(scorer.X_), np.random.default_rng(scorer.settings_.seed)
+    rows = rng.permutation(n)[:_MOST_GUARDS] if n > _MOST_GUARDS else slice(None)
+    return scorer.X_[rows], scorer.y_[rows]
 
 
 def _rows_to_train(scorer, network, chosen, how):
@@ -228,8 +236,8 @@ def remove(
     check_is_fitted(self)
     if (indices is None) == (class_ is None):
         raise ValueError("give either indices or class_, not both and not neither.")
-    if how not in ("gif", "freeze", "project", "plain", "ascent"):
-        raise ValueError(f"how={how!r} is unknown.")
+    if how not in REMOVALS:
+        raise ValueError(f"how must be one of {sorted(REMOVALS)}, got {how!r}.")
     removed = _removed_rows(self, indices, class_)
     problem = _with_choices(self, select, ratio, ridge)
     task = _Removal(self, problem, removed, class_, guard, max_drop, n_iterations)
@@ -244,7 +252,8 @@ def remove(
 def _removed_rows(scorer, indices, class_):
     if class_ is not None:
         if class_ not in scorer.classes_:
-            raise ValueError(f"class_={class_!r} is none of the classes {list(scorer.classes_)}.")
+            classes = scorer.classes_.tolist()
+            raise ValueError(f"class_={class_!r} is none of the classes {classes}.")
         removed = scorer.y_ == class_
     else:
         removed = np.zeros(len(scorer.X_), dtype=bool)

@@ -1,5 +1,7 @@
 """Methods of InfluenceScorer that hold its estimates against training."""
 
+import warnings
+
 import numpy as np
 import torch
 from joblib import Parallel, delayed
@@ -88,6 +90,7 @@ def fading(
         self.settings_.weight_decay if weight_decay is None else weight_decay,
         self.settings_.seed,
     )
+    _check_step_size(self, training.learning_rate)
     output = resolve_output(self.target, argument="target")
     sign = 1.0 if self.target == "loss" else -1.0
     actual = sign * actual_effects(
@@ -116,6 +119,21 @@ def fading(
         predicted=predicted.numpy(),
         actual=actual.cpu().numpy(),
     )
+
+
+def _check_step_size(scorer, learning_rate):
+    curvature = getattr(scorer.fits_[0].lift, "curvature", None)
+    if curvature is None:
+        return
+    largest = float(torch.linalg.eigvalsh(curvature.gram)[-1])
+    if learning_rate * largest > 2:
+        warnings.warn(
+            f"learning_rate={learning_rate:.3g} is too large for plain gradient steps: times the "
+            f"curvature's largest eigenvalue, {largest:.3g}, it exceeds 2, so that the runs drift "
+            "apart at once and no estimate holds. Give fading a smaller one.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _predicted(scorer, X, y, steps, rows, training):

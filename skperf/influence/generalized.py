@@ -318,7 +318,7 @@ def removal_update(
     Tensor of shape (n_parameters,)
         Added to the parameters, it raises the removed rows' loss.
     """
-    return _REMOVALS[how](multiply, chosen, gradient[None], ridge, max_iter)[0]
+    return REMOVALS[how](multiply, chosen, gradient[None], ridge, max_iter)[0]
 
 
 def _gif(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
@@ -344,7 +344,7 @@ def _ascent(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_ite
     return g * chosen
 
 
-_REMOVALS = {
+REMOVALS = {
     "gif": _gif,
     "freeze": _freeze,
     "project": _project,

@@ -162,3 +162,12 @@ def test_damping_tied_to_the_horizon_fades_later_than_gradient_dot():
     assert 0.5 < curves["flow"].slope[1] < 1.3
     assert curves["flow"].usable_horizon == 300
     assert curves["dot"].predicted.shape == (3, 100, 24)
+
+
+def test_steps_too_long_for_the_curvature_are_named():
+    X, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
+    scorer = InfluenceScorer(mlp(4, 5, 3)).fit(X, y)
+    asked = {"steps": (1,), "n_train": 2}
+    with pytest.warns(RuntimeWarning, match="learning_rate=100 is too large"):
+        scorer.fading(X[:2], y[:2], learning_rate=100.0, **asked)
+    scorer.fading(X[:2], y[:2], learning_rate=0.01, **asked)

@@ -9,7 +9,7 @@ from skperf import MLP, EditedClassifier, Net
 from skperf.backbone._opening import open_network
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import fingerprint, select_parameters
-from skperf.influence import InfluenceScorer, repair
+from skperf.influence import InfluenceScorer, _actions, repair
 from skperf.influence._actions import _natural, _products
 from skperf.influence._members import open_problem
 from skperf.influence.captures import recording
@@ -61,6 +61,15 @@ def test_other_ways_to_repair(scorer, digits, how):
     assert "baselines" not in edited.edit_report_
     with pytest.raises(ValueError, match="how must be"):
         scorer.repair(X[wrong], y[wrong], how="pray")
+
+
+def test_many_training_rows_are_guarded_by_a_sample(scorer, digits, monkeypatch):
+    X, y = digits
+    monkeypatch.setattr(_actions, "_MOST_GUARDS", 120)
+    wrong = np.flatnonzero(scorer.estimator_.predict(X[700:]) != y[700:])[:1] + 700
+    drawn = np.random.default_rng(scorer.settings_.seed).permutation(700)[:120]
+    report = scorer.repair(X[wrong], y[wrong], baselines=False).edit_report_
+    assert report["guard_before"] == scorer.estimator_.score(X[drawn], y[drawn])
 
 
 def test_a_path_stops_where_the_label_flips():
@@ -152,7 +161,7 @@ def test_rows_are_forgotten_as_far_as_the_guard_allows(scorer, digits):
         ({"class_": 77}, "none of the classes"),
         ({"indices": [5000]}, "between 0 and 699"),
         ({"indices": []}, "not none or all"),
-        ({"indices": [1], "how": "magic"}, "unknown"),
+        ({"indices": [1], "how": "magic"}, "how must be one of"),
     ],
 )
 def test_what_cannot_be_removed(scorer, arguments, message):
