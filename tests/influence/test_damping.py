@@ -38,7 +38,9 @@ def test_auto_pulls_as_hard_as_the_mean_gradient_is_uncertain():
     means = torch.einsum("ndk,nf->dkf", slopes, torch.as_tensor(X)) / len(X)
     error = means.flatten(1).square().sum(1).mean().sqrt()
     scorer = InfluenceScorer(layer, method="ggn", kept_trace=1.0).fit(X, Y)
-    assert scorer.damping_ == pytest.approx(1.5 * float(error / layer.weight.detach().norm()), rel=0.01)
+    assert scorer.damping_ == pytest.approx(
+        1.5 * float(error / layer.weight.detach().norm()), rel=0.01
+    )
 
 
 def test_auto_is_the_same_with_and_without_rows_of_no_weight():
