@@ -47,7 +47,8 @@ def mislabels(seed):
         scorer = InfluenceScorer(model, random_state=seed).fit(X, labels)
         first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
         scores = {
-            "self-influence": scorer.detect_mislabels(),
+            "leave-one-out loss": scorer.detect_mislabels(),
+            "self-influence": scorer.self_influence_,
             "class-aware": scorer.detect_mislabels(class_aware=True),
             "gradient norm": first.fit(X, labels).detect_mislabels(),
             "plain loss": scorer.loss_,

@@ -221,7 +221,7 @@ def influence_rows(figures: Path) -> list[tuple[str, str, str, str]]:
         (
             "InfluenceScorer",
             "which of 1,000 Fashion-MNIST labels were flipped (10 %)?",
-            f"self-influence: AUROC {auc:.3f}",
+            f"leave-one-out loss: AUROC {auc:.3f}",
             f"plain training loss: AUROC {naive:.3f}",
         ),
         (

@@ -262,7 +262,7 @@ def _stock_network(net, classes):
 
 
 def _from_logistic_regression(fitted):
-    linear = _linear(fitted.coef_, fitted.intercept_)
+    linear = _linear(fitted.coef_, fitted.intercept_ if fitted.fit_intercept else None)
     readout = two_logits if len(fitted.coef_) == 1 else None
     return Network(linear, fitted.classes_, readout=readout)
 
@@ -286,8 +286,10 @@ def _from_mlp(fitted):
 
 
 def _linear(weight, bias):
-    linear = nn.Linear(weight.shape[1], weight.shape[0]).to(torch.as_tensor(weight).dtype)
+    n_outputs, n_inputs = weight.shape
+    linear = nn.Linear(n_inputs, n_outputs, bias=bias is not None).to(torch.as_tensor(weight).dtype)
     with torch.no_grad():
         linear.weight.copy_(torch.as_tensor(weight))
-        linear.bias.copy_(torch.as_tensor(np.broadcast_to(bias, weight.shape[:1]).copy()))
+        if bias is not None:
+            linear.bias.copy_(torch.as_tensor(np.broadcast_to(bias, n_outputs).copy()))
     return linear

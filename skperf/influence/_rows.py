@@ -53,9 +53,10 @@ def detect_mislabels(self, class_aware=False):
     Parameters
     ----------
     class_aware : bool, default=False
-        By default the self-influence: a row that only it itself speaks for. With True,
-        minus the smallest of the row's mean influences on the training rows of each class:
-        a row that hurts some class.
+        By default the loss that the row would have had it been left out of training: its loss
+        and its influence on itself. Methods and targets whose scores are no losses give the
+        influence on itself alone. With True, minus the smallest of the row's mean influences
+        on the training rows of each class: a row that hurts some class.
 
     Returns
     -------
@@ -68,7 +69,8 @@ def detect_mislabels(self, class_aware=False):
     """
     check_is_fitted(self)
     if not class_aware:
-        return np.array(self.self_influence_)
+        is_loss = self.unit_ == LOSS_UNIT and self.target == "loss"
+        return self.self_influence_ + (self.loss_ if is_loss else 0)
     means = [
         influence_matrix(
             self, self.X_[self.y_ == label], self.y_[self.y_ == label], aggregate="mean"

@@ -9,7 +9,7 @@ import torch
 from influence_nets import mlp
 from scipy.stats import pearsonr
 from sklearn.base import clone
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_iris
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -380,6 +380,29 @@ def test_mislabels_are_found(data):
     assert roc_auc_score(flipped, scorer.detect_mislabels()) > 0.95
     assert roc_auc_score(flipped, scorer.detect_mislabels(class_aware=True)) > 0.85
     assert roc_auc_score(flipped, scorer.loss_) > 0.9
+
+
+def test_mislabels_are_ranked_by_their_leave_one_out_loss():
+    X, y = load_iris(return_X_y=True)
+    X, y = X[50:, :2] - X[50:, :2].mean(0), y[50:] == 2
+    y[[3, 60]] = ~y[[3, 60]]
+    model = LogisticRegression(C=1.0, fit_intercept=False)
+    scorer = InfluenceScorer(model, damping=1 / len(X)).fit(X, y)
+    actual = []
+    for i in range(len(X)):
+        rest = np.arange(len(X)) != i
+        kept = LogisticRegression(C=1.0, fit_intercept=False).fit(X[rest], y[rest])
+        actual.append(-kept.predict_log_proba(X[[i]])[0, int(y[i])])
+    found = scorer.detect_mislabels()
+    assert np.corrcoef(found, actual)[0, 1] > 0.999
+    assert np.abs(found - actual).mean() < 0.2 * np.abs(scorer.loss_ - actual).mean()
+
+
+def test_scores_that_are_no_losses_give_the_influence_on_itself_alone(data):
+    X, y = data
+    for options in ({"method": "gradient_dot"}, {"target": "margin"}):
+        scorer = InfluenceScorer(random_state=0, **options).fit(X[:60], y[:60])
+        np.testing.assert_array_equal(scorer.detect_mislabels(), scorer.self_influence_)
 
 
 def test_a_new_damping_costs_no_new_pass(data, net, scorer, monkeypatch):
