@@ -66,11 +66,10 @@ class InfluenceScorer(
         ``"lissa"``, ``"arnoldi"``, ``"gif"``, ``"exact"``); or the second moment of the
         training gradients (``"ggn"``, ``"ekfac"``, ``"kfac"``).
     damping : float, "auto", "horizon" or "flow", default="auto"
-        Added to the eigenvalues of the mean loss's curvature. ``"auto"`` is the weight decay
-        that pulls half as hard again as the mean gradient is uncertain; ``"horizon"`` is
-        ``1 / (learning_rate * horizon)``; ``"flow"`` replaces the damped inverse by the filter
-        of `horizon` further gradient steps, taken at the weights that half of them lead to
-        (``"ggn"`` and ``"exact"``).
+        Added to the eigenvalues of the mean loss's curvature. ``"auto"``: the weight decay that
+        pulls half as hard again as the mean gradient is uncertain; ``"horizon"``:
+        ``1 / (learning_rate * horizon)``; ``"flow"``, of ``"ggn"`` and ``"exact"``: instead the
+        filter of `horizon` further gradient steps, at the weights that half of them lead to.
     horizon : int, optional
         Number of further training steps whose effect is predicted; ties ``damping="auto"``
         to it.
