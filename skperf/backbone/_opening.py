@@ -61,6 +61,8 @@ def fit_estimator(estimator, X, y, *, sample_weight=None, random_state=None):
         return _probed(ModuleClassifier(estimator), X)
     if isinstance(estimator, FrozenEstimator):
         inner = estimator.estimator
+        if isinstance(inner, nn.Module):
+            inner = ModuleClassifier(inner)
         if isinstance(inner, ModuleClassifier):
             return _probed(inner, X)
         check_is_fitted(estimator)

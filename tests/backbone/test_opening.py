@@ -75,9 +75,10 @@ def test_a_frozen_network_is_used_as_it_is(freeze):
     assert open_network(fitted).classes.tolist() == net.classes_.tolist()
 
 
-def test_a_module_means_codes_as_labels():
+@pytest.mark.parametrize("form", [lambda module: module, FrozenEstimator], ids=["bare", "frozen"])
+def test_a_module_means_codes_as_labels(form):
     module = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)), nn.Flatten())
-    fitted = fit_estimator(module, X, y)
+    fitted = fit_estimator(form(module), X, y)
     assert open_network(fitted).module is module
     assert fitted.classes_.tolist() == [0, 1, 2]
 
