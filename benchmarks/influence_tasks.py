@@ -41,9 +41,9 @@ def digits(seed, test_size=0.3):
 
 
 def fashion(seed):
-    """2,000 images to train on and 2,000 to judge by."""
+    """2,000 images to train on and 1,200 to judge by."""
     images, target = fetch_fashion_mnist(subset="train", return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(images))[:4000]
+    order = np.random.default_rng(seed).permutation(len(images))[:3200]
     images, target = images[order].reshape(-1, 1, 28, 28), target[order]
     return (images[:2000], target[:2000]), (images[2000:], target[2000:])
 

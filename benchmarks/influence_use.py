@@ -69,10 +69,9 @@ STEPS = (1, 10, 50, 200, 500)
 
 
 def fading(seed):
-    for name, model, rows, queries, asked in _fading_tasks(seed):
-        rate = asked["learning_rate"]
-        scorer = InfluenceScorer(model, learning_rate=rate, random_state=seed).fit(*rows)
-        truth = scorer.fading(*queries, steps=STEPS, weight_decay=1e-3, **asked)
+    for name, model, rows, queries in _fading_tasks(seed):
+        scorer = InfluenceScorer(model, learning_rate=0.03, random_state=seed).fit(*rows)
+        truth = scorer.fading(*queries, steps=STEPS, n_train=64, weight_decay=1e-3)
         for way, at in _ways_to_predict(scorer, model, rows).items():
             figures = {}
             for step, actual in zip(STEPS, truth.actual, strict=True):
@@ -89,30 +88,20 @@ def fading(seed):
 
 
 def _fading_tasks(seed):
-    """Networks trained on 10 % wrong labels, and how they are trained on."""
-    asked = {"n_train": 64, "learning_rate": 0.03}
+    """Networks trained on 10 % wrong labels, and what is asked of them."""
     for name, width, (train, test) in (
         ("digits, tanh net 64-32-10", 32, digits(seed)),
         ("SpamAssassin, tanh net 256-8-2", 8, mails(seed)),
     ):
         rows = train[0], flipped(train[1], seed)[0]
-        yield name, tanh_net(width, rows, seed), rows, _first(test, 60), asked
-    train, test = fashion(seed)
-    rows = train[0], flipped(train[1], seed)[0]
-    model = FrozenEstimator(cnn(seed).fit(*rows))
-    asked = {"n_train": 12, "learning_rate": 0.01}
-    yield "Fashion-MNIST, CNN 17k", model, rows, _first(test, 60), asked
-
-
-def _first(rows, n):
-    return rows[0][:n], rows[1][:n]
+        yield name, tanh_net(width, rows, seed), rows, (test[0][:60], test[1][:60])
 
 
 def _ways_to_predict(scorer, model, rows):
     """Give for each way a function from a horizon to a scorer."""
     dot = InfluenceScorer(model, method="gradient_dot").fit(*rows)
     damped = scorer.with_damping
-    ways = {
+    return {
         "gradient dot": lambda step: dot,
         "GGN, damping 0.01": lambda step: damped(0.01),
         "GGN, damping 0.1": lambda step: damped(0.1),
@@ -120,11 +109,6 @@ def _ways_to_predict(scorer, model, rows):
         "GGN, filter where training starts": lambda step: _started(scorer, step),
         "GGN, filter of the horizon": lambda step: damped("flow", horizon=step),
     }
-    if rows[0].shape[1] == 64:  # digits alone leave time for a dense curvature at each horizon
-        dense = {"method": "exact", "curvature": "hessian", "damping": 100.0}
-        full = InfluenceScorer(model, learning_rate=scorer.learning_rate, **dense).fit(*rows)
-        ways["exact Hessian, the same"] = lambda step: full.with_damping("flow", horizon=step)
-    return ways
 
 
 def _started(scorer, step):
@@ -189,16 +173,17 @@ CLASSES = (0, 3, 8)
 
 def removal(seed):
     """Forget a class with 5 % of the parameters; the scale is chosen on held-out rows."""
-    ways = {
-        f"{select}, {how}": {"select": select, "how": how}
-        for select in ("output", "gradient", "sam", "random")
-        for how in ("gif", "freeze", "project", "ascent")
-    } | {"all parameters, plain": {"how": "plain"}}
-    for name, net, (train, test) in (
-        ("digits, MLP 64-32-10", mlp(32, 30, seed), digits(seed)),
-        ("Fashion-MNIST, CNN 17k", cnn(seed), fashion(seed)),
-        ("20 Newsgroups, MLP 256-32-20", mlp(32, 30, seed), news(seed)),
+    few = ("output", "gradient", "random")
+    for name, net, (train, test), selects in (
+        ("digits, MLP 64-32-10", mlp(32, 30, seed), digits(seed), (*few, "sam")),
+        ("Fashion-MNIST, CNN 17k", cnn(seed), fashion(seed), few),
+        ("20 Newsgroups, MLP 256-32-20", mlp(32, 30, seed), news(seed), few),
     ):
+        ways = {
+            f"{select}, {how}": {"select": select, "how": how}
+            for select in selects
+            for how in ("gif", "freeze", "project", "ascent")
+        } | {"all parameters, plain": {"how": "plain"}}
         guard, rest = halves(test, seed)
         scorer = InfluenceScorer(net, random_state=seed).fit(*train)
         before = [_forgotten(scorer.estimator_, rest, class_) for class_ in CLASSES]

@@ -321,7 +321,7 @@ def best_scale(
     def quality(scale: float) -> float:
         there = moved(start, direction, scale)
         forgotten = 1 - accuracy(network, there, removed)
-        return harmonic_mean(forgotten, accuracy(network, there, others))
+        return harmonic_mean(forgotten, accuracy(network, there, others)) if forgotten else 0.0
 
     scores = [quality(scale) for scale in scales]
     best = max(range(len(scales)), key=lambda i: scores[i])
