@@ -77,6 +77,7 @@ class _Watch:
     """What hooks saw during one forward pass."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     edges: dict[str, GradientEdge] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
@@ -84,6 +85,9 @@ class _Watch:
     def hook(self, layer: Layer) -> Callable[..., Any]:
         def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             self.calls[layer.name] += 1
+            if layer.whole:
+                _check_simple(layer, args, output)
+                self.outputs[layer.name] = output.detach()
             self.inputs[layer.name] = args[0].detach()
             self.arguments[layer.name] = args[1:]
             if not output.requires_grad:
@@ -136,8 +140,12 @@ def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
         _check_finite([layer.name for layer in layers], returned)
         gradients = []
         for layer, gradient in zip(layers, returned, strict=True):
-            arguments = watch.arguments[layer.name]
-            gradients.append(_factor(layer, watch.inputs[layer.name], gradient, arguments))
+            seen = watch.inputs[layer.name]
+            if layer.whole:
+                factor: Factor = _whole(layer, seen, watch.outputs[layer.name], gradient)
+            else:
+                factor = _factor(layer, seen, gradient, watch.arguments[layer.name])
+            gradients.append(factor)
         return gradients
 
     return Tape(logits, pull)
@@ -188,6 +196,40 @@ def _check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"the gradient at layer {name!r} is not finite, first at row {row} of the batch."
             )
+
+
+def _check_simple(layer: Layer, args: tuple[Any, ...], output: Any) -> None:
+    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+        raise ValueError(
+            f"layer {layer.name!r} ({type(layer.module).__name__}) has no factorised gradients: it "
+            f"does not turn one tensor into another; {REFERENCE_HINT}"
+        )
+
+
+def _whole(layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> Dense:
+    """Differentiate a part of an unknown kind once more, row by row."""
+    module = layer.module
+    own = {name: module.get_parameter(name).detach() for name in layer.whole}
+
+    def pull(row: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        output, back, *_ = vjp(lambda values: functional_call(module, values, (row[None],)), own)
+        (gradients,) = back(slope[None])
+        return output[0], torch.cat([part.reshape(-1) for part in gradients.values()])
+
+    try:
+        again, values = vmap(pull, chunk_size=64)(inputs, gradient)
+        same = torch.allclose(again, outputs, rtol=1e-3, atol=1e-3 * float(outputs.abs().max()))
+    except RuntimeError as error:
+        raise ValueError(
+            f"layer {layer.name!r} ({type(module).__name__}) cannot be differentiated row by row: "
+            f"{str(error).splitlines()[0]} {REFERENCE_HINT}"
+        ) from error
+    if not same:
+        raise ValueError(
+            f"layer {layer.name!r} ({type(module).__name__}) gives a row another output alone than "
+            f"in its batch: a row's gradient would depend on the other rows; {REFERENCE_HINT}"
+        )
+    return Dense(values.detach())
 
 
 def _factor(layer: Layer, inputs: Tensor, gradient: Tensor, arguments: tuple[Any, ...]) -> Factor:

@@ -38,18 +38,26 @@ class Layer:
         Whether its weight takes part.
     bias : bool
         Whether its bias takes part.
+    whole : tuple of str, default=()
+        Of a part of no kind that is known, the names of its parameters that take part.
     """
 
     name: str
     module: nn.Module
     weight: bool
     bias: bool
+    whole: tuple[str, ...] = ()
+
+    @property
+    def own_names(self) -> list[str]:
+        """Names in the part of the parameters taken into account."""
+        taken = ("weight", self.weight), ("bias", self.bias)
+        return [*self.whole, *(name for name, used in taken if used)]
 
     @property
     def n_weights(self) -> int:
         """Parameters taken into account."""
-        taken = ("weight", self.weight), ("bias", self.bias)
-        return sum(getattr(self.module, name).numel() for name, used in taken if used)
+        return sum(self.module.get_parameter(name).numel() for name in self.own_names)
 
     @property
     def matrix_shape(self) -> tuple[int, int] | None:
@@ -62,8 +70,7 @@ class Layer:
     @property
     def parameter_names(self) -> list[str]:
         """Names in the network of the parameters taken into account."""
-        taken = ("weight", self.weight), ("bias", self.bias)
-        return [f"{self.name}.{name}".lstrip(".") for name, used in taken if used]
+        return [_joined(self.name, name) for name in self.own_names]
 
 
 def find_layers(module: nn.Module, parameters: Parameters) -> list[Layer]:
@@ -84,8 +91,8 @@ def find_layers(module: nn.Module, parameters: Parameters) -> list[Layer]:
     Raises
     ------
     ValueError
-        If a parameter belongs to a kind of layer whose gradients have no factorised form,
-        or is shared by two layers; the message names them.
+        If a parameter belongs to a part that holds others with parameters, to one that
+        is recurrent, or is shared by two layers; the message names them.
     """
     owners = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
     layers = []
@@ -99,7 +106,10 @@ def find_layers(module: nn.Module, parameters: Parameters) -> list[Layer]:
         if shared:
             raise ValueError(f"{shared[0]!r} is shared by several layers; {REFERENCE_HINT}")
         _check_supported(name, part, own)
-        layers.append(Layer(name, part, "weight" in own, "bias" in own))
+        if _is_known(part, own):
+            layers.append(Layer(name, part, "weight" in own, "bias" in own))
+        else:
+            layers.append(Layer(name, part, weight=False, bias=False, whole=tuple(own)))
     return layers
 
 
@@ -111,9 +121,9 @@ REFERENCE_HINT = (
 
 def _check_supported(name: str, part: nn.Module, own: dict[str, Any]) -> None:
     kind = type(part).__name__
-    unknown = set(own) - {"weight", "bias"}
     embeds = isinstance(part, nn.Embedding | nn.EmbeddingBag)
-    if not isinstance(part, _SUPPORTED) or unknown or type(part).forward not in _FORWARDS:
+    holds_others = any(list(child.parameters()) for child in part.children())
+    if isinstance(part, nn.RNNBase) or (holds_others and not _is_known(part, own)):
         raise ValueError(
             f"layer {name!r} ({kind}) has no factorised gradients: {sorted(own)} would be left "
             f"out; {REFERENCE_HINT}"
@@ -123,6 +133,11 @@ def _check_supported(name: str, part: nn.Module, own: dict[str, Any]) -> None:
             f"layer {name!r} ({kind}) renormalises its table or rescales its gradients while "
             f"it runs; {REFERENCE_HINT}"
         )
+
+
+def _is_known(part: nn.Module, own: dict[str, Any]) -> bool:
+    known = isinstance(part, _SUPPORTED) and type(part).forward in _FORWARDS
+    return known and set(own) <= {"weight", "bias"}
 
 
 _FORWARDS = {kind.forward for kind in _SUPPORTED}
@@ -184,8 +199,9 @@ def _as_matrix(layer: Layer) -> bool:
 
 def _split(layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
     names = layer.parameter_names
-    if len(names) == 1:
-        return {names[0]: matrix}
+    if layer.whole or len(names) == 1:
+        sizes = [layer.module.get_parameter(name).numel() for name in layer.own_names]
+        return dict(zip(names, matrix.split(sizes, 1), strict=True))
     n_outputs = layer.module.get_parameter("bias").numel()
     if _as_matrix(layer):
         matrix = matrix.view(len(matrix), n_outputs, -1)

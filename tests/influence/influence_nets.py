@@ -41,6 +41,34 @@ class Text(nn.Module):
         return self.output(self.convolve(hidden.transpose(1, 2)).mean(2))
 
 
+class Padded(nn.Conv2d):
+    """A kind of layer that nobody else knows."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+class Scaled(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.shift, self.scale = (nn.Parameter(torch.randn(width)) for _ in range(2))
+
+    def forward(self, x):
+        return torch.tanh(x * self.scale) + self.shift
+
+
+def unusual():
+    """Join parts of unknown kinds to known ones."""
+    return nn.Sequential(
+        Padded(1, 4, 3, stride=4, bias=False),
+        nn.PReLU(4),
+        nn.ConvTranspose2d(4, 2, 2),
+        nn.Flatten(),
+        Scaled(18),
+        nn.Linear(18, 3),
+    )
+
+
 def mlp(*widths, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     layers = []
@@ -59,6 +87,7 @@ def cases():
     return {
         "mlp": (Network(mlp(5, 6, 3), np.arange(3)), torch.randn(7, 5, dtype=torch.float64)),
         "convolutional": (Network(convolutional.eval(), np.arange(3)), images),
+        "unusual": (Network(unusual().double(), np.arange(3)), images),
         "text": (Network(text.eval(), np.arange(3)), tokens),
     }
 

@@ -44,13 +44,55 @@ def test_layers_must_run_once(kind, times):
     ("module", "message"),
     [
         (nn.Sequential(nn.LSTM(4, 4)), r"layer '0' \(LSTM\) has no factorised gradients"),
-        (nn.Sequential(nn.PReLU(), nn.Linear(4, 3)), r"layer '0' \(PReLU\)"),
+        (nn.MultiheadAttention(4, 2), r"layer '' \(MultiheadAttention\) has no factorised"),
         (nn.Embedding(5, 3, max_norm=1.0), "renormalises"),
     ],
 )
 def test_unsupported_layers_are_named(module, message):
     with pytest.raises(ValueError, match=message):
         layers_of(module)
+
+
+class Centred(nn.Module):
+    """Mixes the rows of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return (x - x.mean(0)) * self.scale
+
+
+class Branching(Centred):
+    def forward(self, x):
+        return x * self.scale if float(x.detach().sum()) > 0 else x
+
+
+class Pair(Centred):
+    def forward(self, x):
+        return x * self.scale, x
+
+
+class First(nn.Module):
+    def forward(self, pair):
+        return pair[0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([Centred()], "layer '0' .Centred. gives a row another output alone than in its batch"),
+        ([Branching()], "layer '0' .Branching. cannot be differentiated row by row"),
+        ([Pair(), First()], "layer '0' .Pair. .*does not turn one tensor into another"),
+    ],
+)
+def test_parts_that_cannot_be_taken_row_by_row_are_named(parts, message):
+    module = nn.Sequential(*parts, nn.Linear(4, 3))
+    network = Network(module, np.arange(3))
+    inputs = torch.arange(8.0).view(2, 4)
+    with recording(module), pytest.raises(ValueError, match=message):
+        record(network, inputs, layers_of(module)).pull(torch.ones(2, 3))
 
 
 def test_tied_weights_are_named():
