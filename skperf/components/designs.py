@@ -150,7 +150,8 @@ def plan_budget(
         Number of components.
     fraction : float
         Share of them that a mask ablates. Where these are few, ablating each component alone
-        says so much that "auto" does it once the budget pays for that and more.
+        says more than gradients do, and "auto" takes it as soon as the budget pays for it,
+        and gradients with what is left from twice the number of components on.
     differentiable : bool, default=True
         Whether gradients can be had; without them "auto" spends nothing on them.
     done : Plan, optional
@@ -180,10 +181,10 @@ def plan_budget(
         return Plan(gradients=rest // GRADIENT_COST)
     if method == "regression":
         return Plan(masks=rest)
-    few_together = fraction * n_components <= _FEW_TOGETHER
-    left = rest - alone
-    if few_together and alone and left >= max(2 * _LEAST, 0.4 * n_components):
-        gradients = left // (2 * GRADIENT_COST) if differentiable else 0
+    if fraction * n_components <= _FEW_TOGETHER and rest >= alone:
+        left = rest - alone
+        worth = differentiable and budget >= 2 * n_components
+        gradients = left // (2 * GRADIENT_COST) if worth else 0
         return Plan(gradients, left - GRADIENT_COST * gradients, alone)
     return _share(rest, n_components) if differentiable else Plan(masks=rest)
 

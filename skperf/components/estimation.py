@@ -51,7 +51,7 @@ def ridge(
 
     ``W = sum_g c_g P_g + argmin_D ||Y - V (sum_g c_g P_g + D)||^2 + penalty |D|^2``
     with |D|^2 divided by the variances,
-    with V and Y centred. The penalty comes from the exact leave-one-out error. The standard
+    with V and Y centred. The penalty comes from the exact leave-one-out errors. The standard
     errors are the sandwich over masks, which lets every mask have noise of its own, and the
     noise of the prior.
 
@@ -253,11 +253,20 @@ class _Spectrum:
 
 
 def _choose(spectrum: _Spectrum, Y: Array, n_masks: int) -> float:
-    """Find the penalty with the smallest leave-one-out error, examples on one scale."""
+    """Average what penalties keep of a correction, by how well they predict masks left out.
+
+    The smallest leave-one-out error alone is no guide with few masks: the errors of bold and
+    of cautious penalties are then alike within their noise. All examples count as one, for
+    they share the masks.
+    """
     scale = Y[:n_masks].std(0) + _TINY
-    candidates = PENALTIES * spectrum.values.mean() + _TINY
+    unit = float(spectrum.values.mean())
+    candidates = PENALTIES * unit + _TINY
     errors = [((spectrum.left_out(c)[:n_masks] / scale) ** 2).mean() for c in candidates]
-    return float(candidates[int(np.argmin(errors))])
+    evidence = -0.5 * n_masks * np.log(np.array(errors) + _TINY)
+    weights = np.exp(evidence - evidence.max())
+    kept = float((weights / (1 + PENALTIES)).sum() / weights.sum())
+    return unit * (1 / kept - 1) + _TINY
 
 
 def _choose_gcv(values: Array, rotated: Array, power: Array, total: Array, m: int) -> float:

@@ -21,6 +21,8 @@ from skperf.components.priors import (
 Array = NDArray[np.float64]
 _PASSES_FOR_SLOPES = 64
 _MASKS_FOR_SLOPES = 256
+_LEAST_MASKS = 32
+"""Fewer do not better what single ablations show, but add their noise."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,12 @@ def attribute(
         For other examples.
     """
     done, alone = measured.done, measured.alone
-    if alone is not None and not (done.gradients or done.masks):
-        return _exact(alone, measured.baseline), Learned()
+    if alone is not None and done.masks < min(_LEAST_MASKS, question.n_components):
+        fit = _exact(alone, measured.baseline)
+        if done.masks:
+            predicted = alone @ _masks(question, range(done.masks)).T
+            fit = replace(fit, oob_score=mean_correlation(predicted, measured.outcomes.T))
+        return fit, Learned()
     prior, shared = _guesses(measured, learned)
     slopes = None
     if prior is not None:

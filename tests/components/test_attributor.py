@@ -176,6 +176,16 @@ def test_auto_goes_on_where_it_was_interrupted_among_single_ablations(monkeypatc
     assert model._study.measured.alone.shape == model.attributions_.shape
 
 
+def test_single_ablations_stand_until_there_are_masks_to_better_them():
+    module, X, y = made(Residual)
+    options = {"fraction": 0.2, "random_state": 0}
+    alone = ComponentAttributor(module, method="loo", **options).fit(X, y)
+    few, more = (ComponentAttributor(module, budget=b, **options).fit(X, y) for b in (18, 200))
+    np.testing.assert_array_equal(few.attributions_, alone.attributions_)
+    assert few.n_forward_equivalents_ == 18
+    assert more.score(n_masks=50) > few.score(n_masks=50)
+
+
 def test_a_network_left_in_training_mode_is_attributed_as_it_predicts():
     module, X, y = made(Residual)
     options = {"fraction": 0.2, "budget": 60, "random_state": 0}

@@ -54,11 +54,13 @@ def test_a_plan_stays_within_its_budget(method, budget, fraction):
     assert budget - 3 < plan.cost <= budget
 
 
-def test_components_are_tried_alone_where_few_go_together_and_the_budget_pays_for_more():
-    assert plan_budget("auto", 84, 60, 0.05).singles == 0
-    assert plan_budget("auto", 85, 60, 0.05) == Plan(singles=60, gradients=4, masks=12)
+def test_components_are_tried_alone_where_few_go_together_and_the_budget_pays_for_it():
+    assert plan_budget("auto", 60, 60, 0.05).singles == 0
+    assert plan_budget("auto", 61, 60, 0.05) == Plan(singles=60)
+    assert plan_budget("auto", 85, 60, 0.05) == Plan(singles=60, masks=24)
+    assert plan_budget("auto", 120, 60, 0.05) == Plan(singles=60, masks=32, gradients=9)
     assert plan_budget("auto", 85, 60, 0.3).singles == 0
-    assert plan_budget("auto", 85, 60, 0.05, done=Plan(singles=60, masks=9)).singles == 0
+    assert plan_budget("auto", 85, 60, 0.05, done=Plan(singles=60)) == Plan(masks=84)
     assert plan_budget("auto", 85, 60, 0.05, done=Plan(singles=50)).singles == 10
 
 

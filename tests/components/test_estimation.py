@@ -5,7 +5,14 @@ import pytest
 from sklearn.linear_model import LinearRegression, Ridge
 
 from skperf.components.estimation import Moments, mean_correlation, ridge, ridge_from_moments
-from skperf.components.priors import PathSums, mixture, path_prior, pooled_slopes, population
+from skperf.components.priors import (
+    PathSums,
+    mixture,
+    path_prior,
+    pooled_slopes,
+    population,
+    with_singles,
+)
 
 rng = np.random.default_rng(0)
 N, M, EXAMPLES = 12, 60, 5
@@ -132,3 +139,13 @@ def test_sums_over_passes_do_not_depend_on_the_cut():
 def test_correlation_leaves_constant_rows_out():
     assert mean_correlation(np.array([[1.0, 2], [3, 3]]), np.array([[2.0, 4], [1, 2]])) == 1
     assert np.isnan(mean_correlation(np.ones((1, 3)), np.ones((1, 3))))
+
+
+def test_few_noisy_masks_hardly_move_a_guess():
+    guess, few = with_singles(None, TRUTH), MASKS[:14]
+    outcomes = few @ TRUTH.T + 3 * rng.normal(size=(14, EXAMPLES))
+    careful, free = (
+        ridge(few, outcomes, guess, slopes=np.ones(1), penalty=penalty) for penalty in (None, 1e-6)
+    )
+    drift, free_drift = (np.square(fit.coefficients - TRUTH).mean() for fit in (careful, free))
+    assert drift < 0.3 * free_drift
