@@ -17,9 +17,8 @@ def load_fashion_cnn() -> SmallConvNet:
     """Load a convolutional network trained on Fashion-MNIST (MIT licence).
 
     16,938 parameters, trained on the 60,000 training images; 88.3 % right on the 10,000 test
-    images. It takes images with values in
-    [0, 1] as (n, 28, 28), (n, 1, 28, 28) or flat rows, and returns logits in the order of
-    ``load_fashion_mnist().target_names``.
+    images. It takes images with values in [0, 1] as (n, 28, 28), (n, 1, 28, 28) or flat rows, and
+    returns logits in the order of ``load_fashion_mnist().target_names``.
 
     Returns
     -------
