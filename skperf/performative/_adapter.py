@@ -13,8 +13,8 @@ from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import as_array, check_labelled_rows
 from skperf.performative import _learning, _outlook
-from skperf.performative._inputs import check_rounds, encode, open_candidate, predicted_codes
-from skperf.performative._rounds import interval_of, measure
+from skperf.performative._inputs import check_rounds
+from skperf.performative._rounds import interval_of
 from skperf.performative.label_shift import probabilities
 from skperf.performative.trajectory import STATISTICS
 
@@ -370,13 +370,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         will do; classes with few rows are shrunk towards the accuracy.
         """
         check_is_fitted(self, "record_")
-        X, y = np.asarray(as_array(X)), encode(np.asarray(as_array(y)), self.classes_)
-        fitted = open_candidate(estimator, X)
-        logits = _learning.logits_of(self, fitted, X)
-        codes = predicted_codes(fitted, X, self.classes_, logits)
-        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-        smoothing = self.recall_smoothing
-        return measure(self.statistic, smoothing, y, codes, logits, self.classes_, weight)
+        return _outlook.statistic_of(self, estimator, X, y, sample_weight)
 
     def replay(self, X, y, *, rounds):
         """Predict rounds in order, each by the statistic of the one before; nothing is learned.

@@ -6,6 +6,8 @@ import numpy as np
 from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
+from skperf.performative._inputs import encode
+
 LINES = {
     "none": {"label": "no correction", "color": "0.55"},
     "last": {"label": "last round's mix", "color": "C1"},
@@ -123,7 +125,7 @@ class TrajectoryDisplay:
         """
         y, rounds = np.asarray(y), np.asarray(rounds)
         classes = np.unique(y) if classes is None else np.asarray(classes)
-        codes = np.searchsorted(classes, y)
+        codes = encode(y, classes, known_to="classes")
         arrays = {name: np.asarray(values, dtype=np.float64) for name, values in proba.items()}
         numbers = np.unique(rounds)
         record = _by_round(codes, arrays, rounds, numbers, len(classes))
@@ -205,8 +207,7 @@ class TrajectoryDisplay:
 def _further(estimator, X, y, rounds):
     y = np.asarray(y)
     numbers = np.zeros(len(y), int) if rounds is None else np.asarray(rounds)
-    codes = np.searchsorted(estimator.classes_, y, sorter=np.argsort(estimator.classes_))
-    codes = np.argsort(estimator.classes_)[codes]
+    codes = encode(y, estimator.classes_)
     proba = {"adapter": estimator.replay(X, y, rounds=numbers)}
     record = _by_round(codes, proba, numbers, np.unique(numbers), len(estimator.classes_))
     return record | {"round": np.unique(numbers)}

@@ -3,6 +3,7 @@
 import numpy as np
 from sklearn.utils import Bunch
 
+from skperf.backbone._sklearn import check_sample_weight
 from skperf.backbone._validation import check_labelled_rows
 from skperf.performative import _learning
 from skperf.performative._inputs import encode, open_candidate, predicted_codes
@@ -14,6 +15,17 @@ from skperf.performative.ranking import predict_score, resampled_maps, score_und
 from skperf.performative.response import FITTERS, fit_linear, fit_tied
 
 FLIP = 0.1  # total variation between rounds above which a steady alternation is a cycle
+
+
+def statistic_of(adapter, estimator, X, y, sample_weight):
+    """See `PerformativeAdapter.statistic_of`."""
+    X, y = check_labelled_rows(adapter, X, y)
+    codes, weight = encode(y, adapter.classes_), check_sample_weight(sample_weight, X)
+    fitted = open_candidate(estimator, X)
+    logits = _learning.logits_of(adapter, fitted, X)
+    predicted = predicted_codes(fitted, X, adapter.classes_, logits)
+    smoothing = adapter.recall_smoothing
+    return measure(adapter.statistic, smoothing, codes, predicted, logits, adapter.classes_, weight)
 
 
 def rank_models(adapter, candidates, X, y, scoring, n_bootstrap):

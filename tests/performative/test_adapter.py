@@ -649,6 +649,10 @@ def test_statistic_of_is_smoothed_recall(frozen, lived):
     np.testing.assert_allclose(adapter.statistic_of(frozen, X, y), expected)
     own = adapter.statistic_of(adapter, X, y)
     assert not np.allclose(own, expected)
+    with pytest.raises(ValueError, match="NaN"):
+        adapter.statistic_of(frozen, np.full_like(X, np.nan), y)
+    with pytest.raises(ValueError, match="sample_weight"):
+        adapter.statistic_of(frozen, X, y, sample_weight=[1.0])
 
 
 @pytest.mark.parametrize("kind", ["temperature", "bcts"])

@@ -48,6 +48,12 @@ def test_from_predictions(lived, frozen):
     assert display.losses["none"][3] == pytest.approx(expected)
     np.testing.assert_allclose(display.realised.sum(axis=1), 1.0)
     assert display.lines_["mine"].get_label() == "mine"
+    # columns in an order that is not the labels' own
+    turned = {name: values[:, ::-1] for name, values in proba.items()}
+    other = TrajectoryDisplay.from_predictions(y, turned, rounds=rounds, classes=[3, 2, 1, 0])
+    np.testing.assert_allclose(other.losses["mine"], display.losses["mine"])
+    with pytest.raises(ValueError, match="labels unknown to classes"):
+        TrajectoryDisplay.from_predictions(y, proba, rounds=rounds, classes=[0, 1, 2, 7])
 
 
 def test_from_a_record_without_rows(lived):
