@@ -122,9 +122,12 @@ def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
         If a layer ran not exactly once, or a gradient is not finite.
     """
     watch = _Watch()
+    # with a gradient asked for at the inputs no layer's output is a leaf, but a backbone below
+    # the first of the layers would remember its activations for nothing
+    below = next(network.module.parameters(), None)
+    from_start = any(below is own for layer in layers for own in layer.module.parameters())
     with forward_hooks({layer.module: watch.hook(layer) for layer in layers}):
-        # with a gradient asked for at the inputs, no layer's output is a leaf
-        logits = network(inputs.detach().requires_grad_(inputs.is_floating_point()))
+        logits = network(inputs.detach().requires_grad_(from_start and inputs.is_floating_point()))
     for layer in layers:
         if watch.calls[layer.name] != 1:
             raise ValueError(

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CHUNK = 1 << 22  # numbers in the matrices that are decomposed at once
+_MOST_DECOMPOSED = 128  # classes; beyond, a decomposition costs more than it spares rows
+
 
 @dataclass(frozen=True)
 class OutputRows:
@@ -48,31 +51,93 @@ def softmax_rows(
     -------
     OutputRows
         Cotangents ``sqrt(size) * eigenvector``, where the size is ``w_i eigenvalue`` of a large
-        one, and of the others what each :func:`stands for <representatives>`.
+        one, and of the others what each :func:`stands for <representatives>`. Where more than 128
+        classes are likely, slopes of single labels take the place of eigenvectors.
     """
-    probabilities = logits.double().softmax(1)
-    traces = weights.double() * (1 - probabilities.square().sum(1))
+    probabilities, weights = logits.double().softmax(1), weights.double()
+    traces = weights * (1 - probabilities.square().sum(1))
     total = traces.sum()
     order = traces.argsort(descending=True, stable=True)
     # the tail whose whole trace is a tenth of what may be dropped needs no decomposition
-    reached = traces[order].cumsum(0)
     tolerance = max((1 - kept_trace) / 10, 1e-14)
+    reached = traces[order].cumsum(0)
     order = order[: int((reached < (1 - tolerance) * total).sum()) + 1]
-    p = probabilities[order]
-    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    values, vectors = torch.linalg.eigh(hessians)
-    values = (values.clamp_min(0) * weights[order, None]).flatten()
+    p, classes = probabilities[order].sort(dim=1, descending=True, stable=True)
+    n_likely = _n_likely(p, weights[order], tolerance)
+    parts = _Answers(p) if n_likely > _MOST_DECOMPOSED else _Eigenpairs(p[:, :n_likely])
+    values = (parts.sizes() * weights[order, None]).flatten()
     ranked = values.argsort(descending=True, stable=True)
     sums = values[ranked].cumsum(0)
     wanted = int((sums < min(kept_trace, 1 - 1e-14) * total).sum()) + 1
     wanted = min(wanted, int((values > 0).sum()), max_rows or len(values))
     kept, sizes = representatives(values[ranked], wanted)
     ranked = ranked[kept]
-    cotangents = vectors.mT.flatten(0, 1)[ranked] * sizes[:, None].sqrt()
+    which, number = ranked // parts.p.shape[1], ranked % parts.p.shape[1]
+    cotangents = torch.zeros(len(ranked), p.shape[1], dtype=p.dtype, device=p.device)
+    directions = parts.directions(which, number) * sizes[:, None].sqrt()
+    cotangents.scatter_(1, classes[which, : parts.p.shape[1]], directions)
     share = float(values[ranked].sum() / total) if total > 0 else 1.0
-    return OutputRows(
-        order[ranked // logits.shape[1]], cotangents.to(logits.dtype), min(share, 1.0), logits
-    )
+    return OutputRows(order[which], cotangents.to(logits.dtype), min(share, 1.0), logits)
+
+
+def _n_likely(p: Tensor, weights: Tensor, tolerance: float) -> int:
+    """Count the likeliest classes among which lies nearly all of the trace."""
+    inside = p.cumsum(1)
+    held = (weights[:, None] * (inside - p.square().cumsum(1) / inside)).sum(0)
+    return min(int((held < (1 - tolerance) * held[-1]).sum()) + 1, p.shape[1])
+
+
+@dataclass(frozen=True)
+class _Eigenpairs:
+    """Eigenpairs of softmax Hessians among the likeliest classes.
+
+    A label says whether it is among these, and which of them it is. The first is left out, so
+    that the curvature never grows.
+    """
+
+    p: Tensor
+
+    @property
+    def chunk(self) -> int:
+        return max(1, _CHUNK // self.p.shape[1] ** 2)
+
+    def sizes(self) -> Tensor:
+        """Give the eigenvalues, (n, n_classes)."""
+        parts = [torch.linalg.eigvalsh(_hessians(part)) for part in self.p.split(self.chunk)]
+        return torch.cat(parts).clamp_min(0)
+
+    def directions(self, which: Tensor, number: Tensor) -> Tensor:
+        """Give the eigenvectors that are asked for, (n_asked, n_classes)."""
+        # an example is decomposed once, whatever is asked of it
+        examples, place = which.unique(return_inverse=True)
+        found = self.p.new_empty(len(which), self.p.shape[1])
+        for start in range(0, len(examples), self.chunk):
+            part = self.p[examples[start : start + self.chunk]]
+            vectors = torch.linalg.eigh(_hessians(part)).eigenvectors
+            rows = (place >= start) & (place < start + self.chunk)
+            found[rows] = vectors[place[rows] - start, :, number[rows]]
+        return found
+
+
+def _hessians(p: Tensor) -> Tensor:
+    return torch.diag_embed(p) - p[:, :, None] * (p / p.sum(1, keepdim=True))[:, None, :]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Softmax Hessians as expectations over labels, for too many classes to decompose."""
+
+    p: Tensor
+
+    def sizes(self) -> Tensor:
+        """Give the expected squared length of each slope, (n, n_classes)."""
+        return self.p * (1 - 2 * self.p + self.p.square().sum(1, keepdim=True))
+
+    def directions(self, which: Tensor, number: Tensor) -> Tensor:
+        """Give slopes of labels, each of length one, (n_asked, n_classes)."""
+        slopes = -self.p[which]
+        slopes[torch.arange(len(which)), number] += 1
+        return slopes / slopes.norm(dim=1, keepdim=True)
 
 
 def representatives(values: Tensor, n: int) -> tuple[Tensor, Tensor]:

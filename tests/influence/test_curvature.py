@@ -89,6 +89,22 @@ def test_representatives_are_unbiased_and_keep_the_large_ones():
         assert float((reached.cumsum(0) - values.cumsum(0)).abs().max()) <= float(sizes.max())
 
 
+@pytest.mark.parametrize(("n_classes", "spread"), [(5, 1.0), (150, 1.0), (300, 8.0)])
+def test_rows_add_up_to_the_softmax_hessians_and_never_to_more(n_classes, spread):
+    torch.manual_seed(0)
+    logits = spread * torch.randn(4, n_classes, dtype=torch.float64)
+    p, shares = logits.softmax(1), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    rows = softmax_rows(logits, shares)
+    for i, share in enumerate(shares):
+        own = rows.cotangents[rows.examples == i]
+        torch.testing.assert_close(own.T @ own, share * hessians[i])
+    # where less is asked for, what is left out is small, and the rest stands for it
+    fewer = softmax_rows(logits, shares, kept_trace=0.99).cotangents
+    trace = float(torch.einsum("n,nii->", shares, hessians))
+    assert trace * 0.99 <= float(fewer.square().sum()) <= trace * (1 + 1e-12)
+
+
 def test_woodbury_is_the_damped_inverse(row_space, gradients):
     factors, matrix = gradients
     expected = matrix @ torch.linalg.solve(EXACT + 0.1 * torch.eye(len(EXACT)), matrix.T)
