@@ -95,6 +95,23 @@ def test_parts_that_cannot_be_taken_row_by_row_are_named(parts, message):
         record(network, inputs, layers_of(module)).pull(torch.ones(2, 3))
 
 
+def test_nothing_is_remembered_below_the_first_layer_asked_for():
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            seen.append(x.requires_grad)
+            return x
+
+    module = nn.Sequential(nn.Linear(4, 4), Probe(), nn.Linear(4, 3))
+    network, inputs = Network(module, np.arange(3)), torch.ones(2, 4)
+    with recording(module):
+        for names in ("all", "2.*"):
+            layers = find_layers(module, select_parameters(module, names))
+            record(network, inputs, layers).pull(torch.ones(2, 3))
+    assert seen == [True, False]
+
+
 def test_tied_weights_are_named():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     module[1].weight = module[0].weight
