@@ -54,7 +54,7 @@ class ComponentAttributor(
         Random masks and ridge; gradients along the paths of the gates; every component
         alone; one gradient at the intact network; or gradients first, then ridge around
         them on true ablations (``"auto"``; where a mask ablates ten components or fewer and
-        the budget has room, every component alone too).
+        the budget pays for it, every component alone before anything else).
     budget : int, default=512
         Passes over the examples, in forward-equivalents (a backward pass counts two).
         ``"loo"`` always takes one for each component.
