@@ -135,11 +135,15 @@ def _is_number(rates):
 def _loaded(network, checkpoint, i):
     if isinstance(checkpoint, Mapping):
         state = checkpoint
+    elif isinstance(checkpoint, nn.Module):
+        state = checkpoint.state_dict()
+    elif isinstance(checkpoint, BaseEstimator):
+        state = open_network(checkpoint).module.state_dict()
     else:
-        module = (
-            checkpoint if isinstance(checkpoint, nn.Module) else open_network(checkpoint).module
+        raise TypeError(
+            f"checkpoint {i} is a {type(checkpoint).__name__}; needed is a state dict, a module or "
+            "a fitted estimator. Read files with torch.load."
         )
-        state = module.state_dict()
     own = network.module.state_dict()
     for name, tensor in own.items():
         if name not in state or state[name].shape != tensor.shape:

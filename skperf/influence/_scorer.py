@@ -8,6 +8,7 @@ from sklearn.utils.validation import check_is_fitted
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._opening import open_network
 from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
+from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.influence._actions import remove, repair
 from skperf.influence._constraints import CONSTRAINTS
@@ -248,25 +249,26 @@ class InfluenceScorer(
         InfluenceScorer
             Itself.
         """
-        X, y = check_labelled_rows(self, X, y, reset=True)
-        if sample_weight is not None:
-            sample_weight = check_sample_weight(sample_weight, X, dtype=np.float64)
-        budget_in_bytes(self.memory_budget)
-        self.estimators_ = fitted_members(self, X, y, sample_weight)
-        self.estimator_ = self.estimators_[0]
-        self.X_, self.y_, self.sample_weight_ = X, y, sample_weight
-        network = open_network(self.estimator_)
-        self.classes_ = network.classes
-        self.method_ = self._resolved_method(network)
-        self.settings_ = named_settings(self)
-        self.ahead_ = half_way(self)
-        problems = [problem for problem, _ in linearised(self)]
-        self.coverage_ = self._coverage(problems[0])
-        self.fits_ = [METHODS[self.method_](problem) for problem in problems]
-        self._read_reports()
-        self._n_features_out = len(X)
-        for lazy in ("_self_influence", "_features"):
-            vars(self).pop(lazy, None)
+        with unchanged_on_error(self):
+            X, y = check_labelled_rows(self, X, y, reset=True)
+            if sample_weight is not None:
+                sample_weight = check_sample_weight(sample_weight, X, dtype=np.float64)
+            budget_in_bytes(self.memory_budget)
+            self.estimators_ = fitted_members(self, X, y, sample_weight)
+            self.estimator_ = self.estimators_[0]
+            self.X_, self.y_, self.sample_weight_ = X, y, sample_weight
+            network = open_network(self.estimator_)
+            self.classes_ = network.classes
+            self.method_ = self._resolved_method(network)
+            self.settings_ = named_settings(self)
+            self.ahead_ = half_way(self)
+            problems = [problem for problem, _ in linearised(self)]
+            self.coverage_ = problems[0].coverage
+            self.fits_ = [METHODS[self.method_](problem) for problem in problems]
+            self._read_reports()
+            self._n_features_out = len(X)
+            for lazy in ("_self_influence", "_features"):
+                vars(self).pop(lazy, None)
         return self
 
     def _resolved_method(self, network):
@@ -277,11 +279,6 @@ class InfluenceScorer(
         linear = len(owners) == 1 and isinstance(owners[0], torch.nn.Linear) and size <= 5000
         usable = self.curvature != "empirical" and self.damping != "flow"
         return "exact" if linear and usable and self.gradients == "factorised" else "ggn"
-
-    @staticmethod
-    def _coverage(problem):
-        every = sum(p.numel() for p in problem.network.module.parameters())
-        return sum(p.numel() for p in problem.parameters.values()) / every
 
     def _read_reports(self):
         report = self.fits_[0].report

@@ -90,6 +90,12 @@ class Problem:
         """Training rows."""
         return len(self.codes)
 
+    @property
+    def coverage(self) -> float:
+        """Share of the network's parameters taken into account."""
+        every = sum(p.numel() for p in self.network.module.parameters())
+        return sum(p.numel() for p in self.parameters.values()) / every
+
     def gradients(
         self, output: Output, X: NDArray[Any], codes: Tensor, weights: Tensor | None = None
     ) -> Gradients:

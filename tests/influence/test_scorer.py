@@ -522,6 +522,29 @@ def test_an_interrupted_fit_leaves_no_files(data, net, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_checkpoints_are_loaded_by_the_user(data, net):
+    X, y = data
+    scorer = InfluenceScorer(FrozenEstimator(net), method="tracin", checkpoints=["epoch1.pt"])
+    with pytest.raises(TypeError, match=r"checkpoint 0 is a str; needed is a state dict"):
+        scorer.fit(X[:120], y[:120])
+
+
+def test_an_interrupted_refit_keeps_the_last_fit(data, net, monkeypatch):
+    X, y = data
+    scorer = InfluenceScorer(FrozenEstimator(net), random_state=0).fit(X[:120], y[:120])
+    expected = scorer.influence(X[120:], y[120:])
+    from skperf.influence import tiles
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiles, "_put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            scorer.fit(X[:60], y[:60])
+    np.testing.assert_array_equal(scorer.influence(X[120:], y[120:]), expected)
+
+
 def test_unit_and_sign_on_a_row_scored_against_itself(data, net, scorer):
     X, y = data
     assert (scorer.self_influence_ >= 0).all()
