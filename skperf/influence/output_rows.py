@@ -137,7 +137,8 @@ class _Answers:
         """Give slopes of labels, each of length one, (n_asked, n_classes)."""
         slopes = -self.p[which]
         slopes[torch.arange(len(which)), number] += 1
-        return slopes / slopes.norm(dim=1, keepdim=True)
+        lengths: Tensor = slopes.norm(dim=1, keepdim=True)
+        return slopes / lengths
 
 
 def representatives(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
