@@ -4,7 +4,7 @@ Run with ``python -m skperf [folder]``; figures go to the folder, by default
 ``skperf_quickstart``.
 """
 
-import sys
+import argparse
 import textwrap
 import time
 import warnings
@@ -310,4 +310,6 @@ SECTIONS = (performative_rows, reprogramming_rows, influence_rows, component_row
 
 if __name__ == "__main__":
     warnings.simplefilter("default")
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "skperf_quickstart"))
+    parser = argparse.ArgumentParser("python -m skperf", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("skperf_quickstart"))
+    main(parser.parse_args().folder)
