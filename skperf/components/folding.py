@@ -72,18 +72,20 @@ def trace(network: Network, inputs: Tensor) -> Trace:
     return Trace(order, followers, sum(output.numel() for output in kept) // max(len(inputs), 1))
 
 
-def private_copy(network: Network) -> tuple[Network, bool]:
+def private_copy(network: Network, inputs: Tensor) -> tuple[Network, bool]:
     """Copy a network for work on its weights.
 
     Parameters
     ----------
     network : Network
         The user's network.
+    inputs : Tensor of shape (n, ...)
+        A few examples.
 
     Returns
     -------
     network : Network
-        A frozen copy in evaluation mode, without in-place activations and with
+        A frozen copy in evaluation mode, without in-place activations and, if it runs so, with
         convolution weights in channels-last order; the user's own where the module
         cannot be copied.
     copied : bool
@@ -101,8 +103,17 @@ def private_copy(network: Network) -> tuple[Network, bool]:
         if getattr(part, "inplace", False) is True:
             part.inplace = False  # type: ignore[assignment]
     if any(isinstance(part, nn.Conv2d) for part in module.modules()):
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _reorder(module, torch.channels_last)
+        try:
+            with untouched(module), torch.no_grad():
+                replace(network, module=module)(inputs)
+        except RuntimeError:  # its own Tensor.view insists on the usual order
+            _reorder(module, torch.contiguous_format)
     return replace(network, module=module), True
+
+
+def _reorder(module: nn.Module, order: torch.memory_format) -> None:
+    module.to(memory_format=order)  # type: ignore[call-overload]
 
 
 def fold(network: Network, followers: dict[nn.Module, nn.Module]) -> None:

@@ -75,7 +75,7 @@ class Circuit:
         self.components = list(components)
         self.ablation = ablation
         self.examples = examples[:256]
-        self.network, self.copied = private_copy(network)
+        self.network, self.copied = private_copy(network, examples[:2])
         seen = trace(self.network, examples[:2])
         self._build(seen)
         if self.copied and accelerate and seen.followers:
@@ -231,7 +231,7 @@ class Circuit:
             for a, b in zip(before, after, strict=True)
         ):
             return folded
-        self.network, self.copied = private_copy(network)
+        self.network, self.copied = private_copy(network, self.examples[:2])
         seen = trace(self.network, self.examples[:2])
         self._build(seen)
         return seen

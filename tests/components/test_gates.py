@@ -48,6 +48,27 @@ def with_rows_zeroed(network, components, mask, inputs, codes, scale=0.0):
         return margin(changed(inputs), codes)
 
 
+class Viewing(nn.Module):
+    """Insists on the usual order of an image's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolve, self.output = nn.Conv2d(1, 4, 3), nn.Linear(144, 3)
+
+    def forward(self, images):
+        return self.output(torch.relu(self.convolve(images)).view(len(images), -1))
+
+
+def test_a_network_may_view_its_activations():
+    torch.manual_seed(0)
+    module, inputs = Viewing().double(), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    network, components = Network(module, np.arange(3)), find_components(module, "conv_filters")
+    masks, codes = random_masks(len(components)), torch.arange(3)
+    actual = Circuit(network, components, inputs).outputs(inputs, codes, margin, masks)
+    expected = [with_rows_zeroed(network, components, v, inputs, codes) for v in masks]
+    torch.testing.assert_close(actual, torch.stack(expected, 1), **EXACT)
+
+
 @pytest.mark.parametrize(("kind", "selection"), KINDS)
 @pytest.mark.parametrize("n", [40, 3, 1])
 def test_zeroing_equals_zeroed_weight_rows(kind, selection, n):
