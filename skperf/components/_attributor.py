@@ -12,6 +12,7 @@ from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
+from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.backbone.outputs import resolve_output
 from skperf.components._actions import ablate, edit, top_components
@@ -170,16 +171,18 @@ class ComponentAttributor(
         self : ComponentAttributor
             Fitted.
         """
-        X, y = check_labelled_rows(self, X, y, reset=True)
-        if self.warm_start and hasattr(self, "_study") and self._study.is_about(X, y):
-            missing = self.budget - self._study.cost
-            if missing > 0:
-                self._spend(missing + 1)
-            return self
-        self.estimator_ = fit_estimator(self.estimator, X, y, random_state=self.random_state)
-        self._begin(X, y)
-        self._spend(self.budget)
+        with unchanged_on_error(self):
+            X, y = check_labelled_rows(self, X, y, reset=True)
+            goes_on = self.warm_start and hasattr(self, "_study") and self._study.is_about(X, y)
+            if not goes_on:
+                self._begin(X, y)
+        missing = self.budget - self._study.cost + 1 if goes_on else self.budget
+        if missing > 1 or not goes_on:
+            self._spend(missing)
         return self
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "attributions_")
 
     @fit_context(prefer_skip_nested_validation=False)
     def partial_fit(self, X, y):
@@ -382,6 +385,8 @@ class ComponentAttributor(
         return open_network(self.estimator_)
 
     def _begin(self, X, y):
+        self.estimator_ = fit_estimator(self.estimator, X, y, random_state=self.random_state)
+        vars(self).pop("attributions_", None)
         network = self._network()
         self.classes_ = network.classes
         if self.output in ("margin", "log_odds") and network.n_classes < 2:
@@ -390,9 +395,8 @@ class ComponentAttributor(
             )
         resolve_output(self.output)
         components = find_components(network.module, self.components)
-        settings = self.get_params(deep=False)
-        for name in ("estimator", "components", "random_state"):
-            settings.pop(name)
+        own = ("estimator", "components", "random_state")
+        settings = {k: v for k, v in self.get_params(deep=False).items() if k not in own}
         self._study = Study(
             X,
             y,

@@ -9,6 +9,7 @@ import torch
 from joblib import parallel_config
 from sklearn.base import clone
 from sklearn.datasets import load_iris
+from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -154,6 +155,29 @@ def test_an_interrupted_fit_keeps_what_it_has_and_can_go_on(monkeypatch):
     model.set_params(budget=64).partial_fit(X, y)
     whole = ComponentAttributor(module, budget=129, **options).fit(X, y)
     np.testing.assert_allclose(model.attributions_, whole.attributions_, atol=1e-9)
+
+
+def test_a_refit_that_fails_keeps_the_last_and_one_that_is_interrupted_keeps_none(monkeypatch):
+    module, X, y = made(Residual)
+    options = {"fraction": 0.2, "method": "regression", "budget": 65, "random_state": 0}
+    model = ComponentAttributor(module, **options).fit(X, y)
+    expected = model.attributions_
+    with pytest.raises(ValueError, match="no_such"):
+        model.set_params(components="no_such").fit(X[:20], y[:20])
+    assert model.attributions_ is expected
+    assert model.score(n_masks=20) > 0.5
+
+    def interrupted(question, numbers):
+        raise KeyboardInterrupt
+
+    model.set_params(components="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(passes_module, "_masks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.fit(X[:20], y[:20])
+    with pytest.raises(NotFittedError):
+        model.score(n_masks=20)
+    assert model.partial_fit(X[:20], y[:20]).attributions_.shape[0] == 20
 
 
 def test_auto_goes_on_where_it_was_interrupted_among_single_ablations(monkeypatch):
