@@ -105,7 +105,7 @@ class Shelf:
         size = n * like.shape[1:].numel() * like.element_size()
         if self.used + size <= self.budget or size == 0:
             self.used += size
-            # numpy asks the system for large pages: they cost a fourth to touch first
+            # numpy asks the system for large pages, which are cheaper to touch first
             return torch.from_numpy(np.empty((n, *like.shape[1:]), _numpy_type(like)))
         if self.home is None:
             self.home = Path(tempfile.mkdtemp(prefix="skperf-influence-", dir=self.folder))
