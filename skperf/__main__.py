@@ -15,13 +15,7 @@ WIDTHS = (24, 38, 38, 32)
 
 
 def main(folder: Path) -> None:
-    """Run every section and print one table.
-
-    Parameters
-    ----------
-    folder : Path
-        Where figures go; made if it is not there.
-    """
+    """Run every section and print one table."""
     import matplotlib as mpl
     import torch
 
@@ -40,13 +34,7 @@ def main(folder: Path) -> None:
 
 
 def print_row(cells: tuple[str, ...]) -> None:
-    """Print a row of the table, its cells wrapped.
-
-    Parameters
-    ----------
-    cells : tuple of str
-        One for each of the columns.
-    """
+    """Print a row of the table, its cells wrapped."""
     wrapped = [textwrap.wrap(cell, width) for cell, width in zip(cells, WIDTHS, strict=True)]
     for line in range(max(map(len, wrapped))):
         parts = [
@@ -57,18 +45,7 @@ def print_row(cells: tuple[str, ...]) -> None:
 
 
 def performative_rows(figures: Path) -> list[tuple[str, str, str, str]]:
-    """Live through rounds that answer the deployed network, then choose what to ship.
-
-    Parameters
-    ----------
-    figures : Path
-        Where the figure goes.
-
-    Returns
-    -------
-    list of tuple
-        Rows of the table.
-    """
+    """Live through rounds that answer the deployed network, then choose what to ship."""
     import numpy as np
 
     from skperf import PerformativeAdapter, TrajectoryDisplay, from_module
@@ -119,18 +96,7 @@ def performative_rows(figures: Path) -> list[tuple[str, str, str, str]]:
 
 
 def reprogramming_rows(figures: Path) -> list[tuple[str, str, str, str]]:
-    """Reprogram the shipped text-image encoder for ten kinds of clothes.
-
-    Parameters
-    ----------
-    figures : Path
-        Where the figure goes.
-
-    Returns
-    -------
-    list of tuple
-        Rows of the table.
-    """
+    """Reprogram the shipped text-image encoder for ten kinds of clothes."""
     import matplotlib.pyplot as plt
     import numpy as np
     from sklearn.linear_model import LogisticRegression
@@ -174,18 +140,7 @@ def reprogramming_rows(figures: Path) -> list[tuple[str, str, str, str]]:
 
 
 def influence_rows(figures: Path) -> list[tuple[str, str, str, str]]:
-    """Find flipped labels, and correct mistakes by the rows behind them.
-
-    Parameters
-    ----------
-    figures : Path
-        Where the figure goes.
-
-    Returns
-    -------
-    list of tuple
-        Rows of the table.
-    """
+    """Find flipped labels, and correct mistakes by the rows behind them."""
     import numpy as np
     from sklearn.metrics import roc_auc_score
 
@@ -234,18 +189,7 @@ def influence_rows(figures: Path) -> list[tuple[str, str, str, str]]:
 
 
 def component_rows(figures: Path) -> list[tuple[str, str, str, str]]:
-    """Say which filters made predictions, and cut a class out of a network.
-
-    Parameters
-    ----------
-    figures : Path
-        Where the figure goes.
-
-    Returns
-    -------
-    list of tuple
-        Rows of the table.
-    """
+    """Say which filters made predictions, and cut a class out of a network."""
     import matplotlib.pyplot as plt
     import numpy as np
 

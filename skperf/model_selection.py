@@ -150,21 +150,7 @@ class OneStepScorer(MetadataRequester):
     def __call__(self, estimator, X, y, rounds=None):
         """Compute the mean log likelihood of labels, higher is better.
 
-        Parameters
-        ----------
-        estimator : PerformativeAdapter or Pipeline that ends in one
-            Fitted.
-        X : array-like of shape (n, ...)
-            Rows.
-        y : array-like of shape (n,)
-            Labels.
-        rounds : array-like of int of shape (n,), optional
-            Round of every row; None means one round.
-
-        Returns
-        -------
-        float
-            In nats a label, negative.
+        Shapes: X (n, ...), y (n,), rounds (n,).
         """
         if hasattr(estimator, "best_estimator_"):
             estimator = estimator.best_estimator_

@@ -14,20 +14,8 @@ __all__ = ["CallbackSupportMixin", "tells_callbacks"]
 
 
 def tells_callbacks(fit):
-    """Decorate a ``fit`` so that scikit-learn's callbacks hear of its beginning and end.
-
-    Goes below ``fit_context``, which takes the callbacks down again.
-
-    Parameters
-    ----------
-    fit : function
-        ``fit(self, X, y, ...)`` of an estimator with ``CallbackSupportMixin``.
-
-    Returns
-    -------
-    function
-        With the same signature.
-    """
+    """Decorate a ``fit`` so that scikit-learn's callbacks hear of its beginning and end."""
+    # Goes below `fit_context`, which takes the callbacks down again.
 
     @wraps(fit)
     def told(estimator, X, y=None, *args, **kwargs):

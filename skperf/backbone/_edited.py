@@ -52,22 +52,7 @@ class EditedClassifier(ModuleClassifier):
 
 
 def edited(estimator, network, report) -> BaseEstimator:
-    """Wrap an edited network.
-
-    Parameters
-    ----------
-    estimator : classifier
-        The fitted original.
-    network : Network
-        The changed copy.
-    report : dict
-        What was done and what it cost.
-
-    Returns
-    -------
-    EditedClassifier
-        Fitted.
-    """
+    """Wrap an edited network."""
     return EditedClassifier(
         estimator, network.to_module(), network.classes, report, batch_size=network.batch_size
     )

@@ -182,23 +182,7 @@ def from_module(module, classes=None, *, device=None, batch_size=256):
 
 
 def n_outputs(module):
-    """Read a module's number of outputs off its last layer.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Any module.
-
-    Returns
-    -------
-    int
-        Outputs of the last linear or convolutional layer.
-
-    Raises
-    ------
-    AttributeError
-        If there is no such layer.
-    """
+    """Read a module's number of outputs off its last layer."""
     for part in reversed(list(module.modules())):
         for attribute in ("out_features", "out_channels"):
             width = getattr(part, attribute, None)

@@ -28,38 +28,14 @@ class _StopTraining(Exception):
 
 
 def seed_of(random_state):
-    """Draw one seed.
-
-    Parameters
-    ----------
-    random_state : int, RandomState or None
-        As in scikit-learn, except that None takes fresh entropy instead of numpy's
-        global stream, which is left alone.
-
-    Returns
-    -------
-    int
-        Between 0 and 2**31 - 1.
-    """
+    """Draw one seed."""
     if random_state is None:
         return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
     return int(check_random_state(random_state).randint(2**31 - 1))
 
 
 class TensorBatches:
-    """Slices of tensors, in place of a DataLoader that collates row by row.
-
-    Parameters
-    ----------
-    dataset : skorch Dataset or torch Subset of one
-        Arrays or tensors in memory.
-    batch_size : int, default=128
-        Rows in a slice; the last may have fewer.
-    shuffle : bool, default=False
-        Whether each pass goes through the rows in a new order.
-    generator : torch.Generator, optional
-        Source of the orders.
-    """
+    """Slices of tensors, in place of a DataLoader that collates row by row."""
 
     def __init__(self, dataset, batch_size=128, shuffle=False, generator=None):
         indices = getattr(dataset, "indices", None)

@@ -26,36 +26,7 @@ from skperf.backbone.network import (
 def fit_estimator(estimator, X, y, *, sample_weight=None, random_state=None):
     """Fit an estimator given in any of the accepted forms.
 
-    Parameters
-    ----------
-    estimator : classifier, nn.Module, FrozenEstimator or None
-        A classifier is cloned and fitted; whatever is frozen, a module, or has
-        ``to_module()`` is used as it is; None means :func:`default_net`.
-    X : ndarray of shape (n, ...)
-        Validated rows.
-    y : ndarray of shape (n,)
-        Validated labels.
-    sample_weight : ndarray of shape (n,), optional
-        Passed on to what is fitted.
-    random_state : int, RandomState or None
-        Seeds a clone that has no `random_state` of its own.
-
-    Returns
-    -------
-    classifier
-        Fitted, with ``classes_``.
-
-    Raises
-    ------
-    TypeError
-        If `estimator` is none of these.
-    ValueError
-        If sample weights are given to an estimator that takes none.
-
-    Warns
-    -----
-    UserWarning
-        If a classifier was already fitted: its weights are not used.
+    Shapes: X (n, ...), y (n,), sample_weight (n,).
     """
     if isinstance(estimator, nn.Module):
         return _probed(ModuleClassifier(estimator), X)
@@ -99,24 +70,7 @@ def fit_estimator(estimator, X, y, *, sample_weight=None, random_state=None):
 
 
 def open_network(fitted):
-    """Open the torch network inside a fitted classifier.
-
-    Parameters
-    ----------
-    fitted : classifier
-        What :func:`fit_estimator` returns. Scikit-learn's ``LogisticRegression`` and
-        ``MLPClassifier`` are converted exactly, in their own precision.
-
-    Returns
-    -------
-    Network
-        Around the classifier's own module, not a copy, wherever it has one.
-
-    Raises
-    ------
-    TypeError
-        If there is no network inside.
-    """
+    """Open the torch network inside a fitted classifier."""
     if isinstance(fitted, FrozenEstimator):
         return open_network(fitted.estimator)
     if isinstance(fitted, nn.Module):
@@ -141,25 +95,7 @@ def open_network(fitted):
 def class_logits(fitted, X):
     """Compute log scores of every class with any fitted classifier.
 
-    Parameters
-    ----------
-    fitted : classifier
-        Fitted. Networks give raw logits; others the logarithm of ``predict_proba``, or
-        ``decision_function``.
-    X : ndarray of shape (n, ...)
-        Rows.
-
-    Returns
-    -------
-    ndarray of shape (n, n_classes)
-        Float64, up to one constant in each row; columns in the order of ``classes_``.
-
-    Raises
-    ------
-    TypeError
-        If the classifier has neither method.
-    ValueError
-        If what it returns are no probabilities.
+    Shapes: X (n, ...) -> (n, n_classes).
     """
     if has_network(fitted):
         return open_network(fitted).logits(X).double().numpy()
@@ -178,18 +114,7 @@ def class_logits(fitted, X):
 
 
 def has_network(fitted):
-    """Tell whether :func:`open_network` would open a classifier.
-
-    Parameters
-    ----------
-    fitted : classifier
-        Any.
-
-    Returns
-    -------
-    bool
-        True where there is a network inside.
-    """
+    """Tell whether :func:`open_network` would open a classifier."""
     if isinstance(fitted, FrozenEstimator):
         return has_network(fitted.estimator)
     kinds = (nn.Module, NeuralNet, LogisticRegression, MLPClassifier)

@@ -30,18 +30,6 @@ __all__ = [
 def check_sample_weight(sample_weight, X, *, dtype=None):
     """Validate weights: one a row, finite, none negative, not all zero.
 
-    Parameters
-    ----------
-    sample_weight : array-like of shape (n,), float or None
-        Weights; None means ones.
-    X : ndarray of shape (n, ...)
-        The rows.
-    dtype : dtype, optional
-        Floating type of the result.
-
-    Returns
-    -------
-    ndarray of shape (n,)
-        The weights.
+    Shapes: sample_weight (n,), X (n, ...) -> (n,).
     """
     return _check_sample_weight(sample_weight, X, dtype=dtype, ensure_non_negative=True)

@@ -23,32 +23,10 @@ def spread(
     prefer: str | None = None,
     own: bool = False,
 ) -> Iterator[Any]:
-    """Run ``task(common, piece)`` for every piece, wherever joblib is told to.
-
-    Processes take `common` as an array of bytes: joblib maps it into the memory of processes on
-    this machine, and dask replicates it over its workers, so that a worker that dies costs time
-    only. Threads share it.
-
-    Parameters
-    ----------
-    task : callable
-        At the top level of a module.
-    common : object
-        What all pieces need, such as the network.
-    pieces : iterable
-        What distinguishes them; sent with each task.
-    n_jobs : int or None
-        As in joblib.
-    prefer : {"threads", "processes"}, optional
-        As in joblib.
-    own : bool, default=False
-        Whether tasks change `common`, so that threads need a copy each.
-
-    Yields
-    ------
-    object
-        Results, in the order of the pieces.
-    """
+    """Run ``task(common, piece)`` for every piece, wherever joblib is told to."""
+    # Processes take `common` as an array of bytes: joblib maps it into the memory of processes
+    # on this machine, and dask replicates it over its workers, so that a worker that dies costs
+    # time only. Threads share it.
     if effective_n_jobs(n_jobs) == 1:
         yield from (task(common, piece) for piece in pieces)
         return
@@ -67,20 +45,7 @@ def spread(
 
 
 def leaves_the_process(n_jobs: int | None, prefer: str | None = None) -> bool:
-    """Say whether what tasks take and give is copied to other processes and back.
-
-    Parameters
-    ----------
-    n_jobs : int or None
-        As in joblib.
-    prefer : {"threads", "processes"}, optional
-        As in joblib.
-
-    Returns
-    -------
-    bool
-        False with one worker and with threads.
-    """
+    """Say whether what tasks take and give is copied to other processes and back."""
     backend, _ = get_active_backend(prefer=prefer)
     return effective_n_jobs(n_jobs) > 1 and not getattr(backend, "supports_sharedmem", False)
 

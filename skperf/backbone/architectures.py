@@ -57,19 +57,7 @@ class MLP(nn.Module):
 
 
 class SmallConvNet(nn.Module):
-    """Three convolutions with max-pooling and one linear layer; 16,938 parameters by default.
-
-    Parameters
-    ----------
-    n_classes : int, default=10
-        Number of logits.
-    n_channels : int, default=1
-        Channels of the input images.
-    image_size : int, default=28
-        Side of the (square) input images.
-    widths : sequence of int, default=(16, 32, 32)
-        Filters of the convolutions; each is followed by a halving of the image.
-    """
+    """Three convolutions with max-pooling and one linear layer; 16,938 parameters by default."""
 
     def __init__(
         self,
@@ -91,15 +79,7 @@ class SmallConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, C, H, W), (n, H, W) or (n, C * H * W)
-            Images with values in [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Logits.
+        Shapes: images (n, C, H, W), (n, H, W) or (n, C * H * W) -> (n, n_classes).
         """
         images = _as_image_batch(images, self.n_channels, self.image_size)
         logits: Tensor = self.output(self.features(images).flatten(1))
@@ -107,27 +87,11 @@ class SmallConvNet(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Residual network with batch normalisation; 560 convolution filters by default.
+    """Residual network with batch normalisation; 560 convolution filters by default."""
 
-    A stem, three stages of ``n_blocks`` residual blocks with ``width``, ``2 * width`` and
-    ``4 * width`` filters (the second and third halve the image), global average pooling and one
-    linear layer.
-
-    Parameters
-    ----------
-    n_classes : int, default=10
-        Number of logits.
-    n_channels : int, default=1
-        Channels of the input images.
-    image_size : int, default=28
-        Side of the (square) input images.
-    width : int, default=16
-        Filters of the stem and the first stage.
-    n_blocks : int, default=2
-        Residual blocks of a stage.
-    stem_stride : int, default=2
-        Stride of the first convolution; 1 suits images as small as 8 x 8.
-    """
+    # A stem, three stages of `n_blocks` residual blocks with `width`, `2 * width` and `4 *
+    # width` filters (the second and third halve the image), global average pooling and one
+    # linear layer.
 
     def __init__(
         self,
@@ -160,15 +124,7 @@ class SmallResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, C, H, W), (n, H, W) or (n, C * H * W)
-            Images with values in [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Logits.
+        Shapes: images (n, C, H, W), (n, H, W) or (n, C * H * W) -> (n, n_classes).
         """
         images = _as_image_batch(images, self.n_channels, self.image_size)
         features = self.blocks(self.stem(images))
@@ -198,16 +154,10 @@ class _ResidualBlock(nn.Module):
 
 
 class RNet(nn.Module):
-    """R-Net, the second stage of the MTCNN face detector, as a two-class network.
+    """R-Net, the second stage of the MTCNN face detector, as a two-class network."""
 
-    140 convolution filters. The softmax of the published network is left off, so the outputs are
-    logits (of "not a face" and "face"), and so is its second head, which refines boxes.
-
-    References
-    ----------
-    Zhang, Zhang, Li, Qiao: Joint face detection and alignment using multitask cascaded
-    convolutional networks. IEEE Signal Processing Letters 23(10), 2016.
-    """
+    # 140 convolution filters. The softmax of the published network is left off, so the outputs
+    # are logits (of "not a face" and "face"), and so is its second head, which refines boxes.
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,18 +174,7 @@ class RNet(nn.Module):
         self.output = nn.Linear(128, 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of a batch of images.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, 3, 24, 24)
-            Images with values in [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, 2)
-            Logits of "not a face" and "face".
-        """
+        """Return the logits of a batch of images: images (n, 3, 24, 24) -> (n, 2)."""
         features = (images * 255 - 127.5) / 128
         features = self.pool1(self.prelu1(self.conv1(features)))
         features = self.pool2(self.prelu2(self.conv2(features)))
@@ -245,39 +184,12 @@ class RNet(nn.Module):
 
 
 class TextImageEncoder(nn.Module):
-    """Two towers that map images and short texts into one space, in the manner of CLIP.
+    """Two towers that map images and short texts into one space, in the manner of CLIP."""
 
-    The image tower is six convolutions with batch normalisation, average pooling and a linear
-    map. The text tower is a small transformer whose outputs are averaged over the tokens that are
-    not padding (id 0). The methods are named as in open_clip. Similarity of an image and a text is
-    the cosine of their embeddings times ``exp(logit_scale)``.
-
-    Parameters
-    ----------
-    vocabulary_size : int
-        Number of token ids; id 0 is padding.
-    embed_dim : int, default=256
-        Length of the embeddings.
-    image_size : int, default=32
-        Side of the (square) input images.
-    image_widths : sequence of int, default=(32, 64, 64, 128, 128, 256)
-        Filters of the convolutions; every second one halves the image.
-    text_width : int, default=128
-        Width of the transformer.
-    text_layers : int, default=2
-        Number of transformer blocks.
-    text_heads : int, default=4
-        Attention heads of a block.
-    context_length : int, default=16
-        Largest number of tokens of a text.
-    mean, std : sequence of 3 floats, default=(0.5, 0.5, 0.5)
-        What pixels in [0, 1] are normalised with before `encode_image`.
-
-    References
-    ----------
-    Radford et al.: Learning transferable visual models from natural language supervision.
-    ICML 2021.
-    """
+    # The image tower is six convolutions with batch normalisation, average pooling and a linear
+    # map. The text tower is a small transformer whose outputs are averaged over the tokens that
+    # are not padding (id 0). The methods are named as in open_clip. Similarity of an image and a
+    # text is the cosine of their embeddings times `exp(logit_scale)`.
 
     def __init__(
         self,
@@ -311,36 +223,13 @@ class TextImageEncoder(nn.Module):
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
         """Return the embeddings of images.
 
-        Parameters
-        ----------
-        pixels : Tensor of shape (n, 3, image_size, image_size)
-            Images in [0, 1] from which `mean` was subtracted and that were divided by `std`.
-        normalize : bool, default=False
-            Whether to scale the embeddings to unit length.
-
-        Returns
-        -------
-        Tensor of shape (n, embed_dim)
-            Embeddings.
+        Shapes: pixels (n, 3, image_size, image_size) -> (n, embed_dim).
         """
         embeddings: Tensor = self.visual(pixels)
         return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
     def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:
-        """Return the embeddings of tokenized texts.
-
-        Parameters
-        ----------
-        ids : LongTensor of shape (n, length)
-            Token ids, padded with 0 to the right; length <= context_length.
-        normalize : bool, default=False
-            Whether to scale the embeddings to unit length.
-
-        Returns
-        -------
-        Tensor of shape (n, embed_dim)
-            Embeddings.
-        """
+        """Return the embeddings of tokenized texts: ids (n, length) -> (n, embed_dim)."""
         kept = ids != 0
         states = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         for block in self.transformer:
@@ -353,17 +242,7 @@ class TextImageEncoder(nn.Module):
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the unit embeddings of images and of texts, and the scale of their cosines.
 
-        Parameters
-        ----------
-        pixels : Tensor of shape (n, 3, image_size, image_size)
-            Normalised images.
-        ids : LongTensor of shape (k, length)
-            Token ids.
-
-        Returns
-        -------
-        tuple of Tensor
-            Image embeddings (n, embed_dim), text embeddings (k, embed_dim), scale ().
+        Shapes: pixels (n, 3, image_size, image_size), ids (k, length).
         """
         images = self.encode_image(pixels, normalize=True)
         texts = self.encode_text(ids, normalize=True)

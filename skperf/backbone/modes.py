@@ -59,27 +59,14 @@ _VISITS: "WeakKeyDictionary[nn.Module, _Visit]" = WeakKeyDictionary()
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[nn.Module]:
-    """Open a network for use and give it back as it was found.
-
-    Inside, every part is in evaluation mode and no parameter requires a gradient. On
-    exit, also by an exception or a keyboard interrupt, the mode of every part,
-    ``requires_grad``, ``.grad``, buffers, hooks and torch's global random streams are
-    as before. Parameter values are not copied: whoever changes them in place also
-    enters :func:`~skperf.backbone.parameters.restored`.
-
-    The context may be nested, and threads may share a module: the first one in records
-    its state and the last one out restores it.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network; it is not copied.
-
-    Yields
-    ------
-    nn.Module
-        The same module.
-    """
+    """Open a network for use and give it back as it was found."""
+    # Inside, every part is in evaluation mode and no parameter requires a gradient. On exit,
+    # also by an exception or a keyboard interrupt, the mode of every part, `requires_grad`,
+    # `.grad`, buffers, hooks and torch's global random streams are as before. Parameter values
+    # are not copied: whoever changes them in place also enters
+    # :func:`~skperf.backbone.parameters.restored`.
+    # The context may be nested, and threads may share a module: the first one in records its
+    # state and the last one out restores it.
     with preserved_rng(_device_of(module)):
         with _LOCK:
             visit = _VISITS.get(module)
@@ -116,21 +103,9 @@ _STREAMS.cuda = {}
 
 @contextmanager
 def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
-    """Keep torch's global random streams as they are.
-
-    Unlike ``torch.random.fork_rng`` it may be entered by several threads at once: the
-    last one out restores what the first one in has found.
-
-    Parameters
-    ----------
-    device : torch.device, optional
-        Also keep the stream of this CUDA device.
-
-    Yields
-    ------
-    None
-        Nothing.
-    """
+    """Keep torch's global random streams as they are."""
+    # Unlike `torch.random.fork_rng` it may be entered by several threads at once: the last one
+    # out restores what the first one in has found.
     with _LOCK:
         if _STREAMS.visitors == 0:
             _STREAMS.cpu = torch.get_rng_state()
@@ -152,19 +127,7 @@ def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Change or watch the outputs of parts of a network, in this thread only.
-
-    Parameters
-    ----------
-    hooks : mapping of nn.Module to callable
-        ``hook(module, args, output)`` as in :meth:`torch.nn.Module.register_forward_hook`;
-        what it returns, unless None, replaces the output.
-
-    Yields
-    ------
-    None
-        Nothing.
-    """
+    """Change or watch the outputs of parts of a network, in this thread only."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
             handle = module.register_forward_hook(_only_in_this_thread(hook))
@@ -174,19 +137,7 @@ def forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[Non
 
 @contextmanager
 def forward_pre_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Change or watch the inputs of parts of a network, in this thread only.
-
-    Parameters
-    ----------
-    hooks : mapping of nn.Module to callable
-        ``hook(module, args)`` as in :meth:`torch.nn.Module.register_forward_pre_hook`;
-        what it returns, unless None, replaces the arguments.
-
-    Yields
-    ------
-    None
-        Nothing.
-    """
+    """Change or watch the inputs of parts of a network, in this thread only."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
             handle = module.register_forward_pre_hook(_only_in_this_thread(hook))

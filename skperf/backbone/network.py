@@ -20,23 +20,10 @@ Readout = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Network:
-    """The network inside a fitted classifier.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The user's own module, not a copy.
-    classes : ndarray of shape (n_classes,)
-        Labels in the order of the logits' columns.
-    batch_size : int, default=256
-        Rows that go through the module at once.
-    readout : callable, optional
-        Turns what the module returns into logits of shape (n, n_classes); None where the
-        module returns logits.
-    """
+    """The network inside a fitted classifier."""
 
     module: nn.Module
-    classes: NDArray[Any]
+    classes: NDArray[Any]  # (n_classes,)
     batch_size: int = 256
     readout: Readout | None = None
 
@@ -66,17 +53,7 @@ class Network:
     def __call__(self, inputs: Tensor, parameters: Parameters | None = None) -> Tensor:
         """Compute logits, differentiably, in the mode the module is in.
 
-        Parameters
-        ----------
-        inputs : Tensor of shape (n, ...)
-            What :meth:`tensor` made.
-        parameters : dict of str to Tensor, optional
-            Used in place of the module's parameters of the same names.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Class logits.
+        Shapes: inputs (n, ...) -> (n, n_classes).
         """
         if parameters is None:
             outputs = self.module(inputs)
@@ -85,39 +62,11 @@ class Network:
         return outputs if self.readout is None else self.readout(outputs)
 
     def tensor(self, X: ArrayLike) -> Tensor:
-        """Bring rows to the module's device and type.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Numbers, images or tokens. Integers stay integers where the module embeds
-            them; uint8 arrays of three and more dimensions are images and scaled to [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, ...)
-            On the module's device; may share memory with `X`.
-        """
+        """Bring rows to the module's device and type: X (n, ...) -> (n, ...)."""
         return self._converter()(X)
 
     def codes(self, y: ArrayLike) -> Tensor:
-        """Columns of the logits that belong to labels.
-
-        Parameters
-        ----------
-        y : array-like of shape (n,)
-            Labels.
-
-        Returns
-        -------
-        Tensor of shape (n,)
-            Integers on the module's device.
-
-        Raises
-        ------
-        ValueError
-            If the network knows no such label.
-        """
+        """Columns of the logits that belong to labels: y (n,) -> (n,)."""
         labels = np.asarray(y)
         order = np.argsort(self.classes)
         sorted_classes = self.classes[order]
@@ -134,22 +83,7 @@ class Network:
     def batches(
         self, X: ArrayLike, *others: Tensor, batch_size: int | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Go through rows in slices.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Rows; each slice is brought to the module's device by :meth:`tensor`.
-        *others : Tensor of shape (n, ...)
-            Sliced and moved along.
-        batch_size : int, optional
-            Rows in a slice; by default the network's own.
-
-        Yields
-        ------
-        tuple of Tensor
-            The slice of `X` and those of `others`.
-        """
+        """Go through rows in slices: X (n, ...), *others (n, ...)."""
         size = batch_size or self.batch_size
         rows = X if isinstance(X, Tensor) else np.asarray(X)
         convert, device = self._converter(), self.device
@@ -158,25 +92,7 @@ class Network:
             yield convert(rows[part]), *(other[part].to(device) for other in others)
 
     def logits(self, X: ArrayLike, batch_size: int | None = None) -> Tensor:
-        """Logits of many rows, the module left as it was.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Rows.
-        batch_size : int, optional
-            Rows that go through the module at once; by default the network's own.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            On the CPU.
-
-        Raises
-        ------
-        ValueError
-            If there are no rows, or the module's output has not one column for each class.
-        """
+        """Logits of many rows, the module left as it was: X (n, ...) -> (n, n_classes)."""
         with untouched(self.module), torch.inference_mode():
             parts = [self(inputs).cpu() for (inputs,) in self.batches(X, batch_size=batch_size)]
         if not parts:
@@ -190,23 +106,11 @@ class Network:
         return logits
 
     def copy(self) -> "Network":
-        """Copy the network, its module included.
-
-        Returns
-        -------
-        Network
-            Shares no tensor with this one.
-        """
+        """Copy the network, its module included."""
         return replace(self, module=deepcopy(self.module))
 
     def to_module(self) -> nn.Module:
-        """Give the network as a module that returns logits.
-
-        Returns
-        -------
-        nn.Module
-            The user's own module where that returns logits, else one around it.
-        """
+        """Give the network as a module that returns logits."""
         return self.module if self.readout is None else WithReadout(self.module, self.readout)
 
     def _converter(self) -> Callable[[ArrayLike], Tensor]:
@@ -233,15 +137,7 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
 
 
 class WithReadout(nn.Module):
-    """A module followed by a function.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Anything.
-    readout : callable
-        Applied to the module's output.
-    """
+    """A module followed by a function."""
 
     def __init__(self, module: nn.Module, readout: Readout) -> None:
         super().__init__()
@@ -249,84 +145,28 @@ class WithReadout(nn.Module):
         self.readout = readout
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply one after the other.
-
-        Parameters
-        ----------
-        inputs : Tensor of shape (n, ...)
-            The module's inputs.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Logits.
-        """
+        """Apply one after the other: inputs (n, ...) -> (n, n_classes)."""
         return self.readout(self.module(inputs))
 
 
 def log_of_probabilities(outputs: Tensor) -> Tensor:
-    """Logits of a module that returns probabilities.
-
-    Parameters
-    ----------
-    outputs : Tensor of shape (n, n_classes)
-        Probabilities.
-
-    Returns
-    -------
-    Tensor of shape (n, n_classes)
-        Their logarithms, zeros raised to the smallest positive number.
-    """
+    """Logits of a module that returns probabilities: outputs (n, n_classes) -> (n, n_classes)."""
     return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
 
 
 def two_logits(outputs: Tensor) -> Tensor:
-    """Logits of a module with a single output for two classes.
-
-    Parameters
-    ----------
-    outputs : Tensor of shape (n,) or (n, 1)
-        Logit of the second class against the first.
-
-    Returns
-    -------
-    Tensor of shape (n, 2)
-        Zero for the first class.
-    """
+    """Logits of a module with a single output for two classes: outputs (n,) or (n, 1) -> (n, 2)."""
     second = outputs.reshape(len(outputs))
     return torch.stack([torch.zeros_like(second), second], 1)
 
 
 def logits_of_model_output(outputs: Any) -> Tensor:
-    """Logits of a module that returns a record or a tuple.
-
-    Parameters
-    ----------
-    outputs : object
-        A Hugging Face ``ModelOutput`` with a field ``logits``, or a tuple that begins
-        with the logits.
-
-    Returns
-    -------
-    Tensor of shape (n, n_classes)
-        The logits.
-    """
+    """Logits of a module that returns a record or a tuple: -> (n, n_classes)."""
     logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
     assert isinstance(logits, Tensor)
     return logits
 
 
 def first_column(outputs: Tensor) -> Tensor:
-    """Logits of a module that was trained on a single class.
-
-    Parameters
-    ----------
-    outputs : Tensor of shape (n, n_outputs)
-        The module's outputs.
-
-    Returns
-    -------
-    Tensor of shape (n, 1)
-        The first of them.
-    """
+    """Logits of a module that was trained on a single class: outputs (n, n_outputs) -> (n, 1)."""
     return outputs[:, :1]

@@ -10,92 +10,30 @@ Output = Callable[[Tensor, Tensor], Tensor]
 
 
 def logit(logits: Tensor, codes: Tensor) -> Tensor:
-    """Logit of the label.
-
-    Parameters
-    ----------
-    logits : Tensor of shape (n, n_classes)
-        Class logits.
-    codes : Tensor of shape (n,)
-        Column of each row's label.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        The output of each example.
-    """
+    """Logit of the label: logits (n, n_classes), codes (n,) -> (n,)."""
     return logits.gather(1, codes[:, None])[:, 0]
 
 
 def margin(logits: Tensor, codes: Tensor) -> Tensor:
     """Logit of the label minus the largest other logit.
 
-    Parameters
-    ----------
-    logits : Tensor of shape (n, n_classes)
-        Class logits.
-    codes : Tensor of shape (n,)
-        Column of each row's label.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        Positive where the label is predicted.
+    Shapes: logits (n, n_classes), codes (n,) -> (n,).
     """
     return logit(logits, codes) - _without_label(logits, codes).amax(1)
 
 
 def log_odds(logits: Tensor, codes: Tensor) -> Tensor:
-    """Log odds of the label, ``log(p / (1 - p))``.
-
-    Parameters
-    ----------
-    logits : Tensor of shape (n, n_classes)
-        Class logits.
-    codes : Tensor of shape (n,)
-        Column of each row's label.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        The logit of the label minus the log-sum-exp of the others.
-    """
+    """Log odds of the label, ``log(p / (1 - p))``: logits (n, n_classes), codes (n,) -> (n,)."""
     return logit(logits, codes) - _without_label(logits, codes).logsumexp(1)
 
 
 def loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of the label.
-
-    Parameters
-    ----------
-    logits : Tensor of shape (n, n_classes)
-        Class logits.
-    codes : Tensor of shape (n,)
-        Column of each row's label.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        Nats, one loss a row.
-    """
+    """Cross-entropy of the label: logits (n, n_classes), codes (n,) -> (n,)."""
     return functional.cross_entropy(logits, codes, reduction="none")
 
 
 def proba(logits: Tensor, codes: Tensor) -> Tensor:
-    """Probability of the label.
-
-    Parameters
-    ----------
-    logits : Tensor of shape (n, n_classes)
-        Class logits.
-    codes : Tensor of shape (n,)
-        Column of each row's label.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        Between 0 and 1.
-    """
+    """Probability of the label: logits (n, n_classes), codes (n,) -> (n,)."""
     return logit(logits.softmax(1), codes)
 
 
@@ -111,28 +49,7 @@ OUTPUTS: dict[str, Output] = {
 def resolve_output(
     output: str | Output, *, argument: str = "output", allowed: Collection[str] = tuple(OUTPUTS)
 ) -> Output:
-    """Find an output by name, or guard one given as a function.
-
-    Parameters
-    ----------
-    output : str or callable
-        A key of ``OUTPUTS``, or ``output(logits, codes)`` that returns one number a row.
-    argument : str, default="output"
-        What to call it in messages.
-    allowed : collection of str
-        The names that may be used.
-
-    Returns
-    -------
-    callable
-        ``(logits, codes) -> Tensor of shape (n,)``. A function of the user raises
-        ValueError when what it returns has another shape or is not finite.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown.
-    """
+    """Find an output by name, or guard one given as a function."""
     if isinstance(output, str):
         if output not in allowed:
             raise ValueError(

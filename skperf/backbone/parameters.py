@@ -12,27 +12,7 @@ Parameters = dict[str, Tensor]
 
 
 def select_parameters(module: nn.Module, patterns: str | Sequence[str] = "all") -> Parameters:
-    """Parameters of a network by name.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network.
-    patterns : str or sequence of str, default="all"
-        ``"all"``, ``"last"`` (the parameters of the last layer that has any), or one or
-        more globs of parameter names, such as ``"layer4.*"``.
-
-    Returns
-    -------
-    dict of str to Tensor
-        In the network's own order, detached but sharing memory with the network. A tensor
-        that goes by several names appears once, under the first of them.
-
-    Raises
-    ------
-    ValueError
-        If the network has no parameters or a pattern matches none of them.
-    """
+    """Parameters of a network by name."""
     named = {name: parameter.detach() for name, parameter in module.named_parameters()}
     if not named:
         raise ValueError(f"{type(module).__name__} has no parameters.")
@@ -53,41 +33,12 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] = "all") 
 
 
 def flatten(parameters: Parameters) -> Tensor:
-    """Lay parameters out as one vector.
-
-    Parameters
-    ----------
-    parameters : dict of str to Tensor
-        Tensors of any shapes.
-
-    Returns
-    -------
-    Tensor of shape (n_parameters,)
-        A copy, in the order of the dictionary.
-    """
+    """Lay parameters out as one vector: -> (n_parameters,)."""
     return torch.cat([parameter.reshape(-1) for parameter in parameters.values()])
 
 
 def unflatten(vector: Tensor, like: Parameters) -> Parameters:
-    """Cut a vector into parameters.
-
-    Parameters
-    ----------
-    vector : Tensor of shape (n_parameters,)
-        What :func:`flatten` made, or any vector of that length.
-    like : dict of str to Tensor
-        Names, order and shapes of the result.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Views of `vector`.
-
-    Raises
-    ------
-    ValueError
-        If the lengths differ.
-    """
+    """Cut a vector into parameters: vector (n_parameters,)."""
     sizes = [parameter.numel() for parameter in like.values()]
     if vector.shape != (sum(sizes),):
         raise ValueError(f"vector has shape {tuple(vector.shape)}, expected ({sum(sizes)},).")
@@ -100,18 +51,7 @@ def unflatten(vector: Tensor, like: Parameters) -> Parameters:
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[nn.Module]:
-    """Allow in-place changes of parameters and buffers, and undo them on exit.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network whose tensors may be changed inside.
-
-    Yields
-    ------
-    nn.Module
-        The same module.
-    """
+    """Allow in-place changes of parameters and buffers, and undo them on exit."""
     tensors = [*module.parameters(), *module.buffers()]
     saved = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -123,18 +63,7 @@ def restored(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Digest of a network's parameters and buffers.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network.
-
-    Returns
-    -------
-    str
-        SHA-256, hexadecimal; equal for networks with equal names, shapes, types and values.
-    """
+    """Digest of a network's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if isinstance(tensor, Tensor):

@@ -9,27 +9,7 @@ from skperf.components.editing import ORDERS, choose_k, grid_of_k
 
 
 def rows_of(selection, n_rows, name):
-    """Resolve a selection of rows.
-
-    Parameters
-    ----------
-    selection : array-like or None
-        Indices or a boolean mask; None means all rows.
-    n_rows : int
-        Number of rows.
-    name : str
-        What to call it in messages.
-
-    Returns
-    -------
-    ndarray of int
-        Indices.
-
-    Raises
-    ------
-    ValueError
-        If it has the wrong length, is out of range or empty.
-    """
+    """Resolve a selection of rows."""
     if selection is None:
         return np.arange(n_rows)
     rows = np.atleast_1d(np.asarray(selection))
@@ -63,31 +43,7 @@ def edit_network(
 ):
     """Choose what to ablate.
 
-    Parameters
-    ----------
-    question : Question
-        On the rows of `fit`.
-    attributions, stderr : ndarray of shape (n_examples, n_components)
-        Of the fitted attributor.
-    target, reference : array-like or None
-        Rows to change and rows to spare; None spares all others.
-    k : int or "auto"
-        How many.
-    direction : {"increase", "decrease"}
-        Of the targets' output.
-    criterion : {"budgeted", "welch"}
-        A key of ``ORDERS``.
-    guard : Question or None
-        Rows whose accuracy is kept; None means the reference.
-    max_drop : float
-        How far it may fall.
-
-    Returns
-    -------
-    mask : ndarray of shape (n_components,)
-        True = kept.
-    report : dict
-        ``k``, ``path``, ``order`` and what was predicted.
+    Shapes: attributions, stderr (n_examples, n_components) -> mask (n_components,).
     """
     if direction not in ("increase", "decrease"):
         raise ValueError(f"direction={direction!r} must be 'increase' or 'decrease'.")

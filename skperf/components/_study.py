@@ -28,27 +28,11 @@ DEFAULT_FRACTION = 0.05
 
 @dataclass
 class Study:
-    """Examples, components, and all that is known about them.
+    """Examples, components, and all that is known about them."""
 
-    Parameters
-    ----------
-    X, y : ndarray of shape (n_examples, ...) and (n_examples,)
-        The rows of `fit`.
-    codes : Tensor of shape (n_examples,)
-        Columns of their labels.
-    components : list of Component
-        What the gates act on.
-    settings : dict
-        Parameters of the attributor.
-    seed : int
-        Of all draws.
-    fraction : float
-        Share of the components that a mask ablates.
-    """
-
-    X: Any
-    y: Any
-    codes: Any
+    X: Any  # (n_examples, ...) and (n_examples,)
+    y: Any  # (n_examples, ...) and (n_examples,)
+    codes: Any  # (n_examples,)
     components: list
     settings: dict
     seed: int
@@ -197,25 +181,7 @@ class Study:
 
 
 def checked_fraction(fraction, n_components):
-    """Check the share of components a mask ablates.
-
-    Parameters
-    ----------
-    fraction : float
-        As the user has it.
-    n_components : int
-        Number of components.
-
-    Returns
-    -------
-    float
-        The default is raised for very small networks.
-
-    Raises
-    ------
-    ValueError
-        If a mask would ablate less than one component on average.
-    """
+    """Check the share of components a mask ablates."""
     if fraction * n_components >= 1:
         return float(fraction)
     if fraction == DEFAULT_FRACTION:
@@ -229,24 +195,7 @@ def checked_fraction(fraction, n_components):
 def checked_masks(masks, n_components):
     """Turn masks into numbers, one row each.
 
-    Parameters
-    ----------
-    masks : array-like of shape (m, n_components) or (n_components,)
-        As the user has them.
-    n_components : int
-        Length of a mask.
-
-    Returns
-    -------
-    ndarray of shape (m, n_components)
-        Float64.
-
-    Raises
-    ------
-    TypeError
-        If they hold no numbers.
-    ValueError
-        If they have another length or leave [0, 1].
+    Shapes: masks (m, n_components) or (n_components,) -> (m, n_components).
     """
     masks = np.asarray(masks.detach().cpu() if isinstance(masks, torch.Tensor) else masks)
     if masks.dtype.kind not in "bifu":

@@ -27,23 +27,7 @@ def bernoulli_masks(
 ) -> Masks:
     """Random masks that ablate every component with the same probability.
 
-    Parameters
-    ----------
-    seed : int
-        The seed of the whole.
-    numbers : range
-        Which masks of the sequence.
-    n_components : int
-        Length of a mask.
-    fraction : float
-        Probability of ablation.
-    fresh : bool, default=False
-        Take the sequence that no fit ever uses, for scoring.
-
-    Returns
-    -------
-    ndarray of shape (len(numbers), n_components)
-        True = kept.
+    Shapes: -> (len(numbers), n_components).
     """
     purpose = _FRESH if fresh else _FIT
     rows = [_stream(seed, purpose, number).random(n_components) for number in numbers]
@@ -55,30 +39,11 @@ def path_gates(
 ) -> tuple[Floats, Masks]:
     """Gates of one pass of the balanced path design.
 
-    The components of every example are dealt into `n_groups` groups, anew in each round of
-    `n_groups` passes. A pass opens all gates but those of one group, whose gates stand at
-    points of [0, 1] that are spread evenly over the rounds from a random start.
-
-    Parameters
-    ----------
-    seed : int
-        The seed of the whole.
-    number : int
-        Which pass; ``number // n_groups`` is its round.
-    rows : range
-        Consecutive numbers of the examples; each has its own deal.
-    n_components : int
-        Number of gates.
-    n_groups : int
-        Passes in a round; a share ``1 / n_groups`` of the gates is under test.
-
-    Returns
-    -------
-    gates : ndarray of shape (len(rows), n_components)
-        Float32.
-    tested : ndarray of shape (len(rows), n_components)
-        True where the gate is under test.
+    Shapes: -> gates (len(rows), n_components), tested (len(rows), n_components).
     """
+    # The components of every example are dealt into `n_groups` groups, anew in each round of
+    # `n_groups` passes. A pass opens all gates but those of one group, whose gates stand at
+    # points of [0, 1] that are spread evenly over the rounds from a random start.
     round_, turn = divmod(number, n_groups)
     blocks = range(rows[0] // _BLOCK, rows[-1] // _BLOCK + 1)
     first = rows[0] - blocks[0] * _BLOCK
@@ -107,17 +72,7 @@ def _starts(seed: int, block: int, n_components: int) -> Floats:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a budget is spent.
-
-    Parameters
-    ----------
-    gradients : int
-        Passes forward and backward.
-    masks : int
-        Passes with a random mask.
-    singles : int
-        Passes with a single component ablated.
-    """
+    """How a budget is spent."""
 
     gradients: int = 0
     masks: int = 0
@@ -138,36 +93,7 @@ def plan_budget(
     differentiable: bool = True,
     done: Plan | None = None,
 ) -> Plan:
-    """Split a budget of forward-equivalents.
-
-    Parameters
-    ----------
-    method : {"auto", "regression", "path_gradient", "loo", "gradient"}
-        What the passes are for.
-    budget : int
-        Forward-equivalents in all.
-    n_components : int
-        Number of components.
-    fraction : float
-        Share of them that a mask ablates. Where these are few, ablating each component alone
-        says more than gradients do, and "auto" takes it as soon as the budget pays for it,
-        and gradients with what is left from twice the number of components on.
-    differentiable : bool, default=True
-        Whether gradients can be had; without them "auto" spends nothing on them.
-    done : Plan, optional
-        Earlier passes on the same examples.
-
-    Returns
-    -------
-    Plan
-        Passes to add. Costs at most `budget`, except that "loo" always takes one pass a
-        component.
-
-    Raises
-    ------
-    ValueError
-        If the budget is too small for the method.
-    """
+    """Split a budget of forward-equivalents."""
     alone = n_components - (done.singles if done else 0)
     if method == "loo":
         return Plan(singles=alone)

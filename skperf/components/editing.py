@@ -13,29 +13,11 @@ Order = NDArray[np.intp]
 def welch_order(target: Array, reference: Array | None, *, increase: bool) -> Order:
     """Rank components by Welch's t statistic between two groups of attributions.
 
-    ``t_j = (mean_T a_j - mean_R a_j) / sqrt(var_T(a_j) / |T| + var_R(a_j) / |R|)``; lowest
-    first to raise the targets' outputs, highest first to lower them.
-
-    Parameters
-    ----------
-    target : ndarray of shape (n_targets, n_components)
-        Attributions of the examples to change.
-    reference : ndarray of shape (n_references, n_components) or None
-        Attributions of the examples to spare; None counts as zero attributions.
-    increase : bool
-        Whether the outputs shall rise.
-
-    Returns
-    -------
-    ndarray of shape (n_components,)
-        Positions, first to ablate first.
-
-    Notes
-    -----
-    COAR-Edit of Shah et al. (arXiv 2404.11534). Where both variances vanish the released
-    rule divides by zero; here the difference of means is divided by a floor, and equal
-    means score zero.
+    Shapes: target (n_targets, n_components), reference (n_references, n_components) ->
+    (n_components,).
     """
+    # `t_j = (mean_T a_j - mean_R a_j) / sqrt(var_T(a_j) / |T| + var_R(a_j) / |R|)`; lowest first
+    # to raise the targets' outputs, highest first to lower them.
     if reference is None or not len(reference):
         reference = np.zeros((1, target.shape[1]))
     difference = target.mean(0) - reference.mean(0)
@@ -56,27 +38,13 @@ def budgeted_order(
 ) -> Order:
     """Rank components by gain for the targets against harm to the references.
 
-    A linear model makes the choice a knapsack: gain in the targets' mean output over the
-    mean fall of the references' outputs. Falls and rises of different references do not
-    cancel, ``harm_j = mean_R max(a_j, 0)``: it is the single example that is lost. Gains
-    below their own standard error come last.
-
-    Parameters
-    ----------
-    target : ndarray of shape (n_targets, n_components)
-        Attributions of the examples to change.
-    reference : ndarray of shape (n_references, n_components) or None
-        Attributions of the examples to spare.
-    increase : bool
-        Whether the outputs shall rise.
-    target_error : ndarray of shape (n_targets, n_components), optional
-        Standard errors of `target`.
-
-    Returns
-    -------
-    ndarray of shape (n_components,)
-        Positions, first to ablate first.
+    Shapes: target (n_targets, n_components), reference (n_references, n_components), target_error
+    (n_targets, n_components) -> (n_components,).
     """
+    # A linear model makes the choice a knapsack: gain in the targets' mean output over the mean
+    # fall of the references' outputs. Falls and rises of different references do not cancel,
+    # `harm_j = mean_R max(a_j, 0)`: it is the single example that is lost. Gains below their own
+    # standard error come last.
     gain = -target.mean(0) if increase else target.mean(0)
     if target_error is not None:
         noise = np.sqrt((target_error**2).sum(0)) / len(target)
@@ -90,20 +58,7 @@ ORDERS = {"welch": welch_order, "budgeted": budgeted_order}
 
 
 def grid_of_k(n_components: int, most: int | None = None) -> list[int]:
-    """Numbers of components to try, growing by about a third.
-
-    Parameters
-    ----------
-    n_components : int
-        Number of components.
-    most : int, optional
-        The largest; by default half of them.
-
-    Returns
-    -------
-    list of int
-        From 0.
-    """
+    """Numbers of components to try, growing by about a third."""
     last = min(most or max(1, n_components // 2), n_components)
     grid, k = [0], 1
     while k < last:
@@ -122,25 +77,7 @@ def choose_k(
 ) -> tuple[int, list[dict[str, Any]]]:
     """Try numbers of components by true passes and keep the best that is harmless enough.
 
-    Parameters
-    ----------
-    order : ndarray of shape (n_components,)
-        First to ablate first.
-    candidates : sequence of int
-        Numbers to try, ascending, from 0.
-    measure : callable
-        ``measure(mask)`` returns at least ``target_output`` and ``reference_score``.
-    increase : bool
-        Whether the target's output shall rise.
-    max_drop : float
-        How far the reference score may fall below its value at k = 0.
-
-    Returns
-    -------
-    k : int
-        The best; 0 where nothing helps.
-    path : list of dict
-        What was measured, with ``k``.
+    Shapes: order (n_components,).
     """
     path: list[dict[str, Any]] = []
     for k in candidates:

@@ -14,26 +14,11 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Fit:
-    """A linear model of the output for each example.
+    """A linear model of the output for each example."""
 
-    Parameters
-    ----------
-    coefficients : ndarray of shape (n_examples, n_components)
-        Fall of the output per component.
-    intercept : ndarray of shape (n_examples,)
-        Output with everything ablated, as the linear model has it.
-    stderr : ndarray of shape (n_examples, n_components)
-        Standard errors over repeated draws of the passes.
-    penalty : float
-        The ridge penalty chosen.
-    oob_score : float
-        Mean over examples of the correlation between outcomes and predictions that did not
-        use them; NaN where there are none.
-    """
-
-    coefficients: Array
-    intercept: Array
-    stderr: Array
+    coefficients: Array  # (n_examples, n_components)
+    intercept: Array  # (n_examples,)
+    stderr: Array  # (n_examples, n_components)
     penalty: float
     oob_score: float
 
@@ -49,37 +34,13 @@ def ridge(
 ) -> Fit:
     """Ridge regression around a prior, by way of one m x m eigendecomposition.
 
-    ``W = sum_g c_g P_g + argmin_D ||Y - V (sum_g c_g P_g + D)||^2 + penalty |D|^2``
-    with |D|^2 divided by the variances,
-    with V and Y centred. The penalty comes from the exact leave-one-out errors. The standard
-    errors are the sandwich over masks, which lets every mask have noise of its own, and the
-    noise of the prior.
-
-    Parameters
-    ----------
-    masks : ndarray of shape (n_masks, n_components)
-        1 = kept.
-    outcomes : ndarray of shape (n_masks, n_examples)
-        Outputs under these masks.
-    prior : Prior, optional
-        None for plain ridge.
-    slopes : ndarray of shape (n_guesses,), optional
-        How its guesses are mixed; needed with a prior.
-    anchor : ndarray of shape (n_examples,), optional
-        Outputs of the intact network, known for free; one more row.
-    penalty : float, optional
-        Taken as it is; with it no example depends on another.
-
-    Returns
-    -------
-    Fit
-        The model.
-
-    Notes
-    -----
-    Shah et al., "Decomposing and Editing Predictions by Modeling Model Computation"
-    (arXiv 2404.11534) fit plain least squares, which is the limit of no prior and no penalty.
+    Shapes: masks (n_masks, n_components), outcomes (n_masks, n_examples), slopes (n_guesses,),
+    anchor (n_examples,).
     """
+    # `W = sum_g c_g P_g + argmin_D ||Y - V (sum_g c_g P_g + D)||^2 + penalty |D|^2` with |D|^2
+    # divided by the variances, with V and Y centred. The penalty comes from the exact
+    # leave-one-out errors. The standard errors are the sandwich over masks, which lets every
+    # mask have noise of its own, and the noise of the prior.
     V, Y = np.asarray(masks, np.float64), np.asarray(outcomes, np.float64)
     n_masks = len(V)
     if anchor is not None:
@@ -108,15 +69,7 @@ def ridge(
 
 
 class Moments:
-    """Sums over masks from which ridge can be fitted without the masks.
-
-    Parameters
-    ----------
-    n_components : int
-        Number of components.
-    n_examples : int
-        Number of examples.
-    """
+    """Sums over masks from which ridge can be fitted without the masks."""
 
     def __init__(self, n_components: int, n_examples: int) -> None:
         self.count = 0
@@ -129,14 +82,7 @@ class Moments:
     def add(self, masks: NDArray[np.generic], outcomes: Array, sign: int = 1) -> None:
         """Take masks in, or out again.
 
-        Parameters
-        ----------
-        masks : ndarray of shape (n_masks, n_components)
-            1 = kept.
-        outcomes : ndarray of shape (n_masks, n_examples)
-            Outputs under these masks.
-        sign : {1, -1}, default=1
-            Whether they come or go.
+        Shapes: masks (n_masks, n_components), outcomes (n_masks, n_examples).
         """
         V = np.asarray(masks, np.float64)
         self.count += sign * len(V)
@@ -154,27 +100,9 @@ def ridge_from_moments(
     slopes: Array | None = None,
     penalty: float | None = None,
 ) -> Fit:
-    """Ridge regression around a prior, from sums alone.
-
-    As :func:`ridge`, but the penalty minimises generalised cross-validation,
-    ``(RSS / m) / (1 - df / m)^2``, and the standard errors take residuals to be alike.
-
-    Parameters
-    ----------
-    moments : Moments
-        Of more masks than components.
-    prior : Prior, optional
-        None for plain ridge.
-    slopes : ndarray of shape (n_guesses,), optional
-        As in :func:`ridge`.
-    penalty : float, optional
-        As in :func:`ridge`.
-
-    Returns
-    -------
-    Fit
-        The model; its score is NaN.
-    """
+    """Ridge regression around a prior, from sums alone: slopes (n_guesses,)."""
+    # As :func:`ridge`, but the penalty minimises generalised cross-validation, `(RSS / m) / (1 -
+    # df / m)^2`, and the standard errors take residuals to be alike.
     m = moments.count
     centre, level = moments.masks / m, moments.outcomes / m
     gram = moments.gram - m * np.outer(centre, centre)
@@ -203,18 +131,7 @@ def ridge_from_moments(
 
 
 def mean_correlation(predicted: Array, actual: Array) -> float:
-    """Mean over rows of the Pearson correlation.
-
-    Parameters
-    ----------
-    predicted, actual : ndarray of shape (n_examples, n_masks)
-        What to compare; rows that are constant are left out.
-
-    Returns
-    -------
-    float
-        NaN where every row is constant.
-    """
+    """Mean over rows of the Pearson correlation: predicted, actual (n_examples, n_masks)."""
     p = predicted - predicted.mean(1, keepdims=True)
     a = actual - actual.mean(1, keepdims=True)
     power = (p**2).sum(1) * (a**2).sum(1)
@@ -253,12 +170,10 @@ class _Spectrum:
 
 
 def _choose(spectrum: _Spectrum, Y: Array, n_masks: int) -> float:
-    """Average what penalties keep of a correction, by how well they predict masks left out.
-
-    The smallest leave-one-out error alone is no guide with few masks: the errors of bold and
-    of cautious penalties are then alike within their noise. All examples count as one, for
-    they share the masks.
-    """
+    """Average what penalties keep of a correction, by how well they predict masks left out."""
+    # The smallest leave-one-out error alone is no guide with few masks: the errors of bold and
+    # of cautious penalties are then alike within their noise. All examples count as one, for
+    # they share the masks.
     scale = Y[:n_masks].std(0) + _TINY
     unit = float(spectrum.values.mean())
     candidates = PENALTIES * unit + _TINY

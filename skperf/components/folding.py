@@ -16,17 +16,7 @@ _NORMALISERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened during one forward pass.
-
-    Parameters
-    ----------
-    order : list of nn.Module
-        Modules without children, in the order they were called, repeats included.
-    followers : dict of nn.Module to nn.Module
-        Layers whose very output goes into a batch normalisation, each called once.
-    floats : int
-        Numbers in the outputs of all these modules, for one example.
-    """
+    """What happened during one forward pass."""
 
     order: list[nn.Module]
     followers: dict[nn.Module, nn.Module]
@@ -34,20 +24,7 @@ class Trace:
 
 
 def trace(network: Network, inputs: Tensor) -> Trace:
-    """Watch one forward pass.
-
-    Parameters
-    ----------
-    network : Network
-        The network.
-    inputs : Tensor of shape (n, ...)
-        A few examples.
-
-    Returns
-    -------
-    Trace
-        Calls in order and batch normalisations that can be folded.
-    """
+    """Watch one forward pass: inputs (n, ...)."""
     order: list[nn.Module] = []
     made: dict[int, nn.Module] = {}
     kept: list[Tensor] = []
@@ -73,24 +50,7 @@ def trace(network: Network, inputs: Tensor) -> Trace:
 
 
 def private_copy(network: Network, inputs: Tensor) -> tuple[Network, bool]:
-    """Copy a network for work on its weights.
-
-    Parameters
-    ----------
-    network : Network
-        The user's network.
-    inputs : Tensor of shape (n, ...)
-        A few examples.
-
-    Returns
-    -------
-    network : Network
-        A frozen copy in evaluation mode, without in-place activations and, if it runs so, with
-        convolution weights in channels-last order; the user's own where the module
-        cannot be copied.
-    copied : bool
-        Whether it is a copy.
-    """
+    """Copy a network for work on its weights: inputs (n, ...)."""
     try:
         module = deepcopy(network.module)
     except (RuntimeError, TypeError):
@@ -117,18 +77,9 @@ def _reorder(module: nn.Module, order: torch.memory_format) -> None:
 
 
 def fold(network: Network, followers: dict[nn.Module, nn.Module]) -> None:
-    """Merge batch normalisations into the layers before them, in place.
-
-    With ``y = gamma (w x + b - mean) / sd + beta`` the rows of ``w`` are scaled by
-    ``gamma / sd``, so zeroing a row before or after folding leaves the same constant.
-
-    Parameters
-    ----------
-    network : Network
-        A private copy.
-    followers : dict of nn.Module to nn.Module
-        From :func:`trace`; those that cannot be folded are left alone.
-    """
+    """Merge batch normalisations into the layers before them, in place."""
+    # With `y = gamma (w x + b - mean) / sd + beta` the rows of `w` are scaled by `gamma / sd`,
+    # so zeroing a row before or after folding leaves the same constant.
     parents = {
         child: (parent, name)
         for parent in network.module.modules()

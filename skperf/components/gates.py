@@ -30,34 +30,10 @@ _GRADIENT_FLOATS = 60_000_000
 
 
 class Circuit:
-    """A network with a gate on every chosen component.
+    """A network with a gate on every chosen component."""
 
-    The user's module is copied, batch normalisations are folded into the layers before
-    them where that changes nothing, and all work is done on the copy.
-
-    Parameters
-    ----------
-    network : Network
-        The user's network; left alone.
-    components : sequence of Component
-        What the gates act on, in the order of the gates.
-    examples : Tensor of shape (n, ...)
-        Some inputs: to watch a forward pass, and the reference for ``"mean"`` and
-        ``"resample"``.
-    ablation : str, float or callable, default="zero"
-        ``"zero"`` zeroes the rows of the weights, so that biases and batch normalisation
-        stay; ``"zero_output"`` makes the output of the component zero; ``"mean"`` puts
-        its mean over the examples; ``"resample"`` its value on another example (mask i
-        takes example i, modulo their number); a float scales the weight rows; a function
-        of the layer's output returns what the ablated components would give.
-    accelerate : bool, default=True
-        Fold, and remember what comes before the first gate.
-
-    Raises
-    ------
-    ValueError
-        If a component does not exist or the ablation is unknown.
-    """
+    # The user's module is copied, batch normalisations are folded into the layers before them
+    # where that changes nothing, and all work is done on the copy.
 
     def __init__(
         self,
@@ -100,24 +76,7 @@ class Circuit:
     ) -> Tensor:
         """Compute true outputs under ablation.
 
-        Parameters
-        ----------
-        inputs : Tensor of shape (n, ...)
-            Examples, as the network takes them.
-        codes : Tensor of shape (n,)
-            Columns of their labels.
-        output : callable
-            ``(logits, codes) -> (n,)``.
-        masks : Tensor of shape (m, n_components)
-            1 = kept, 0 = ablated, or anything between.
-        first : int, default=0
-            Number of the first mask; it selects the example put in by
-            ``ablation="resample"``.
-
-        Returns
-        -------
-        Tensor of shape (n, m)
-            On the CPU, in the network's type.
+        Shapes: inputs (n, ...), codes (n,), masks (m, n_components) -> (n, m).
         """
         values = self._values(masks)
         size = min(self.network.batch_size, _ROWS_PER_PASS)
@@ -133,25 +92,8 @@ class Circuit:
     ) -> tuple[Tensor, Tensor]:
         """Compute outputs and their derivatives with respect to every gate.
 
-        Parameters
-        ----------
-        inputs : Tensor of shape (n, ...)
-            Examples, as the network takes them.
-        codes : Tensor of shape (n,)
-            Columns of their labels.
-        output : callable
-            ``(logits, codes) -> (n,)``, differentiable.
-        gates : Tensor of shape (n_components,) or (n, n_components)
-            Where to differentiate: in one place, or each example in its own.
-        first : int, default=0
-            As in :meth:`outputs`.
-
-        Returns
-        -------
-        values : Tensor of shape (n,)
-            The outputs.
-        gradients : Tensor of shape (n, n_components)
-            One row an example; both on the CPU.
+        Shapes: inputs (n, ...), codes (n,), gates (n_components,) or (n, n_components) -> values
+        (n,), gradients (n, n_components).
         """
         size = max(1, min(_ROWS_PER_PASS, _GRADIENT_FLOATS // max(self._floats_per_row, 1)))
         values, gradients = [], []
@@ -170,21 +112,7 @@ class Circuit:
         return torch.cat(values), torch.cat(gradients)
 
     def edited_module(self, module: nn.Module, mask: Tensor) -> nn.Module:
-        """Copy a network with an ablation made permanent.
-
-        Parameters
-        ----------
-        module : nn.Module
-            The user's module; copied, not changed.
-        mask : Tensor of shape (n_components,)
-            1 = kept, 0 = ablated.
-
-        Returns
-        -------
-        nn.Module
-            With changed weights where the ablation is a change of weights, else a module
-            that gates itself.
-        """
+        """Copy a network with an ablation made permanent: mask (n_components,)."""
         values = self._values(mask[None])
         if self.scales_weights and not (self._folded and self.ablation == "zero_output"):
             changed = deepcopy(module)
@@ -349,15 +277,7 @@ class Circuit:
 
 
 class Gated(nn.Module):
-    """A network with some components ablated for good.
-
-    Parameters
-    ----------
-    circuit : Circuit
-        Copied.
-    values : Tensor of shape (1, n_components + 1)
-        Gate values.
-    """
+    """A network with some components ablated for good."""
 
     def __init__(self, circuit: Circuit, values: Tensor) -> None:
         super().__init__()
@@ -367,18 +287,7 @@ class Gated(nn.Module):
         self.circuit._replace_by(range(1))
 
     def forward(self, inputs: Tensor) -> Any:
-        """Run the gated network.
-
-        Parameters
-        ----------
-        inputs : Tensor of shape (n, ...)
-            As the network takes them.
-
-        Returns
-        -------
-        object
-            What the module returns.
-        """
+        """Run the gated network: inputs (n, ...)."""
         with self.circuit._gated(self.get_buffer("values")):
             return self.inner(inputs)
 

@@ -24,30 +24,11 @@ ROWS_KEPT = 1024
 
 @dataclass(frozen=True)
 class Question:
-    """What is measured: a circuit, examples and an output.
-
-    Parameters
-    ----------
-    circuit : Circuit
-        The gated network.
-    inputs : Tensor of shape (n, ...)
-        Examples, as the network takes them.
-    codes : Tensor of shape (n,)
-        Columns of their labels.
-    output : callable
-        ``(logits, codes) -> (n,)``.
-    seed : int
-        Of all draws.
-    fraction : float
-        Share of the components that a random mask ablates.
-    alike : bool, default=False
-        Whether all examples share one deal of the gates, so that no result depends on the
-        position of an example.
-    """
+    """What is measured: a circuit, examples and an output."""
 
     circuit: Circuit
-    inputs: Tensor
-    codes: Tensor
+    inputs: Tensor  # (n, ...)
+    codes: Tensor  # (n,)
     output: Output
     seed: int
     fraction: float
@@ -71,15 +52,7 @@ class Question:
     def gates(self, number: int) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
         """Gates of one gradient pass, and which are under test.
 
-        Parameters
-        ----------
-        number : int
-            Which pass.
-
-        Returns
-        -------
-        gates, tested : ndarray of shape (n_examples, n_components)
-            One row an example.
+        Shapes: -> gates, tested (n_examples, n_components).
         """
         rows = range(1) if self.alike else range(self.n_examples)
         gates, tested = path_gates(self.seed, number, rows, self.n_components, self.n_groups)
@@ -87,25 +60,7 @@ class Question:
         return np.broadcast_to(gates, shape), np.broadcast_to(tested, shape)
 
     def outcomes(self, masks: NDArray[Any], first: int = 0) -> Array:
-        """Compute true outputs under masks.
-
-        Parameters
-        ----------
-        masks : ndarray of shape (m, n_components)
-            1 = kept.
-        first : int, default=0
-            Number of the first mask.
-
-        Returns
-        -------
-        ndarray of shape (m, n_examples)
-            Float64.
-
-        Raises
-        ------
-        ValueError
-            If one is not finite.
-        """
+        """Compute true outputs under masks: masks (m, n_components) -> (m, n_examples)."""
         tensor = torch.as_tensor(np.asarray(masks, np.float32))
         values = self.circuit.outputs(self.inputs, self.codes, self.output, tensor, first=first)
         outcomes = values.T.double().numpy()
@@ -126,19 +81,9 @@ class Question:
 
 @dataclass
 class Measurements:
-    """What has been measured on some examples so far.
+    """What has been measured on some examples so far."""
 
-    Parameters
-    ----------
-    baseline : ndarray of shape (n_examples,)
-        Outputs of the intact network.
-    n_components : int
-        Number of gates.
-    done : Plan
-        Passes behind the sums.
-    """
-
-    baseline: Array
+    baseline: Array  # (n_examples,)
     n_components: int
     done: Plan = field(default_factory=Plan)
     paths: PathSums | None = None
@@ -154,24 +99,14 @@ class Measurements:
 
     @property
     def alone(self) -> Array | None:
-        """Fall of the output when each component alone goes, (n_examples, n_components).
-
-        None until all of them have been tried.
-        """
+        """Fall of the output when each component alone goes, (n_examples, n_components)."""
+        # None until all of them have been tried.
         if self.done.singles < self.n_components:
             return None
         return self.baseline[:, None] - np.concatenate(self.singles).T
 
     def take_masks(self, masks: NDArray[Any], outcomes: Array) -> None:
-        """Add outcomes of masks.
-
-        Parameters
-        ----------
-        masks : ndarray of shape (m, n_components)
-            1 = kept.
-        outcomes : ndarray of shape (m, n_examples)
-            Outputs under them.
-        """
+        """Add outcomes of masks: masks (m, n_components), outcomes (m, n_examples)."""
         if self.moments is None:
             self.rows.append(outcomes)
         else:
@@ -179,24 +114,12 @@ class Measurements:
         self.done = replace(self.done, masks=self.done.masks + len(masks))
 
     def wants_sums(self) -> bool:
-        """Whether there are more masks than components, and many.
-
-        Returns
-        -------
-        bool
-            True once sums are smaller than what they sum up.
-        """
+        """Whether there are more masks than components, and many."""
         kept = sum(len(block) for block in self.rows)
         return self.moments is None and kept > max(ROWS_KEPT, self.n_components)
 
     def sum_up(self, question: Question) -> None:
-        """Replace outcomes by sums.
-
-        Parameters
-        ----------
-        question : Question
-            Knows the masks by their numbers.
-        """
+        """Replace outcomes by sums."""
         self.moments = Moments(self.n_components, len(self.baseline))
         start = 0
         for block in self.rows:
@@ -209,18 +132,7 @@ class Measurements:
 
 
 def measure_baseline(question: Question) -> Array:
-    """Compute outputs of the intact network.
-
-    Parameters
-    ----------
-    question : Question
-        What is measured.
-
-    Returns
-    -------
-    ndarray of shape (n_examples,)
-        Float64.
-    """
+    """Compute outputs of the intact network: -> (n_examples,)."""
     outputs: Array = question.outcomes(np.ones((1, question.n_components)))[0]
     return outputs
 
@@ -235,25 +147,7 @@ def spend(
     verbose: int = 0,
     stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Run the passes of a plan; what is done stays done if it is interrupted.
-
-    Parameters
-    ----------
-    question : Question
-        What is measured.
-    measured : Measurements
-        Grows with every piece that comes back, always in the same order.
-    plan : Plan
-        Passes to add.
-    sums : bool, default=True
-        Whether many outcomes may be replaced by sums.
-    n_jobs : int, optional
-        Workers, as in joblib.
-    verbose : int, default=0
-        Shows a bar above 0.
-    stop : callable, optional
-        Asked after every piece of masks whether enough is known.
-    """
+    """Run the passes of a plan; what is done stays done if it is interrupted."""
     done = measured.done
     if plan.gradients:
         if measured.paths is None:
@@ -281,33 +175,14 @@ def spend(
 
 
 def cost_of(done: Plan) -> int:
-    """Forward-equivalents of what is done.
-
-    Parameters
-    ----------
-    done : Plan
-        Passes.
-
-    Returns
-    -------
-    int
-        A gradient pass counts three.
-    """
+    """Forward-equivalents of what is done."""
     return 1 + GRADIENT_COST * done.gradients + done.masks + done.singles
 
 
 def intact_gradients(question: Question) -> Array:
     """Compute derivatives at the intact network, the first-order attributions.
 
-    Parameters
-    ----------
-    question : Question
-        What is measured.
-
-    Returns
-    -------
-    ndarray of shape (n_examples, n_components)
-        Gradient times parameter, summed over each component.
+    Shapes: -> (n_examples, n_components).
     """
     ones = torch.ones(question.n_components)
     _, gradients = question.circuit.gradients(

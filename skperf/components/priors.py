@@ -12,15 +12,7 @@ _TINY = 1e-12
 
 @dataclass
 class PathSums:
-    """Running sums over gradient passes; their size does not depend on the number of passes.
-
-    Parameters
-    ----------
-    n_components : int
-        Number of gates.
-    n_examples : int
-        Number of examples.
-    """
+    """Running sums over gradient passes; their size does not depend on the number of passes."""
 
     n_components: int
     n_examples: int
@@ -36,12 +28,7 @@ class PathSums:
     def add(self, gradients: NDArray[np.floating], tested: NDArray[np.bool_]) -> None:
         """Take one pass in.
 
-        Parameters
-        ----------
-        gradients : ndarray of shape (n_examples, n_components)
-            Derivatives of the output with respect to the gates.
-        tested : ndarray of shape (n_examples, n_components)
-            Where the gate was under test.
+        Shapes: gradients (n_examples, n_components), tested (n_examples, n_components).
         """
         self.passes += 1
         under_test = np.where(tested, gradients, 0.0)
@@ -51,13 +38,7 @@ class PathSums:
         self.outside += gradients - under_test
 
     def merge(self, other: "PathSums") -> None:
-        """Take in the sums over other passes.
-
-        Parameters
-        ----------
-        other : PathSums
-            Over the same examples and components.
-        """
+        """Take in the sums over other passes."""
         self.passes += other.passes
         self.tested += other.tested
         self.inside += other.inside
@@ -67,12 +48,7 @@ class PathSums:
     def means(self) -> tuple[Array, Array]:
         """Mean derivatives on the path and with the gate open.
 
-        Returns
-        -------
-        on_path : ndarray of shape (n_examples, n_components)
-            Over the passes that tested the component; where there was none, as `open_gate`.
-        open_gate : ndarray of shape (n_examples, n_components)
-            Over all other passes.
+        Shapes: -> on_path (n_examples, n_components), open_gate (n_examples, n_components).
         """
         open_gate = self.outside / np.maximum(self.passes - self.tested, 1)
         open_gate = np.where(self.passes > self.tested, open_gate, self.inside / self.passes)
@@ -82,15 +58,7 @@ class PathSums:
     def spread(self, on_path: Array) -> Array:
         """Squared deviations from the mean on the path, summed over the passes.
 
-        Parameters
-        ----------
-        on_path : ndarray of shape (n_examples, n_components)
-            From :meth:`means`.
-
-        Returns
-        -------
-        ndarray of shape (n_examples, n_components)
-            Zero where no pass or one tested the component.
+        Shapes: on_path (n_examples, n_components) -> (n_examples, n_components).
         """
         tested: Array = np.maximum(self.inside_squared - self.tested * on_path**2, 0.0)
         return np.where(self.tested > 1, tested, 0.0)
@@ -98,54 +66,24 @@ class PathSums:
 
 @dataclass(frozen=True)
 class Prior:
-    """What gradients say before any ablation.
+    """What gradients say before any ablation."""
 
-    Parameters
-    ----------
-    guesses : sequence of ndarray of shape (n_examples, n_components)
-        Guesses of the attributions, to be mixed by what the ablations show.
-    variance : ndarray of shape (n_components,)
-        How far off the guesses are, relative to one another.
-    noise : ndarray of shape (n_examples, n_components)
-        Sampling variance of the first guess.
-    """
-
-    guesses: Sequence[Array]
-    variance: Array
-    noise: Array
+    guesses: Sequence[Array]  # (n_examples, n_components)
+    variance: Array  # (n_components,)
+    noise: Array  # (n_examples, n_components)
 
 
 @dataclass(frozen=True)
 class Population:
-    """What the examples given to `fit` have in common.
+    """What the examples given to `fit` have in common."""
 
-    Parameters
-    ----------
-    on_path, open_gate : ndarray of shape (n_components,)
-        Mean derivatives over examples and passes.
-    single : ndarray of shape (n_components,)
-        Variance of one derivative on the path around its example's mean.
-    """
-
-    on_path: Array
-    open_gate: Array
-    single: Array
+    on_path: Array  # (n_components,)
+    open_gate: Array  # (n_components,)
+    single: Array  # (n_components,)
 
 
 def population(sums: PathSums) -> Population:
-    """Pool gradient passes over the examples.
-
-    Parameters
-    ----------
-    sums : PathSums
-        At least one pass. Every example has its own deal of the gates, so that noise
-        averages out over them.
-
-    Returns
-    -------
-    Population
-        Means and variances.
-    """
+    """Pool gradient passes over the examples."""
     on_path, open_gate = sums.means()
     count = np.maximum(sums.tested.sum(0), 1)
     pooled = np.where(sums.tested.any(0), sums.inside.sum(0) / count, open_gate.mean(0))
@@ -161,25 +99,11 @@ def population(sums: PathSums) -> Population:
 
 
 def path_prior(sums: PathSums, shared: Population) -> Prior:
-    """Guesses of the attributions from gradient passes.
-
-    By the fundamental theorem of calculus the mean derivative over the path of a gate from
-    1 to 0 is the effect of closing it. The derivative at the open gate is steadier but
-    biased; the means over all examples are steadier still but say nothing of the single
-    one. Ablations decide how to mix the four.
-
-    Parameters
-    ----------
-    sums : PathSums
-        At least one pass over some examples.
-    shared : Population
-        Of the examples given to `fit`.
-
-    Returns
-    -------
-    Prior
-        Guesses: on the path, open gate, and the population's two means.
-    """
+    """Guesses of the attributions from gradient passes."""
+    # By the fundamental theorem of calculus the mean derivative over the path of a gate from 1
+    # to 0 is the effect of closing it. The derivative at the open gate is steadier but biased;
+    # the means over all examples are steadier still but say nothing of the single one. Ablations
+    # decide how to mix the four.
     on_path, open_gate = sums.means()
     freedom = np.maximum(sums.tested - 1, 0)
     own = sums.spread(on_path).sum(1) / np.maximum((freedom * shared.single).sum(1), _TINY)
@@ -192,17 +116,7 @@ def path_prior(sums: PathSums, shared: Population) -> Prior:
 def with_singles(prior: Prior | None, alone: Array) -> Prior:
     """Add what ablating each component alone has shown, free of noise, to the guesses.
 
-    Parameters
-    ----------
-    prior : Prior or None
-        From gradients, if there are any.
-    alone : ndarray of shape (n_examples, n_components)
-        Fall of the output.
-
-    Returns
-    -------
-    Prior
-        With one guess more.
+    Shapes: alone (n_examples, n_components).
     """
     if prior is None:
         return Prior([alone], np.ones(alone.shape[1]), np.zeros(alone.shape))
@@ -210,20 +124,7 @@ def with_singles(prior: Prior | None, alone: Array) -> Prior:
 
 
 def pooled_slopes(observations: Sequence[tuple[Array, Array]]) -> Array:
-    """Mix guesses by one regression over all examples.
-
-    Parameters
-    ----------
-    observations : sequence of (ndarray, ndarray)
-        Groups of passes: what each guess predicts for each of them, of shape
-        (n_guesses, n_passes, n_examples), and the outputs, of shape (n_passes, n_examples).
-        Each group has its own intercept.
-
-    Returns
-    -------
-    ndarray of shape (n_guesses,)
-        Slopes; every example counts alike.
-    """
+    """Mix guesses by one regression over all examples: -> (n_guesses,)."""
     gram, cross = 0.0, 0.0
     for features, outcomes in observations:
         scale = outcomes.std(0) + _TINY
@@ -236,20 +137,7 @@ def pooled_slopes(observations: Sequence[tuple[Array, Array]]) -> Array:
 
 
 def mixture(prior: Prior, slopes: Array) -> Array:
-    """Mix the guesses of a prior.
-
-    Parameters
-    ----------
-    prior : Prior
-        The guesses.
-    slopes : ndarray of shape (n_guesses,)
-        A factor for each.
-
-    Returns
-    -------
-    ndarray of shape (n_examples, n_components)
-        The sum.
-    """
+    """Mix the guesses of a prior: slopes (n_guesses,) -> (n_examples, n_components)."""
     mixed = np.zeros(prior.guesses[0].shape)
     for slope, guess in zip(slopes, prior.guesses, strict=True):
         mixed += slope * guess

@@ -27,44 +27,17 @@ _LEAST_MASKS = 32
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned on the examples of `fit` and holds for any others.
-
-    Parameters
-    ----------
-    population : Population, optional
-        None without gradient passes.
-    slopes : ndarray of shape (n_guesses,), optional
-        How guesses are mixed.
-    penalty : float, optional
-        Of the ridge.
-    """
+    """What was learned on the examples of `fit` and holds for any others."""
 
     population: Population | None = None
-    slopes: Array | None = None
+    slopes: Array | None = None  # (n_guesses,)
     penalty: float | None = None
 
 
 def attribute(
     question: Question, measured: Measurements, learned: Learned | None = None
 ) -> tuple[Fit, Learned]:
-    """Fit the linear models.
-
-    Parameters
-    ----------
-    question : Question
-        What was measured.
-    measured : Measurements
-        Whatever passes there are: masks, gradients, single ablations, in any mixture.
-    learned : Learned, optional
-        From other examples; without it, it is learned here.
-
-    Returns
-    -------
-    fit : Fit
-        The models.
-    learned : Learned
-        For other examples.
-    """
+    """Fit the linear models."""
     done, alone = measured.done, measured.alone
     if alone is not None and done.masks < min(_LEAST_MASKS, question.n_components):
         fit = _exact(alone, measured.baseline)
@@ -95,17 +68,7 @@ def attribute(
 def first_order(gradients: Array, baseline: Array) -> Fit:
     """Attributions from derivatives at the intact network.
 
-    Parameters
-    ----------
-    gradients : ndarray of shape (n_examples, n_components)
-        With respect to the gates.
-    baseline : ndarray of shape (n_examples,)
-        Outputs of the intact network.
-
-    Returns
-    -------
-    Fit
-        A Taylor expansion without standard errors, for nothing is drawn.
+    Shapes: gradients (n_examples, n_components), baseline (n_examples,).
     """
     return _exact(gradients, baseline)
 

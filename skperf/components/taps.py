@@ -18,32 +18,13 @@ Tapping = Callable[[Tensor], Tensor | None]
 
 @dataclass(eq=False)
 class Tap:
-    """A module whose output carries components.
-
-    Parameters
-    ----------
-    part : nn.Module
-        The module.
-    place : Place
-        What its channels are.
-    channels : Tensor of shape (n_channels,)
-        Position of the component each channel belongs to; the number of components where
-        it belongs to none.
-    scaled : list of (Tensor, Tensor, int)
-        Parameters whose slices along a dimension make the channels, with a copy of
-        their values; empty where no plain parameter does.
-    bias : Tensor of shape (n_channels,), optional
-        What is left of the output when the weight rows are zero.
-    replacement : Tensor, optional
-        What is put in for an ablated component: one number a channel or a whole output;
-        None for zero.
-    """
+    """A module whose output carries components."""
 
     part: nn.Module
     place: Place
-    channels: Tensor
+    channels: Tensor  # (n_channels,)
     scaled: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # (n_channels,)
     replacement: Tensor | None = None
 
     @property
@@ -55,28 +36,7 @@ class Tap:
 def make_taps(
     module: nn.Module, components: Sequence[Component], *, with_bias: bool = False
 ) -> list[Tap]:
-    """Find the modules that carry components.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network.
-    components : sequence of Component
-        Any that it has.
-    with_bias : bool, default=False
-        Whether scaling a component scales its bias as well.
-
-    Returns
-    -------
-    list of Tap
-        One for each module that is called; two where single units and the whole layer
-        are both asked for.
-
-    Raises
-    ------
-    ValueError
-        If a component does not exist.
-    """
+    """Find the modules that carry components."""
     places = find_places(module)
     groups: dict[tuple[Place, bool], list[int]] = {}
     for position, component in enumerate(components):
@@ -97,12 +57,7 @@ def make_taps(
 def scale_weights(taps: Sequence[Tap], values: Tensor) -> None:
     """Set the weights behind taps to their original values times the gates, in place.
 
-    Parameters
-    ----------
-    taps : sequence of Tap
-        All with plain parameters behind them.
-    values : Tensor of shape (n_components + 1,)
-        Gate values; the last, for channels of no component, is 1.
+    Shapes: values (n_components + 1,).
     """
     done: set[int] = set()
     applied: set[tuple[int, int]] = set()
@@ -122,18 +77,7 @@ def scale_weights(taps: Sequence[Tap], values: Tensor) -> None:
 
 @contextmanager
 def tapped(functions: Mapping[Tap, Tapping]) -> Iterator[None]:
-    """Pass the outputs of taps through functions for a while.
-
-    Parameters
-    ----------
-    functions : mapping of Tap to callable
-        Gets the output, examples first; what it returns, unless None, replaces it.
-
-    Yields
-    ------
-    None
-        Nothing.
-    """
+    """Pass the outputs of taps through functions for a while."""
     heads: dict[int, Tapping] = {}
     with ExitStack() as stack:
         for tap, function in functions.items():
@@ -149,12 +93,11 @@ def tapped(functions: Mapping[Tap, Tapping]) -> Iterator[None]:
 
 
 class _TappedHeads(TorchFunctionMode):
-    """Reach the heads of ``nn.MultiheadAttention`` before its output projection.
+    """Reach the heads of ``nn.MultiheadAttention`` before its output projection."""
 
-    Its ``out_proj`` is never called as a module, so no hook fires. Here the attention
-    function runs with the identity in place of that projection, which gives the heads
-    side by side, and the projection follows.
-    """
+    # Its `out_proj` is never called as a module, so no hook fires. Here the attention function
+    # runs with the identity in place of that projection, which gives the heads side by side, and
+    # the projection follows.
 
     def __init__(self, functions: Mapping[int, Tapping]) -> None:
         super().__init__()

@@ -51,28 +51,7 @@ Selection = str | Sequence["str | Component"] | Callable[[nn.Module], Sequence[C
 
 @dataclass(frozen=True)
 class Place:
-    """A module whose output, cut along one dimension, is a row of components.
-
-    Parameters
-    ----------
-    module : str
-        The name its components carry.
-    kind : str
-        The kind of its components.
-    n_units : int
-        How many it has.
-    acts_on : tuple of str
-        The modules whose output is gated: the module itself, the value projection of an
-        attention block, and whatever else uses the same weights.
-    width : int
-        Channels of one unit.
-    offset : int
-        Channels before the first unit.
-    dim : int
-        Dimension of the output along which the channels lie.
-    aliases : tuple of str
-        Other names of the same module.
-    """
+    """A module whose output, cut along one dimension, is a row of components."""
 
     module: str
     kind: str
@@ -84,49 +63,19 @@ class Place:
     aliases: tuple[str, ...] = ()
 
     def components(self) -> list[Component]:
-        """All components of this place.
-
-        Returns
-        -------
-        list of Component
-            In the order of the channels.
-        """
+        """All components of this place."""
         return [Component(self.module, self.kind, unit) for unit in range(self.n_units)]
 
     def matches(self, pattern: str) -> bool:
-        """Whether a glob matches one of the module's names.
-
-        Parameters
-        ----------
-        pattern : str
-            As in :func:`fnmatch.fnmatchcase`.
-
-        Returns
-        -------
-        bool
-            True for the name and for every alias.
-        """
+        """Whether a glob matches one of the module's names."""
         return any(fnmatchcase(name, pattern) for name in (self.module, *self.aliases))
 
 
 def find_places(module: nn.Module) -> list[Place]:
-    """Everything in a network that can be gated.
-
-    A module, or a weight shared by several modules, gives one place however many names it
-    has. Layers whose weight is shared with something that is no layer of its own kind (an
-    embedding, say) give none, because zeroing rows would change that too.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network.
-
-    Returns
-    -------
-    list of Place
-        In the order the network registers its modules; the single units of a module come
-        before the module taken as a whole.
-    """
+    """Everything in a network that can be gated."""
+    # A module, or a weight shared by several modules, gives one place however many names it has.
+    # Layers whose weight is shared with something that is no layer of its own kind (an
+    # embedding, say) give none, because zeroing rows would change that too.
     names = _names_of_modules(module)
     places = list(_rows_of_layers(module, names)) + list(_heads(module, names))
     order = {name: position for position, name in enumerate(n for n, _ in module.named_modules())}
@@ -135,31 +84,7 @@ def find_places(module: nn.Module) -> list[Place]:
 
 
 def find_components(module: nn.Module, selection: Selection = "auto") -> list[Component]:
-    """Name the components that a selection means.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network.
-    selection : str, sequence of str and Component, or callable, default="auto"
-        ``"conv_filters"``, ``"neurons"`` (rows of every linear layer but the last),
-        ``"mlp_neurons"`` (those of feed-forward blocks), ``"attention_heads"``,
-        ``"layers"``, a glob of module names, several of these, components by themselves,
-        or a function of the module that returns components. ``"auto"`` takes attention
-        heads where there are any, else convolution filters, else neurons.
-
-    Returns
-    -------
-    list of Component
-        Each once, in the network's order (explicit ones in the order given).
-
-    Raises
-    ------
-    ValueError
-        If nothing matches, or a component does not exist; the message lists the modules.
-    TypeError
-        If the selection is of another type.
-    """
+    """Name the components that a selection means."""
     places = find_places(module)
     if callable(selection):
         chosen = list(selection(module))
@@ -179,25 +104,7 @@ def find_components(module: nn.Module, selection: Selection = "auto") -> list[Co
 
 
 def place_of(places: Sequence[Place], component: Component) -> Place:
-    """Where a component lives.
-
-    Parameters
-    ----------
-    places : sequence of Place
-        From :func:`find_places`.
-    component : Component
-        One of its components, or a whole layer.
-
-    Returns
-    -------
-    Place
-        For a layer, the place of all its units.
-
-    Raises
-    ------
-    ValueError
-        If the network has no such component.
-    """
+    """Where a component lives."""
     for place in places:
         named = component.module == place.module or component.module in place.aliases
         if named and component.kind == "layer" and component.unit == 0:

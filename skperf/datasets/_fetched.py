@@ -15,23 +15,7 @@ from skperf.datasets._shipped import FASHION_NAMES, chosen_subsets, image_bunch,
 
 
 def fetched_path(name: str) -> Path:
-    """Return the converted file of one fetched thing.
-
-    Parameters
-    ----------
-    name : str
-        A name that ``python -m skperf.datasets list`` shows.
-
-    Returns
-    -------
-    Path
-        A file or folder in the cache.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it was not fetched yet.
-    """
+    """Return the converted file of one fetched thing."""
     path = RECIPES[name].path()
     if not path.exists():
         raise FileNotFoundError(

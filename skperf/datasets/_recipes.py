@@ -23,19 +23,7 @@ from skperf.datasets._conversions import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one fetched thing is made.
-
-    Parameters
-    ----------
-    description : str
-        One line for the command's list.
-    output : str
-        Name of the converted file, or folder, in the cache.
-    archive : Archive
-        Where it comes from.
-    convert : callable
-        Takes the path of the archive and the path to write to.
-    """
+    """How one fetched thing is made."""
 
     description: str
     output: str
@@ -43,31 +31,12 @@ class Recipe:
     convert: Callable[[Path, Path], None]
 
     def path(self) -> Path:
-        """Return where the converted file is, or will be.
-
-        Returns
-        -------
-        Path
-            A path in the cache, which need not exist.
-        """
+        """Return where the converted file is, or will be."""
         return cache_folder() / self.output
 
 
 def prepare(name: str, *, keep_archive: bool = True) -> Path:
-    """Download and convert one thing, unless that was done before.
-
-    Parameters
-    ----------
-    name : str
-        A key of `RECIPES`.
-    keep_archive : bool, default=True
-        Whether the downloaded archive stays in the cache.
-
-    Returns
-    -------
-    Path
-        The converted file or folder.
-    """
+    """Download and convert one thing, unless that was done before."""
     recipe = RECIPES[name]
     path = recipe.path()
     if not path.exists():

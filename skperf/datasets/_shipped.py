@@ -170,23 +170,7 @@ def load_email_vectors(*, return_X_y: bool = False) -> Any:
 
 
 def chosen_subsets(subset: str) -> tuple[str, ...]:
-    """Return the names of the parts that a subset is made of.
-
-    Parameters
-    ----------
-    subset : {"all", "train", "test"}
-        The subset.
-
-    Returns
-    -------
-    tuple of str
-        One part or both.
-
-    Raises
-    ------
-    ValueError
-        If `subset` is none of the three.
-    """
+    """Return the names of the parts that a subset is made of."""
     if subset not in ("all", "train", "test"):
         raise ValueError(f"subset must be 'all', 'train' or 'test', got {subset!r}")
     return ("train", "test") if subset == "all" else (subset,)
@@ -203,25 +187,7 @@ def image_bunch(
 ) -> Any:
     """Put images and labels into the form that scikit-learn's loaders return.
 
-    Parameters
-    ----------
-    images : ndarray of shape (n, ...), uint8
-        Images.
-    target : ndarray of shape (n,)
-        Class codes.
-    target_names : sequence of str
-        Names of the classes in the order of their codes.
-    description : str
-        What the data are and their licence.
-    return_X_y : bool, default=False
-        Whether to return ``(data, target)`` instead.
-    **more : dict
-        Further entries of the Bunch.
-
-    Returns
-    -------
-    Bunch or tuple
-        ``data`` is the images as flat rows of float32 in [0, 1].
+    Shapes: images (n, ...), target (n,).
     """
     data = images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
     target = target.astype(np.int64)
@@ -238,33 +204,11 @@ def image_bunch(
 
 
 def data_file(name: str) -> Path:
-    """Return the path of a shipped file.
-
-    Parameters
-    ----------
-    name : str
-        Its name in ``skperf/datasets/data``.
-
-    Returns
-    -------
-    Path
-        The path.
-    """
+    """Return the path of a shipped file."""
     return Path(str(files("skperf.datasets") / "data" / name))
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read all arrays of an ``.npz`` file; nothing in it is ever unpickled.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-
-    Returns
-    -------
-    dict of str to ndarray
-        The arrays by name.
-    """
+    """Read all arrays of an ``.npz`` file; nothing in it is ever unpickled."""
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)

@@ -13,34 +13,13 @@ from skperf.datasets._fetched import fetched_path
 
 @dataclass(frozen=True)
 class WordVectors:
-    """Static vectors of word pieces, with their tokenizer.
+    """Static vectors of word pieces, with their tokenizer."""
 
-    Parameters
-    ----------
-    vectors : ndarray of shape (32000, 256), float32
-        One row for each token id; row 0 stands for the unknown and is never needed.
-    tokenizer : tokenizers.Tokenizer
-        Splits texts.
-    """
-
-    vectors: np.ndarray
+    vectors: np.ndarray  # (32000, 256)
     tokenizer: Any
 
     def encode(self, texts: Sequence[str], length: int = 128) -> np.ndarray:
-        """Return token ids, cut or filled with zeros to one length.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            The texts.
-        length : int, default=128
-            Tokens kept of each.
-
-        Returns
-        -------
-        ndarray of shape (n, length), int64
-            Ids.
-        """
+        """Return token ids, cut or filled with zeros to one length: -> (n, length)."""
         rows = np.zeros((len(texts), length), np.int64)
         encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         for row, encoding in zip(rows, encodings, strict=True):
@@ -49,20 +28,7 @@ class WordVectors:
         return rows
 
     def embed(self, texts: Sequence[str], length: int = 512) -> np.ndarray:
-        """Return the mean vector of the tokens of each text.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            The texts.
-        length : int, default=512
-            Tokens taken of each.
-
-        Returns
-        -------
-        ndarray of shape (n, 256), float32
-            Vectors; zero for a text without tokens.
-        """
+        """Return the mean vector of the tokens of each text: -> (n, 256)."""
         ids = self.encode(texts, length)
         return np.stack(
             [self.vectors[row[row > 0]].sum(0) / max((row > 0).sum(), 1) for row in ids]

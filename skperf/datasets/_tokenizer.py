@@ -12,19 +12,10 @@ CONTINUED = "##"
 
 
 class WordPieceTokenizer:
-    """Cut texts into the longest known pieces of their words.
+    """Cut texts into the longest known pieces of their words."""
 
-    Texts are lower-cased and stripped of accents; only the letters a-z and digits count, all else
-    separates words. Every letter and digit is a piece, so no text is unknown.
-
-    Parameters
-    ----------
-    pieces : sequence of str
-        The pieces in the order of their ids, the first two being padding and start marks. A piece
-        that continues a word begins with ``##``.
-    context_length : int, default=24
-        Length of the rows that a call returns.
-    """
+    # Texts are lower-cased and stripped of accents; only the letters a-z and digits count, all
+    # else separates words. Every letter and digit is a piece, so no text is unknown.
 
     def __init__(self, pieces: Sequence[str], context_length: int = 24) -> None:
         self.pieces = list(pieces)
@@ -33,25 +24,7 @@ class WordPieceTokenizer:
         self._longest = max(map(len, self.pieces))
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
-        """Tokenize texts.
-
-        Parameters
-        ----------
-        texts : str or sequence of str
-            The texts.
-        context_length : int, default=None
-            Length of the rows; default: that of the tokenizer.
-
-        Returns
-        -------
-        LongTensor of shape (n, context_length)
-            Ids: a start mark, the pieces, zeros.
-
-        Raises
-        ------
-        ValueError
-            If a text has more pieces than fit.
-        """
+        """Tokenize texts: -> (n, context_length)."""
         texts = [texts] if isinstance(texts, str) else texts
         length = self.context_length if context_length is None else context_length
         rows = torch.full((len(texts), length), PADDING)
@@ -63,33 +36,11 @@ class WordPieceTokenizer:
         return rows
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of one text, without padding.
-
-        Parameters
-        ----------
-        text : str
-            The text.
-
-        Returns
-        -------
-        list of int
-            A start mark and the pieces.
-        """
+        """Return the ids of one text, without padding."""
         return [START, *(code for word in words_of(text) for code in self._pieces_of(word))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the words that ids stand for.
-
-        Parameters
-        ----------
-        ids : sequence of int
-            Ids, with or without start mark and padding.
-
-        Returns
-        -------
-        str
-            Lower-case words separated by spaces.
-        """
+        """Return the words that ids stand for."""
         pieces = [self.pieces[int(code)] for code in ids if int(code) not in (PADDING, START)]
         return " ".join(pieces).replace(f" {CONTINUED}", "")
 
@@ -107,18 +58,7 @@ class WordPieceTokenizer:
 
 
 def words_of(text: str) -> list[str]:
-    """Return the lower-case words of a text without accents and punctuation.
-
-    Parameters
-    ----------
-    text : str
-        The text.
-
-    Returns
-    -------
-    list of str
-        Words of a-z and 0-9.
-    """
+    """Return the lower-case words of a text without accents and punctuation."""
     plain = unicodedata.normalize("NFKD", text.lower())
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return re.findall(r"[a-z0-9]+", plain)

@@ -22,24 +22,7 @@ from skperf.influence.tiles import Shelf, budget_in_bytes
 
 
 def fitted_members(scorer, X, y, sample_weight):
-    """Fit every member that is not fitted.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        With its estimator, or list of them.
-    X : ndarray of shape (n, ...)
-        Validated rows.
-    y : ndarray of shape (n,)
-        Their labels.
-    sample_weight : ndarray of shape (n,) or None
-        Their weights.
-
-    Returns
-    -------
-    list of classifiers
-        Fitted.
-    """
+    """Fit every member that is not fitted: X (n, ...), y (n,), sample_weight (n,)."""
     members = scorer.estimator
     if not isinstance(members, list | tuple):
         members = [members]
@@ -80,18 +63,7 @@ def _kept_if_fitted(member):
 
 
 def networks_of(scorer):
-    """Open a fitted scorer's networks.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        With ``estimators_``.
-
-    Returns
-    -------
-    list of (Network, float)
-        Each with its weight in the scores.
-    """
+    """Open a fitted scorer's networks."""
     networks = [open_network(estimator) for estimator in scorer.estimators_]
     if scorer.method_ == "tracin":
         return _checkpoints(scorer, networks)
@@ -158,18 +130,7 @@ def _loaded(network, checkpoint, i):
 
 
 def named_settings(scorer):
-    """State a scorer's choices for the mathematics.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        With ``estimators_``.
-
-    Returns
-    -------
-    Settings
-        Plain values.
-    """
+    """State a scorer's choices for the mathematics."""
     tied = scorer.horizon is not None or scorer.damping in ("horizon", "flow")
     return Settings(
         curvature=scorer.curvature,
@@ -194,18 +155,7 @@ def named_settings(scorer):
 
 
 def learning_rate_of(scorer):
-    """Find the step size of further training.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        With ``estimators_``.
-
-    Returns
-    -------
-    float or None
-        The scorer's own, else the estimator's, None where neither is known.
-    """
+    """Find the step size of further training."""
     if scorer.learning_rate is not None:
         return float(scorer.learning_rate)
     params = params_of(scorer.estimators_[0])
@@ -214,54 +164,19 @@ def learning_rate_of(scorer):
 
 
 def weight_decay_of(fitted):
-    """Find the weight decay that an estimator was trained with.
-
-    Parameters
-    ----------
-    fitted : classifier
-        Any.
-
-    Returns
-    -------
-    float
-        0 where none is known.
-    """
+    """Find the weight decay that an estimator was trained with."""
     return float(params_of(fitted).get("optimizer__weight_decay", 0.0))
 
 
 def params_of(fitted):
-    """Parameters of an estimator, frozen or not.
-
-    Parameters
-    ----------
-    fitted : classifier
-        Any.
-
-    Returns
-    -------
-    dict
-        Empty where there are none.
-    """
+    """Parameters of an estimator, frozen or not."""
     if isinstance(fitted, FrozenEstimator):
         fitted = fitted.estimator
     return fitted.get_params(deep=False) if hasattr(fitted, "get_params") else {}
 
 
 def open_problem(scorer, network):
-    """State the problem that a method is fitted on.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        With the training rows.
-    network : Network
-        One of its members.
-
-    Returns
-    -------
-    Problem
-        Not kept: it holds the user's network.
-    """
+    """State the problem that a method is fitted on."""
     parameters = select_parameters(network.module, scorer.parameters)
     if scorer.gradients == "reference":
         layers = []
@@ -294,19 +209,7 @@ def open_problem(scorer, network):
 
 
 def linearised(scorer):
-    """State the problems that a scorer's methods are fitted on.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        With ``estimators_`` and ``ahead_``.
-
-    Returns
-    -------
-    list of (Problem, float)
-        Each with its weight in the scores: at the fitted weights, or where those of
-        ``ahead_`` are known, there.
-    """
+    """State the problems that a scorer's methods are fitted on."""
     found = networks_of(scorer)
     if scorer.ahead_ is not None:
         found = [
@@ -326,26 +229,9 @@ def _moved(network, weights):
 
 
 def half_way(scorer):
-    """Train each member on for half of the horizon.
-
-    The effect of a row on a horizon of training is that of gradients and curvature along the
-    way; those of its middle stand for them all, as in the midpoint rule.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        With its settings.
-
-    Returns
-    -------
-    list of dict of str to Tensor, or None
-        Weights of each member, on the CPU; None where the damping is not ``"flow"``.
-
-    Raises
-    ------
-    ValueError
-        If the method has no such damping.
-    """
+    """Train each member on for half of the horizon."""
+    # The effect of a row on a horizon of training is that of gradients and curvature along the
+    # way; those of its middle stand for them all, as in the midpoint rule.
     settings = scorer.settings_
     if settings.damping != "flow":
         return None

@@ -24,22 +24,7 @@ from skperf.influence.problem import LOSS_UNIT, slopes
 
 
 def losses(scorer, X, y):
-    """Loss of each row under each member.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        Fitted.
-    X : ndarray of shape (n, ...)
-        Validated rows.
-    y : ndarray of shape (n,)
-        Their labels.
-
-    Returns
-    -------
-    ndarray of shape (n_members, n)
-        Cross-entropy.
-    """
+    """Loss of each row under each member: X (n, ...), y (n,) -> (n_members, n)."""
     networks = [network for network, _ in networks_of(scorer)]
     return np.stack([loss(n.logits(X), n.codes(y).cpu()).numpy() for n in networks])
 

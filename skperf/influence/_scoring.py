@@ -31,36 +31,14 @@ class TopRows(Bunch):
 
 
 def score_dtype(scorer):
-    """Say in which type scores are given.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        Fitted.
-
-    Returns
-    -------
-    dtype
-        Float64 for networks in double precision.
-    """
+    """Say in which type scores are given."""
     tensors = [tensor for factor in scorer.fits_[0].train for tensor in factor.tensors]
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return np.float64 if double else np.float32
 
 
 def open_members(scorer):
-    """Open the members of a fitted scorer.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        Fitted.
-
-    Returns
-    -------
-    list of (Problem, Fitted, float)
-        Each with its weight in the scores.
-    """
+    """Open the members of a fitted scorer."""
     return [
         (problem, fitted, weight)
         for (problem, weight), fitted in zip(linearised(scorer), scorer.fits_, strict=True)
@@ -70,28 +48,8 @@ def open_members(scorer):
 def influence_matrix(scorer, X, y, *, out=None, aggregate=None):
     """Estimate the influence of every training row on every query.
 
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        Fitted.
-    X : ndarray of shape (n_query, ...)
-        Validated queries.
-    y : ndarray of shape (n_query,)
-        Their labels.
-    out : ndarray or memmap of shape (n_query, n_train), optional
-        Written tile by tile, and returned.
-    aggregate : {"sum", "mean"}, optional
-        Over the queries; the result is then (n_train,).
-
-    Returns
-    -------
-    ndarray of shape (n_query, n_train) or (n_train,)
-        Positive = proponent.
-
-    Raises
-    ------
-    ValueError
-        If `aggregate` is unknown or `out` has another shape.
+    Shapes: X (n_query, ...), y (n_query,), out (n_query, n_train) -> (n_query, n_train) or
+    (n_train,).
     """
     if aggregate not in (None, "sum", "mean"):
         raise ValueError(f"aggregate must be None, 'sum' or 'mean', got {aggregate!r}.")
@@ -115,23 +73,7 @@ def influence_matrix(scorer, X, y, *, out=None, aggregate=None):
 def tiles_of(scorer, X, y, fill=0.0):
     """Go through the matrix of scores.
 
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        Fitted.
-    X : ndarray of shape (n_query, ...)
-        Validated queries.
-    y : ndarray of shape (n_query,)
-        Their labels.
-    fill : float, default=0.0
-        Score of rows that are no candidates.
-
-    Yields
-    ------
-    queries, rows : slice
-        Where the tile belongs.
-    scores : ndarray of shape (n_queries, n_rows)
-        The tile, averaged over members.
+    Shapes: X (n_query, ...), y (n_query,) -> scores (n_queries, n_rows).
     """
     members = open_members(scorer)
     output = resolve_output(scorer.target, argument="target", allowed=TARGETS)
@@ -168,23 +110,7 @@ def _member_tiles(scorer, member, output, X, y, length):
 def query_gradients(scorer, problem, output, X, y):
     """Gradients of what is estimated to rise when a row is left out.
 
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        With its target.
-    problem : Problem
-        Of one member.
-    output : callable
-        The target.
-    X : ndarray of shape (n_query, ...)
-        Queries.
-    y : ndarray of shape (n_query,)
-        Their labels.
-
-    Returns
-    -------
-    list of Factor
-        One a layer.
+    Shapes: X (n_query, ...), y (n_query,).
     """
     return _queries(scorer, problem, output, X, y).factors(problem)
 
@@ -206,22 +132,7 @@ def _candidates(scorer, X):
 
 
 def self_influences(scorer, X, y):
-    """Influence of rows on themselves.
-
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        Fitted.
-    X : ndarray of shape (n, ...)
-        Validated rows.
-    y : ndarray of shape (n,)
-        Their labels.
-
-    Returns
-    -------
-    ndarray of shape (n,)
-        As if each were a training row.
-    """
+    """Influence of rows on themselves: X (n, ...), y (n,) -> (n,)."""
     output = resolve_output(scorer.target, argument="target", allowed=TARGETS)
     own = resolve_output("loss")
     total = np.zeros(len(X), dtype=score_dtype(scorer))

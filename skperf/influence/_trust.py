@@ -192,23 +192,7 @@ def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None):
 def retrained_losses(scorer, X, y, subsets, recipe=None):
     """Loss of queries after training on subsets.
 
-    Parameters
-    ----------
-    scorer : InfluenceScorer
-        Fitted.
-    X : ndarray of shape (n_query, ...)
-        Queries.
-    y : ndarray of shape (n_query,)
-        Their labels.
-    subsets : Tensor of bool, shape (n_subsets, n_train)
-        True = kept.
-    recipe : Recipe, optional
-        As in ``score``.
-
-    Returns
-    -------
-    ndarray of shape (n_subsets, n_query)
-        What ``target`` says, minus it where larger is better.
+    Shapes: X (n_query, ...), y (n_query,) -> (n_subsets, n_query).
     """
     network = networks_of(scorer)[0][0]
     fitted = scorer.estimators_[0]

@@ -23,26 +23,12 @@ DEARER = 32  # times the bytes of a row from which on its gradient is not sent
 
 @dataclass(frozen=True)
 class Pulled:
-    """Rows, what to differentiate of them, and what is known of them besides.
-
-    Parameters
-    ----------
-    output : callable
-        ``(logits, codes) -> (n,)``.
-    X : ndarray of shape (n, ...)
-        Rows.
-    codes : Tensor of shape (n,)
-        Their labels.
-    weights : Tensor of shape (n,) or None
-        Multiplied in.
-    others : list of Factor
-        Further factors, which no pass gives.
-    """
+    """Rows, what to differentiate of them, and what is known of them besides."""
 
     output: Output
-    X: NDArray[Any]
-    codes: Tensor
-    weights: Tensor | None
+    X: NDArray[Any]  # (n, ...)
+    codes: Tensor  # (n,)
+    weights: Tensor | None  # (n,)
     others: Gradients
 
     def __getitem__(self, rows: slice) -> "Pulled":
@@ -51,40 +37,12 @@ class Pulled:
         return Pulled(self.output, self.X[rows], self.codes[rows], weights, take(self.others, rows))
 
     def factors(self, problem: Problem) -> Gradients:
-        """Compute the gradients, followed by the other factors.
-
-        Parameters
-        ----------
-        problem : Problem
-            Knows the network.
-
-        Returns
-        -------
-        list of Factor
-            One a layer, and the others.
-        """
+        """Compute the gradients, followed by the other factors."""
         return [*problem.gradients(self.output, self.X, self.codes, self.weights), *self.others]
 
 
 def worth_it(problem: Problem, fitted: Fitted, n_jobs: int | None, prefer: str) -> bool:
-    """Say whether workers should compute gradients anew.
-
-    Parameters
-    ----------
-    problem : Problem
-        With the training rows.
-    fitted : Fitted
-        A method on it.
-    n_jobs : int or None
-        As in joblib.
-    prefer : {"threads", "processes"}
-        As in joblib.
-
-    Returns
-    -------
-    bool
-        Only where they share no memory, the method meets plain gradients, and these are large.
-    """
+    """Say whether workers should compute gradients anew."""
     size = bytes_of_row(fitted.train[: len(problem.layers)])
     large = size > DEARER * problem.X[0].nbytes
     return large and leaves_the_process(n_jobs, prefer) and plain_weight(fitted.lift) is not None
@@ -100,30 +58,7 @@ def tiles_anew(
     n_jobs: int | None,
     prefer: str,
 ) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """Score some queries against all training rows, tile by tile.
-
-    Parameters
-    ----------
-    problem : Problem
-        With the training rows.
-    fitted : Fitted
-        A method that meets plain gradients.
-    queries : Pulled
-        Their targets; without other factors.
-    scale : float
-        Multiplies everything.
-    length : int
-        Most training rows in a tile.
-    n_jobs, prefer
-        As in joblib.
-
-    Yields
-    ------
-    rows : slice
-        Training rows.
-    scores : ndarray of shape (n_queries, n_rows)
-        Their scores.
-    """
+    """Score some queries against all training rows, tile by tile: -> scores (n_queries, n_rows)."""
     plain = plain_weight(fitted.lift)
     assert plain is not None
     kept = fitted.train[len(problem.layers) :]

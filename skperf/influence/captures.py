@@ -23,18 +23,9 @@ _BATCH_DEPENDENT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._Dropout
 
 @dataclass
 class Tape:
-    """One forward pass, ready to pull gradients back through.
+    """One forward pass, ready to pull gradients back through."""
 
-    Parameters
-    ----------
-    logits : Tensor of shape (n, n_classes)
-        The network's answers.
-    pull : callable
-        From a cotangent of the logits, (n, n_classes), to every row's gradient of
-        ``(cotangent * logits).sum()``.
-    """
-
-    logits: Tensor
+    logits: Tensor  # (n, n_classes)
     pull: Callable[[Tensor], Gradients]
 
 
@@ -43,23 +34,7 @@ Recorder = Callable[[Network, Tensor], Tape]
 
 @contextmanager
 def recording(module: nn.Module) -> Iterator[None]:
-    """Open a network for per-row gradients.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network; left as it was found.
-
-    Yields
-    ------
-    None
-        Nothing.
-
-    Raises
-    ------
-    ValueError
-        If a layer that mixes rows or draws random numbers stays in training mode.
-    """
+    """Open a network for per-row gradients."""
     with untouched(module), torch.enable_grad():
         for name, part in module.named_modules():
             unfrozen = getattr(part, "track_running_stats", True) is False
@@ -100,27 +75,7 @@ class _Watch:
 
 
 def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
-    """Run a network and keep what factorised gradients need.
-
-    Parameters
-    ----------
-    network : Network
-        Opened by :func:`recording`.
-    inputs : Tensor of shape (n, ...)
-        Rows.
-    layers : sequence of Layer
-        Layers to watch.
-
-    Returns
-    -------
-    Tape
-        One factor for each layer.
-
-    Raises
-    ------
-    ValueError
-        If a layer ran not exactly once, or a gradient is not finite.
-    """
+    """Run a network and keep what factorised gradients need: inputs (n, ...)."""
     watch = _Watch()
     # with a gradient asked for at the inputs no layer's output is a leaf, but a backbone below
     # the first of the layers would remember its activations for nothing
@@ -155,22 +110,7 @@ def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
 
 
 def record_reference(network: Network, inputs: Tensor, parameters: Parameters) -> Tape:
-    """Run a network and pull back with ``torch.func``, whatever its layers.
-
-    Parameters
-    ----------
-    network : Network
-        Opened by :func:`recording`.
-    inputs : Tensor of shape (n, ...)
-        Rows.
-    parameters : dict of str to Tensor
-        Those to take into account.
-
-    Returns
-    -------
-    Tape
-        One :class:`~skperf.influence.gradients.Dense` factor for all parameters.
-    """
+    """Run a network and pull back with ``torch.func``, whatever its layers: inputs (n, ...)."""
 
     def logits_of(values: Parameters, row: Tensor) -> Tensor:
         outputs = functional_call(network.module, values, (row[None],))

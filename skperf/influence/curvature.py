@@ -26,33 +26,14 @@ from skperf.influence.gradients import Gradients, gram
 
 @dataclass(frozen=True)
 class RowSpace:
-    """A curvature matrix ``A' A`` known by its rows.
-
-    Parameters
-    ----------
-    rows : list of Factor
-        A.
-    gram : Tensor of shape (n_rows, n_rows)
-        ``A A'``.
-    """
+    """A curvature matrix ``A' A`` known by its rows."""
 
     rows: Gradients
-    gram: Tensor
+    gram: Tensor  # (n_rows, n_rows)
 
     @classmethod
     def of(cls, rows: Gradients) -> "RowSpace":
-        """Form the Gram matrix.
-
-        Parameters
-        ----------
-        rows : list of Factor
-            A.
-
-        Returns
-        -------
-        RowSpace
-            The curvature.
-        """
+        """Form the Gram matrix."""
         return cls(rows, gram(rows))
 
     @property
@@ -61,18 +42,7 @@ class RowSpace:
         return float(self.gram.diagonal().sum())
 
     def factor(self, damping: float) -> Tensor:
-        """Factorise ``A A' + damping``.
-
-        Parameters
-        ----------
-        damping : float
-            Added to every eigenvalue.
-
-        Returns
-        -------
-        Tensor of shape (n_rows, n_rows)
-            Lower Cholesky factor.
-        """
+        """Factorise ``A A' + damping``: -> (n_rows, n_rows)."""
         damped = self.gram.to(torch.float64, copy=True)
         damped.diagonal().add_(damping)
         factor: Tensor = torch.linalg.cholesky(damped)
@@ -81,50 +51,20 @@ class RowSpace:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenpairs of a row-space curvature, for filters other than damping.
+    """Eigenpairs of a row-space curvature, for filters other than damping."""
 
-    Parameters
-    ----------
-    values : Tensor of shape (n_rows,)
-        Eigenvalues of ``A' A`` other than zero, ascending.
-    vectors : Tensor of shape (n_rows, n_rows)
-        ``A @ eigenvector / sqrt(value)`` has these coefficients, in columns.
-    """
-
-    values: Tensor
-    vectors: Tensor
+    values: Tensor  # (n_rows,)
+    vectors: Tensor  # (n_rows, n_rows)
 
     @classmethod
     def of(cls, curvature: RowSpace) -> "Spectrum":
-        """Decompose a curvature.
-
-        Parameters
-        ----------
-        curvature : RowSpace
-            By its rows.
-
-        Returns
-        -------
-        Spectrum
-            In float64.
-        """
+        """Decompose a curvature."""
         values, vectors = torch.linalg.eigh(curvature.gram.double())
         keep = values > values[-1:].clamp_min(0) * 1e-9
         return cls(values[keep], vectors[:, keep])
 
     def coordinates(self, crossed: Tensor) -> Tensor:
-        """Components of gradients along the eigenvectors.
-
-        Parameters
-        ----------
-        crossed : Tensor of shape (n, n_rows)
-            Inner products with the rows A.
-
-        Returns
-        -------
-        Tensor of shape (n, n_values)
-            ``g . eigenvector``.
-        """
+        """Components of gradients along the eigenvectors: crossed (n, n_rows) -> (n, n_values)."""
         return crossed.double() @ (self.vectors / self.values.sqrt())
 
 
@@ -132,20 +72,7 @@ Filter = Callable[[Tensor], Tensor]
 
 
 def gradient_flow(time: float, weight_decay: float = 0.0) -> Filter:
-    """Make the filter of training for a while, ``(1 - exp(-time x)) / x``.
-
-    Parameters
-    ----------
-    time : float
-        Learning rate times number of steps.
-    weight_decay : float, default=0.0
-        Added to every eigenvalue.
-
-    Returns
-    -------
-    callable
-        From eigenvalues to their filtered inverses, `time` at zero.
-    """
+    """Make the filter of training for a while, ``(1 - exp(-time x)) / x``."""
 
     def apply(values: Tensor) -> Tensor:
         x = values + weight_decay
@@ -158,79 +85,28 @@ def gradient_flow(time: float, weight_decay: float = 0.0) -> Filter:
 def filtered_weights(values: Tensor, apply: Filter) -> tuple[float, Tensor]:
     """Take a spectral filter apart: a multiple of the identity, and corrections.
 
-    ``g' f(C) h = at_zero g'h + sum_k weights_k (g.v_k)(h.v_k)``.
-
-    Parameters
-    ----------
-    values : Tensor of shape (r,)
-        Eigenvalues other than zero.
-    apply : callable
-        The filter.
-
-    Returns
-    -------
-    at_zero : float
-        Its value where there is no curvature.
-    weights : Tensor of shape (r,)
-        What each eigenvector adds.
+    Shapes: values (r,) -> weights (r,).
     """
+    # `g' f(C) h = at_zero g'h + sum_k weights_k (g.v_k)(h.v_k)`.
     at_zero = apply(values.new_zeros(1))
     return float(at_zero), apply(values) - at_zero
 
 
 @dataclass(frozen=True)
 class CurvatureProduct:
-    """Products of the curvature of the mean loss with vectors, no matrix formed.
-
-    Parameters
-    ----------
-    network : Network
-        Used inside :func:`~skperf.influence.captures.recording`.
-    parameters : dict of str to Tensor
-        Those taken into account.
-    inputs : Tensor of shape (n, ...)
-        Training rows.
-    codes : Tensor of shape (n,)
-        Their labels.
-    weights : Tensor of shape (n,)
-        Their shares in the mean loss.
-    kind : {"ggn", "hessian"}
-        Gauss-Newton, or the second derivatives themselves.
-    damping : float, default=0.0
-        Added multiple of the identity.
-    batch_size : int, default=256
-        Rows that are differentiated at once.
-    """
+    """Products of the curvature of the mean loss with vectors, no matrix formed."""
 
     network: Network
     parameters: Parameters
-    inputs: Tensor
-    codes: Tensor
-    weights: Tensor
+    inputs: Tensor  # (n, ...)
+    codes: Tensor  # (n,)
+    weights: Tensor  # (n,)
     kind: str = "ggn"
     damping: float = 0.0
     batch_size: int = 256
 
     def __call__(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Multiply.
-
-        Parameters
-        ----------
-        vectors : Tensor of shape (m, n_parameters)
-            One a row.
-        rows : Tensor of int, optional
-            Use these training rows alone, as an estimate.
-
-        Returns
-        -------
-        Tensor of shape (m, n_parameters)
-            Products.
-
-        Raises
-        ------
-        ValueError
-            If torch cannot differentiate some layer this way; the message names it.
-        """
+        """Multiply: vectors (m, n_parameters) -> (m, n_parameters)."""
         _prepare_forward_mode()
         everything = torch.arange(len(self.inputs)) if rows is None else rows
         share = 1.0 if rows is None else float(self.weights.sum() / self.weights[rows].sum())
@@ -323,20 +199,7 @@ _PRODUCTS = {"ggn": _ggn_product, "hessian": _hessian_product}
 
 
 def dense_curvature(product: CurvatureProduct, *, chunk: int = 256) -> Tensor:
-    """Write the whole curvature matrix out, for small networks.
-
-    Parameters
-    ----------
-    product : CurvatureProduct
-        The curvature.
-    chunk : int, default=256
-        Columns formed at once.
-
-    Returns
-    -------
-    Tensor of shape (n_parameters, n_parameters)
-        Symmetrised.
-    """
+    """Write the whole curvature matrix out, for small networks: -> (n_parameters, n_parameters)."""
     size = sum(p.numel() for p in product.parameters.values())
     like = next(iter(product.parameters.values()))
     columns = [

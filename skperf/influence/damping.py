@@ -11,23 +11,7 @@ from skperf.influence.problem import Problem, Settings, curvature_rows
 
 
 def horizon_time(settings: Settings) -> float:
-    """Learning rate times number of further steps.
-
-    Parameters
-    ----------
-    settings : Settings
-        With `horizon` and `learning_rate`.
-
-    Returns
-    -------
-    float
-        Positive.
-
-    Raises
-    ------
-    ValueError
-        If one of the two is missing.
-    """
+    """Learning rate times number of further steps."""
     if settings.horizon is None or settings.learning_rate is None:
         missing = "horizon" if settings.horizon is None else "learning_rate"
         raise ValueError(
@@ -38,20 +22,7 @@ def horizon_time(settings: Settings) -> float:
 
 
 def resolve_damping(problem: Problem, curvature: RowSpace | None = None) -> float:
-    """Find the number that is added to the curvature's eigenvalues.
-
-    Parameters
-    ----------
-    problem : Problem
-        With `damping` as given.
-    curvature : RowSpace, optional
-        Needed for ``"auto"``; made when it is missing.
-
-    Returns
-    -------
-    float
-        Positive.
-    """
+    """Find the number that is added to the curvature's eigenvalues."""
     settings = problem.settings
     if not isinstance(settings.damping, str):
         return float(settings.damping)
@@ -67,22 +38,7 @@ def resolve_damping(problem: Problem, curvature: RowSpace | None = None) -> floa
 
 
 def layer_damping(problem: Problem, which: int, trace: float) -> float:
-    """Find what is added to the eigenvalues of one layer's own curvature.
-
-    Parameters
-    ----------
-    problem : Problem
-        With `damping` as given.
-    which : int
-        Number of the layer.
-    trace : float
-        Sum of the eigenvalues of its curvature.
-
-    Returns
-    -------
-    float
-        Positive.
-    """
+    """Find what is added to the eigenvalues of one layer's own curvature."""
     settings = problem.settings
     if not isinstance(settings.damping, str):
         return float(settings.damping)
@@ -102,27 +58,10 @@ _LEAST_DAMPING = 1e-8
 
 
 def noise_damping(trace: float, shares: Tensor, weights: Iterable[Tensor]) -> float:
-    """Find the weight decay that pulls as hard as chance does.
-
-    The mean gradient of a sample has the standard error ``sqrt(trace(C) sum_i w_i^2)``, which is
-    ``sqrt(trace(C) / n)`` for equal shares. A weight decay x holds the weights against a mean
-    gradient of length ``x ||weights||``. Scaling the weights leaves what results unchanged.
-
-    Parameters
-    ----------
-    trace : float
-        Sum of the curvature's eigenvalues, which estimates the mean squared length of the rows'
-        gradients.
-    shares : Tensor of shape (n,)
-        Of the rows in the mean loss.
-    weights : iterable of Tensor
-        The parameters that the curvature belongs to.
-
-    Returns
-    -------
-    float
-        At least 1e-8.
-    """
+    """Find the weight decay that pulls as hard as chance does: shares (n,)."""
+    # The mean gradient of a sample has the standard error `sqrt(trace(C) sum_i w_i^2)`, which is
+    # `sqrt(trace(C) / n)` for equal shares. A weight decay x holds the weights against a mean
+    # gradient of length `x ||weights||`. Scaling the weights leaves what results unchanged.
     length = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights))
     error = math.sqrt(trace * float(shares.square().sum()))
     return max(error / (length or 1.0), _LEAST_DAMPING)

@@ -26,27 +26,10 @@ def unit_strengths(
 ) -> dict[str, Tensor]:
     """Mean pre-activation, or size of the mean output gradient, of every unit.
 
-    Pre-activations keep their sign: where a rectifier follows, the weights of a unit far below
-    zero do nothing, and the most negative logit is not that of the class.
-
-    Parameters
-    ----------
-    network : Network
-        Opened by :func:`~skperf.influence.captures.recording`.
-    inputs : Tensor of shape (n, ...)
-        Rows that the change is about.
-    codes : Tensor of shape (n,)
-        Their labels.
-    layers : sequence of Layer
-        Linear and convolutional ones are looked at.
-    by : {"output", "gradient"}
-        Which of the two.
-
-    Returns
-    -------
-    dict of str to Tensor
-        For each layer's name, (n_units,), largest for the strongest.
+    Shapes: inputs (n, ...), codes (n,).
     """
+    # Pre-activations keep their sign: where a rectifier follows, the weights of a unit far below
+    # zero do nothing, and the most negative logit is not that of the class.
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., Tensor]:
@@ -87,29 +70,9 @@ def choose_units(
     ratio: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Mark the weights of the strongest units, layer by layer.
-
-    Whole units are taken until the layer's quota is full; what is left of it goes to a
-    random part of the next unit.
-
-    Parameters
-    ----------
-    layers : sequence of Layer
-        Layers of the network.
-    like : dict of str to Tensor
-        Parameters taken into account.
-    strengths : dict of str to Tensor
-        From :func:`unit_strengths`, or random numbers.
-    ratio : float
-        Share of each layer's weights.
-    generator : torch.Generator
-        For the remainder.
-
-    Returns
-    -------
-    Tensor of bool, shape (n_parameters,)
-        In the order of the network's parameters.
-    """
+    """Mark the weights of the strongest units, layer by layer."""
+    # Whole units are taken until the layer's quota is full; what is left of it goes to a random
+    # part of the next unit.
     chosen = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in like.items()}
     for layer in layers:
         if layer.name not in strengths:
@@ -135,19 +98,7 @@ def choose_units(
 def choose_by_saliency(gradient: Tensor, curvature: Tensor, ratio: float) -> Tensor:
     """Mark the parameters whose change pays most: ``gradient^2 / curvature``.
 
-    Parameters
-    ----------
-    gradient : Tensor of shape (n_parameters,)
-        Mean gradient of the rows that the change is about.
-    curvature : Tensor of shape (n_parameters,)
-        Diagonal of the curvature, positive.
-    ratio : float
-        Share of the parameters.
-
-    Returns
-    -------
-    Tensor of bool, shape (n_parameters,)
-        The second-order approximation method's choice.
+    Shapes: gradient (n_parameters,), curvature (n_parameters,).
     """
     saliency = gradient.square() / curvature
     chosen = torch.zeros_like(saliency, dtype=torch.bool)
@@ -158,24 +109,7 @@ def choose_by_saliency(gradient: Tensor, curvature: Tensor, ratio: float) -> Ten
 def row_product(
     layers: Sequence[Layer], like: Parameters, rows: Gradients, damping: float
 ) -> Multiply:
-    """Make products with a damped curvature ``A'A + damping`` from its rows.
-
-    Parameters
-    ----------
-    layers : sequence of Layer
-        Layers of the network.
-    like : dict of str to Tensor
-        Parameters taken into account.
-    rows : list of Factor
-        A.
-    damping : float
-        Added multiple of the identity.
-
-    Returns
-    -------
-    callable
-        From vectors in rows to their products.
-    """
+    """Make products with a damped curvature ``A'A + damping`` from its rows."""
 
     def multiply(vectors: Tensor) -> Tensor:
         weights = inner(from_vectors(layers, vectors.cpu(), like), rows)
@@ -194,28 +128,7 @@ def generalized_update(
     max_iter: int = 50,
     tol: float = 1e-6,
 ) -> Solution:
-    """Solve the generalised influence problem.
-
-    Parameters
-    ----------
-    multiply : callable
-        Products with the curvature H, vectors in rows.
-    chosen : Tensor of bool, shape (n_parameters,)
-        S.
-    gradients : Tensor of shape (m, n_parameters)
-        Right-hand sides.
-    ridge : float
-        Penalty on the update.
-    max_iter : int, default=50
-        Iterations of two products each.
-    tol : float, default=1e-6
-        Relative tolerance.
-
-    Returns
-    -------
-    Solution
-        Values of shape (m, n_parameters), zero outside S.
-    """
+    """Solve the generalised influence problem: gradients (m, n_parameters)."""
     where = chosen.nonzero()[:, 0]
     solution = lsmr(
         lambda d: multiply(_spread(d, chosen)),
@@ -250,29 +163,10 @@ def generalized_query(
 ) -> Tensor:
     """Vectors whose inner product with a training gradient is the generalised influence.
 
-    ``g_t[S]' (H_S'H_S + ridge)^-1 H_S' g_i = y_t' g_i`` with
-    ``y_t = H_S (H_S'H_S + ridge)^-1 g_t[S]``, the least-norm solution of a damped problem.
-
-    Parameters
-    ----------
-    multiply : callable
-        Products with the curvature H, vectors in rows.
-    chosen : Tensor of bool, shape (n_parameters,)
-        S.
-    gradients : Tensor of shape (m, n_parameters)
-        Query gradients.
-    ridge : float
-        Penalty.
-    max_iter : int, default=50
-        Iterations.
-    tol : float, default=1e-6
-        Relative tolerance.
-
-    Returns
-    -------
-    Tensor of shape (m, n_parameters)
-        ``y_t``.
+    Shapes: gradients (m, n_parameters) -> (m, n_parameters).
     """
+    # `g_t[S]' (H_S'H_S + ridge)^-1 H_S' g_i = y_t' g_i` with `y_t = H_S (H_S'H_S + ridge)^-1
+    # g_t[S]`, the least-norm solution of a damped problem.
     where = chosen.nonzero()[:, 0]
     # min |y|^2 over y with H_S'y ~ g: the same damped least squares with the roles exchanged
     return lsmr(
@@ -296,27 +190,7 @@ def removal_update(
 ) -> Tensor:
     """Direction that unlearns rows, by one of several rules.
 
-    Parameters
-    ----------
-    how : {"gif", "freeze", "project", "plain", "ascent"}
-        Generalised influence; influence with the other parameters frozen,
-        ``H_SS^-1 g_S``; projected, ``(H^-1 g)_S``; plain, ``H^-1 g``; or the gradient itself
-        at S, the baseline.
-    multiply : callable
-        Products with the curvature of the retained rows.
-    chosen : Tensor of bool, shape (n_parameters,)
-        S.
-    gradient : Tensor of shape (n_parameters,)
-        Of the removed rows' loss.
-    ridge : float
-        Penalty of every solve.
-    max_iter : int, default=50
-        Iterations of every solve.
-
-    Returns
-    -------
-    Tensor of shape (n_parameters,)
-        Added to the parameters, it raises the removed rows' loss.
+    Shapes: gradient (n_parameters,) -> (n_parameters,).
     """
     return REMOVALS[how](multiply, chosen, gradient[None], ridge, max_iter)[0]
 

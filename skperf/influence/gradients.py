@@ -19,18 +19,10 @@ _SIDE = 512  # of a tile of scores that stays in the cache while every layer add
 
 @dataclass(frozen=True)
 class Outer:
-    """Gradients that are outer products, or short sums of them.
+    """Gradients that are outer products, or short sums of them."""
 
-    Parameters
-    ----------
-    inputs : Tensor of shape (n, n_inputs) or (n, n_positions, n_inputs)
-        What the layer saw.
-    outputs : Tensor of shape (n, n_outputs) or (n, n_positions, n_outputs)
-        Gradient at the layer's output.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
+    inputs: Tensor  # (n, n_inputs) or (n, n_positions, n_inputs)
+    outputs: Tensor  # (n, n_outputs) or (n, n_positions, n_outputs)
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -48,15 +40,9 @@ class Outer:
 
 @dataclass(frozen=True)
 class Dense:
-    """Gradients, or any other vectors, written out.
+    """Gradients, or any other vectors, written out."""
 
-    Parameters
-    ----------
-    values : Tensor of shape (n, n_weights)
-        One row each.
-    """
-
-    values: Tensor
+    values: Tensor  # (n, n_weights)
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -74,20 +60,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Gradients of an embedding table, non-zero at the tokens of a row only.
+    """Gradients of an embedding table, non-zero at the tokens of a row only."""
 
-    Parameters
-    ----------
-    indices : Tensor of shape (n, n_positions)
-        Row of the table that each position reads; -1 where it reads none.
-    outputs : Tensor of shape (n, n_positions, n_dimensions)
-        Gradient at the embedding's output.
-    n_embeddings : int
-        Rows of the table.
-    """
-
-    indices: Tensor
-    outputs: Tensor
+    indices: Tensor  # (n, n_positions)
+    outputs: Tensor  # (n, n_positions, n_dimensions)
     n_embeddings: int
 
     def __len__(self) -> int:
@@ -109,20 +85,7 @@ Gradients = list[Factor]
 
 
 def take(gradients: Sequence[Factor], rows: slice | Tensor) -> Gradients:
-    """Take the same rows of every layer.
-
-    Parameters
-    ----------
-    gradients : sequence of Factor
-        One factor a layer.
-    rows : slice or Tensor
-        Which rows.
-
-    Returns
-    -------
-    list of Factor
-        Views for a slice, copies for indices.
-    """
+    """Take the same rows of every layer."""
     return [factor[rows] for factor in gradients]
 
 
@@ -132,22 +95,7 @@ def convert(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """Move gradients to another device or floating type.
-
-    Parameters
-    ----------
-    gradients : sequence of Factor
-        One factor a layer.
-    device : torch.device, optional
-        Where to.
-    dtype : torch.dtype, optional
-        Floating type; integers stay.
-
-    Returns
-    -------
-    list of Factor
-        The same objects where nothing is to be done.
-    """
+    """Move gradients to another device or floating type."""
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -156,40 +104,14 @@ def convert(
 
 
 def with_tensors(factor: Factor, *tensors: Tensor) -> Factor:
-    """Replace what a factor stores.
-
-    Parameters
-    ----------
-    factor : Factor
-        Of the kind that is wanted.
-    *tensors : Tensor
-        In the order of its ``tensors``.
-
-    Returns
-    -------
-    Factor
-        Of the same kind.
-    """
+    """Replace what a factor stores."""
     if isinstance(factor, Tokens):
         return Tokens(tensors[0], tensors[1], factor.n_embeddings)
     return type(factor)(*tensors)
 
 
 def scaled(factor: Factor, by: float) -> Factor:
-    """Multiply gradients by a number.
-
-    Parameters
-    ----------
-    factor : Factor
-        Gradients of one layer.
-    by : float
-        The number.
-
-    Returns
-    -------
-    Factor
-        Of the same kind.
-    """
+    """Multiply gradients by a number."""
     *kept, last = factor.tensors
     return with_tensors(factor, *kept, last * by)
 
@@ -199,17 +121,7 @@ def inner(
 ) -> Tensor:
     """Inner products of two sets of gradients, summed over layers.
 
-    Parameters
-    ----------
-    queries, rows : sequence of Factor
-        One factor a layer, the same layers in both.
-    out : Tensor of shape (n_queries, n_rows), optional
-        Added to and returned.
-
-    Returns
-    -------
-    Tensor of shape (n_queries, n_rows)
-        ``<G_i, G_j>``.
+    Shapes: out (n_queries, n_rows) -> (n_queries, n_rows).
     """
     n_queries, n = len(queries[0]), len(rows[0])
     result = _floating(queries[0]).new_empty(n_queries, n) if out is None else out
@@ -226,18 +138,7 @@ def inner(
 
 
 def gram(rows: Sequence[Factor]) -> Tensor:
-    """Inner products of gradients with one another.
-
-    Parameters
-    ----------
-    rows : sequence of Factor
-        One factor a layer.
-
-    Returns
-    -------
-    Tensor of shape (n, n)
-        Symmetric; each product is computed once.
-    """
+    """Inner products of gradients with one another: -> (n, n)."""
     n = len(rows[0])
     out = _floating(rows[0]).new_zeros(n, n)
     length = max(64, n // 8)
@@ -250,34 +151,12 @@ def gram(rows: Sequence[Factor]) -> Tensor:
 
 
 def squared_norms(gradients: Sequence[Factor]) -> Tensor:
-    """Squared length of every row's gradient.
-
-    Parameters
-    ----------
-    gradients : sequence of Factor
-        One factor a layer.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        Summed over layers.
-    """
+    """Squared length of every row's gradient: -> (n,)."""
     return torch.stack([paired(factor, factor) for factor in gradients]).sum(0)
 
 
 def paired(left: Factor, right: Factor) -> Tensor:
-    """Inner product of row i of one factor with row i of the other.
-
-    Parameters
-    ----------
-    left, right : Factor
-        Of one kind and length.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        The diagonal of :func:`inner`.
-    """
+    """Inner product of row i of one factor with row i of the other: -> (n,)."""
     if isinstance(left, Outer) and left.inputs.ndim == 2:
         assert isinstance(right, Outer)
         return _row_dot(left.inputs, right.inputs) * _row_dot(left.outputs, right.outputs)
@@ -295,18 +174,7 @@ def paired(left: Factor, right: Factor) -> Tensor:
 
 
 def written_out(factor: Factor) -> Tensor:
-    """Gradients as a matrix.
-
-    Parameters
-    ----------
-    factor : Factor
-        Of one layer.
-
-    Returns
-    -------
-    Tensor of shape (n, n_weights)
-        Large: n_rows times the weights of the layer.
-    """
+    """Gradients as a matrix: -> (n, n_weights)."""
     if isinstance(factor, Dense):
         return factor.values
     if isinstance(factor, Tokens):
@@ -319,20 +187,7 @@ def written_out(factor: Factor) -> Tensor:
 
 
 def combine(coefficients: Tensor, factor: Factor) -> Tensor:
-    """Weighted sums of one layer's gradients.
-
-    Parameters
-    ----------
-    coefficients : Tensor of shape (m, n)
-        Weight of every row in every sum.
-    factor : Factor
-        n rows.
-
-    Returns
-    -------
-    Tensor of shape (m, n_weights)
-        ``coefficients @ written_out(factor)`` without the matrix.
-    """
+    """Weighted sums of one layer's gradients: coefficients (m, n) -> (m, n_weights)."""
     if isinstance(factor, Dense):
         return coefficients @ factor.values
     total = None

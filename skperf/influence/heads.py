@@ -7,19 +7,7 @@ from torch import Tensor
 def linear_head_hessian(inputs: Tensor, curvatures: Tensor, ridge: Tensor) -> Tensor:
     """Hessian of a loss whose outputs are linear in the inputs.
 
-    Parameters
-    ----------
-    inputs : Tensor of shape (n, d)
-        Features, with a column of ones for a bias.
-    curvatures : Tensor of shape (n, K, K)
-        Second derivatives of each row's weighted loss by its outputs.
-    ridge : Tensor of shape (d,)
-        Quadratic penalty ``ridge / 2 * w^2`` on each feature's weights.
-
-    Returns
-    -------
-    Tensor of shape (K * d, K * d)
-        Weights laid out as (K, d).
+    Shapes: inputs (n, d), curvatures (n, K, K), ridge (d,) -> (K * d, K * d).
     """
     n_outputs, d = curvatures.shape[1], inputs.shape[1]
     hessian = inputs.new_zeros(n_outputs, d, n_outputs, d)
@@ -44,29 +32,11 @@ def leave_one_out_steps(
 ) -> Tensor:
     """Newton step of every leave-one-out problem from the full solution.
 
-    Without row i the Hessian is ``H - J_i' C_i J_i``; Woodbury turns its inverse into one of
-    K x K. For a squared loss the step lands on the leave-one-out solution itself.
-
-    Parameters
-    ----------
-    inputs : Tensor of shape (n, d)
-        Features.
-    slopes : Tensor of shape (n, K)
-        Gradient of each row's weighted loss by its outputs.
-    curvatures : Tensor of shape (n, K, K)
-        Second derivatives of the same.
-    hessian : Tensor of shape (K * d, K * d)
-        From :func:`linear_head_hessian`.
-    exact : bool, default=True
-        With the Hessian of the problem without the row, else with that of the whole.
-    chunk : int, default=256
-        Rows at once.
-
-    Returns
-    -------
-    Tensor of shape (n, K, d)
-        To be added to the weights when a row is left out.
+    Shapes: inputs (n, d), slopes (n, K), curvatures (n, K, K), hessian (K * d, K * d) -> (n, K,
+    d).
     """
+    # Without row i the Hessian is `H - J_i' C_i J_i`; Woodbury turns its inverse into one of K x
+    # K. For a squared loss the step lands on the leave-one-out solution itself.
     n_outputs, d = slopes.shape[1], inputs.shape[1]
     # the unpenalised directions that leave every output as it is have no curvature
     inverse = torch.linalg.pinv(hessian, hermitian=True)

@@ -21,19 +21,7 @@ from skperf.influence.retraining import stacked_logits, stacked_outputs
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """Plain gradient steps from the fitted weights on.
-
-    Parameters
-    ----------
-    learning_rate : float
-        Step size.
-    batch_size : int
-        Rows a step.
-    weight_decay : float, default=0.0
-        As in torch's SGD.
-    seed : int, default=0
-        Draws the order of the rows, the same in every run.
-    """
+    """Plain gradient steps from the fitted weights on."""
 
     learning_rate: float
     batch_size: int
@@ -57,39 +45,10 @@ def actual_effects(
 ) -> Tensor:
     """Train on with and without single rows, and compare.
 
-    All runs see the same batches in the same order; a run without a row has that row's share
-    of the mean loss subtracted at every step (weight zero), so no batch is shifted.
-
-    Parameters
-    ----------
-    network : Network
-        Fitted; left as it is.
-    parameters : dict of str to Tensor
-        Those that are trained.
-    inputs : Tensor of shape (n, ...)
-        Training rows.
-    codes : Tensor of shape (n,)
-        Their labels.
-    left_out : Tensor of int, shape (m,)
-        Rows to leave out, one a run.
-    queries : tuple of Tensor
-        Rows and labels whose output is compared.
-    output : callable
-        ``(logits, codes) -> (n,)``.
-    training : FurtherTraining
-        How to go on.
-    steps : sequence of int
-        When to compare, ascending.
-    shares : Tensor of shape (n,), optional
-        Each row's share of the mean loss; 1/n by default.
-    verbose : int, default=0
-        Show progress.
-
-    Returns
-    -------
-    Tensor of shape (n_steps, n_queries, m)
-        Output without the row minus output with it.
+    Shapes: inputs (n, ...), codes (n,), shares (n,) -> (n_steps, n_queries, m).
     """
+    # All runs see the same batches in the same order; a run without a row has that row's share
+    # of the mean loss subtracted at every step (weight zero), so no batch is shifted.
     shares = torch.full((len(inputs),), 1 / len(inputs)) if shares is None else shares
     shares = shares.to(inputs)
     runs = len(left_out) + 1
@@ -130,30 +89,7 @@ def further_trained(
     training: FurtherTraining,
     steps: int,
 ) -> Parameters:
-    """Train on.
-
-    Parameters
-    ----------
-    network : Network
-        Fitted; left as it is.
-    parameters : dict of str to Tensor
-        Those that are trained.
-    inputs : Tensor of shape (n, ...)
-        Training rows.
-    codes : Tensor of shape (n,)
-        Their labels.
-    shares : Tensor of shape (n,)
-        Each row's share of the mean loss.
-    training : FurtherTraining
-        How to go on.
-    steps : int
-        How far.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The parameters there.
-    """
+    """Train on: inputs (n, ...), codes (n,), shares (n,)."""
     current = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
     shares, order = shares.to(inputs), _batches(len(inputs), training)
     with untouched(network.module), torch.enable_grad():
@@ -181,21 +117,7 @@ def _step(stacked: Parameters, gradients: tuple[Tensor, ...], training: FurtherT
 
 
 def agreement(predicted: Tensor, actual: Tensor) -> tuple[float, float, float]:
-    """Compare predicted with actual effects.
-
-    Parameters
-    ----------
-    predicted, actual : Tensor of shape (n_queries, m)
-        Effects of leaving out m rows.
-
-    Returns
-    -------
-    pearson, spearman : float
-        Mean over queries of the correlation across rows; queries on which either does not
-        vary are left out.
-    slope : float
-        Least-squares factor from predicted to actual effect, over all.
-    """
+    """Compare predicted with actual effects: predicted, actual (n_queries, m)."""
     predicted, actual = predicted.double(), actual.double()
     slope = float((predicted * actual).sum() / predicted.square().sum().clamp_min(1e-300))
     pearson = _correlation(predicted, actual)
@@ -224,22 +146,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def usable_horizon(steps: Sequence[int], pearson: Sequence[float], *, least: float = 0.8) -> int:
-    """Last step up to which the correlation never falls short.
-
-    Parameters
-    ----------
-    steps : sequence of int
-        Ascending.
-    pearson : sequence of float
-        Correlation at each.
-    least : float, default=0.8
-        What is still good enough.
-
-    Returns
-    -------
-    int
-        0 if not even the first is.
-    """
+    """Last step up to which the correlation never falls short."""
     reached = 0
     for step, value in zip(steps, pearson, strict=True):
         if not value >= least:

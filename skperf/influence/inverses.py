@@ -165,27 +165,7 @@ def gif(problem: Problem) -> Fitted:
 
 
 def chosen_parameters(problem: Problem, X: NDArray[Any], codes: Tensor) -> Tensor:
-    """Mark the parameters that a generalised influence may change.
-
-    Parameters
-    ----------
-    problem : Problem
-        Says how to select and how many.
-    X : ndarray of shape (n, ...)
-        Rows that the change is about.
-    codes : Tensor of shape (n,)
-        Their labels.
-
-    Returns
-    -------
-    Tensor of bool, shape (n_parameters,)
-        On the CPU.
-
-    Raises
-    ------
-    ValueError
-        If nothing would be chosen.
-    """
+    """Mark the parameters that a generalised influence may change: X (n, ...), codes (n,)."""
     settings = problem.settings
     generator = torch.Generator().manual_seed(settings.seed)
     n_parameters = sum(p.numel() for p in problem.parameters.values())
@@ -247,29 +227,7 @@ def exact_with_damping(
     train: Gradients,
     spectrum: tuple[Tensor, Tensor] | None = None,
 ) -> Fitted:
-    """Damp a dense curvature.
-
-    Parameters
-    ----------
-    problem : Problem
-        Says which damping.
-    matrix : Tensor of shape (n_parameters, n_parameters)
-        Curvature without damping.
-    train : list of Factor
-        Gradients of the training rows.
-    spectrum : tuple of Tensor, optional
-        Eigenvalues and eigenvectors, where they are known.
-
-    Returns
-    -------
-    Fitted
-        Keeps the matrix for another damping.
-
-    Raises
-    ------
-    ValueError
-        If the damped curvature is indefinite.
-    """
+    """Damp a dense curvature: matrix (n_parameters, n_parameters)."""
     extra: dict[str, Any] = {"matrix": matrix}
     if problem.settings.damping == "flow":
         values, vectors = torch.linalg.eigh(matrix) if spectrum is None else spectrum

@@ -12,36 +12,14 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class KroneckerBasis:
-    """Eigenbasis of one layer's inputs and output gradients.
+    """Eigenbasis of one layer's inputs and output gradients."""
 
-    Parameters
-    ----------
-    inputs : Tensor of shape (n_inputs, n_inputs) or None
-        Eigenvectors in columns; None leaves the inputs as they are.
-    outputs : Tensor of shape (n_outputs, n_outputs) or None
-        The same for the outputs.
-    values : Tensor of shape (n_outputs, n_inputs)
-        Curvature along each pair: the exact second moment (EKFAC) or the product of the
-        two eigenvalues (KFAC).
-    """
-
-    inputs: Tensor | None
-    outputs: Tensor | None
-    values: Tensor
+    inputs: Tensor | None  # (n_inputs, n_inputs)
+    outputs: Tensor | None  # (n_outputs, n_outputs)
+    values: Tensor  # (n_outputs, n_inputs)
 
     def rotate(self, factor: Factor) -> Factor:
-        """Express gradients in the basis.
-
-        Parameters
-        ----------
-        factor : Factor
-            Gradients of this layer.
-
-        Returns
-        -------
-        Factor
-            Of the same kind.
-        """
+        """Express gradients in the basis."""
         if self.outputs is None:
             return factor
         if isinstance(factor, Outer):
@@ -62,27 +40,7 @@ def kronecker_basis(
     corrected: bool,
     weights: Tensor,
 ) -> KroneckerBasis:
-    """Fit the Kronecker-factored curvature of one layer.
-
-    Parameters
-    ----------
-    inputs_of : Factor
-        Gradients of all training rows, for the second moment of the layer's inputs.
-    rows : Factor
-        Rows of the curvature.
-    shape : tuple (n_outputs, n_inputs) or None
-        Of the layer's weights; None for a layer without a matrix, whose curvature is taken
-        as diagonal.
-    corrected : bool
-        EKFAC's exact second moments in place of KFAC's products of eigenvalues.
-    weights : Tensor of shape (n,)
-        Share of each training row in the mean loss.
-
-    Returns
-    -------
-    KroneckerBasis
-        The layer's curvature.
-    """
+    """Fit the Kronecker-factored curvature of one layer: weights (n,)."""
     if isinstance(rows, Tokens):
         covariance = torch.tensordot(rows.outputs, rows.outputs, dims=([0, 1], [0, 1]))
         basis = KroneckerBasis(None, torch.linalg.eigh(covariance)[1], covariance)
@@ -138,27 +96,11 @@ def separable(
 ) -> tuple[Tensor, Tensor]:
     """Approximate filtered curvature by a short sum of products.
 
-    Weighted by the energy that gradients have along each direction, so that a few terms
-    reproduce the scores.
-
-    Parameters
-    ----------
-    values : Tensor of shape (n_outputs, n_inputs)
-        Curvature along each pair of directions.
-    inverse : Tensor of shape (n_outputs, n_inputs)
-        Its filtered inverse.
-    tolerance : float
-        Share of the weighted energy that may be lost.
-    max_rank : int
-        Most terms.
-
-    Returns
-    -------
-    outputs : Tensor of shape (rank, n_outputs)
-        First factors.
-    inputs : Tensor of shape (rank, n_inputs)
-        Second factors: ``inverse ~ sum_r outputs[r][:, None] * inputs[r]``.
+    Shapes: values (n_outputs, n_inputs), inverse (n_outputs, n_inputs) -> outputs (rank,
+    n_outputs), inputs (rank, n_inputs).
     """
+    # Weighted by the energy that gradients have along each direction, so that a few terms
+    # reproduce the scores.
     tiny = torch.finfo(values.dtype).tiny ** 0.5
     by_output = values.sum(1).clamp_min(values.sum() * 1e-12 + tiny).sqrt()
     by_input = values.sum(0).clamp_min(values.sum() * 1e-12 + tiny).sqrt()

@@ -26,21 +26,7 @@ _SUPPORTED = (nn.Linear, *CONVOLUTIONS, nn.Embedding, nn.EmbeddingBag, *_NORMS)
 
 @dataclass(frozen=True)
 class Layer:
-    """A part of a network that owns parameters taken into account.
-
-    Parameters
-    ----------
-    name : str
-        Dotted name.
-    module : nn.Module
-        The part.
-    weight : bool
-        Whether its weight takes part.
-    bias : bool
-        Whether its bias takes part.
-    whole : tuple of str, default=()
-        Of a part of no kind that is known, the names of its parameters that take part.
-    """
+    """A part of a network that owns parameters taken into account."""
 
     name: str
     module: nn.Module
@@ -74,26 +60,7 @@ class Layer:
 
 
 def find_layers(module: nn.Module, parameters: Parameters) -> list[Layer]:
-    """Find the layers that own parameters.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The network.
-    parameters : dict of str to Tensor
-        Those to take into account, by name.
-
-    Returns
-    -------
-    list of Layer
-        In the network's order.
-
-    Raises
-    ------
-    ValueError
-        If a parameter belongs to a part that holds others with parameters, to one that
-        is recurrent, or is shared by two layers; the message names them.
-    """
+    """Find the layers that own parameters."""
     owners = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
     layers = []
     for name, part in module.named_modules():
@@ -144,22 +111,7 @@ _FORWARDS = {kind.forward for kind in _SUPPORTED}
 
 
 def to_vectors(layers: Sequence[Layer], gradients: Sequence[Factor], like: Parameters) -> Tensor:
-    """Lay gradients out in the order of the network's parameters.
-
-    Parameters
-    ----------
-    layers : sequence of Layer
-        Layers of the factors.
-    gradients : sequence of Factor
-        One factor a layer, or a single one of :func:`record_reference` when there are no layers.
-    like : dict of str to Tensor
-        The parameters taken into account.
-
-    Returns
-    -------
-    Tensor of shape (n, n_parameters)
-        As :func:`~skperf.backbone.parameters.flatten` orders them.
-    """
+    """Lay gradients out in the order of the network's parameters: -> (n, n_parameters)."""
     if not layers:
         return written_out(gradients[0])
     named: dict[str, Tensor] = {}
@@ -172,19 +124,7 @@ def to_vectors(layers: Sequence[Layer], gradients: Sequence[Factor], like: Param
 def from_vectors(layers: Sequence[Layer], vectors: Tensor, like: Parameters) -> list[Dense]:
     """Cut vectors into the factors' layout, the inverse of :func:`to_vectors`.
 
-    Parameters
-    ----------
-    layers : sequence of Layer
-        Layers of the factors; none for the reference path.
-    vectors : Tensor of shape (n, n_parameters)
-        In the order of the network's parameters.
-    like : dict of str to Tensor
-        The parameters taken into account.
-
-    Returns
-    -------
-    list of Dense
-        One a layer.
+    Shapes: vectors (n, n_parameters).
     """
     if not layers:
         return [Dense(vectors)]

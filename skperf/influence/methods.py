@@ -70,10 +70,9 @@ def gradient_dot(problem: Problem) -> Fitted:
 
 @dataclass(frozen=True)
 class Woodbury:
-    """Gradients, and their products with the curvature's rows.
+    """Gradients, and their products with the curvature's rows."""
 
-    ``g' (A'A + damping)^-1 h = (g'h - (Ag)' (AA' + damping)^-1 Ah) / damping``.
-    """
+    # `g' (A'A + damping)^-1 h = (g'h - (Ag)' (AA' + damping)^-1 Ah) / damping`.
 
     curvature: RowSpace
     cholesky: Tensor
@@ -156,22 +155,7 @@ def ggn(problem: Problem) -> Fitted:
 
 
 def with_damping(fitted: Fitted, curvature: RowSpace, problem: Problem) -> Fitted:
-    """Damp a row-space curvature anew, without a pass through the network.
-
-    Parameters
-    ----------
-    fitted : Fitted
-        Its first factors are the training gradients.
-    curvature : RowSpace
-        By its rows.
-    problem : Problem
-        Says which damping.
-
-    Returns
-    -------
-    Fitted
-        Shares the gradients.
-    """
+    """Damp a row-space curvature anew, without a pass through the network."""
     settings, n = problem.settings, problem.n_train
     train = fitted.train[: len(curvature.rows)]
     if settings.damping == "flow":
@@ -197,18 +181,7 @@ def _with_filter(
 
 
 def plain_weight(lift: Lift) -> float | None:
-    """Weight with which the gradients of queries meet those of rows.
-
-    Parameters
-    ----------
-    lift : Lift
-        Of any method.
-
-    Returns
-    -------
-    float or None
-        None if the method changes either of them.
-    """
+    """Weight with which the gradients of queries meet those of rows."""
     if isinstance(lift, Filtered):
         return lift.at_zero
     return 1.0 if isinstance(lift, Unchanged | Woodbury) else None
@@ -406,22 +379,7 @@ def datainf(problem: Problem) -> Fitted:
 
 
 def redamped(problem: Problem, fitted: Fitted, method: str) -> Fitted:
-    """Fit with another damping, without a pass through the network where the method allows.
-
-    Parameters
-    ----------
-    problem : Problem
-        Says which damping.
-    fitted : Fitted
-        The method with any damping.
-    method : str
-        Its name.
-
-    Returns
-    -------
-    Fitted
-        Shares what it can.
-    """
+    """Fit with another damping, without a pass through the network where the method allows."""
     lift = fitted.lift
     if isinstance(lift, Woodbury | Filtered):
         return with_damping(fitted, lift.curvature, problem)

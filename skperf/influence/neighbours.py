@@ -12,20 +12,7 @@ from skperf.backbone.network import Network
 
 
 def features_of(network: Network, X: NDArray[Any]) -> Tensor:
-    """Read the inputs of a network's last layer.
-
-    Parameters
-    ----------
-    network : Network
-        Any network; left as it was found.
-    X : ndarray of shape (n, ...)
-        Rows.
-
-    Returns
-    -------
-    Tensor of shape (n, n_features)
-        On the CPU.
-    """
+    """Read the inputs of a network's last layer: X (n, ...) -> (n, n_features)."""
     owners = [part for part in network.module.modules() if list(part.parameters(recurse=False))]
     seen: list[Tensor] = []
 
@@ -43,24 +30,7 @@ def features_of(network: Network, X: NDArray[Any]) -> Tensor:
 
 
 def nearest(train: Tensor, queries: Tensor, k: int, *, chunk: int = 256) -> NDArray[np.intp]:
-    """Find the k nearest rows by Euclidean distance.
-
-    Parameters
-    ----------
-    train : Tensor of shape (n, d)
-        Where to look.
-    queries : Tensor of shape (q, d)
-        What for.
-    k : int
-        How many; all if there are no more.
-    chunk : int, default=256
-        Queries at once.
-
-    Returns
-    -------
-    ndarray of int, shape (q, k)
-        In no particular order.
-    """
+    """Find the k nearest rows by Euclidean distance: train (n, d), queries (q, d)."""
     k = min(k, len(train))
     squares = train.square().sum(1)
     parts = [

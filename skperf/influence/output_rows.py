@@ -11,24 +11,12 @@ _MOST_DECOMPOSED = 128  # classes; beyond, a decomposition costs more than it sp
 
 @dataclass(frozen=True)
 class OutputRows:
-    """Rows of the curvature at the logits.
+    """Rows of the curvature at the logits."""
 
-    Parameters
-    ----------
-    examples : Tensor of shape (n_rows,)
-        Training row that each comes from.
-    cotangents : Tensor of shape (n_rows, n_classes)
-        What to pull back.
-    kept_trace : float
-        Share of the trace at the logits that these rows hold by themselves.
-    logits : Tensor of shape (n, n_classes)
-        Of all training rows.
-    """
-
-    examples: Tensor
-    cotangents: Tensor
+    examples: Tensor  # (n_rows,)
+    cotangents: Tensor  # (n_rows, n_classes)
     kept_trace: float
-    logits: Tensor
+    logits: Tensor  # (n, n_classes)
 
 
 def softmax_rows(
@@ -36,23 +24,7 @@ def softmax_rows(
 ) -> OutputRows:
     """Eigenpairs of the softmax Hessians of many examples, the largest and a sample.
 
-    Parameters
-    ----------
-    logits : Tensor of shape (n, n_classes)
-        The network's answers.
-    weights : Tensor of shape (n,)
-        Share of each example in the mean loss; they sum to one.
-    kept_trace : float, default=1.0
-        Take as many rows as the largest would need to hold this share of the trace.
-    max_rows : int, optional
-        Never take more.
-
-    Returns
-    -------
-    OutputRows
-        Cotangents ``sqrt(size) * eigenvector``, where the size is ``w_i eigenvalue`` of a large
-        one, and of the others what each :func:`stands for <representatives>`. Where more than 128
-        classes are likely, slopes of single labels take the place of eigenvectors.
+    Shapes: logits (n, n_classes), weights (n,).
     """
     probabilities, weights = logits.double().softmax(1), weights.double()
     traces = weights * (1 - probabilities.square().sum(1))
@@ -89,11 +61,10 @@ def _n_likely(p: Tensor, weights: Tensor, tolerance: float) -> int:
 
 @dataclass(frozen=True)
 class _Eigenpairs:
-    """Eigenpairs of softmax Hessians among the likeliest classes.
+    """Eigenpairs of softmax Hessians among the likeliest classes."""
 
-    A label says whether it is among these, and which of them it is. The first is left out, so
-    that the curvature never grows.
-    """
+    # A label says whether it is among these, and which of them it is. The first is left out, so
+    # that the curvature never grows.
 
     p: Tensor
 
@@ -144,24 +115,11 @@ class _Answers:
 def representatives(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Choose entries that stand for all, large ones for themselves alone.
 
-    Systematic sampling with probabilities proportional to size: an entry whose probability
-    reaches one is certain, the others are met at equal steps of their cumulated sum and share
-    it. The sum is kept, and in expectation over where the steps begin, every entry.
-
-    Parameters
-    ----------
-    values : Tensor of shape (m,)
-        Positive or zero, in descending order.
-    n : int
-        How many to choose.
-
-    Returns
-    -------
-    indices : Tensor of int, shape (n,)
-        Ascending.
-    sizes : Tensor of shape (n,)
-        What each stands for.
+    Shapes: values (m,) -> sizes (n,).
     """
+    # Systematic sampling with probabilities proportional to size: an entry whose probability
+    # reaches one is certain, the others are met at equal steps of their cumulated sum and share
+    # it. The sum is kept, and in expectation over where the steps begin, every entry.
     if n == 0:
         return torch.arange(0), values[:0]
     rest = values.flip(0).cumsum(0).flip(0)[:n]

@@ -48,39 +48,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Problem:
-    """A network, its training rows, and how to differentiate.
-
-    Parameters
-    ----------
-    network : Network
-        Opened classifier.
-    parameters : dict of str to Tensor
-        Those taken into account.
-    layers : list of Layer
-        Their layers; empty on the reference path.
-    record : callable
-        ``(network, inputs) -> Tape``.
-    X : ndarray of shape (n, ...)
-        Training rows.
-    codes : Tensor of shape (n,)
-        Their labels, on the CPU.
-    shares : Tensor of shape (n,)
-        Their shares in the mean loss.
-    settings : Settings
-        Choices.
-    batch_size : int
-        Rows differentiated at once.
-    shelf : Shelf
-        Where gradients are kept.
-    """
+    """A network, its training rows, and how to differentiate."""
 
     network: Network
     parameters: Parameters
     layers: list[Layer]
     record: Callable[[Network, Tensor], Tape]
-    X: NDArray[Any]
-    codes: Tensor
-    shares: Tensor
+    X: NDArray[Any]  # (n, ...)
+    codes: Tensor  # (n,)
+    shares: Tensor  # (n,)
     settings: Settings
     batch_size: int
     shelf: Shelf
@@ -99,24 +75,7 @@ class Problem:
     def gradients(
         self, output: Output, X: NDArray[Any], codes: Tensor, weights: Tensor | None = None
     ) -> Gradients:
-        """Gradients of an output of many rows.
-
-        Parameters
-        ----------
-        output : callable
-            ``(logits, codes) -> (n,)``.
-        X : ndarray of shape (n, ...)
-            Rows.
-        codes : Tensor of shape (n,)
-            Their labels.
-        weights : Tensor of shape (n,), optional
-            Multiplied in.
-
-        Returns
-        -------
-        list of Factor
-            n gradients.
-        """
+        """Gradients of an output of many rows: X (n, ...), codes (n,), weights (n,)."""
 
         def cotangents(logits: Tensor, rows: Tensor) -> Tensor:
             values = slopes(output, logits, codes[rows].to(logits.device))
@@ -127,19 +86,7 @@ class Problem:
     def gather(self, X: NDArray[Any], cotangents: Any, examples: Tensor | None = None) -> Gradients:
         """Pull cotangents back; see :func:`~skperf.influence.tiles.gather`.
 
-        Parameters
-        ----------
-        X : ndarray of shape (n, ...)
-            Rows.
-        cotangents : Tensor of shape (m, n_classes) or callable
-            What to pull back.
-        examples : Tensor of shape (m,), optional
-            Row of each.
-
-        Returns
-        -------
-        list of Factor
-            m gradients.
+        Shapes: X (n, ...), cotangents (m, n_classes), examples (m,).
         """
         with recording(self.network.module):
             return gather(
@@ -154,28 +101,11 @@ class Problem:
             )
 
     def train_gradients(self) -> Gradients:
-        """Gradients of all training rows, weighted.
-
-        Returns
-        -------
-        list of Factor
-            n gradients of ``n share_i loss_i``.
-        """
+        """Gradients of all training rows, weighted."""
         return self.gradients(loss, self.X, self.codes, self.relative_weights())
 
     def logits(self) -> Tensor:
-        """Logits of the training rows.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            On the CPU.
-
-        Raises
-        ------
-        ValueError
-            If one is not finite.
-        """
+        """Logits of the training rows: -> (n, n_classes)."""
         batch_size = max(self.batch_size, self.network.batch_size)
         logits = self.network.logits(self.X, batch_size)
         finite = torch.isfinite(logits).all(1)
@@ -187,43 +117,18 @@ class Problem:
     def train_cotangents(self, logits: Tensor) -> Tensor:
         """Say what to pull back for :meth:`train_gradients`, where logits are known.
 
-        Parameters
-        ----------
-        logits : Tensor of shape (n, n_classes)
-            Of the training rows.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Slopes of ``n share_i loss_i``.
+        Shapes: logits (n, n_classes) -> (n, n_classes).
         """
         own, weights = slopes(loss, logits, self.codes), self.relative_weights()
         return own if weights is None else own * weights[:, None].to(own)
 
     def relative_weights(self) -> Tensor | None:
-        """Shares times n, None where they are all one.
-
-        Returns
-        -------
-        Tensor of shape (n,) or None
-            Weights of mean one.
-        """
+        """Shares times n, None where they are all one: -> (n,)."""
         weights = self.shares * self.n_train
         return None if torch.allclose(weights, torch.ones_like(weights), rtol=1e-12) else weights
 
     def product(self, damping: float = 0.0) -> CurvatureProduct:
-        """Products with the curvature of the mean training loss.
-
-        Parameters
-        ----------
-        damping : float, default=0.0
-            Added.
-
-        Returns
-        -------
-        CurvatureProduct
-            To be used inside ``recording``.
-        """
+        """Products with the curvature of the mean training loss."""
         device, dtype = self.network.device, self.network.dtype
         return CurvatureProduct(
             self.network,
@@ -240,24 +145,7 @@ class Problem:
 def slopes(output: Output, logits: Tensor, codes: Tensor) -> Tensor:
     """Differentiate an output by the logits.
 
-    Parameters
-    ----------
-    output : callable
-        ``(logits, codes) -> (n,)``.
-    logits : Tensor of shape (n, n_classes)
-        Where.
-    codes : Tensor of shape (n,)
-        Labels.
-
-    Returns
-    -------
-    Tensor of shape (n, n_classes)
-        Row i: the gradient of output i.
-
-    Raises
-    ------
-    ValueError
-        If the output of a row depends on the logits of another.
+    Shapes: logits (n, n_classes), codes (n,) -> (n, n_classes).
     """
     if output is loss:
         slope = logits.softmax(1)
@@ -288,21 +176,7 @@ class Lift(Protocol):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a method keeps.
-
-    Parameters
-    ----------
-    train : list of Factor
-        Training rows as the mapped queries meet them.
-    lift : Lift
-        Map of the queries.
-    scale : float
-        Multiplies every score.
-    unit : str
-        Of the scores.
-    report : dict
-        What was chosen on the way.
-    """
+    """What a method keeps."""
 
     train: Gradients
     lift: Lift
@@ -312,38 +186,12 @@ class Fitted:
 
 
 def plain_terms(queries: Gradients) -> Terms:
-    """Meet each layer's gradients with the layer's own.
-
-    Parameters
-    ----------
-    queries : list of Factor
-        One a layer.
-
-    Returns
-    -------
-    list of (int, Factor)
-        Numbered.
-    """
+    """Meet each layer's gradients with the layer's own."""
     return list(enumerate(queries))
 
 
 def curvature_rows(problem: Problem, *, kept_trace: float, max_rows: int | None) -> OutputRows:
-    """Rows of the curvature at the logits.
-
-    Parameters
-    ----------
-    problem : Problem
-        Whose curvature: with the exact expectation over labels, or at the labels seen.
-    kept_trace : float
-        Share of the trace to keep.
-    max_rows : int or None
-        Most rows.
-
-    Returns
-    -------
-    OutputRows
-        To be pulled back.
-    """
+    """Rows of the curvature at the logits."""
     logits = problem.logits()
     if problem.settings.curvature == "empirical":
         cotangents = slopes(loss, logits, problem.codes) * problem.shares.sqrt()[:, None].to(logits)
@@ -352,18 +200,7 @@ def curvature_rows(problem: Problem, *, kept_trace: float, max_rows: int | None)
 
 
 def random_vector(problem: Problem) -> Tensor:
-    """Draw a vector over the parameters.
-
-    Parameters
-    ----------
-    problem : Problem
-        With the seed.
-
-    Returns
-    -------
-    Tensor of shape (n_parameters,)
-        Standard normal, the same in every precision.
-    """
+    """Draw a vector over the parameters: -> (n_parameters,)."""
     size = sum(p.numel() for p in problem.parameters.values())
     generator = torch.Generator().manual_seed(problem.settings.seed)
     vector = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -371,45 +208,13 @@ def random_vector(problem: Problem) -> Tensor:
 
 
 def scores_of(problem: Problem, fitted: Fitted, queries: Gradients, rows: Tensor) -> Tensor:
-    """Score queries against some training rows.
-
-    Parameters
-    ----------
-    problem : Problem
-        Any.
-    fitted : Fitted
-        Its method.
-    queries : list of Factor
-        Gradients of n_queries targets.
-    rows : Tensor of int, shape (m,)
-        Training rows.
-
-    Returns
-    -------
-    Tensor of shape (n_queries, m)
-        Scores.
-    """
+    """Score queries against some training rows: -> (n_queries, m)."""
     terms, train = fitted.lift(problem, queries), take(fitted.train, rows)
     return inner([factor for _, factor in terms], [train[i] for i, _ in terms]) * fitted.scale
 
 
 def self_scores(problem: Problem, fitted: Fitted, queries: Gradients, rows: Gradients) -> Tensor:
-    """Score each query against a row of its own.
-
-    Parameters
-    ----------
-    problem : Problem
-        Any.
-    fitted : Fitted
-        Its method.
-    queries, rows : list of Factor
-        Gradients of n targets, and of n losses.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        The diagonal of the scores.
-    """
+    """Score each query against a row of its own: -> (n,)."""
     stored = fitted.lift.store(problem, rows)
     parts = []
     for which, factor in fitted.lift(problem, queries):

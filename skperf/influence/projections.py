@@ -16,44 +16,17 @@ from skperf.influence.layers import Layer
 
 @dataclass(frozen=True)
 class TwoSided:
-    """Projection of one layer's gradients.
+    """Projection of one layer's gradients."""
 
-    Parameters
-    ----------
-    inputs : Tensor of shape (n_inputs, k_inputs) or None
-        Applied to the inputs; None keeps them.
-    outputs : Tensor of shape (n_outputs, k_outputs) or None
-        Applied to the output gradients, or to gradients that are no matrices.
-    shape : tuple of int or None
-        (n_outputs, n_inputs) of a layer with a matrix.
-    """
-
-    inputs: Tensor | None
-    outputs: Tensor | None
+    inputs: Tensor | None  # (n_inputs, k_inputs)
+    outputs: Tensor | None  # (n_outputs, k_outputs)
     shape: tuple[int, int] | None
 
 
 def projections(
     gradients: Gradients, layers: Sequence[Layer], n_projections: int, generator: torch.Generator
 ) -> list[TwoSided]:
-    """Draw projections, wider for layers with more weights.
-
-    Parameters
-    ----------
-    gradients : list of Factor
-        A sample of the gradients to be projected.
-    layers : sequence of Layer
-        Their layers; empty on the reference path.
-    n_projections : int
-        Coordinates in all, about.
-    generator : torch.Generator
-        Source of chance.
-
-    Returns
-    -------
-    list of TwoSided
-        One a layer.
-    """
+    """Draw projections, wider for layers with more weights."""
     shapes = [layer.matrix_shape for layer in layers] or [None]
     sizes = [layer.n_weights for layer in layers] or [gradients[0].tensors[0].shape[1]]
     total = sum(size**0.5 for size in sizes)
@@ -94,20 +67,7 @@ def _normal(n: int, k: int, generator: torch.Generator, dtype: torch.dtype) -> T
 
 
 def project(gradients: Gradients, maps: Sequence[TwoSided]) -> Tensor:
-    """Project gradients.
-
-    Parameters
-    ----------
-    gradients : list of Factor
-        n rows, one factor a layer.
-    maps : sequence of TwoSided
-        One a layer.
-
-    Returns
-    -------
-    Tensor of shape (n, about n_projections)
-        Coordinates.
-    """
+    """Project gradients: -> (n, about n_projections)."""
     parts = [_project_layer(f, m) for f, m in zip(gradients, maps, strict=True)]
     return torch.cat(parts, 1)
 

@@ -16,19 +16,7 @@ Precondition = Callable[[Parameters], Parameters]
 
 @dataclass(frozen=True)
 class Displacement:
-    """Where a change of the parameters ended.
-
-    Parameters
-    ----------
-    parameters : dict of str to Tensor
-        Changed parameters.
-    n_steps : int
-        Gradient steps taken.
-    length : float
-        Euclidean distance from the start.
-    flipped : Tensor of bool, shape (n_queries,)
-        Which queries are now predicted as wanted.
-    """
+    """Where a change of the parameters ended."""
 
     parameters: Parameters
     n_steps: int
@@ -37,22 +25,7 @@ class Displacement:
 
 
 def predicted_as(network: Network, parameters: Parameters, rows: Rows) -> Tensor:
-    """Tell which rows are predicted as labelled.
-
-    Parameters
-    ----------
-    network : Network
-        In evaluation mode.
-    parameters : dict of str to Tensor
-        Used in place of its own.
-    rows : tuple of Tensor
-        Inputs and labels.
-
-    Returns
-    -------
-    Tensor of bool, shape (n,)
-        True where the label has the largest logit.
-    """
+    """Tell which rows are predicted as labelled."""
     inputs, codes = rows
     with torch.no_grad():
         parts = [
@@ -62,22 +35,7 @@ def predicted_as(network: Network, parameters: Parameters, rows: Rows) -> Tensor
 
 
 def accuracy(network: Network, parameters: Parameters, rows: Rows) -> float:
-    """Share of rows predicted as labelled.
-
-    Parameters
-    ----------
-    network : Network
-        In evaluation mode.
-    parameters : dict of str to Tensor
-        Used in place of its own.
-    rows : tuple of Tensor
-        Inputs and labels.
-
-    Returns
-    -------
-    float
-        Between 0 and 1.
-    """
+    """Share of rows predicted as labelled."""
     return float(predicted_as(network, parameters, rows).double().mean())
 
 
@@ -93,38 +51,10 @@ def smallest_flip(
     n_backtracks: int = 2,
     precondition: Precondition | None = None,
 ) -> Displacement:
-    """Train on a few rows until the queries flip, and go no further than that.
-
-    Step sizes are halved twice at a time as long as the queries can still flip within
-    `max_steps`; of the paths that flip most queries the shortest is kept, its last step cut
-    by bisection.
-
-    Parameters
-    ----------
-    network : Network
-        In evaluation mode.
-    start : dict of str to Tensor
-        Parameters to change.
-    rows : tuple of Tensor
-        Inputs and labels to train on.
-    queries : tuple of Tensor
-        Inputs and wanted labels.
-    sign : float, default=-1.0
-        -1 descends on the rows' mean loss, +1 ascends.
-    learning_rate : float, default=0.1
-        First step size.
-    max_steps : int, default=50
-        Most steps of a path.
-    n_backtracks : int, default=2
-        Most reductions of the step size.
-    precondition : callable, optional
-        Turns a gradient into a direction; it is then given the gradient's length.
-
-    Returns
-    -------
-    Displacement
-        The best path.
-    """
+    """Train on a few rows until the queries flip, and go no further than that."""
+    # Step sizes are halved twice at a time as long as the queries can still flip within
+    # `max_steps`; of the paths that flip most queries the shortest is kept, its last step cut by
+    # bisection.
     best: Displacement | None = None
     for _ in range(n_backtracks + 1):
         path = _path(network, start, rows, queries, sign * learning_rate, max_steps, precondition)
@@ -200,18 +130,7 @@ def _bisected(
 
 
 def distance(first: Parameters, second: Parameters) -> float:
-    """Euclidean distance of two sets of parameters.
-
-    Parameters
-    ----------
-    first, second : dict of str to Tensor
-        Of the same names and shapes.
-
-    Returns
-    -------
-    float
-        Not negative.
-    """
+    """Euclidean distance of two sets of parameters."""
     return float(sum(float((first[name] - second[name]).square().sum()) for name in first) ** 0.5)
 
 
@@ -225,32 +144,7 @@ def largest_allowed(
     max_drop: float,
     n_halvings: int = 6,
 ) -> tuple[Parameters, float, float]:
-    """Go from start towards end as far as a guard set's accuracy allows.
-
-    Parameters
-    ----------
-    network : Network
-        In evaluation mode.
-    start, end : dict of str to Tensor
-        Parameters.
-    guard : tuple of Tensor
-        Inputs and labels.
-    before : float
-        Accuracy at the start.
-    max_drop : float
-        How far it may fall.
-    n_halvings : int, default=6
-        Precision of the bisection.
-
-    Returns
-    -------
-    parameters : dict of str to Tensor
-        On the line between the two.
-    share : float
-        1 if the end itself is allowed.
-    kept : float
-        Accuracy there.
-    """
+    """Go from start towards end as far as a guard set's accuracy allows."""
     least = before - max_drop
     at_end = accuracy(network, end, guard)
     if at_end >= least:
@@ -267,20 +161,7 @@ def largest_allowed(
 
 
 def harmonic_mean(forgotten: float, kept: float) -> float:
-    """F1 of forgetting: harmonic mean of error on the removed and accuracy on the rest.
-
-    Parameters
-    ----------
-    forgotten : float
-        One minus the accuracy on the removed rows.
-    kept : float
-        Accuracy on the others.
-
-    Returns
-    -------
-    float
-        Between 0 and 1.
-    """
+    """F1 of forgetting: harmonic mean of error on the removed and accuracy on the rest."""
     total = forgotten + kept
     return 2 * forgotten * kept / total if total > 0 else 0.0
 
@@ -295,28 +176,7 @@ def best_scale(
     *,
     n_refinements: int = 6,
 ) -> tuple[float, float]:
-    """Choose how far to go along an unlearning direction, on held-out rows.
-
-    Parameters
-    ----------
-    network : Network
-        In evaluation mode.
-    start, direction : dict of str to Tensor
-        Parameters and what is added to them.
-    removed, others : tuple of Tensor
-        Held-out rows of what is to be forgotten, and of what is to be kept.
-    scales : sequence of float
-        Candidates, ascending.
-    n_refinements : int, default=6
-        Further candidates between the neighbours of the best one.
-
-    Returns
-    -------
-    scale : float
-        The best one; the smallest of equals.
-    f1 : float
-        Its :func:`harmonic_mean`.
-    """
+    """Choose how far to go along an unlearning direction, on held-out rows."""
 
     def quality(scale: float) -> float:
         there = moved(start, direction, scale)
@@ -332,18 +192,5 @@ def best_scale(
 
 
 def moved(parameters: Parameters, direction: Parameters, scale: float) -> Parameters:
-    """Add a multiple of a direction.
-
-    Parameters
-    ----------
-    parameters, direction : dict of str to Tensor
-        Of the same names and shapes.
-    scale : float
-        Factor of the direction.
-
-    Returns
-    -------
-    dict of str to Tensor
-        New tensors.
-    """
+    """Add a multiple of a direction."""
     return {name: p + scale * direction[name] for name, p in parameters.items()}

@@ -43,49 +43,14 @@ class Recipe:
 def half_subsets(
     n: int, n_subsets: int, generator: torch.Generator, *, fraction: float = 0.5
 ) -> Tensor:
-    """Draw random subsets of equal size.
-
-    Parameters
-    ----------
-    n : int
-        Rows to choose from.
-    n_subsets : int
-        How many subsets.
-    generator : torch.Generator
-        Source of chance.
-    fraction : float, default=0.5
-        Share of rows in a subset.
-
-    Returns
-    -------
-    Tensor of bool, shape (n_subsets, n)
-        True = kept.
-    """
+    """Draw random subsets of equal size."""
     size = max(1, round(fraction * n))
     order = torch.rand(n_subsets, n, generator=generator).argsort(1)
     return torch.zeros(n_subsets, n, dtype=torch.bool).scatter_(1, order[:, :size], True)
 
 
 def fresh_parameters(network: Network, seeds: list[int]) -> Parameters:
-    """Initialise copies of a network.
-
-    Parameters
-    ----------
-    network : Network
-        Its architecture; left as it is.
-    seeds : list of int
-        One a copy.
-
-    Returns
-    -------
-    dict of str to Tensor
-        (n_copies, ...) for each parameter.
-
-    Raises
-    ------
-    ValueError
-        If some parameter belongs to a module without ``reset_parameters``.
-    """
+    """Initialise copies of a network."""
     copies = []
     module = deepcopy(network.module)
     _check_resettable(module)
@@ -113,24 +78,7 @@ def _check_resettable(module: nn.Module) -> None:
 def stacked_logits(
     network: Network, stacked: Parameters, inputs: Tensor, *, own: bool = False
 ) -> Tensor:
-    """Logits of many networks.
-
-    Parameters
-    ----------
-    network : Network
-        Architecture and buffers.
-    stacked : dict of str to Tensor
-        (m, ...) for each parameter.
-    inputs : Tensor of shape (n, ...) or (m, n, ...)
-        The same rows for all, or with `own` each network's own.
-    own : bool, default=False
-        Whether every network has rows of its own.
-
-    Returns
-    -------
-    Tensor of shape (m, n, n_classes)
-        Logits.
-    """
+    """Logits of many networks: inputs (n, ...) or (m, n, ...) -> (m, n, n_classes)."""
 
     def logits(parameters: Parameters, rows: Tensor) -> Tensor:
         outputs = functional_call(network.module, parameters, (rows,))
@@ -156,30 +104,7 @@ def train_subsets(
 ) -> Parameters:
     """Train one fresh copy of a network on each subset of the rows, all at once.
 
-    Parameters
-    ----------
-    network : Network
-        Architecture; left as it is. Dropout is off and batch normalisation frozen, so
-        neither may take part in the training to be imitated.
-    inputs : Tensor of shape (n, ...)
-        Training rows.
-    codes : Tensor of shape (n,)
-        Their labels.
-    subsets : Tensor of bool, shape (m, n)
-        Rows of each copy, equally many.
-    recipe : Recipe
-        How to train.
-    seeds : list of int
-        One a copy, for weights; the first also draws the order of the rows.
-    weights : Tensor of shape (n,), optional
-        Weights of the rows in the loss.
-    verbose : int, default=0
-        Show progress.
-
-    Returns
-    -------
-    dict of str to Tensor
-        (m, ...) for each parameter.
+    Shapes: inputs (n, ...), codes (n,), weights (n,).
     """
     sizes = subsets.sum(1)
     if not bool((sizes == sizes[0]).all()):
@@ -217,25 +142,7 @@ def stacked_outputs(
 ) -> Tensor:
     """One number for every network and row, such as its loss.
 
-    Parameters
-    ----------
-    network : Network
-        Architecture.
-    stacked : dict of str to Tensor
-        (m, ...) for each parameter.
-    inputs : Tensor of shape (n, ...)
-        Rows.
-    codes : Tensor of shape (n,)
-        Their labels.
-    output : callable
-        ``(logits, codes) -> (n,)``.
-    batch_size : int, default=256
-        Rows at once.
-
-    Returns
-    -------
-    Tensor of shape (m, n)
-        On the CPU.
+    Shapes: inputs (n, ...), codes (n,) -> (m, n).
     """
     parts = []
     with untouched(network.module), torch.no_grad():

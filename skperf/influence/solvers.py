@@ -15,22 +15,10 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Solution:
-    """Answers of an iterative solver.
+    """Answers of an iterative solver."""
 
-    Parameters
-    ----------
-    values : Tensor of shape (m, n_parameters)
-        One a right-hand side.
-    residual : Tensor of shape (m,)
-        Length of what is left, relative to the right-hand side.
-    n_iterations : int
-        Products with the matrix.
-    converged : bool
-        Whether every residual is within the tolerance.
-    """
-
-    values: Tensor
-    residual: Tensor
+    values: Tensor  # (m, n_parameters)
+    residual: Tensor  # (m,)
     n_iterations: int
     converged: bool
 
@@ -38,29 +26,7 @@ class Solution:
 def conjugate_gradient(
     multiply: Multiply, right: Tensor, *, tol: float = 1e-4, max_iter: int = 200
 ) -> Solution:
-    """Conjugate gradients for a positive definite matrix.
-
-    Parameters
-    ----------
-    multiply : callable
-        The damped curvature.
-    right : Tensor of shape (m, n_parameters)
-        Right-hand sides.
-    tol : float, default=1e-4
-        Relative residual to reach.
-    max_iter : int, default=200
-        Most products.
-
-    Returns
-    -------
-    Solution
-        May not have converged.
-
-    Raises
-    ------
-    ValueError
-        If a direction of negative curvature turns up.
-    """
+    """Conjugate gradients for a positive definite matrix: right (m, n_parameters)."""
     x = torch.zeros_like(right)
     residual, direction = right.clone(), right.clone()
     squared = residual.square().sum(1)
@@ -94,38 +60,8 @@ def neumann(
     max_iter: int = 1000,
     tol: float = 1e-4,
 ) -> Solution:
-    """Sum the stochastic Neumann series of LiSSA.
-
-    Iterates ``x <- g + x - (C_batch + damping) x / scale`` and returns ``x / scale``.
-
-    Parameters
-    ----------
-    multiply : callable
-        ``multiply(x, step)``, an estimate of the damped curvature that may change by step.
-    right : Tensor of shape (m, n_parameters)
-        Right-hand sides.
-    scale : float
-        Larger than the curvature's largest eigenvalue.
-    max_iter : int, default=1000
-        Most terms.
-    tol : float, default=1e-4
-        Stop when a step is shorter than this, relative to the sum.
-
-    Returns
-    -------
-    Solution
-        ``residual`` is the length of the last step relative to the sum.
-
-    Raises
-    ------
-    ValueError
-        If the series diverges.
-
-    References
-    ----------
-    Agarwal, Bullins, Hazan, "Second-Order Stochastic Optimization for Machine Learning in
-    Linear Time" (2017).
-    """
+    """Sum the stochastic Neumann series of LiSSA: right (m, n_parameters)."""
+    # Iterates `x <- g + x - (C_batch + damping) x / scale` and returns `x / scale`.
     x = right.clone()
     first = right.norm(dim=1).clamp_min(_TINY)
     best = torch.inf
@@ -151,22 +87,7 @@ def neumann(
 
 
 def largest_eigenvalue(multiply: Multiply, start: Tensor, *, n_iterations: int = 20) -> float:
-    """Estimate the largest absolute eigenvalue by power iteration.
-
-    Parameters
-    ----------
-    multiply : callable
-        A symmetric matrix.
-    start : Tensor of shape (n_parameters,)
-        Any vector, for example a random one.
-    n_iterations : int, default=20
-        Products.
-
-    Returns
-    -------
-    float
-        From below.
-    """
+    """Estimate the largest absolute eigenvalue by power iteration: start (n_parameters,)."""
     vector = start[None] / start.norm()
     size = 0.0
     for _ in range(n_iterations):
@@ -181,21 +102,7 @@ def largest_eigenvalue(multiply: Multiply, start: Tensor, *, n_iterations: int =
 def arnoldi(multiply: Multiply, start: Tensor, *, n_iterations: int) -> tuple[Tensor, Tensor]:
     """Dominant eigenpairs from a Krylov space, reorthogonalised.
 
-    Parameters
-    ----------
-    multiply : callable
-        A symmetric matrix.
-    start : Tensor of shape (n_parameters,)
-        First vector.
-    n_iterations : int
-        Products, and most eigenpairs.
-
-    Returns
-    -------
-    values : Tensor of shape (k,)
-        Ritz values, by size, largest first.
-    vectors : Tensor of shape (k, n_parameters)
-        Ritz vectors in rows.
+    Shapes: start (n_parameters,) -> values (k,), vectors (k, n_parameters).
     """
     n_iterations = min(n_iterations, len(start))
     basis = start.new_zeros(n_iterations, len(start))
@@ -234,30 +141,7 @@ def lsmr(
 ) -> Solution:
     """Damped least squares ``min |A x - b|^2 + ridge |x|^2`` by the method LSMR.
 
-    Parameters
-    ----------
-    multiply : callable
-        (m, n) -> (m, n_rows), the matrix A.
-    adjoint : callable
-        (m, n_rows) -> (m, n), its transpose.
-    right : Tensor of shape (m, n_rows)
-        Right-hand sides.
-    ridge : float, default=0.0
-        Penalty.
-    max_iter : int, default=50
-        Iterations, one product with A and one with its transpose each.
-    tol : float, default=1e-6
-        Stop when ``|A'r|`` has fallen to this share of where it began.
-
-    Returns
-    -------
-    Solution
-        ``residual`` is ``|A x - b| / |b|``.
-
-    References
-    ----------
-    Fong, Saunders, "LSMR: An Iterative Algorithm for Sparse Least-Squares Problems",
-    SIAM J. Sci. Comput. 33 (2011).
+    Shapes: right (m, n_rows).
     """
     damp = ridge**0.5
     u, beta = _unit(right)

@@ -33,23 +33,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def budget_in_bytes(budget: str | float) -> int:
-    """Read a memory budget.
-
-    Parameters
-    ----------
-    budget : str or float
-        Bytes, or a text such as ``"500MB"`` or ``"2GB"``.
-
-    Returns
-    -------
-    int
-        Bytes.
-
-    Raises
-    ------
-    ValueError
-        If the text is not understood or the number is not positive.
-    """
+    """Read a memory budget."""
     if not isinstance(budget, str):
         size = float(budget)
     else:
@@ -67,16 +51,7 @@ def budget_in_bytes(budget: str | float) -> int:
 
 
 class Shelf:
-    """Room for gradients: memory, or a folder of files once they exceed a budget.
-
-    Parameters
-    ----------
-    budget : int
-        Bytes that may stay in memory.
-    folder : str or Path, optional
-        Where files go; by default the system's place for temporary files. They vanish with
-        this object.
-    """
+    """Room for gradients: memory, or a folder of files once they exceed a budget."""
 
     def __init__(self, budget: int, folder: str | os.PathLike[str] | None = None) -> None:
         self.budget = budget
@@ -85,20 +60,7 @@ class Shelf:
         self.home: Path | None = None
 
     def empty(self, n: int, like: Factor) -> Factor:
-        """Make room for gradients of one layer.
-
-        Parameters
-        ----------
-        n : int
-            Rows.
-        like : Factor
-            A sample, for kind, shapes and types.
-
-        Returns
-        -------
-        Factor
-            Not initialised, on the CPU.
-        """
+        """Make room for gradients of one layer."""
         return with_tensors(like, *(self._tensor(n, tensor) for tensor in like.tensors))
 
     def _tensor(self, n: int, like: Tensor) -> Tensor:
@@ -132,29 +94,7 @@ def gather(
 ) -> Gradients:
     """Pull gradients of many rows, each example run forward once.
 
-    Parameters
-    ----------
-    network : Network
-        Opened by :func:`~skperf.influence.captures.recording`.
-    record : callable
-        ``record(network, inputs)`` gives a :class:`~skperf.influence.captures.Tape`.
-    X : array of shape (n, ...)
-        Rows.
-    cotangents : Tensor of shape (m, n_classes) or callable
-        What to pull back; as a function ``(logits, rows) -> (len(rows), n_classes)``.
-    examples : Tensor of shape (m,), optional
-        Row of `X` that each cotangent belongs to; by default all rows in order.
-    batch_size : int
-        Rows that go through the network at once.
-    shelf : Shelf, optional
-        Where the result is kept.
-    verbose : int, default=0
-        Show progress.
-
-    Returns
-    -------
-    list of Factor
-        m gradients, one factor a layer, on the CPU.
+    Shapes: X (n, ...), cotangents (m, n_classes), examples (m,).
     """
     shelf = shelf or Shelf(2**62)
     results: Gradients = []
@@ -184,10 +124,8 @@ def _recorded(network: Network, record: Callable[..., Tape], inputs: Tensor) -> 
 
 
 def _batches(examples: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Group examples with equally many cotangents, so that no backward pass is wasted.
-
-    Where too few have as many to fill much of a batch, they run once for each cotangent.
-    """
+    """Group examples with equally many cotangents, so that no backward pass is wasted."""
+    # Where too few have as many to fill much of a batch, they run once for each cotangent.
     order = examples.argsort(stable=True)
     counts = torch.bincount(examples)
     starts = counts.cumsum(0) - counts
@@ -223,24 +161,7 @@ Terms = list[tuple[int, Factor]]
 def block(
     terms: Terms, train: Sequence[Factor], scale: float, device: torch.device
 ) -> NDArray[Any]:
-    """Score one tile.
-
-    Parameters
-    ----------
-    terms : list of (int, Factor)
-        Query gradients after the method's map, each with the factor of `train` it meets.
-    train : sequence of Factor
-        Rows of the tile.
-    scale : float
-        Multiplies everything.
-    device : torch.device
-        Where to compute.
-
-    Returns
-    -------
-    ndarray of shape (n_queries, n_rows)
-        Scores.
-    """
+    """Score one tile: -> (n_queries, n_rows)."""
     rows = convert(train, device=device)
     queries = convert([factor for _, factor in terms], device=device)
     scores = inner(queries, [rows[which] for which, _ in terms])
@@ -248,27 +169,7 @@ def block(
 
 
 def tile_lengths(n_queries: int, n_train: int, row_bytes: int, budget: int) -> tuple[int, int]:
-    """Choose tiles that fit a memory budget.
-
-    Parameters
-    ----------
-    n_queries, n_train : int
-        Size of the whole.
-    row_bytes : int
-        Bytes of one gradient.
-    budget : int
-        Bytes for one tile and the gradients that enter it.
-
-    Returns
-    -------
-    tuple of int
-        Queries and training rows in a tile.
-
-    Raises
-    ------
-    ValueError
-        If not even a tile of 1 x 1 fits; the message says what would.
-    """
+    """Choose tiles that fit a memory budget."""
     queries = min(n_queries, 1024)
     rows = min(n_train, 4096)
     while queries * row_bytes + rows * row_bytes + 3 * 8 * queries * rows > budget:
@@ -294,32 +195,7 @@ def scored_tiles(
     n_jobs: int | None = None,
     prefer: str = "threads",
 ) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """Score some queries against all training rows, tile by tile.
-
-    Parameters
-    ----------
-    terms : list of (int, Factor)
-        Query gradients after the method's map.
-    train : list of Factor
-        All training rows.
-    scale : float
-        Multiplies everything.
-    length : int
-        Training rows in a tile.
-    device : torch.device
-        Where to compute.
-    n_jobs : int, optional
-        Tiles at once, through joblib and whatever backend it is told to use.
-    prefer : {"threads", "processes"}
-        Which, if it is told nothing.
-
-    Yields
-    ------
-    rows : slice
-        Training rows.
-    scores : ndarray of shape (n_queries, n_rows)
-        Their scores.
-    """
+    """Score some queries against all training rows, tile by tile: -> scores (n_queries, n_rows)."""
     slices = row_slices(len(train[0]), length, n_jobs)
     tiles = (take(train, rows) for rows in slices)
     common = (terms, scale, device)
@@ -327,22 +203,7 @@ def scored_tiles(
 
 
 def row_slices(n: int, length: int, n_jobs: int | None) -> list[slice]:
-    """Cut training rows into tiles, at least one for each worker.
-
-    Parameters
-    ----------
-    n : int
-        Rows.
-    length : int
-        Most of them in a tile.
-    n_jobs : int or None
-        As in joblib.
-
-    Returns
-    -------
-    list of slice
-        In order.
-    """
+    """Cut training rows into tiles, at least one for each worker."""
     length = min(length, -(-n // effective_n_jobs(n_jobs)))
     return [slice(start, min(start + length, n)) for start in range(0, n, length)]
 
@@ -353,13 +214,7 @@ def _block(common: tuple[Terms, float, torch.device], tile: Sequence[Factor]) ->
 
 
 class Largest:
-    """Running top k of every row of a matrix that is seen in column tiles.
-
-    Parameters
-    ----------
-    k : int
-        How many to keep.
-    """
+    """Running top k of every row of a matrix that is seen in column tiles."""
 
     def __init__(self, k: int) -> None:
         self.k = k
@@ -367,15 +222,7 @@ class Largest:
         self.indices: NDArray[Any] | None = None
 
     def add(self, rows: slice, scores: NDArray[Any]) -> None:
-        """Take a tile into account.
-
-        Parameters
-        ----------
-        rows : slice
-            Columns of the tile.
-        scores : ndarray of shape (n, n_columns)
-            Its values.
-        """
+        """Take a tile into account: scores (n, n_columns)."""
         indices = np.broadcast_to(np.arange(rows.start, rows.stop), scores.shape)
         if self.values is not None and self.indices is not None:
             scores = np.concatenate([self.values, scores], 1)
@@ -387,18 +234,7 @@ class Largest:
 
 
 def bytes_of_row(gradients: Sequence[Factor]) -> int:
-    """Memory of one gradient.
-
-    Parameters
-    ----------
-    gradients : sequence of Factor
-        At least one row.
-
-    Returns
-    -------
-    int
-        Bytes.
-    """
+    """Memory of one gradient."""
     tensors = [tensor[:1] for factor in gradients for tensor in factor.tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -408,21 +244,7 @@ def only_candidates(
 ) -> NDArray[Any]:
     """Keep the scores of each query's candidates in a tile.
 
-    Parameters
-    ----------
-    scores : ndarray of shape (n_queries, n_rows)
-        The tile.
-    close : ndarray of int, shape (n_queries, k)
-        Candidates of each query, of all training rows.
-    rows : slice
-        Training rows of the tile.
-    fill : float
-        For all others.
-
-    Returns
-    -------
-    ndarray of shape (n_queries, n_rows)
-        A copy.
+    Shapes: scores (n_queries, n_rows) -> (n_queries, n_rows).
     """
     kept = np.full_like(scores, fill)
     query, which = np.nonzero((close >= rows.start) & (close < rows.stop))

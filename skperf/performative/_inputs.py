@@ -20,22 +20,7 @@ class PerformativeWarning(UserWarning):
 def check_rounds(rounds, n_rows):
     """Turn round numbers into an integer array of shape (n_rows,); a scalar holds for all rows.
 
-    Parameters
-    ----------
-    rounds : int or array-like of shape (n_rows,)
-        Whole numbers in any numeric type.
-    n_rows : int
-        Rows they belong to.
-
-    Returns
-    -------
-    ndarray of shape (n_rows,)
-        Integers.
-
-    Raises
-    ------
-    ValueError
-        If there are more or fewer than rows, or one is no whole number.
+    Shapes: rounds (n_rows,) -> (n_rows,).
     """
     values = np.asarray(rounds)
     if values.ndim == 0:
@@ -75,27 +60,7 @@ def warn_of_gaps(numbers):
 
 
 def encode(y, classes, *, known_to="the estimator"):
-    """Find the columns of labels.
-
-    Parameters
-    ----------
-    y : ndarray of shape (n,)
-        Labels.
-    classes : ndarray of shape (n_classes,)
-        Labels in the order of the columns, sorted or not.
-    known_to : str
-        For the message.
-
-    Returns
-    -------
-    ndarray of shape (n,)
-        Integers.
-
-    Raises
-    ------
-    ValueError
-        If `y` holds other labels; they are listed.
-    """
+    """Find the columns of labels: y (n,), classes (n_classes,) -> (n,)."""
     order = np.argsort(classes)
     unknown = np.setdiff1d(y, classes)
     if len(unknown):
@@ -109,27 +74,7 @@ def encode(y, classes, *, known_to="the estimator"):
 def aligned_logits(fitted, X, classes, *, strict=True):
     """Compute log scores with columns in the order of `classes`, whatever the classifier's own.
 
-    Parameters
-    ----------
-    fitted : classifier
-        Fitted.
-    X : ndarray of shape (n, ...)
-        Rows.
-    classes : ndarray of shape (n_classes,)
-        Labels wanted.
-    strict : bool
-        Whether a class the classifier does not know is an error; else it gets a probability
-        near zero.
-
-    Returns
-    -------
-    ndarray of shape (n, n_classes)
-        Float64.
-
-    Raises
-    ------
-    ValueError
-        If classes are missing and `strict`.
+    Shapes: X (n, ...), classes (n_classes,) -> (n, n_classes).
     """
     logits = class_logits(fitted, X)
     own = np.asarray(fitted.classes_)

@@ -23,22 +23,12 @@ class MixLoss(nn.Module):
 
 @dataclass(frozen=True)
 class NeuralMap:
-    """Response map ``log pi(S) = log pi_0 + module((S - centre) / scale)`` up to a constant.
-
-    Attributes
-    ----------
-    module : nn.Module
-        Standardised statistics to changes of the log shares.
-    log_base : ndarray of shape (n_classes,)
-        Log of the base mix.
-    centre, scale : ndarray of shape (n_statistics,)
-        Of the statistics it was trained on.
-    """
+    """Response map ``log pi(S) = log pi_0 + module((S - centre) / scale)`` up to a constant."""
 
     module: nn.Module
-    log_base: np.ndarray
-    centre: np.ndarray
-    scale: np.ndarray
+    log_base: np.ndarray  # (n_classes,)
+    centre: np.ndarray  # (n_statistics,)
+    scale: np.ndarray  # (n_statistics,)
 
     def log_prior(self, statistics):
         """Log label mix answering each statistic, of shape (n, n_classes)."""
@@ -67,32 +57,8 @@ def fit_neural(
 ):
     """Train a module on the rounds so far.
 
-    Parameters
-    ----------
-    statistics : ndarray of shape (n_rounds, n_statistics)
-        Statistic of the deployed model before each round.
-    counts : ndarray of shape (n_rounds, n_classes)
-        Labels seen in each round.
-    log_base : ndarray of shape (n_classes,)
-        Log of the mix that the module's answer is added to.
-    l2 : float
-        Multiplies `weight_decay`.
-    start : NeuralMap, optional
-        The map trained before: training goes on from its weights for a quarter as long.
-    module : nn.Module class
-        Built with ``n_features``, ``n_classes`` and ``hidden`` where it takes them, else with
-        the two widths by position.
-    seed : int
-        Of weights and orders.
-    hidden : tuple of int
-        Widths of hidden layers.
-    lr, max_epochs, batch_size, weight_decay : float or int
-        Of the training by Adam.
-
-    Returns
-    -------
-    NeuralMap
-        Trained.
+    Shapes: statistics (n_rounds, n_statistics), counts (n_rounds, n_classes), log_base
+    (n_classes,).
     """
     scale = np.maximum(statistics.std(axis=0), 0.02)
     if start is not None:

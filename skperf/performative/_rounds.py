@@ -38,22 +38,7 @@ LOSSES = ("none", "last", "adapter", "oracle")
 
 
 def settings_of(adapter, *, seed, n_statistics, n_classes):
-    """Translate an adapter's parameters.
-
-    Parameters
-    ----------
-    adapter : PerformativeAdapter
-        With valid parameters.
-    seed : int
-        Of neural maps.
-    n_statistics, n_classes : int
-        Widths; a slope shared by the classes needs them equal.
-
-    Returns
-    -------
-    Settings
-        For `observe`.
-    """
+    """Translate an adapter's parameters."""
     names = _names(adapter.adapter, n_statistics == n_classes)
     is_paper = "paper" in names
     if is_paper and adapter.objective == "log_loss":
@@ -121,28 +106,13 @@ def _candidate(kind, adapter, seed, *, costly, alone):
 
 @dataclass(frozen=True)
 class Record:
-    """Immutable state of a fitted adapter; `add_round` returns the next one.
-
-    Attributes
-    ----------
-    anticipation : Anticipation
-        Trajectory, maps, choice.
-    confusion : ndarray of shape (n_classes, n_classes)
-        Summed probabilities at the base mix by true class.
-    losses : tuple of dict
-        By round: number, losses of no correction, last mix, adapter and oracle, worst recall,
-        total variation to the last mix, and the mixes predicted and realised.
-    memory : tuple of ndarray or None
-        Scores and classes of recent rows, for the worst recall.
-    batch_losses : ndarray of shape (n_worths,) or None
-        Log losses lately, had the anticipation been worth each number of labels to the hybrid.
-    """
+    """Immutable state of a fitted adapter; `add_round` returns the next one."""
 
     anticipation: Anticipation
-    confusion: np.ndarray
+    confusion: np.ndarray  # (n_classes, n_classes)
     losses: tuple = ()
     memory: tuple | None = None
-    batch_losses: np.ndarray | None = None
+    batch_losses: np.ndarray | None = None  # (n_worths,)
 
     @property
     def log_base(self):
@@ -152,25 +122,8 @@ class Record:
 def measure(statistic, smoothing, codes, predicted, logits, classes, weight):
     """Compute a statistic by name or by a callable that takes labels.
 
-    Parameters
-    ----------
-    statistic : str or callable
-        As the adapter's parameter.
-    smoothing : float
-        Of recalls.
-    codes, predicted : ndarray of shape (n,)
-        True and predicted columns.
-    logits : ndarray of shape (n, n_classes)
-        Scores the predictions came from.
-    classes : ndarray of shape (n_classes,)
-        Labels.
-    weight : ndarray of shape (n,) or None
-        Weights of the rows.
-
-    Returns
-    -------
-    ndarray of shape (n_statistics,)
-        Finite numbers.
+    Shapes: codes, predicted (n,), logits (n, n_classes), classes (n_classes,), weight (n,) ->
+    (n_statistics,).
     """
     labels_only = isinstance(statistic, str) and statistic in ("recall", "confusion")
     proba = None if labels_only else probabilities(logits)
@@ -192,33 +145,8 @@ def add_round(
 ):
     """Learn from one round.
 
-    Parameters
-    ----------
-    record : Record
-        Before it.
-    settings : Settings
-        As everywhere.
-    number : int
-        Of the round.
-    logits : ndarray of shape (n, n_classes)
-        Calibrated scores at the base mix.
-    codes : ndarray of shape (n,)
-        Classes.
-    statistic : ndarray of shape (n_statistics,)
-        Of the deployed model in this round.
-    log_prior : ndarray of shape (n_classes,)
-        Log of the mix the deployed model was corrected for.
-    weight : ndarray of shape (n,)
-        Weights of the rows.
-    objective : {"marginal", "log_loss"}
-        Whether rows are kept.
-    hybrid : bool
-        Whether to judge how much the anticipation is worth beside the rows themselves.
-
-    Returns
-    -------
-    Record
-        After it.
+    Shapes: logits (n, n_classes), codes (n,), statistic (n_statistics,), log_prior (n_classes,),
+    weight (n,).
     """
     n_classes = len(record.log_base)
     counts = np.bincount(codes, weight, minlength=n_classes)
@@ -315,21 +243,7 @@ def _remembered(memory, scores, codes):
 def prior_of(record, statistic, floor):
     """Anticipate the log mix, weakened where it would drown a class.
 
-    Parameters
-    ----------
-    record : Record
-        What is known.
-    statistic : ndarray of shape (n_statistics,) or None
-        Of the deployed model.
-    floor : float or None
-        Recall that no class should fall below, judged on remembered rows.
-
-    Returns
-    -------
-    log_prior : ndarray of shape (n_classes,)
-        Log of the mix.
-    strength : float
-        That it took.
+    Shapes: statistic (n_statistics,) -> log_prior (n_classes,).
     """
     state = record.anticipation
     chosen = state.choice.strength
@@ -354,24 +268,7 @@ def _worst_recall(memory, log_prior):
 def batch_prior(record, logits, log_prior, *, how, strength):
     """Refine an anticipated mix by the unlabelled rows it is meant for.
 
-    Parameters
-    ----------
-    record : Record
-        What is known.
-    logits : ndarray of shape (n, n_classes)
-        Calibrated scores of the batch at the base mix.
-    log_prior : ndarray of shape (n_classes,)
-        Log of the anticipated mix.
-    how : {"em", "bbse", "map_em"}
-        Estimator; only the last uses the anticipation.
-    strength : float or "auto"
-        Labels that the anticipation is worth to ``"map_em"``; "auto" takes what gave the latest
-        rounds their smallest loss.
-
-    Returns
-    -------
-    ndarray of shape (n_classes,)
-        Log of the mix.
+    Shapes: logits (n, n_classes), log_prior (n_classes,) -> (n_classes,).
     """
     if how == "bbse":
         prior = bbse_prior(probabilities(logits), record.confusion)
@@ -394,20 +291,7 @@ def _pseudo_labels(record):
 def interval_of(record, prior, level=0.9):
     """Find where the realised shares of a round of usual size will lie.
 
-    Parameters
-    ----------
-    record : Record
-        What is known.
-    prior : ndarray of shape (..., n_classes)
-        Anticipated mixes.
-    level : float
-        Of the interval of each share.
-
-    Returns
-    -------
-    ndarray of shape (2, ..., n_classes)
-        Quantiles of Beta laws whose width follows from how far the latest rounds were from
-        what was anticipated of them.
+    Shapes: prior (..., n_classes) -> (2, ..., n_classes).
     """
     from scipy.stats import beta
 

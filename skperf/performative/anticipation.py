@@ -26,19 +26,7 @@ FURTHER_PASSES = 2
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """How one kind of map is fitted.
-
-    Attributes
-    ----------
-    fit : callable
-        As `fit_fixed`.
-    first_pair : int
-        Pairs of statistic and counts to wait for.
-    growth : float
-        Refit when the number of pairs has grown by this factor; 1 means at every round.
-    weigh : bool
-        Whether counts are divided by their dispersion before the fit.
-    """
+    """How one kind of map is fitted."""
 
     fit: Fitter
     first_pair: int = 1
@@ -48,23 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """What stays the same over all rounds.
-
-    Attributes
-    ----------
-    candidates : dict of str to Candidate
-        Kinds of maps in competition.
-    strengths, mixes : ndarray
-        Grids of the blend, see `blend`.
-    l2 : float
-        Shrinkage of the maps.
-    decay : float
-        Weight of a round against the one after it, in (0, 1].
-    buffer_size : int or None
-        Most pairs to learn from, the latest; None means all.
-    min_rounds : int
-        Rounds before anything is corrected.
-    """
+    """What stays the same over all rounds."""
 
     candidates: Mapping[str, Candidate]
     strengths: Array = field(default_factory=STRENGTHS.copy)
@@ -77,41 +49,19 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Labelled rows of a round, kept for the log-loss objective.
+    """Labelled rows of a round, kept for the log-loss objective."""
 
-    Attributes
-    ----------
-    scores : ndarray of shape (n, n_classes)
-        Calibrated logits minus the log of the base mix.
-    codes : ndarray of shape (n,)
-        Classes.
-    weight : ndarray of shape (n,)
-        Labels that each row stands for.
-    """
-
-    scores: Array
-    codes: Codes
-    weight: Array
+    scores: Array  # (n, n_classes)
+    codes: Codes  # (n,)
+    weight: Array  # (n,)
 
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A fitted map and its record.
-
-    Attributes
-    ----------
-    response : ResponseMap
-        The map.
-    scores : ndarray of shape (n_strengths, n_mixes)
-        Cumulative one-step-ahead log likelihood.
-    dispersion : float
-        Of counts around the map, see `dispersion`.
-    fitted_at : int
-        Pairs seen at the last fit.
-    """
+    """A fitted map and its record."""
 
     response: ResponseMap
-    scores: Array
+    scores: Array  # (n_strengths, n_mixes)
     dispersion: float
     fitted_at: int
 
@@ -127,28 +77,9 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Anticipation:
-    """Everything known after some rounds; `observe` gives the next state and changes nothing.
+    """Everything known after some rounds; `observe` gives the next state and changes nothing."""
 
-    Attributes
-    ----------
-    log_base : ndarray of shape (n_classes,)
-        Log of the base mix.
-    trajectory : Trajectory
-        Rounds so far.
-    contenders : dict of str to Contender
-        Maps fitted so far.
-    choice : Choice
-        The one in use.
-    spread : float
-        Dispersion of the latest counts around what was anticipated, 1 where they differ by chance
-        alone; labels of a round are worth this much less.
-    n_rounds, n_pairs : int
-        Seen so far, also when no longer in the buffer.
-    rows : tuple of Rows
-        One for each pair in the buffer under the log-loss objective, else empty.
-    """
-
-    log_base: Array
+    log_base: Array  # (n_classes,)
     trajectory: Trajectory
     contenders: Mapping[str, Contender] = field(default_factory=dict)
     choice: Choice = Choice("fixed", 0.0, 0.0)
@@ -160,12 +91,7 @@ class Anticipation:
     def log_prior(self, statistic: Array | None, *, strength: float | None = None) -> Array:
         """Anticipate the log mix (n_classes,) that answers a statistic; the base without one.
 
-        Parameters
-        ----------
-        statistic : ndarray of shape (n_statistics,) or None
-            Statistic of the deployed model.
-        strength : float, optional
-            Instead of the chosen one.
+        Shapes: statistic (n_statistics,).
         """
         chosen = self.choice
         strength = chosen.strength if strength is None else strength
@@ -178,22 +104,9 @@ class Anticipation:
 def blend(answer: Array, log_base: Array, strength: float | Array, mix: float | Array) -> Array:
     """Move from the base mix towards a map's answer.
 
-    ``log q = log pi_0 + strength (log((1 - mix) T(S) + mix pi_0) - log pi_0)``, normalised.
-
-    Parameters
-    ----------
-    answer : ndarray of shape (n_classes,)
-        Log of the map's mix T(S).
-    log_base : ndarray of shape (n_classes,)
-        Log of the base mix pi_0.
-    strength, mix : float or ndarray broadcasting to (..., 1)
-        In [0, 1] and [0, 1).
-
-    Returns
-    -------
-    ndarray of shape (..., n_classes)
-        ``log q``.
+    Shapes: answer (n_classes,), log_base (n_classes,) -> (..., n_classes).
     """
+    # `log q = log pi_0 + strength (log((1 - mix) T(S) + mix pi_0) - log pi_0)`, normalised.
     with np.errstate(divide="ignore"):
         mixed = np.logaddexp(answer + np.log1p(-mix), log_base + np.log(mix))
     blended: Array = log_softmax(log_base + strength * (mixed - log_base), axis=-1)
@@ -212,28 +125,7 @@ def observe(
 ) -> Anticipation:
     """Add a round: score what each map expected of it, then learn from it.
 
-    Parameters
-    ----------
-    state : Anticipation
-        Before the round.
-    settings : Settings
-        The same at every round.
-    number : int
-        Of the round.
-    statistic : ndarray of shape (n_statistics,)
-        Of the model that was deployed in the round.
-    counts : ndarray of shape (n_classes,)
-        Labels of the round.
-    hits : ndarray of shape (n_classes,), optional
-        Rows of each class that the uncorrected classifier had right.
-    rows : Rows, optional
-        Given under the log-loss objective: maps are fitted and judged through the corrected
-        logits of these rows instead of the counts.
-
-    Returns
-    -------
-    Anticipation
-        After it.
+    Shapes: statistic (n_statistics,), counts (n_classes,), hits (n_classes,).
     """
     before = state.trajectory.in_force()
     limit = settings.buffer_size
@@ -327,11 +219,9 @@ def _fitted(
 def _targets(
     state: Anticipation, response: ResponseMap | None, statistics: Array, counts: Array
 ) -> Array:
-    """Give the counts to fit: the labels, or under the log-loss objective their pseudo-counts.
-
-    With mass the sum of corrected probabilities, the gradient of the log loss is mass minus
-    counts; counts - mass + total * prior give the label likelihood the same gradient.
-    """
+    """Give the counts to fit: the labels, or under the log-loss objective their pseudo-counts."""
+    # With mass the sum of corrected probabilities, the gradient of the log loss is mass minus
+    # counts; counts - mass + total * prior give the label likelihood the same gradient.
     if not state.rows:
         return counts
     start = np.tile(state.log_base, (len(counts), 1))

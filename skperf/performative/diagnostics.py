@@ -16,17 +16,7 @@ Codes = NDArray[np.int64]
 def identifiability(statistics: Array) -> dict[str, float]:
     """Describe how widely the deployed models' statistics were spread.
 
-    Parameters
-    ----------
-    statistics : ndarray of shape (n_rounds, n_statistics)
-        At least one.
-
-    Returns
-    -------
-    dict
-        ``rank`` of the centred statistics (0: the model never changed, so the response to a
-        change was never seen), ``effective_rank`` (participation ratio of their variances)
-        and ``spread`` (root mean square distance from their mean).
+    Shapes: statistics (n_rounds, n_statistics).
     """
     centred = statistics - statistics.mean(axis=0)
     values = np.linalg.svd(centred, compute_uv=False)
@@ -43,18 +33,7 @@ def identifiability(statistics: Array) -> dict[str, float]:
 def extrapolation(statistic: Array, seen: Array) -> float:
     """Measure how far a statistic lies from the seen ones, against their own distances.
 
-    Parameters
-    ----------
-    statistic : ndarray of shape (n_statistics,)
-        New one.
-    seen : ndarray of shape (n_rounds, n_statistics)
-        Recorded ones.
-
-    Returns
-    -------
-    float
-        Distance to the nearest over the largest distance of a seen one to its own nearest;
-        0 with fewer than two seen, about 1 at the edge of what was seen.
+    Shapes: statistic (n_statistics,), seen (n_rounds, n_statistics).
     """
     if len(seen) < 2:
         return 0.0
@@ -71,19 +50,7 @@ def total_variation(p: Array, q: Array) -> Array:
 
 
 def cycling(counts: Array) -> dict[str, float]:
-    """Compare label mixes one and two rounds apart.
-
-    Parameters
-    ----------
-    counts : ndarray of shape (n_rounds, n_classes)
-        Label counts in order of time.
-
-    Returns
-    -------
-    dict
-        ``tv_1`` and ``tv_2``, mean total variation between rounds one and two apart, and
-        ``cycling_index``, ``1 - tv_2 / tv_1`` clipped at 0: near 1 the mix flips to and fro.
-    """
+    """Compare label mixes one and two rounds apart: counts (n_rounds, n_classes)."""
     if len(counts) < 3:
         return {"tv_1": np.nan, "tv_2": np.nan, "cycling_index": 0.0}
     shares = smooth_shares(counts)
@@ -99,21 +66,10 @@ def cycling(counts: Array) -> dict[str, float]:
 def conditional_shift_p_value(counts: Array, hits: Array) -> float:
     """Test whether the uncorrected classifier's recall changes from round to round.
 
-    A fixed rule keeps its recall under a pure change of label mix, so a small value says that
-    the classes themselves look different now.
-
-    Parameters
-    ----------
-    counts : ndarray of shape (n_rounds, n_classes)
-        Rows of every class.
-    hits : ndarray of shape (n_rounds, n_classes)
-        Those it had right; NaN where unknown.
-
-    Returns
-    -------
-    float
-        Of a chi-squared test of homogeneity, summed over classes; NaN if nothing is known.
+    Shapes: counts (n_rounds, n_classes), hits (n_rounds, n_classes).
     """
+    # A fixed rule keeps its recall under a pure change of label mix, so a small value says that
+    # the classes themselves look different now.
     known = np.isfinite(hits) & (counts > 0)
     totals = np.where(known, counts, 0.0)
     right = np.where(known, hits, 0.0)
@@ -141,30 +97,10 @@ def response_p_value(
 ) -> float:
     """Test by permutation whether the label mix answers the deployed model.
 
-    The statistics are dealt out anew over the rounds in blocks, which keeps slow drift and
-    breaks the tie between a deployment and what followed.
-
-    Parameters
-    ----------
-    statistics : ndarray of shape (n_pairs, n_statistics)
-        Of the deployed models.
-    counts : ndarray of shape (n_pairs, n_classes)
-        What followed each.
-    fit : callable
-        Kind of map, as `fit_tied`.
-    log_base : ndarray of shape (n_classes,)
-        Log of the base mix.
-    n_permutations : int
-        The smallest value possible is ``1 / (1 + n_permutations)``.
-    generator : numpy.random.Generator
-        Deals.
-
-    Returns
-    -------
-    float
-        Share of deals, the true one included, after which the map fits as well; NaN with fewer
-        than 4 pairs.
+    Shapes: statistics (n_pairs, n_statistics), counts (n_pairs, n_classes), log_base (n_classes,).
     """
+    # The statistics are dealt out anew over the rounds in blocks, which keeps slow drift and
+    # breaks the tie between a deployment and what followed.
     n_pairs = len(counts)
     if n_pairs < 4:
         return float("nan")
@@ -188,23 +124,7 @@ def one_step_gains(
 ) -> dict[str, float]:
     """Compare what the statistic, the last mix and nothing tell of the next mix, one step ahead.
 
-    Parameters
-    ----------
-    trajectory : Trajectory
-        Rounds in order.
-    fit : callable
-        Kind of map fed with the statistic.
-    log_base : ndarray of shape (n_classes,)
-        Log of the base mix.
-    first : int
-        Pairs to learn from before the first is judged.
-
-    Returns
-    -------
-    dict
-        Nats a label gained over the base mix: ``gain_nothing`` by a constant mix,
-        ``gain_previous_mix`` by a map fed with the log of the previous mix, and
-        ``gain_statistic``. NaN with too few pairs.
+    Shapes: log_base (n_classes,).
     """
     statistics, counts = trajectory.pairs()
     before = trajectory.counts[: len(counts)]

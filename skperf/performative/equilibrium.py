@@ -15,21 +15,9 @@ MEMORY = 0.1  # of the running mean of answers: about ten steps
 
 @dataclass(frozen=True, eq=False)
 class Equilibrium:
-    """Outcome of an iteration towards a stable label mix.
+    """Outcome of an iteration towards a stable label mix."""
 
-    Attributes
-    ----------
-    prior : ndarray of shape (n_classes,)
-        The mix.
-    residual : float
-        Total variation between it and the mean answer to models corrected for it.
-    converged : bool
-        Whether the residual fell below the tolerance.
-    n_iter : int
-        Iterations done.
-    """
-
-    prior: Array
+    prior: Array  # (n_classes,)
     residual: float
     converged: bool
     n_iter: int
@@ -45,25 +33,7 @@ def stable_prior(
 ) -> Equilibrium:
     """Find a label mix that answers itself: ``q = M(S(model corrected for q))``.
 
-    Parameters
-    ----------
-    answer : callable
-        Mix corrected for, to mix that follows; both of shape (n_classes,).
-    start : ndarray of shape (n_classes,)
-        First mix.
-    damping : float
-        Share of the way gone in the first steps, in (0, 1]; it falls as one over the step
-        after the first fifty. Recalls of finitely many rows jump, and so do the answers:
-        what is held against the mix is their running mean.
-    tol : float
-        Largest residual that counts as converged.
-    max_iter : int
-        Most iterations.
-
-    Returns
-    -------
-    Equilibrium
-        The last mix.
+    Shapes: start (n_classes,).
     """
     prior, mean, residual, step = start, start, np.inf, 0
     for step in range(1, max_iter + 1):
@@ -81,19 +51,7 @@ def plain_gaps(
 ) -> tuple[float, float]:
     """Total variation between mixes one and two steps apart under full, undamped correction.
 
-    Parameters
-    ----------
-    answer : callable
-        As for `stable_prior`.
-    start : ndarray of shape (n_classes,)
-        First mix.
-    n_steps : int
-        Deployments to simulate.
-
-    Returns
-    -------
-    tuple of float
-        Means over the last quarter; a large first with a small second is a cycle of two.
+    Shapes: start (n_classes,).
     """
     path = [start]
     for _ in range(n_steps):

@@ -20,19 +20,7 @@ TINY = float(np.finfo(np.float64).tiny)
 def correct_logits(logits: Array, log_prior: Array, log_base: Array) -> Array:
     """Move logits from one label mix to another.
 
-    Parameters
-    ----------
-    logits : ndarray of shape (n, n_classes)
-        Class scores that are calibrated at the base mix, up to a constant in each row.
-    log_prior : ndarray of shape (n_classes,)
-        Log of the mix to be corrected for.
-    log_base : ndarray of shape (n_classes,)
-        Log of the mix the scores were made for.
-
-    Returns
-    -------
-    ndarray of shape (n, n_classes)
-        ``logits + log_prior - log_base``.
+    Shapes: logits (n, n_classes), log_prior (n_classes,), log_base (n_classes,) -> (n, n_classes).
     """
     return logits + (log_prior - log_base)
 
@@ -62,19 +50,7 @@ def log_softmax(scores: Array, axis: int = -1) -> Array:
 def log_loss(logits: Array, codes: Codes, weight: Array | None = None) -> float:
     """Mean negative log probability of the labels.
 
-    Parameters
-    ----------
-    logits : ndarray of shape (n, n_classes)
-        Class scores.
-    codes : ndarray of shape (n,)
-        Column of each row's label.
-    weight : ndarray of shape (n,), optional
-        Weights of the rows.
-
-    Returns
-    -------
-    float
-        In nats.
+    Shapes: logits (n, n_classes), codes (n,), weight (n,).
     """
     losses = logsumexp(logits, axis=1) - logits[np.arange(len(codes)), codes]
     return float(np.average(losses, weights=weight))
@@ -82,19 +58,9 @@ def log_loss(logits: Array, codes: Codes, weight: Array | None = None) -> float:
 
 @dataclass(frozen=True, eq=False)
 class PriorEstimate:
-    """A label mix found by iteration.
+    """A label mix found by iteration."""
 
-    Attributes
-    ----------
-    prior : ndarray of shape (n_classes,)
-        The mix.
-    n_iter : int
-        Iterations done.
-    converged : bool
-        Whether the last one changed no share by more than the tolerance.
-    """
-
-    prior: Array
+    prior: Array  # (n_classes,)
     n_iter: int
     converged: bool
 
@@ -110,35 +76,10 @@ def em_prior(
 ) -> PriorEstimate:
     """Estimate the label mix of unlabelled rows by expectation maximisation.
 
-    The responsibilities of shape (n, n_classes) are never formed: with the fixed matrix
-    ``P = softmax(logits) / base`` an iteration is the two products ``d = P q`` and ``P' (1 / d)``.
-
-    Parameters
-    ----------
-    logits : ndarray of shape (n, n_classes)
-        Class scores calibrated at the base mix.
-    log_base : ndarray of shape (n_classes,)
-        Log of the base mix.
-    mean : ndarray of shape (n_classes,), optional
-        Mix expected beforehand; also where the iteration starts. By default the base mix.
-    strength : float
-        How many labels the expectation is worth: the answer is the posterior mode under a
-        Dirichlet prior with that many pseudo-labels. At 0 it is the likelihood's maximum.
-    max_iter : int
-        Most iterations.
-    tol : float
-        Stop when no share changes by more.
-
-    Returns
-    -------
-    PriorEstimate
-        The mix.
-
-    References
-    ----------
-    Saerens, Latinne, Decaestecker (2002), "Adjusting the outputs of a classifier to new a
-    priori probabilities: a simple procedure".
+    Shapes: logits (n, n_classes), log_base (n_classes,), mean (n_classes,).
     """
+    # The responsibilities of shape (n, n_classes) are never formed: with the fixed matrix `P =
+    # softmax(logits) / base` an iteration is the two products `d = P q` and `P' (1 / d)`.
     # classes by rows: both products then run through memory in order
     ratios = np.ascontiguousarray((logits - log_base).T)
     ratios -= ratios.max(axis=0)
@@ -157,19 +98,7 @@ def em_prior(
 def soft_confusion(proba: Array, codes: Codes, weight: Array | None = None) -> Array:
     """Sum predicted probabilities by true class.
 
-    Parameters
-    ----------
-    proba : ndarray of shape (n, n_classes)
-        Probabilities at the base mix.
-    codes : ndarray of shape (n,)
-        True classes.
-    weight : ndarray of shape (n,), optional
-        Weights of the rows.
-
-    Returns
-    -------
-    ndarray of shape (n_classes, n_classes)
-        Row k holds the sum over the rows of class k; sums of several samples add up.
+    Shapes: proba (n, n_classes), codes (n,), weight (n,) -> (n_classes, n_classes).
     """
     members = np.zeros((proba.shape[1], len(codes)))
     members[codes, np.arange(len(codes))] = 1.0 if weight is None else weight
@@ -180,25 +109,7 @@ def soft_confusion(proba: Array, codes: Codes, weight: Array | None = None) -> A
 def bbse_prior(proba: Array, confusion: Array, *, pseudo_count: float = 1.0) -> Array:
     """Estimate the label mix of unlabelled rows by inverting the confusion matrix.
 
-    Parameters
-    ----------
-    proba : ndarray of shape (n, n_classes)
-        Probabilities of the unlabelled rows at the base mix.
-    confusion : ndarray of shape (n_classes, n_classes)
-        What `soft_confusion` sums up over labelled rows of any mix.
-    pseudo_count : float
-        Rows of a perfect classifier added to every class, so that a class never seen stays
-        identifiable.
-
-    Returns
-    -------
-    ndarray of shape (n_classes,)
-        The mix ``q >= 0`` with sum 1 for which ``q C`` is nearest to the mean prediction.
-
-    References
-    ----------
-    Lipton, Wang, Smola (2018), "Detecting and correcting for label shift with black box
-    predictors".
+    Shapes: proba (n, n_classes), confusion (n_classes, n_classes) -> (n_classes,).
     """
     filled = confusion + pseudo_count * np.eye(len(confusion))
     rates = filled / filled.sum(axis=1, keepdims=True)
@@ -211,18 +122,10 @@ def bbse_prior(proba: Array, confusion: Array, *, pseudo_count: float = 1.0) -> 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Temperature and bias of logits at the base mix.
-
-    Attributes
-    ----------
-    temperature : float
-        Divides the logits.
-    bias : ndarray of shape (n_classes,)
-        Added after that; zero for plain temperature scaling.
-    """
+    """Temperature and bias of logits at the base mix."""
 
     temperature: float
-    bias: Array
+    bias: Array  # (n_classes,)
 
     def __call__(self, logits: Array) -> Array:
         """Calibrate logits of shape (n, n_classes)."""
@@ -240,31 +143,7 @@ def fit_calibration(
 ) -> Calibration:
     """Fit a temperature, and biases for ``"bcts"``, by maximum likelihood.
 
-    Parameters
-    ----------
-    logits : ndarray of shape (n, n_classes)
-        Scores of rows the classifier was not trained on.
-    codes : ndarray of shape (n,)
-        Their classes.
-    log_offset : ndarray of shape (n_classes,)
-        Log of the rows' label mix over the base mix, so that rows of any mix calibrate the
-        scores at the base mix.
-    kind : {"temperature", "bcts"}
-        Without or with biases.
-    l2 : float
-        Shrinks log temperature and biases to 0, on the scale of one row.
-    weight : ndarray of shape (n,), optional
-        Weights of the rows.
-
-    Returns
-    -------
-    Calibration
-        Fitted.
-
-    References
-    ----------
-    Alexandari, Kundaje, Shrikumar (2020), "Maximum likelihood with bias-corrected calibration
-    is hard-to-beat at label shift adaptation".
+    Shapes: logits (n, n_classes), codes (n,), log_offset (n_classes,), weight (n,).
     """
     n_classes = logits.shape[1]
     weights = np.ones(len(codes)) if weight is None else weight
@@ -295,27 +174,10 @@ def estimate_base_prior(
 ) -> Array:
     """Find the label mix at which a trained classifier's scores are right.
 
-    Nobody need know what mix a network was trained on: ``softmax(f + log pi - log pi_0)``
-    gives labelled rows of a known mix ``pi`` their largest likelihood at the true ``pi_0``.
-
-    Parameters
-    ----------
-    logits : ndarray of shape (n, n_classes)
-        Class scores of labelled rows.
-    codes : ndarray of shape (n,)
-        Their classes.
-    l2 : float
-        Shrinks the log shares towards those of the rows, on the scale of one row.
-    weight : ndarray of shape (n,), optional
-        Weights of the rows.
-    max_iter : int
-        Most iterations of the optimiser.
-
-    Returns
-    -------
-    ndarray of shape (n_classes,)
-        The mix.
+    Shapes: logits (n, n_classes), codes (n,), weight (n,) -> (n_classes,).
     """
+    # Nobody need know what mix a network was trained on: `softmax(f + log pi - log pi_0)` gives
+    # labelled rows of a known mix `pi` their largest likelihood at the true `pi_0`.
     n_classes = logits.shape[1]
     weights = np.ones(len(codes)) if weight is None else weight
     counts: Array = np.bincount(codes, weights, minlength=n_classes).astype(np.float64)

@@ -24,17 +24,7 @@ FADE = 0.995
 
 @dataclass(frozen=True, eq=False)
 class PaperMap:
-    """The perceptron and its optimiser, both kept from round to round.
-
-    Attributes
-    ----------
-    module : nn.Module
-        Statistics to logits of the mix.
-    optimizer : torch.optim.Adam
-        With its moments.
-    n_updates : int
-        Passes made so far.
-    """
+    """The perceptron and its optimiser, both kept from round to round."""
 
     module: nn.Module
     optimizer: torch.optim.Adam
@@ -58,28 +48,7 @@ def fit_paper(
 ) -> PaperMap:
     """Make one pass over the rounds, in shuffled batches of half of them.
 
-    Parameters
-    ----------
-    statistics : ndarray of shape (n_rounds, n_statistics)
-        Statistic of the deployed model before each round.
-    counts : ndarray of shape (n_rounds, n_classes)
-        Labels seen in each round; their shares are the targets, whatever their number.
-    log_base, l2 : object
-        Not used: the released adapter is not shrunk.
-    start : PaperMap, optional
-        The map after the round before.
-    seed : int
-        Of the weights and the orders.
-
-    Returns
-    -------
-    PaperMap
-        After the pass.
-
-    References
-    ----------
-    Demirel et al. (2024), "Adjusting pretrained backbones for performativity",
-    arXiv:2410.04499.
+    Shapes: statistics (n_rounds, n_statistics), counts (n_rounds, n_classes).
     """
     previous = start or _new(statistics.shape[1], counts.shape[1], seed)
     module, optimizer = deepcopy((previous.module, previous.optimizer))

@@ -16,22 +16,7 @@ COSTLY = 2000  # free parameters above which a map is refitted for few resamples
 
 
 def score_under(prior: Array, scores: Array, codes: Codes) -> float:
-    """Mean score of rows reweighted to a label mix.
-
-    Parameters
-    ----------
-    prior : ndarray of shape (n_classes,)
-        The mix.
-    scores : ndarray of shape (n,)
-        One for each row.
-    codes : ndarray of shape (n,)
-        Classes of the rows; classes without rows are left out of the mean.
-
-    Returns
-    -------
-    float
-        ``sum_c prior_c mean(scores of c)`` over the classes present, renormalised.
-    """
+    """Mean score of rows reweighted to a label mix: prior (n_classes,), scores (n,), codes (n,)."""
     totals = np.bincount(codes, minlength=len(prior))
     sums = np.bincount(codes, scores, minlength=len(prior))
     present = totals > 0
@@ -41,24 +26,7 @@ def score_under(prior: Array, scores: Array, codes: Codes) -> float:
 def resampled_maps(
     state: Anticipation, settings: Settings, n_bootstrap: int, generator: np.random.Generator
 ) -> list[ResponseMap]:
-    """Refit the map in use to rounds drawn with replacement.
-
-    Parameters
-    ----------
-    state : Anticipation
-        With a map in use.
-    settings : Settings
-        Its kinds of maps.
-    n_bootstrap : int
-        Resamples wanted; costly maps give fewer, neural ones are not refitted.
-    generator : numpy.random.Generator
-        Draws.
-
-    Returns
-    -------
-    list of ResponseMap
-        At least one.
-    """
+    """Refit the map in use to rounds drawn with replacement."""
     contender = state.contenders[state.choice.name]
     candidate = settings.candidates[state.choice.name]
     statistics, counts = state.trajectory.pairs()
@@ -83,20 +51,12 @@ def answer_of(state: Anticipation, response: ResponseMap, statistic: Array) -> A
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What one candidate would score.
-
-    Attributes
-    ----------
-    value, low, high : float
-        Expected score, and its interval from resampled rows, maps and one-step-ahead errors.
-    prior : ndarray of shape (n_classes,)
-        Label mix it would meet.
-    """
+    """What one candidate would score."""
 
     value: float
     low: float
     high: float
-    prior: Array
+    prior: Array  # (n_classes,)
 
 
 def predict_score(
@@ -111,27 +71,7 @@ def predict_score(
 ) -> Prediction:
     """Predict the score of a candidate in the mix that answers it.
 
-    Parameters
-    ----------
-    state : Anticipation
-        What is known of the response.
-    maps : list of ResponseMap
-        From `resampled_maps`; empty if nothing is known, then the base mix is expected.
-    statistic : callable
-        Row indices to the candidate's statistic on these rows.
-    score : callable
-        Label mix and row indices to the candidate's score.
-    draws : ndarray of shape (n_bootstrap, n)
-        Resampled row indices.
-    errors : ndarray of shape (n_bootstrap, n_classes)
-        Realised minus anticipated shares of past rounds, resampled.
-    level : float
-        Of the interval.
-
-    Returns
-    -------
-    Prediction
-        The score, its interval, and the mix.
+    Shapes: draws (n_bootstrap, n), errors (n_bootstrap, n_classes).
     """
     everything = np.arange(draws.shape[1])
     prior = np.exp(state.log_prior(statistic(everything)))

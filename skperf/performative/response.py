@@ -33,18 +33,10 @@ class ResponseMap(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LogLinearMap:
-    """Response map ``log pi(S) = offset + weights S`` up to a constant.
+    """Response map ``log pi(S) = offset + weights S`` up to a constant."""
 
-    Attributes
-    ----------
-    offset : ndarray of shape (n_classes,)
-        Log mix at the statistic 0.
-    weights : ndarray of shape (n_classes, n_statistics)
-        Response of every log share to every entry of the statistic.
-    """
-
-    offset: Array
-    weights: Array
+    offset: Array  # (n_classes,)
+    weights: Array  # (n_classes, n_statistics)
 
     def log_prior(self, statistics: Array) -> Array:
         """Log label mix answering each statistic, of shape (n, n_classes)."""
@@ -54,21 +46,11 @@ class LogLinearMap:
 
 @dataclass(frozen=True, eq=False)
 class CurveMap:
-    """Response map ``log pi_c(S) = offset_c + g(S_c - mean(S))``, one curve for all classes.
+    """Response map ``log pi_c(S) = offset_c + g(S_c - mean(S))``, one curve for all classes."""
 
-    Attributes
-    ----------
-    offset : ndarray of shape (n_classes,)
-        Log mix where the curve is 0, up to a constant.
-    knots : ndarray of shape (n_knots,)
-        Where the piecewise linear curve bends.
-    coefficients : ndarray of shape (1 + n_knots,)
-        Its slope, and the change of slope at each knot.
-    """
-
-    offset: Array
-    knots: Array
-    coefficients: Array
+    offset: Array  # (n_classes,)
+    knots: Array  # (n_knots,)
+    coefficients: Array  # (1 + n_knots,)
 
     def log_prior(self, statistics: Array) -> Array:
         """Log label mix answering each statistic, of shape (n, n_classes)."""
@@ -82,23 +64,8 @@ def fit_fixed(
 ) -> LogLinearMap:
     """Fit the map that ignores the statistic: one label mix for all rounds.
 
-    Parameters
-    ----------
-    statistics : ndarray of shape (n_rounds, n_statistics)
-        Statistic of the deployed model before each round.
-    counts : ndarray of shape (n_rounds, n_classes)
-        Labels seen in each round; real, so that rounds can be weighted.
-    log_base : ndarray of shape (n_classes,)
-        Log of the mix towards which the map is shrunk.
-    l2 : float
-        Strength of the shrinkage.
-    start : object
-        The map fitted before, where the search may begin.
-
-    Returns
-    -------
-    LogLinearMap
-        The fitted map.
+    Shapes: statistics (n_rounds, n_statistics), counts (n_rounds, n_classes), log_base
+    (n_classes,).
     """
     offset, _ = _fit_shared(np.zeros((*counts.shape, 0)), counts, log_base, l2)
     return LogLinearMap(offset, np.zeros((len(log_base), statistics.shape[1])))
@@ -107,10 +74,8 @@ def fit_fixed(
 def fit_tied(
     statistics: Array, counts: Array, *, log_base: Array, l2: float = 1.0, start: Any = None
 ) -> LogLinearMap:
-    """Fit ``log pi_c(S) = a_c + b S_c``: one slope for all classes.
-
-    Parameters are those of `fit_fixed`; the statistic holds one entry for every class.
-    """
+    """Fit ``log pi_c(S) = a_c + b S_c``: one slope for all classes."""
+    # Parameters are those of `fit_fixed`; the statistic holds one entry for every class.
     _one_entry_a_class(statistics, counts)
     offset, slope = _fit_shared(statistics[..., None], counts, log_base, l2)
     return LogLinearMap(offset, slope[0] * np.eye(len(log_base)))
@@ -119,10 +84,8 @@ def fit_tied(
 def fit_curve(
     statistics: Array, counts: Array, *, log_base: Array, l2: float = 1.0, start: Any = None
 ) -> CurveMap:
-    """Fit ``log pi_c(S) = a_c + g(S_c - mean(S))``: one piecewise linear curve for all classes.
-
-    Parameters are those of `fit_fixed`; the statistic holds one entry for every class.
-    """
+    """Fit ``log pi_c(S) = a_c + g(S_c - mean(S))``: one piecewise linear curve for all classes."""
+    # Parameters are those of `fit_fixed`; the statistic holds one entry for every class.
     _one_entry_a_class(statistics, counts)
     levels = np.linspace(0.0, 1.0, CURVE_KNOTS + 2)[1:-1]
     knots = np.unique(np.quantile(_centred(statistics), levels))
@@ -133,11 +96,9 @@ def fit_curve(
 def fit_linear(
     statistics: Array, counts: Array, *, log_base: Array, l2: float = 1.0, start: Any = None
 ) -> LogLinearMap:
-    """Fit ``log pi(S) = a + W S``, with W shrunk towards that of the tied map.
-
-    Parameters are those of `fit_fixed`; a statistic that does not hold one entry for every
-    class is shrunk towards no response instead.
-    """
+    """Fit ``log pi(S) = a + W S``, with W shrunk towards that of the tied map."""
+    # Parameters are those of `fit_fixed`; a statistic that does not hold one entry for every
+    # class is shrunk towards no response instead.
     n_classes, n_statistics = counts.shape[1], statistics.shape[1]
     simpler = fit_tied if n_classes == n_statistics else fit_fixed
     anchor = simpler(statistics, counts, log_base=log_base, l2=l2)
@@ -181,25 +142,10 @@ def dispersion(
 ) -> float:
     """Estimate how much more label counts vary than draws from the map's mixes would.
 
-    Rounds differ for reasons that no map knows, so a thousand labels of one round are worth
-    fewer independent ones. Counts divided by this factor give honest likelihoods.
-
-    Parameters
-    ----------
-    response : ResponseMap
-        Map fitted to these rounds.
-    statistics : ndarray of shape (n_rounds, n_statistics)
-        Their statistics.
-    counts : ndarray of shape (n_rounds, n_classes)
-        Their label counts.
-    guess : float
-        Factor expected beforehand, worth two rounds.
-
-    Returns
-    -------
-    float
-        Mean deviance by degree of freedom, at least 1.
+    Shapes: statistics (n_rounds, n_statistics), counts (n_rounds, n_classes).
     """
+    # Rounds differ for reasons that no map knows, so a thousand labels of one round are worth
+    # fewer independent ones. Counts divided by this factor give honest likelihoods.
     freedom = max(1, counts.shape[1] - 1)
     total = deviance(response.log_prior(statistics), counts).sum()
     return max(1.0, float((total + 2 * guess * freedom) / ((len(counts) + 2) * freedom)))

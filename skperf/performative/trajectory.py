@@ -13,26 +13,12 @@ Codes = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """Rounds in order of time; the statistic of a round answers in the counts `lag` rows later.
+    """Rounds in order of time; the statistic of a round answers in the counts `lag` rows later."""
 
-    Attributes
-    ----------
-    rounds : ndarray of shape (n_rounds,)
-        Round numbers, strictly increasing.
-    statistics : ndarray of shape (n_rounds, n_statistics)
-        Statistic of the model deployed in each round, measured in that round.
-    counts : ndarray of shape (n_rounds, n_classes)
-        Labels seen in each round, by class; real where rows have weights.
-    hits : ndarray of shape (n_rounds, n_classes)
-        Rows of each class that the uncorrected classifier had right; NaN where unknown.
-    lag : int
-        Rounds between a deployment and the label mix that answers it, 1 or more.
-    """
-
-    rounds: Codes
-    statistics: Array
-    counts: Array
-    hits: Array
+    rounds: Codes  # (n_rounds,)
+    statistics: Array  # (n_rounds, n_statistics)
+    counts: Array  # (n_rounds, n_classes)
+    hits: Array  # (n_rounds, n_classes)
     lag: int = 1
 
     @classmethod
@@ -68,29 +54,7 @@ class Trajectory:
     def append(
         self, number: int, statistic: Array, counts: Array, hits: Array | None = None
     ) -> "Trajectory":
-        """Add one round.
-
-        Parameters
-        ----------
-        number : int
-            Its number, after all others.
-        statistic : ndarray of shape (n_statistics,)
-            Statistic of the model that was deployed in it.
-        counts : ndarray of shape (n_classes,)
-            Its label counts.
-        hits : ndarray of shape (n_classes,), optional
-            Rows of each class that the uncorrected classifier had right.
-
-        Returns
-        -------
-        Trajectory
-            A new record; this one stays as it is.
-
-        Raises
-        ------
-        ValueError
-            If the round is not later than the last one.
-        """
+        """Add one round: statistic (n_statistics,), counts (n_classes,), hits (n_classes,)."""
         if len(self) and number <= self.rounds[-1]:
             raise ValueError(
                 f"round {number} is not later than the last round seen, {self.rounds[-1]}: "
@@ -133,24 +97,8 @@ def smoothed_recall(
 ) -> Array:
     """Share of each class that was predicted right, shrunk towards the pooled accuracy.
 
-    Parameters
-    ----------
-    y_true, y_pred : ndarray of shape (n,)
-        True and predicted columns of `classes`.
-    proba : ndarray of shape (n, n_classes)
-        Not used.
-    classes : ndarray of shape (n_classes,)
-        The labels.
-    sample_weight : ndarray of shape (n,), optional
-        Weights of the rows.
-    smoothing : float
-        Pseudo-rows k at the pooled accuracy m: ``(right_c + m k) / (n_c + k)``. A class
-        without rows gets m.
-
-    Returns
-    -------
-    ndarray of shape (n_classes,)
-        In [0, 1].
+    Shapes: y_true, y_pred (n,), proba (n, n_classes), classes (n_classes,), sample_weight (n,) ->
+    (n_classes,).
     """
     weight = np.ones(len(y_true)) if sample_weight is None else sample_weight
     hits = weight * (y_true == y_pred)

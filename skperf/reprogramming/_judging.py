@@ -14,19 +14,7 @@ from skperf.reprogramming.residual import AlphaCurve, Representations, alpha_cur
 
 @dataclass(frozen=True)
 class Choice:
-    """What held-out rows decide.
-
-    Parameters
-    ----------
-    alpha : float
-        The mix.
-    logit_scale : float
-        From similarities to logits.
-    threshold : float
-        Of the score, for "none of these".
-    curve : AlphaCurve or None
-        What was tried; None without a zero-shot representation.
-    """
+    """What held-out rows decide."""
 
     alpha: float
     logit_scale: float
@@ -37,25 +25,7 @@ class Choice:
 def choose(estimator, net, alphas, images, codes, weight):
     """Choose alpha, the scale of the logits and the threshold from one pass over rows.
 
-    Parameters
-    ----------
-    estimator : Reprogrammer
-        Its parameters are read.
-    net : ProgramNet
-        Trained.
-    alphas : tuple of float
-        Mixes to choose from.
-    images : Tensor of shape (n, ...)
-        Rows.
-    codes : ndarray of shape (n,)
-        Their classes.
-    weight : ndarray of shape (n,) or None
-        Their weights.
-
-    Returns
-    -------
-    Choice
-        The decisions.
+    Shapes: images (n, ...), codes (n,), weight (n,).
     """
     module = net.module_
     codes = torch.as_tensor(codes)
@@ -86,24 +56,7 @@ def choose(estimator, net, alphas, images, codes, weight):
 
 
 def represent(module, images, batch_size, *, plain=True):
-    """Embed rows and classes with and without the programs.
-
-    Parameters
-    ----------
-    module : ProgrammedEncoder
-        Around a text-image encoder.
-    images : Tensor of shape (n, ...)
-        Rows.
-    batch_size : int
-        Rows that go through the encoder at once.
-    plain : bool, default=True
-        Whether embeddings without the image program are wanted.
-
-    Returns
-    -------
-    Representations
-        On the CPU.
-    """
+    """Embed rows and classes with and without the programs: images (n, ...)."""
     programmed = torch.cat(list(module.batches(images, batch_size)))
     zero = programmed
     if plain:
@@ -114,22 +67,7 @@ def represent(module, images, batch_size, *, plain=True):
 
 
 def score_path(estimator, representations, alphas):
-    """Give the mean score at each alpha.
-
-    Parameters
-    ----------
-    estimator : Reprogrammer
-        Its parameters are read.
-    representations : Representations
-        Of some rows.
-    alphas : sequence of float
-        Mixes.
-
-    Returns
-    -------
-    ndarray of shape (n_alphas,)
-        Means over the rows.
-    """
+    """Give the mean score at each alpha: -> (n_alphas,)."""
     means = []
     for alpha in alphas:
         similarities = representations.similarities(alpha, renormalize=estimator.renormalize)
@@ -138,26 +76,7 @@ def score_path(estimator, representations, alphas):
 
 
 def assemble(estimator, net, task, classes, choice):
-    """Put the fitted attributes together.
-
-    Parameters
-    ----------
-    estimator : Reprogrammer
-        Its parameters are read.
-    net : ProgramNet
-        Trained.
-    task : Task
-        What was settled.
-    classes : ndarray of shape (n_classes,)
-        Labels.
-    choice : Choice
-        What held-out rows decided.
-
-    Returns
-    -------
-    dict
-        By name of the attribute.
-    """
+    """Put the fitted attributes together: classes (n_classes,)."""
     module = net.module_
     classifier = ReprogrammedClassifier(
         module,

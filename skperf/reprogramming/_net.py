@@ -22,31 +22,7 @@ class QueryBudgetSpentError(Exception):
 
 
 class ProgramNet(Net):
-    """A :class:`~skperf.backbone._nets.Net` over a ProgrammedEncoder.
-
-    Parameters
-    ----------
-    module : ProgrammedEncoder class
-        Built from the ``module__`` parameters.
-    weight_decay : float, default=0.0
-        Half of it times the squared weights of the image program is added to the loss.
-    gradient : {"exact", "rge", "spsa"}, default="exact"
-        How the image program's gradient is found.
-    n_directions : int, default=8
-        Directions of an estimated gradient.
-    smoothing : float, default=0.01
-        Length of its differences.
-    query_budget : int, optional
-        Images that training may send to the encoder.
-    mapping : str, optional
-        Name of a label mapping that is refreshed between epochs.
-    mapping_per_class : int, default=1
-        Source labels of a class in one-to-one mappings.
-    mapping_smoothing : float, default=1.0
-        Smoothing of the Bayesian ones.
-    **kwargs : dict
-        As in Net.
-    """
+    """A :class:`~skperf.backbone._nets.Net` over a ProgrammedEncoder."""
 
     def __init__(
         self,
@@ -74,20 +50,7 @@ class ProgramNet(Net):
         super().__init__(module, **kwargs)
 
     def train_step_single(self, batch, **fit_params):
-        """Compute the loss of a batch and all gradients.
-
-        Parameters
-        ----------
-        batch : pair
-            Images and targets.
-        **fit_params : dict
-            As in skorch.
-
-        Returns
-        -------
-        dict
-            Loss and logits.
-        """
+        """Compute the loss of a batch and all gradients."""
         inputs, targets = unpack_data(batch)
         if self.query_budget is not None:
             self._check_budget(len(inputs["images"]))
@@ -101,29 +64,7 @@ class ProgramNet(Net):
         return {"loss": loss, "y_pred": logits}
 
     def get_loss(self, y_pred, y_true, X=None, training=False):
-        """Compute the loss of a batch.
-
-        Parameters
-        ----------
-        y_pred : Tensor of shape (n, n_classes) or (2, n, n_classes)
-            Class logits, maybe of two mixes.
-        y_true : Tensor or pair of Tensors
-            Codes, or codes and weights.
-        X : Tensor, optional
-            Not used.
-        training : bool, default=False
-            Whether decay is added and counts for the label mapping are taken.
-
-        Returns
-        -------
-        Tensor
-            Scalar.
-
-        Raises
-        ------
-        FloatingPointError
-            If it is not finite.
-        """
+        """Compute the loss of a batch: y_pred (n, n_classes) or (2, n, n_classes)."""
         loss = self._mean_loss(y_pred, y_true)
         if not training:
             return loss
@@ -139,15 +80,7 @@ class ProgramNet(Net):
         return loss
 
     def on_epoch_end(self, net, **kwargs):
-        """Refresh the label mapping from the source labels that the epoch has seen.
-
-        Parameters
-        ----------
-        net : Net
-            Itself.
-        **kwargs : dict
-            As in skorch.
-        """
+        """Refresh the label mapping from the source labels that the epoch has seen."""
         super().on_epoch_end(net, **kwargs)
         # the program of the last epoch was trained against the mapping it had then
         if self.mapping in REFRESHED and len(self.history) < self.max_epochs:
@@ -155,36 +88,14 @@ class ProgramNet(Net):
         self.counts_ = None
 
     def begin(self, images, n_classes):
-        """Build the module, before any training.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, ...)
-            Images or rows.
-        n_classes : int
-            Number of classes.
-
-        Returns
-        -------
-        ProgramNet
-            Itself.
-        """
+        """Build the module, before any training: images (n, ...)."""
         self._begin(images, np.arange(n_classes))
         return self
 
     def learn(self, images, codes, weight, held_out=None):
         """Train until the epochs, the patience or the query budget are over.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, ...)
-            Images or rows.
-        codes : ndarray of shape (n,)
-            Their classes.
-        weight : ndarray of shape (n,) or None
-            Their weights.
-        held_out : pair of Tensors, optional
-            Images and codes for early stopping.
+        Shapes: images (n, ...), codes (n,), weight (n,).
         """
         module = self.module_
         targets = torch.as_tensor(codes)
@@ -207,36 +118,13 @@ class ProgramNet(Net):
         self.held_out = None
 
     def get_split_datasets(self, X, y=None, **fit_params):
-        """Give the training rows and those held out.
-
-        Parameters
-        ----------
-        X : dict of Tensor
-            Inputs.
-        y : Tensor or pair of Tensors
-            Targets.
-        **fit_params : dict
-            Not used.
-
-        Returns
-        -------
-        pair of Dataset
-            The second may be None.
-        """
+        """Give the training rows and those held out."""
         return self.get_dataset(X, y), self.held_out
 
     def inputs(self, images):
         """Put the images and, where it is trained with, their zero-shot embeddings together.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, ...)
-            Images or rows.
-
-        Returns
-        -------
-        dict
-            Inputs of the module.
+        Shapes: images (n, ...).
         """
         module = self.module_
         inputs = {"images": images.to(module.image.dtype)}
@@ -247,13 +135,7 @@ class ProgramNet(Net):
         return inputs
 
     def set_mapping(self, counts):
-        """Estimate the label mapping.
-
-        Parameters
-        ----------
-        counts : Tensor of shape (n_source, n_classes)
-            How often each class got each source label.
-        """
+        """Estimate the label mapping: counts (n_source, n_classes)."""
         estimate = FROM_COUNTS[self.mapping]
         mapping = estimate(counts, self.mapping_per_class, self.mapping_smoothing)
         self.module_.mapping.copy_(mapping)

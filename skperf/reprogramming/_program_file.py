@@ -33,20 +33,7 @@ _PARAMETERS = (
 
 
 def write_program(estimator, path):
-    """Write the program, text delta, head and decisions of a fitted estimator.
-
-    Parameters
-    ----------
-    estimator : Reprogrammer
-        Fitted, with an encoder of its own.
-    path : path-like
-        A safetensors file.
-
-    Raises
-    ------
-    ValueError
-        If the encoder is the built-in one, which belongs to its training rows.
-    """
+    """Write the program, text delta, head and decisions of a fitted estimator."""
     if estimator.encoder is None:
         raise ValueError(
             "encoder=None stands for a built-in encoder made from the training rows; there is "
@@ -76,20 +63,7 @@ def write_program(estimator, path):
 
 
 def read_program(estimator, path):
-    """Make an estimator fitted from a file.
-
-    Parameters
-    ----------
-    estimator : Reprogrammer
-        Holds the encoder.
-    path : path-like
-        A file of :func:`write_program`.
-
-    Raises
-    ------
-    ValueError
-        If the file is none, or its encoder is another one.
-    """
+    """Make an estimator fitted from a file."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if "skperf_program" not in metadata:

@@ -117,31 +117,7 @@ RELEASED_SETTINGS = {
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that is settled before training.
-
-    Parameters
-    ----------
-    encoder : FrozenEncoder
-        The opened encoder.
-    program : InputProgram
-        On its input.
-    head : {"prompts", "mapping", "linear"}
-        On its output.
-    n_classes : int
-        Number of classes.
-    n_outputs : int
-        Width of the encoder's outputs.
-    names : list of str
-        One for each class.
-    alphas : tuple of float
-        Mixes to choose from.
-    image_shape : tuple of int or None
-        (channels, height, width) of the images; None for rows.
-    ids : LongTensor or None
-        Tokens of the prompts.
-    text : TextProgram or None
-        On the tokens.
-    """
+    """Everything that is settled before training."""
 
     encoder: FrozenEncoder
     program: InputProgram
@@ -158,24 +134,7 @@ class Task:
 def settle(estimator, images, classes):
     """Hold parameters, encoder, images and labels against one another.
 
-    Parameters
-    ----------
-    estimator : Reprogrammer
-        Its parameters are read.
-    images : Tensor of shape (n, channels, height, width) or (n, n_features)
-        From :func:`as_images`.
-    classes : ndarray of shape (n_classes,)
-        Labels.
-
-    Returns
-    -------
-    Task
-        What training needs to know.
-
-    Raises
-    ------
-    ValueError
-        If something does not fit.
+    Shapes: images (n, channels, height, width) or (n, n_features), classes (n_classes,).
     """
     encoder = _opened(estimator, images)
     names = class_texts(estimator.class_names, classes)
@@ -206,28 +165,7 @@ def settle(estimator, images, classes):
 def as_images(X, *, image_shape, channels, input_range, any_rows):
     """Bring validated rows into the form in which the estimator works.
 
-    Parameters
-    ----------
-    X : ndarray of shape (n, ...)
-        Numbers.
-    image_shape : tuple or None
-        Of flat rows: (height, width) or (channels, height, width).
-    channels : {"first", "last"}
-        Where an image of four dimensions has its channels.
-    input_range : pair of float
-        Darkest and brightest value of floats.
-    any_rows : bool
-        Whether these are rows of any range, not images.
-
-    Returns
-    -------
-    Tensor of shape (n, channels, height, width) or (n, n_features)
-        Images in float32 and [0, 1], rows in float64.
-
-    Raises
-    ------
-    ValueError
-        If shape or range are not those of images.
+    Shapes: X (n, ...) -> (n, channels, height, width) or (n, n_features).
     """
     if any_rows:
         return _tensor(X, np.float64).flatten(1)
@@ -261,25 +199,7 @@ def as_images(X, *, image_shape, channels, input_range, any_rows):
 
 
 def class_texts(class_names, classes):
-    """Name every class.
-
-    Parameters
-    ----------
-    class_names : list, dict or None
-        In the order of `classes`, or by label; None takes the labels as words.
-    classes : ndarray of shape (n_classes,)
-        Labels.
-
-    Returns
-    -------
-    list of str
-        One name for each class.
-
-    Raises
-    ------
-    ValueError
-        If a class has no name.
-    """
+    """Name every class: classes (n_classes,)."""
     labels = classes.tolist()
     if class_names is None:
         return [str(label).replace("_", " ") for label in labels]

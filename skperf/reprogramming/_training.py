@@ -25,33 +25,14 @@ RELATIVE_HEAD_RATE = 0.15
 
 
 class WarmupCosine:
-    """Factor of the learning rate at each step: linear warm-up, then a cosine to zero.
-
-    Parameters
-    ----------
-    n_steps : int
-        Steps of the whole training.
-    n_warmup : int
-        Steps of the warm-up.
-    """
+    """Factor of the learning rate at each step: linear warm-up, then a cosine to zero."""
 
     def __init__(self, n_steps, n_warmup):
         self.n_steps = n_steps
         self.n_warmup = n_warmup
 
     def __call__(self, step):
-        """Compute the factor.
-
-        Parameters
-        ----------
-        step : int
-            Steps done.
-
-        Returns
-        -------
-        float
-            In [0, 1].
-        """
+        """Compute the factor."""
         if step < self.n_warmup:
             return (step + 1) / self.n_warmup
         done = (step - self.n_warmup) / max(1, self.n_steps - self.n_warmup)
@@ -59,22 +40,7 @@ class WarmupCosine:
 
 
 def hold_out(codes, fraction, generator):
-    """Set rows aside, the same share of every class.
-
-    Parameters
-    ----------
-    codes : ndarray of shape (n,)
-        Classes.
-    fraction : float
-        Share of the rows; classes that are too small give none.
-    generator : RandomState
-        Source of randomness.
-
-    Returns
-    -------
-    train, held_out : ndarray of int
-        Row indices, each in order.
-    """
+    """Set rows aside, the same share of every class: codes (n,)."""
     chosen = [
         generator.permutation(rows)[: round(fraction * len(rows))]
         for rows in (np.flatnonzero(codes == code) for code in np.unique(codes))
@@ -84,22 +50,7 @@ def hold_out(codes, fraction, generator):
 
 
 def make_net(estimator, task, *, n_train, n_held_out):
-    """Assemble the net that trains the programs.
-
-    Parameters
-    ----------
-    estimator : Reprogrammer
-        Its parameters are read.
-    task : Task
-        What was settled.
-    n_train, n_held_out : int
-        Numbers of rows to train on and to judge by.
-
-    Returns
-    -------
-    ProgramNet
-        Not initialised.
-    """
+    """Assemble the net that trains the programs."""
     named = isinstance(estimator.mapping, str) and task.head == "mapping"
     rate = estimator.lr
     if rate == "auto":
@@ -136,22 +87,7 @@ def make_net(estimator, task, *, n_train, n_held_out):
 
 
 def module_params(task, *, init, exact):
-    """Give the ``module__`` parameters that build the ProgrammedEncoder of a task.
-
-    Parameters
-    ----------
-    task : Task
-        What was settled.
-    init : {"zeros", "normal"}
-        First weights of the image program.
-    exact : bool
-        Whether gradients flow through the encoder.
-
-    Returns
-    -------
-    dict
-        For :class:`ProgramNet`.
-    """
+    """Give the ``module__`` parameters that build the ProgrammedEncoder of a task."""
     values = {
         "encoder": task.encoder,
         "program": task.program,
@@ -169,22 +105,10 @@ def module_params(task, *, init, exact):
 def prepare_head(net, estimator, images, codes, weight):
     """Set what a head takes from the training images before training.
 
-    The linear head on features gets their means and deviations, a label mapping its first
-    estimate. Heads on prompts need nothing.
-
-    Parameters
-    ----------
-    net : ProgramNet
-        Initialised.
-    estimator : Reprogrammer
-        Its parameters are read.
-    images : Tensor of shape (n, ...)
-        Training images.
-    codes : ndarray of shape (n,)
-        Their classes.
-    weight : ndarray of shape (n,) or None
-        Their weights.
+    Shapes: images (n, ...), codes (n,), weight (n,).
     """
+    # The linear head on features gets their means and deviations, a label mapping its first
+    # estimate. Heads on prompts need nothing.
     module = net.module_
     mapping = estimator.mapping
     if module.head_kind == "mapping" and not isinstance(mapping, str):

@@ -10,12 +10,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class AffineBatchNorm(TorchFunctionMode):
-    """Inside, batch normalisation in evaluation mode is one multiplication and addition.
+    """Inside, batch normalisation in evaluation mode is one multiplication and addition."""
 
-    The values are the same up to rounding. Torch's own backward pass also sums the
-    gradients of scale and shift, which a frozen network has no use for. Holds for the
-    current thread only and changes no module.
-    """
+    # The values are the same up to rounding. Torch's own backward pass also sums the gradients
+    # of scale and shift, which a frozen network has no use for. Holds for the current thread
+    # only and changes no module.
 
     def __torch_function__(
         self,

@@ -25,30 +25,8 @@ def random_gradient(
     step: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Estimate a gradient from one-sided differences along random directions.
-
-    ``d / step * mean((loss(w + step v) - loss(w)) v)`` over unit vectors v.
-
-    Parameters
-    ----------
-    loss : callable
-        Takes a tensor like `point`, returns a scalar.
-    point : Tensor
-        Where the gradient is wanted.
-    base : Tensor of shape ()
-        ``loss(point)``.
-    n_directions : int
-        Calls of `loss`.
-    step : float
-        Length of the differences.
-    generator : torch.Generator
-        Source of the directions.
-
-    Returns
-    -------
-    Tensor
-        Like `point`.
-    """
+    """Estimate a gradient from one-sided differences along random directions: base ()."""
+    # `d / step * mean((loss(w + step v) - loss(w)) v)` over unit vectors v.
     total = torch.zeros_like(point)
     for _ in range(n_directions):
         direction = torch.randn(point.shape, generator=generator).to(point)
@@ -66,30 +44,8 @@ def simultaneous_gradient(
     step: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Estimate a gradient from two-sided differences along random signs (SPSA).
-
-    ``mean((loss(w + step v) - loss(w - step v)) / (2 step) v)`` over sign vectors v.
-
-    Parameters
-    ----------
-    loss : callable
-        Takes a tensor like `point`, returns a scalar.
-    point : Tensor
-        Where the gradient is wanted.
-    base : Tensor of shape ()
-        Not used.
-    n_directions : int
-        Half the calls of `loss`.
-    step : float
-        Length of the differences in each coordinate.
-    generator : torch.Generator
-        Source of the signs.
-
-    Returns
-    -------
-    Tensor
-        Like `point`.
-    """
+    """Estimate a gradient from two-sided differences along random signs (SPSA): base ()."""
+    # `mean((loss(w + step v) - loss(w - step v)) / (2 step) v)` over sign vectors v.
     total = torch.zeros_like(point)
     for _ in range(n_directions):
         signs = torch.randint(0, 2, point.shape, generator=generator).to(point) * 2 - 1

@@ -13,29 +13,10 @@ from skperf.reprogramming.residual import mixed
 
 
 class ReprogrammedClassifier(nn.Module):
-    """From images to class logits, the encoder included.
+    """From images to class logits, the encoder included."""
 
-    Its parameters are those of the encoder, ``model.*``, and of the programs and the head,
-    ``programmed.*``.
-
-    Parameters
-    ----------
-    programmed : ProgrammedEncoder
-        After training; its programs and head are copied.
-    alpha : float
-        Share of the zero-shot representation.
-    scale : float
-        From similarities to logits.
-    image_shape : tuple of int, optional
-        (channels, height, width), into which flat rows are brought.
-    renormalize : bool, default=False
-        Whether mixes are scaled back to unit length.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The encoder, not a copy.
-    """
+    # Its parameters are those of the encoder, `model.*`, and of the programs and the head,
+    # `programmed.*`.
 
     prompts: Tensor
     text: Tensor
@@ -70,30 +51,14 @@ class ReprogrammedClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Compute class logits.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width) or (n, n_features)
-            In [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Class logits.
+        Shapes: images (n, channels, height, width) or (n, n_features) -> (n, n_classes).
         """
         return self.scale * self.similarities(self.represent(images)) + self.bias
 
     def represent(self, images: Tensor) -> Tensor:
         """Encode images with the programs and the residual.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width) or (n, n_features)
-            In [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, n_outputs)
-            Mixed embeddings, or outputs of the encoder.
+        Shapes: images (n, channels, height, width) or (n, n_features) -> (n, n_outputs).
         """
         placed = self._placed(images)
         if self.alpha == 1:
@@ -104,15 +69,8 @@ class ReprogrammedClassifier(nn.Module):
         return mixed(outputs, self._encode(placed), self.alpha, renormalize=self.renormalize)
 
     def classes(self) -> Tensor | None:
-        """Embed the classes, with the programs and the residual.
-
-        The text tower runs only where the text program has changed or its gradient is wanted.
-
-        Returns
-        -------
-        Tensor of shape (n_classes, n_outputs) or None
-            None where images are not held against texts.
-        """
+        """Embed the classes, with the programs and the residual: -> (n_classes, n_outputs)."""
+        # The text tower runs only where the text program has changed or its gradient is wanted.
         zero_shot = self.programmed.zero_shot
         if zero_shot is None:
             return None
@@ -123,15 +81,7 @@ class ReprogrammedClassifier(nn.Module):
     def similarities(self, representation: Tensor) -> Tensor:
         """Hold representations against the classes.
 
-        Parameters
-        ----------
-        representation : Tensor of shape (n, n_outputs)
-            From :meth:`represent`.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes)
-            Cosines for text-image encoders, logits for others.
+        Shapes: representation (n, n_outputs) -> (n, n_classes).
         """
         classes = self.classes()
         return (
@@ -143,30 +93,15 @@ class ReprogrammedClassifier(nn.Module):
     def reprogram(self, images: Tensor) -> Tensor:
         """Add the program.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width) or (n, n_features)
-            In [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n, channels, canvas height, canvas width)
-            What the encoder sees, before its normalisation.
+        Shapes: images (n, channels, height, width) or (n, n_features) -> (n, channels, canvas
+        height, canvas width).
         """
         return self.programmed.program.add(self._placed(images), self.programmed.image)
 
     def agreement(self, images: Tensor) -> Tensor:
         """Compare embeddings with and without the program.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width) or (n, n_features)
-            In [0, 1].
-
-        Returns
-        -------
-        Tensor of shape (n,)
-            Cosines.
+        Shapes: images (n, channels, height, width) or (n, n_features) -> (n,).
         """
         programmed = self._encode(self.reprogram(images))
         return agreement(programmed, self._encode(self._placed(images)))

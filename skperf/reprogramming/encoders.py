@@ -280,27 +280,9 @@ def _transformers_text(model: Any, ids: Tensor) -> Tensor:
 
 
 def projected(output: Any) -> Tensor:
-    """Embeddings in what a transformers model returns.
-
-    Up to version 4 ``get_image_features`` returned the embeddings; from version 5 on a
-    record whose ``pooler_output`` is *already* projected, or a tuple with it in second
-    place.
-
-    Parameters
-    ----------
-    output : Tensor, record or tuple
-        What the method returned.
-
-    Returns
-    -------
-    Tensor of shape (n, d)
-        The embeddings, not normalised.
-
-    Raises
-    ------
-    TypeError
-        If there are none.
-    """
+    """Embeddings in what a transformers model returns: -> (n, d)."""
+    # Up to version 4 `get_image_features` returned the embeddings; from version 5 on a record
+    # whose `pooler_output` is *already* projected, or a tuple with it in second place.
     if isinstance(output, tuple) and len(output) > 1:
         output = output[1]
     if not isinstance(output, Tensor):

@@ -26,24 +26,7 @@ def cooccurrence(
 ) -> Tensor:
     """Count which source labels the rows of each class get.
 
-    Parameters
-    ----------
-    source_logits : Tensor of shape (n, n_source)
-        What the classifier says.
-    codes : LongTensor of shape (n,)
-        Classes; some may be absent.
-    n_classes : int
-        Number of classes.
-    weight : Tensor of shape (n,), optional
-        Weights of the rows.
-    top : int, optional
-        Sum the probabilities of the `top` likeliest source labels instead of counting
-        the likeliest one.
-
-    Returns
-    -------
-    Tensor of shape (n_source, n_classes)
-        Counts, or sums of probabilities.
+    Shapes: source_logits (n, n_source), codes (n,), weight (n,) -> (n_source, n_classes).
     """
     if top is None:
         values, labels = (
@@ -63,23 +46,7 @@ def cooccurrence(
 def one_to_one(counts: Tensor, per_class: int = 1) -> Tensor:
     """Give each class the source labels that it gets most often, none of them twice.
 
-    Parameters
-    ----------
-    counts : Tensor of shape (n_source, n_classes)
-        From :func:`cooccurrence`. The largest count is served first; a class without any
-        takes what is left.
-    per_class : int, default=1
-        Source labels for each class; their logits are averaged.
-
-    Returns
-    -------
-    Tensor of shape (n_source, n_classes)
-        Entries 1 / per_class and 0.
-
-    Raises
-    ------
-    ValueError
-        If there are too few source labels.
+    Shapes: counts (n_source, n_classes) -> (n_source, n_classes).
     """
     n_source, n_classes = counts.shape
     _check_enough(n_source, n_classes, per_class)
@@ -99,26 +66,7 @@ def random_mapping(
 ) -> Tensor:
     """Give each class source labels drawn at random, none of them twice.
 
-    Parameters
-    ----------
-    n_source : int
-        Number of source labels.
-    n_classes : int
-        Number of classes.
-    per_class : int
-        Source labels for each class.
-    generator : torch.Generator
-        Source of randomness.
-
-    Returns
-    -------
-    Tensor of shape (n_source, n_classes)
-        Entries 1 / per_class and 0.
-
-    Raises
-    ------
-    ValueError
-        If there are too few source labels.
+    Shapes: -> (n_source, n_classes).
     """
     _check_enough(n_source, n_classes, per_class)
     drawn = torch.randperm(n_source, generator=generator)[: n_classes * per_class]
@@ -130,17 +78,7 @@ def random_mapping(
 def bayesian(counts: Tensor, smoothing: float = 1.0) -> Tensor:
     """Estimate how likely each class is given a source label, columns scaled to sum 1.
 
-    Parameters
-    ----------
-    counts : Tensor of shape (n_source, n_classes)
-        From :func:`cooccurrence`.
-    smoothing : float, default=1.0
-        Added to each source label's total: rare ones weigh less.
-
-    Returns
-    -------
-    Tensor of shape (n_source, n_classes)
-        Columns sum to 1; that of a class without any count is uniform.
+    Shapes: counts (n_source, n_classes) -> (n_source, n_classes).
     """
     given_source = counts / (counts.sum(1, keepdim=True) + smoothing).clamp_min(1e-12)
     totals = given_source.sum(0)
@@ -172,20 +110,7 @@ SOFT_TOP_SHARE = 0.15
 
 
 def labels_of_interest(name: str, n_classes: int) -> int | None:
-    """Tell how many source labels a mapping looks at in one row.
-
-    Parameters
-    ----------
-    name : str
-        Name of the mapping.
-    n_classes : int
-        Number of classes.
-
-    Returns
-    -------
-    int or None
-        None for the likeliest one only.
-    """
+    """Tell how many source labels a mapping looks at in one row."""
     return max(1, int(SOFT_TOP_SHARE * n_classes)) if name == "blm+" else None
 
 

@@ -9,25 +9,7 @@ def focal_cross_entropy(
 ) -> Tensor:
     """Focal loss ``-scale (1 - p)^gamma log p`` of the targets, row by row.
 
-    Parameters
-    ----------
-    logits : Tensor of shape (n, m)
-        Scores.
-    targets : LongTensor of shape (n,)
-        Columns that are right.
-    gamma : float, default=0.0
-        Above 0, rows that are right already count less.
-    scale : float, default=1.0
-        Constant factor.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        Cross-entropy where gamma is 0 and scale 1.
-
-    Notes
-    -----
-    Lin et al., "Focal Loss for Dense Object Detection" (ICCV 2017).
+    Shapes: logits (n, m), targets (n,) -> (n,).
     """
     logarithms = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     if gamma == 0:
@@ -36,19 +18,7 @@ def focal_cross_entropy(
 
 
 class ClassObjective(nn.Module):
-    """Loss of class logits.
-
-    Parameters
-    ----------
-    contrastive : bool, default=False
-        In place of all classes, hold each image against the classes of the images in its
-        batch, and each of those against the images. Images of one class then count as
-        each other's negatives, as in the released code.
-    gamma, scale : float, default=0.0, 1.0
-        As in :func:`focal_cross_entropy`.
-    reduction : {"mean", "none"}, default="mean"
-        Whether to average over the rows.
-    """
+    """Loss of class logits."""
 
     def __init__(
         self,
@@ -64,20 +34,7 @@ class ClassObjective(nn.Module):
         self.reduction = reduction
 
     def forward(self, logits: Tensor, codes: Tensor) -> Tensor:
-        """Compute the loss.
-
-        Parameters
-        ----------
-        logits : Tensor of shape (n, n_classes)
-            Class logits.
-        codes : LongTensor of shape (n,)
-            Classes.
-
-        Returns
-        -------
-        Tensor of shape () or (n,)
-            The mean, or one value a row.
-        """
+        """Compute the loss: logits (n, n_classes), codes (n,) -> () or (n,)."""
         if self.contrastive:
             pairs = logits[:, codes]  # (n, n): image i against the class of image j
             own = torch.arange(len(codes), device=logits.device)

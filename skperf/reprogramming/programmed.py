@@ -13,33 +13,7 @@ from skperf.reprogramming.residual import mixed
 
 
 class ProgrammedEncoder(nn.Module):
-    """The trainable part: program, text delta and head. The encoder is no child of it.
-
-    Parameters
-    ----------
-    encoder : FrozenEncoder
-        Shared, and not part of the state.
-    program : InputProgram
-        What is added to the images.
-    n_outputs : int
-        Width of what the encoder returns.
-    n_classes : int
-        Number of classes.
-    head : {"prompts", "mapping", "linear"}
-        From the encoder's outputs to class logits.
-    text : TextProgram, optional
-        What is added to the tokens.
-    ids : LongTensor of shape (n_classes * n_templates, length), optional
-        Tokens of the prompts.
-    init : {"zeros", "normal"}, default="zeros"
-        First weights of the image program.
-    exact : bool, default=True
-        Whether gradients flow through the encoder.
-    training_alpha : float, default=0.0
-        Mix with the zero-shot representation that is trained beside the reprogrammed one.
-    none_margin : float, optional
-        How far above the zero-shot logits that of "none of these" lies in training.
-    """
+    """The trainable part: program, text delta and head. The encoder is no child of it."""
 
     zero_shot: Tensor | None
     mapping: Tensor
@@ -97,37 +71,13 @@ class ProgrammedEncoder(nn.Module):
     def forward(self, images: Tensor, plain: Tensor | None = None) -> Tensor:
         """Compute class logits of reprogrammed images.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width)
-            In [0, 1], of any size.
-        plain : Tensor of shape (n, n_outputs), optional
-            Zero-shot embeddings of the same images, in training.
-
-        Returns
-        -------
-        Tensor of shape (n, n_classes), (2, n, n_classes) or (2, n, n_classes + 1)
-            Class logits; with `plain` those of the reprogrammed representation and those of
-            its mix with the zero-shot one at `training_alpha`, and with `none_margin` one
-            more column, the logit of "none of these".
+        Shapes: images (n, channels, height, width), plain (n, n_outputs) -> (n, n_classes), (2, n,
+        n_classes) or (2, n, n_classes + 1).
         """
         return self.logits(self.encode(images, self.image), plain)
 
     def encode(self, images: Tensor, weights: Tensor | None) -> Tensor:
-        """Encode images.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width)
-            In [0, 1], of any size.
-        weights : Tensor, optional
-            Of the image program; None leaves the images as they are.
-
-        Returns
-        -------
-        Tensor of shape (n, n_outputs)
-            Unit embeddings, features or logits.
-        """
+        """Encode images: images (n, channels, height, width) -> (n, n_outputs)."""
         self.n_queries += len(images)
         with torch.set_grad_enabled(self.exact and torch.is_grad_enabled()):
             placed = self.program.place(images)
@@ -141,17 +91,7 @@ class ProgrammedEncoder(nn.Module):
     def logits(self, outputs: Tensor, plain: Tensor | None = None) -> Tensor:
         """Compute class logits from the encoder's outputs.
 
-        Parameters
-        ----------
-        outputs : Tensor of shape (n, n_outputs)
-            From :meth:`encode`.
-        plain : Tensor of shape (n, n_outputs), optional
-            As in :meth:`forward`.
-
-        Returns
-        -------
-        Tensor
-            Class logits, of the shapes of :meth:`forward`.
+        Shapes: outputs (n, n_outputs), plain (n, n_outputs).
         """
         if self.head_kind == "mapping":
             return outputs @ self.mapping
@@ -173,26 +113,12 @@ class ProgrammedEncoder(nn.Module):
     def classes(self) -> Tensor:
         """Embed the classes, with the text program and the linear head's offsets.
 
-        Returns
-        -------
-        Tensor of shape (n_classes, n_outputs)
-            Unit embeddings.
+        Shapes: -> (n_classes, n_outputs).
         """
         return self.shifted(self.prompts())
 
     def prompts(self, model: Any = None) -> Tensor:
-        """Embed the prompts, with the text program.
-
-        Parameters
-        ----------
-        model : object, optional
-            A copy of the encoder's model to use in its place.
-
-        Returns
-        -------
-        Tensor of shape (n_classes, n_outputs)
-            Unit embeddings.
-        """
+        """Embed the prompts, with the text program: -> (n_classes, n_outputs)."""
         assert self.zero_shot is not None
         if self.text_program is None or self.text is None or self.ids is None:
             return self.zero_shot
@@ -202,15 +128,7 @@ class ProgrammedEncoder(nn.Module):
     def shifted(self, prompts: Tensor) -> Tensor:
         """Add the linear head's offsets, where there are any.
 
-        Parameters
-        ----------
-        prompts : Tensor of shape (n_classes, n_outputs)
-            From :meth:`prompts`.
-
-        Returns
-        -------
-        Tensor of shape (n_classes, n_outputs)
-            Unit embeddings.
+        Shapes: prompts (n_classes, n_outputs) -> (n_classes, n_outputs).
         """
         return (
             prompts
@@ -223,19 +141,7 @@ class ProgrammedEncoder(nn.Module):
     ) -> Iterator[Tensor]:
         """Encode many images without gradients, batch by batch.
 
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width)
-            In [0, 1].
-        batch_size : int
-            Images that go through the encoder at once.
-        programmed : bool, default=True
-            Whether to add the program.
-
-        Yields
-        ------
-        Tensor of shape (batch_size, n_outputs)
-            On the CPU.
+        Shapes: images (n, channels, height, width) -> (batch_size, n_outputs).
         """
         weights = self.image if programmed else None
         with self.encoder.open(), torch.inference_mode():
@@ -245,12 +151,7 @@ class ProgrammedEncoder(nn.Module):
     def set_none_level(self, plain: Tensor, weight: Tensor | None) -> None:
         """Place the logit of "none of these" above those of zero-shot.
 
-        Parameters
-        ----------
-        plain : Tensor of shape (n, n_outputs)
-            Zero-shot embeddings of the training images.
-        weight : Tensor of shape (n,) or None
-            Their weights.
+        Shapes: plain (n, n_outputs), weight (n,).
         """
         assert self.zero_shot is not None
         assert self.none_margin is not None
@@ -262,10 +163,7 @@ class ProgrammedEncoder(nn.Module):
     def standardise(self, outputs: Tensor) -> None:
         """Take over the means and deviations of outputs, for the linear head.
 
-        Parameters
-        ----------
-        outputs : Tensor of shape (n, n_outputs)
-            Of the unprogrammed training images.
+        Shapes: outputs (n, n_outputs).
         """
         deviation = outputs.double().std(0, correction=0)
         self.shift.copy_(outputs.double().mean(0))

@@ -41,35 +41,11 @@ class InputProgram(Protocol):
 
 @dataclass(frozen=True)
 class ImageProgram:
-    """A border of learnable pixels.
+    """A border of learnable pixels."""
 
-    With layout "overlay" the picture fills the canvas and the border lies on its edge,
-    ``clip(resize(x) + bound(w))``; with "pad" the picture shrinks into the space inside
-    the border. At w = 0 an overlay leaves the picture as it is.
-
-    Parameters
-    ----------
-    channels : int
-        Channels that the encoder takes.
-    canvas : tuple of two ints
-        Height and width that the encoder takes.
-    border : int
-        Width of the border in pixels of the canvas.
-    layout : {"overlay", "pad"}, default="overlay"
-        Whether the border lies on the picture or around it.
-    bound : {"tanh", "clamp", "none"}, default="tanh"
-        Keeps the border's values in (-1, 1).
-    resize : {"bicubic", "bilinear", "nearest"}, default="bicubic"
-        Interpolation.
-    clip : {"inward", "plain"}, default="inward"
-        Gradient of the final clipping to [0, 1]. "plain" is zero outside; "inward" lets
-        those through that lead back inside, so no pixel of the border is ever lost.
-
-    Raises
-    ------
-    ValueError
-        If the border is not positive or leaves no picture.
-    """
+    # With layout "overlay" the picture fills the canvas and the border lies on its edge,
+    # `clip(resize(x) + bound(w))`; with "pad" the picture shrinks into the space inside the
+    # border. At w = 0 an overlay leaves the picture as it is.
 
     channels: int
     canvas: tuple[int, int]
@@ -107,16 +83,8 @@ class ImageProgram:
     def place(self, inputs: Tensor) -> Tensor:
         """Bring images to the canvas; not yet programmed.
 
-        Parameters
-        ----------
-        inputs : Tensor of shape (n, 1 or channels, height, width)
-            Images in [0, 1]. A single channel is repeated. Where the aspect ratio differs,
-            the middle is cropped.
-
-        Returns
-        -------
-        Tensor of shape (n, channels, canvas height, canvas width)
-            In [0, 1]; black outside the picture.
+        Shapes: inputs (n, 1 or channels, height, width) -> (n, channels, canvas height, canvas
+        width).
         """
         size = self.canvas if self.layout == "overlay" else self.inner
         images = resized(inputs, size, self.resize)
@@ -127,15 +95,7 @@ class ImageProgram:
     def picture(self, weights: Tensor) -> Tensor:
         """Draw the border.
 
-        Parameters
-        ----------
-        weights : Tensor of shape (channels, n_border)
-            Unbounded.
-
-        Returns
-        -------
-        Tensor of shape (channels, canvas height, canvas width)
-            What is added; zero inside.
+        Shapes: weights (channels, n_border) -> (channels, canvas height, canvas width).
         """
         height, width = self.canvas
         flat = weights.new_zeros(self.channels, height * width)
@@ -145,17 +105,8 @@ class ImageProgram:
     def add(self, placed: Tensor, weights: Tensor) -> Tensor:
         """Add the border.
 
-        Parameters
-        ----------
-        placed : Tensor of shape (n, channels, canvas height, canvas width)
-            From :meth:`place`.
-        weights : Tensor of shape (channels, n_border)
-            Unbounded.
-
-        Returns
-        -------
-        Tensor of shape (n, channels, canvas height, canvas width)
-            What the encoder sees, in [0, 1].
+        Shapes: placed (n, channels, canvas height, canvas width), weights (channels, n_border) ->
+        (n, channels, canvas height, canvas width).
         """
         programmed = placed + self.picture(weights)
         return clamp_inward(programmed) if self.clip == "inward" else programmed.clamp(0, 1)
@@ -184,21 +135,7 @@ class _ClampInward(torch.autograd.Function):
 
 
 def clamp_inward(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Clamp, with a gradient wherever descent leads back inside.
-
-    Parameters
-    ----------
-    values : Tensor
-        Any shape.
-    low, high : float, default=0.0, 1.0
-        Bounds.
-
-    Returns
-    -------
-    Tensor
-        The clamped values. The plain clamp has no gradient outside the bounds, so that a
-        pixel which has once left them is stuck.
-    """
+    """Clamp, with a gradient wherever descent leads back inside."""
     result: Tensor = _ClampInward.apply(values, low, high)
     return result
 
@@ -206,19 +143,7 @@ def clamp_inward(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 def resized(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
     """Scale images to cover a size and crop the middle.
 
-    Parameters
-    ----------
-    images : Tensor of shape (n, channels, height, width)
-        In [0, 1].
-    size : tuple of two ints
-        Height and width wanted.
-    mode : {"bicubic", "bilinear", "nearest"}, default="bicubic"
-        Interpolation; the first two are smoothed before shrinking.
-
-    Returns
-    -------
-    Tensor of shape (n, channels, *size)
-        In [0, 1]; `images` itself where the size fits.
+    Shapes: images (n, channels, height, width) -> (n, channels, *size).
     """
     height, width = images.shape[-2:]
     if (height, width) == size:
@@ -241,19 +166,9 @@ def resized(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Ten
 
 @dataclass(frozen=True, eq=False)
 class TextProgram:
-    """A learnable delta on the embeddings of tokens.
+    """A learnable delta on the embeddings of tokens."""
 
-    Parameters
-    ----------
-    used : LongTensor of shape (n_used,)
-        Sorted token ids that have a row of their own; empty for none.
-    n_positions : int
-        Positions that have a row; 0 for none, and -1 for one row that all share.
-    width : int
-        Length of a token's embedding.
-    """
-
-    used: Tensor
+    used: Tensor  # (n_used,)
     n_positions: int
     width: int
 
@@ -263,18 +178,7 @@ class TextProgram:
         return len(self.used) + abs(self.n_positions), self.width
 
     def hook(self, delta: Tensor) -> Callable[..., Tensor]:
-        """Make a forward hook for the token embedding.
-
-        Parameters
-        ----------
-        delta : Tensor of shape (n_rows, width)
-            Added to the rows; gradients reach it.
-
-        Returns
-        -------
-        callable
-            ``hook(module, args, output)``; tokens without a row come out bit-equal.
-        """
+        """Make a forward hook for the token embedding: delta (n_rows, width)."""
 
         def shifted(module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
             rows, positions = delta.split([len(self.used), abs(self.n_positions)])
@@ -295,24 +199,7 @@ class TextProgram:
 
 
 def text_program(kind: str, encoder: FrozenEncoder, ids: Tensor) -> TextProgram | None:
-    """Choose the rows of a text program.
-
-    Parameters
-    ----------
-    kind : {"none", "bias", "position", "table", "table+position"}
-        One row for all tokens, one for each position, one for each token that the prompts
-        use, or the latter two. Marks that every text carries (start, end, padding) have no
-        row in the table, so that other words keep their embeddings.
-    encoder : FrozenEncoder
-        Has a text tower.
-    ids : LongTensor of shape (n_prompts, length)
-        The prompts' tokens.
-
-    Returns
-    -------
-    TextProgram or None
-        None for "none".
-    """
+    """Choose the rows of a text program: ids (n_prompts, length)."""
     if kind == "none":
         return None
     assert encoder.tokenize is not None
@@ -326,25 +213,7 @@ def text_program(kind: str, encoder: FrozenEncoder, ids: Tensor) -> TextProgram 
 
 
 def filled_prompts(templates: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Put every class name into every template.
-
-    Parameters
-    ----------
-    templates : sequence of str
-        Each contains "{}".
-    names : sequence of str
-        One a class.
-
-    Returns
-    -------
-    list of str
-        All templates of the first class, then of the second, ...
-
-    Raises
-    ------
-    ValueError
-        If a template has no "{}".
-    """
+    """Put every class name into every template."""
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"the prompt {template!r} has no '{{}}' for the class name.")
@@ -359,26 +228,7 @@ def class_embeddings(
     *,
     model: Any = None,
 ) -> Tensor:
-    """Embed classes by their prompts.
-
-    Parameters
-    ----------
-    encoder : FrozenEncoder
-        Has a text tower.
-    ids : LongTensor of shape (n_classes * n_templates, length)
-        Tokens of the prompts, class by class.
-    n_classes : int
-        Number of classes.
-    hook : callable, optional
-        From :meth:`TextProgram.hook`.
-    model : object, optional
-        A copy of the encoder's model to use in its place.
-
-    Returns
-    -------
-    Tensor of shape (n_classes, d)
-        Of unit length: the mean of the unit embeddings of a class's prompts.
-    """
+    """Embed classes by their prompts: ids (n_classes * n_templates, length) -> (n_classes, d)."""
     embeddings = functional.normalize(encoder.encode_text(ids, hook, model), dim=-1)
     means = embeddings.view(n_classes, -1, embeddings.shape[-1]).mean(1)
     return functional.normalize(means, dim=-1)

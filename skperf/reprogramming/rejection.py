@@ -19,72 +19,26 @@ from torch.nn import functional
 def concept_matching(similarities: Tensor, temperature: float = 1.0) -> Tensor:
     """Largest softmax probability (MCM on cosines, maximal softmax on logits).
 
-    Parameters
-    ----------
-    similarities : Tensor of shape (n, n_classes)
-        Cosines or logits.
-    temperature : float, default=1.0
-        Divides them.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        In (0, 1].
+    Shapes: similarities (n, n_classes) -> (n,).
     """
     return (similarities / temperature).softmax(1).amax(1)
 
 
 def max_logit(similarities: Tensor, temperature: float = 1.0) -> Tensor:
-    """Largest similarity.
-
-    Parameters
-    ----------
-    similarities : Tensor of shape (n, n_classes)
-        Cosines or logits.
-    temperature : float, default=1.0
-        Not used.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        The scores.
-    """
+    """Largest similarity: similarities (n, n_classes) -> (n,)."""
     return similarities.amax(1)
 
 
 def energy(similarities: Tensor, temperature: float = 1.0) -> Tensor:
     """Free energy with its sign turned, ``T logsumexp(s / T)``.
 
-    Parameters
-    ----------
-    similarities : Tensor of shape (n, n_classes)
-        Cosines or logits.
-    temperature : float, default=1.0
-        T.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        The scores.
+    Shapes: similarities (n, n_classes) -> (n,).
     """
     return temperature * (similarities / temperature).logsumexp(1)
 
 
 def negative_entropy(similarities: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of the softmax with its sign turned.
-
-    Parameters
-    ----------
-    similarities : Tensor of shape (n, n_classes)
-        Cosines or logits.
-    temperature : float, default=1.0
-        Divides them.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        At most 0.
-    """
+    """Entropy of the softmax with its sign turned: similarities (n, n_classes) -> (n,)."""
     logarithms = (similarities / temperature).log_softmax(1)
     return (logarithms.exp() * logarithms).sum(1)
 
@@ -92,17 +46,7 @@ def negative_entropy(similarities: Tensor, temperature: float = 1.0) -> Tensor:
 def agreement(reprogrammed: Tensor, zero_shot: Tensor) -> Tensor:
     """Cosine between a row's embedding with and without the program.
 
-    Parameters
-    ----------
-    reprogrammed : Tensor of shape (n, d)
-        Embeddings with the program.
-    zero_shot : Tensor of shape (n, d)
-        Embeddings without it.
-
-    Returns
-    -------
-    Tensor of shape (n,)
-        In [-1, 1]; one minus the disagreement of the two.
+    Shapes: reprogrammed (n, d), zero_shot (n, d) -> (n,).
     """
     return functional.cosine_similarity(reprogrammed, zero_shot, dim=1)
 
@@ -116,18 +60,5 @@ SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def retention_threshold(scores: NDArray[np.floating], retention: float) -> float:
-    """Highest threshold that keeps at least a given share of the scores.
-
-    Parameters
-    ----------
-    scores : ndarray of shape (n,)
-        Of rows that should be kept.
-    retention : float
-        Share of them with ``score >= threshold``.
-
-    Returns
-    -------
-    float
-        One of the scores.
-    """
+    """Highest threshold that keeps at least a given share of the scores: scores (n,)."""
     return float(np.quantile(scores, 1 - retention, method="lower"))

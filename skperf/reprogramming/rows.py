@@ -7,17 +7,9 @@ from torch import Tensor, nn
 
 
 class RowEncoder(nn.Module):
-    """Features of flat rows: the standardised row itself and fixed random features of it.
+    """Features of flat rows: the standardised row itself and fixed random features of it."""
 
-    In double precision, which rows of any range need.
-
-    Parameters
-    ----------
-    rows : Tensor of shape (n, n_features)
-        Rows of any range, for their means and deviations.
-    n_random : int, default=64
-        Number of random features.
-    """
+    # In double precision, which rows of any range need.
 
     def __init__(self, rows: Tensor, n_random: int = 64) -> None:
         super().__init__()
@@ -34,18 +26,7 @@ class RowEncoder(nn.Module):
         self.register_buffer("offsets", offsets.double())
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Compute the features.
-
-        Parameters
-        ----------
-        rows : Tensor of shape (n, n_features)
-            Flat rows.
-
-        Returns
-        -------
-        Tensor of shape (n, n_features + n_random)
-            The features.
-        """
+        """Compute the features: rows (n, n_features) -> (n, n_features + n_random)."""
         standard = (rows - self.mean) / self.scale  # type: ignore[operator]
         random = torch.tanh(standard @ self.directions + self.offsets)  # type: ignore[operator]
         return torch.cat([standard, random], 1)
@@ -53,13 +34,7 @@ class RowEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class RowProgram:
-    """A learnable shift of flat rows.
-
-    Parameters
-    ----------
-    n_features : int
-        Length of a row.
-    """
+    """A learnable shift of flat rows."""
 
     n_features: int
 
@@ -69,48 +44,13 @@ class RowProgram:
         return (self.n_features,)
 
     def place(self, inputs: Tensor) -> Tensor:
-        """Flatten the rows.
-
-        Parameters
-        ----------
-        inputs : Tensor of shape (n, ...)
-            Rows.
-
-        Returns
-        -------
-        Tensor of shape (n, n_features)
-            The same values.
-        """
+        """Flatten the rows: inputs (n, ...) -> (n, n_features)."""
         return inputs.flatten(1)
 
     def picture(self, weights: Tensor) -> Tensor:
-        """Give the shift.
-
-        Parameters
-        ----------
-        weights : Tensor of shape (n_features,)
-            The shift.
-
-        Returns
-        -------
-        Tensor of shape (n_features,)
-            The same.
-        """
+        """Give the shift: weights (n_features,) -> (n_features,)."""
         return weights
 
     def add(self, placed: Tensor, weights: Tensor) -> Tensor:
-        """Shift the rows.
-
-        Parameters
-        ----------
-        placed : Tensor of shape (n, n_features)
-            Rows.
-        weights : Tensor of shape (n_features,)
-            The shift.
-
-        Returns
-        -------
-        Tensor of shape (n, n_features)
-            What the encoder sees.
-        """
+        """Shift the rows: placed (n, n_features), weights (n_features,) -> (n, n_features)."""
         return placed + weights

@@ -11,40 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TransformersTokens:
-    """Token ids from a transformers tokenizer.
-
-    Parameters
-    ----------
-    tokenizer : callable
-        Of the library.
-    length : int
-        Most tokens that the text tower takes.
-    fill : bool
-        Whether to pad to that length instead of the longest text.
-    """
+    """Token ids from a transformers tokenizer."""
 
     tokenizer: Any
     length: int
     fill: bool
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Tokenize.
-
-        Parameters
-        ----------
-        texts : list of str
-            Prompts.
-
-        Returns
-        -------
-        LongTensor of shape (n_texts, n_tokens)
-            Ids.
-
-        Raises
-        ------
-        ValueError
-            If a text is too long.
-        """
+        """Tokenize: -> (n_texts, n_tokens)."""
         ids = self.tokenizer(texts, padding="longest", return_tensors="pt")["input_ids"]
         if ids.shape[1] > self.length:
             raise _too_long(max(texts, key=len), ids.shape[1], self.length)
@@ -56,37 +30,13 @@ class TransformersTokens:
 
 @dataclass(frozen=True, eq=False)
 class PlainTokens:
-    """Token ids from a function of a list of texts, such as open_clip's tokenizers.
-
-    Parameters
-    ----------
-    tokenizer : callable
-        Gives rows of one length.
-    length : int or None
-        Most tokens that the text tower takes.
-    """
+    """Token ids from a function of a list of texts, such as open_clip's tokenizers."""
 
     tokenizer: Any
     length: int | None
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Tokenize.
-
-        Parameters
-        ----------
-        texts : list of str
-            Prompts.
-
-        Returns
-        -------
-        LongTensor of shape (n_texts, n_tokens)
-            Ids.
-
-        Raises
-        ------
-        ValueError
-            If a text is too long.
-        """
+        """Tokenize: -> (n_texts, n_tokens)."""
         ids = torch.as_tensor(self.tokenizer(texts)).long()
         if self.length is None:
             return ids
@@ -103,20 +53,7 @@ class PlainTokens:
 
 
 def tokens_for(tokenizer: Any, length: int | None) -> Callable[[list[str]], Tensor]:
-    """Find out how a tokenizer is to be called.
-
-    Parameters
-    ----------
-    tokenizer : callable
-        Of transformers, of open_clip, or any function of a list of texts.
-    length : int or None
-        Most tokens that the text tower takes.
-
-    Returns
-    -------
-    callable
-        From a list of texts to ids of shape (n_texts, n_tokens).
-    """
+    """Find out how a tokenizer is to be called."""
     if hasattr(tokenizer, "batch_encode_plus") or hasattr(tokenizer, "convert_ids_to_tokens"):
         return TransformersTokens(tokenizer, length or 77, fill=True)
     return PlainTokens(tokenizer, length)
