@@ -47,10 +47,12 @@ docs/_static/mathjax/tex-mml-chtml.js:
 	cd docs/_static/mathjax && npm pack --silent mathjax@3.2.2 && tar xzf mathjax-3.2.2.tgz --strip-components=2 package/es5 && rm mathjax-3.2.2.tgz
 
 docs: $(VENV)/.installed-docs docs/_static/mathjax/tex-mml-chtml.js  ## build the documentation
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	rm -rf docs/api
+	$(BIN)/sphinx-build -E -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/check.py
 
 check-docs: docs  ## open the documentation in a headless browser
-	$(BIN)/python docs/check.py
+	$(BIN)/python docs/check.py --browser
 
 test-oldest:  ## run the tests on the oldest supported versions
 	$(PYTHON) -m venv .venv-oldest

@@ -6,6 +6,15 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.utils import check_consistent_length
 
+__all__ = [
+    "accuracy_under_prior",
+    "atc_accuracy",
+    "counterfactual_correlation",
+    "fpr_at_95_tpr",
+    "linear_datamodeling_score",
+    "ood_auroc",
+]
+
 
 def linear_datamodeling_score(influence: ArrayLike, subsets: ArrayLike, losses: ArrayLike) -> float:
     """Hold influence estimates against models retrained on subsets of the rows.

@@ -10,6 +10,8 @@ from sklearn.utils.validation import check_consistent_length
 
 from skperf.backbone._sklearn import MetadataRequester
 
+__all__ = ["OneStepScorer", "RoundForwardSplit", "one_step_scorer"]
+
 
 class RoundForwardSplit(BaseCrossValidator):
     """Train on the first rounds, test on the next ones, and go forward.
@@ -51,7 +53,9 @@ class RoundForwardSplit(BaseCrossValidator):
 
         Parameters
         ----------
-        X, y : object
+        X : object
+            Not used.
+        y : object
             Not used.
         groups : array-like of int of shape (n,)
             Round of every row.
