@@ -25,8 +25,12 @@ quickstart: $(VENV)/.installed  ## run every estimator on the shipped real data
 	$(BIN)/python -m skperf
 
 test: $(VENV)/.installed  ## run the tests and the notebooks in quick mode
-	$(BIN)/python -m skperf.datasets fetch imagenet_classes
-	SKPERF_QUICK=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 tests notebooks
+	$(BIN)/python -m benchmarks.data fetch imagenet_classes
+	SKPERF_QUICK=1 $(BIN)/python -m pytest -n 2 -m 'not slow' --nbmake --nbmake-timeout=600 tests notebooks
+
+test-thorough: $(VENV)/.installed  ## every test, the slow and the whole tables too (about an hour)
+	$(BIN)/python -m benchmarks.data fetch imagenet_classes
+	SKPERF_THOROUGH=1 SKPERF_QUICK=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 tests notebooks
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
@@ -61,6 +65,9 @@ test-oldest:  ## run the tests on the oldest supported versions
 	# scikit-learn 1.8 lists a check twice
 	.venv-oldest/bin/python -m pytest -n 2 -o strict_parametrization_ids=false tests
 
+check-package:  ## build wheel and sdist, try both in environments of their own
+	sh scripts/check_package.sh $(PYTHON)
+
 OPEN_CLIP ?= .venv-open-clip
 test-open-clip:  ## the adapter against the real open_clip (several GB, an environment of its own)
 	$(PYTHON) -m venv $(OPEN_CLIP)
@@ -69,6 +76,7 @@ test-open-clip:  ## the adapter against the real open_clip (several GB, an envir
 	PYTHONPATH=. $(OPEN_CLIP)/bin/python -m pytest -o filterwarnings=default tests/reprogramming/open_clip
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .venv-oldest docs/_build docs/api docs/_static/mathjax skperf_quickstart
+	rm -rf $(VENV) .venv-oldest docs/_build docs/api docs/_static/mathjax skperf_quickstart dist
 
-.PHONY: help quickstart test lint notebooks benchmark docs check-docs test-oldest test-open-clip clean
+.PHONY: help quickstart test test-thorough lint notebooks benchmark docs check-docs test-oldest \
+  check-package test-open-clip clean

@@ -29,7 +29,7 @@ def rnet():
 
 
 def lite0():
-    from skperf.datasets import fetch_efficientnet_lite0, fetch_imagenet_photos
+    from benchmarks.data import fetch_efficientnet_lite0, fetch_imagenet_photos
 
     photos = fetch_imagenet_photos()
     X, y = torch.as_tensor(photos.images).float(), photos.target
@@ -43,7 +43,7 @@ def minilm():
     from sklearn.linear_model import LogisticRegression
     from transformers import AutoModel, AutoTokenizer
 
-    from skperf.datasets import fetch_minilm, fetch_r8
+    from benchmarks.data import fetch_minilm, fetch_r8
 
     folder = fetch_minilm()
     encoder = AutoModel.from_pretrained(folder).eval()

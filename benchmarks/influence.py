@@ -5,7 +5,7 @@
 Leave the machine alone meanwhile: two threads that wait for a core are measured, too.
 
 Needs the peers of ``benchmarks/peers.txt`` in an environment of their own, and Fashion-MNIST
-(``python -m skperf.datasets fetch fashion_mnist``). All methods of a workload run in turn in one
+(``python -m benchmarks.data fetch fashion_mnist``). All methods of a workload run in turn in one
 process after a warm-up; medians of wall and CPU seconds go to results/influence_speed.json with
 the linear datamodeling score (LDS) against networks retrained on 50 halves, and its jackknife
 error over the halves. Peers run at the damping that this same score likes best; ours is what

@@ -6,14 +6,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
+from benchmarks.data import fetch_newsgroups, fetch_spam_assassin, fetch_wordllama
 from skperf import MLP, Net
 from skperf.backbone.architectures import SmallConvNet
-from skperf.datasets import (
-    fetch_fashion_mnist,
-    fetch_newsgroups,
-    fetch_spam_assassin,
-    fetch_wordllama,
-)
+from skperf.datasets import fetch_fashion_mnist
 
 
 def halves(rows, seed):

@@ -1,7 +1,7 @@
 """Next-round log loss on real rows, in worlds that answer the model and in one that does not.
 
 Run with ``python -m benchmarks.performative_real [--seeds 5] [--rounds 40]`` after
-``python -m skperf.datasets fetch fashion_mnist r8 newsgroups wordllama``; writes
+``python -m benchmarks.data fetch fashion_mnist r8 newsgroups wordllama``; writes
 ``benchmarks/results/performative_real.json`` and ``performative_real.png``. The adapter is what
 is deployed; all others are judged on the rounds that it meets.
 """
@@ -15,16 +15,10 @@ import torch
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks.data import fetch_newsgroups, fetch_r8, fetch_wordllama
 from skperf import PerformativeAdapter, from_module
 from skperf.backbone._opening import class_logits
-from skperf.datasets import (
-    PerformativeStream,
-    fetch_fashion_mnist,
-    fetch_newsgroups,
-    fetch_r8,
-    fetch_wordllama,
-    load_fashion_cnn,
-)
+from skperf.datasets import PerformativeStream, fetch_fashion_mnist, load_fashion_cnn
 from skperf.performative.label_shift import bbse_prior, em_prior, log_loss, soft_confusion
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,9 +8,9 @@ estimator's default ("mcm") and the largest similarity ("max_logit"). Writes
 ``reprogramming.json``, ``reprogramming_lite0.json`` and, of differences by seed,
 ``reprogramming_paired.json``:
 
-    python -m skperf.datasets fetch mnist fashion_mnist
+    python -m benchmarks.data fetch mnist fashion_mnist
     python -m benchmarks.reprogramming --seeds 0 1 2
-    python -m skperf.datasets fetch emoji_google emoji_twitter efficientnet_lite0 minilm
+    python -m benchmarks.data fetch emoji_google emoji_twitter efficientnet_lite0 minilm
     python -m benchmarks.reprogramming --encoder lite0 --seeds 0 1 2
 
 The encoders are CLIP-like in form only; nothing here says anything about CLIP's own figures.

@@ -16,7 +16,7 @@ sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)" "$@"; }
 wanted() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 
-"$venv/bin/python" -m skperf.datasets fetch all
+"$venv/bin/python" -m benchmarks.data fetch all
 if wanted backbone; then run benchmarks.backbone; fi
 if wanted cluster; then run benchmarks.cluster; fi
 if wanted performative; then

@@ -3,7 +3,7 @@
 Writes rnet.safetensors (from the facenet-pytorch wheel, MIT) and faces.npz (from the scikit-image
 wheel, BSD-3-Clause) to skperf/datasets/data and prints how well the one tells the other apart:
 
-    python scripts/convert_rnet.py
+    PYTHONPATH=. python scripts/convert_rnet.py
 """
 
 import io
@@ -16,8 +16,8 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.data.archives import Archive, download, read_members
 from skperf.backbone.architectures import RNet
-from skperf.datasets._archives import Archive, download, read_members
 
 DATA = Path(__file__).parents[1] / "skperf" / "datasets" / "data"
 FACENET = Archive(

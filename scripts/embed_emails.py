@@ -1,7 +1,7 @@
 """Embed 600 e-mails of the SpamAssassin corpus (CC0) with MiniLM and write email_vectors.npz.
 
-python -m skperf.datasets fetch spam_assassin minilm
-python scripts/embed_emails.py
+python -m benchmarks.data fetch spam_assassin minilm
+PYTHONPATH=. python scripts/embed_emails.py
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
-from skperf.datasets._fetched import fetch_spam_assassin
-from skperf.datasets._text import sentence_vectors
+from benchmarks.data.fetched import fetch_spam_assassin
+from benchmarks.data.text import sentence_vectors
 
 DATA = Path(__file__).parents[1] / "skperf" / "datasets" / "data"
 ROWS_PER_CLASS = 300

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from skperf.datasets._archives import download, read_members
-from skperf.datasets._conversions import EMOJI_STYLES, chosen_emoji
-from skperf.datasets._recipes import RECIPES
+from benchmarks.data.archives import download, read_members
+from benchmarks.data.conversions import EMOJI_STYLES, chosen_emoji
+from benchmarks.data.recipes import RECIPES
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif")
 FONTS += ("DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSansMono-Oblique", "STIXGeneral")

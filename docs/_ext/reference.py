@@ -124,7 +124,7 @@ def _value(name):
 def notebooks_using(name):
     """Return the documents and titles of the notebooks that import a public name."""
     found = []
-    for path in sorted((DOCS / "notebooks").glob("*.ipynb")):
+    for path in sorted((DOCS.parent / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         if name in _imported(cells):
             title = next(line for line in "".join(cells[0]["source"]).splitlines() if line)

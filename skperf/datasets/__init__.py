@@ -12,36 +12,21 @@ Shipped, nothing to download:
 - `load_text_image_encoder`: a CLIP-like encoder of images and short texts, and its tokenizer.
 - `load_email_vectors`: sentence vectors of 600 e-mails, half of them spam.
 
-Fetched first, by ``python -m skperf.datasets fetch NAME ...`` (``list`` shows the names):
-
-- images: `fetch_fashion_mnist`, `fetch_mnist`, `fetch_emoji`, `fetch_imagenet_photos`;
-- texts: `fetch_r8`, `fetch_newsgroups`, `fetch_spam_assassin`, `fetch_imagenet_classes`;
-- models: `fetch_efficientnet_lite0`, `fetch_minilm` (run by `sentence_vectors`),
-  `fetch_wordllama`.
+Downloaded when first asked for, with pooch, each file held to its sha256: `fetch_fashion_mnist`,
+`fetch_mnist` and `fetch_imagenet_classes`.
 
 A world that answers to the deployed model, made of real rows: `PerformativeStream`.
 
 Sources and licences of the shipped files: ``skperf/datasets/data/LICENSES.md``.
 """
 
-from skperf.datasets._fetched import (
-    fetch_efficientnet_lite0,
-    fetch_emoji,
-    fetch_fashion_mnist,
-    fetch_imagenet_classes,
-    fetch_imagenet_photos,
-    fetch_minilm,
-    fetch_mnist,
-    fetch_newsgroups,
-    fetch_r8,
-    fetch_spam_assassin,
-)
 from skperf.datasets._models import (
     load_fashion_cnn,
     load_rnet,
     load_small_resnet,
     load_text_image_encoder,
 )
+from skperf.datasets._remote import fetch_fashion_mnist, fetch_imagenet_classes, fetch_mnist
 from skperf.datasets._shipped import (
     load_email_vectors,
     load_emoji,
@@ -49,21 +34,12 @@ from skperf.datasets._shipped import (
     load_fashion_mnist,
 )
 from skperf.datasets._stream import PerformativeStream
-from skperf.datasets._text import fetch_wordllama, sentence_vectors
 
 __all__ = [
     "PerformativeStream",
-    "fetch_efficientnet_lite0",
-    "fetch_emoji",
     "fetch_fashion_mnist",
     "fetch_imagenet_classes",
-    "fetch_imagenet_photos",
-    "fetch_minilm",
     "fetch_mnist",
-    "fetch_newsgroups",
-    "fetch_r8",
-    "fetch_spam_assassin",
-    "fetch_wordllama",
     "load_email_vectors",
     "load_emoji",
     "load_faces",
@@ -72,5 +48,4 @@ __all__ = [
     "load_rnet",
     "load_small_resnet",
     "load_text_image_encoder",
-    "sentence_vectors",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from skperf.datasets._archives import read_members
+from benchmarks.data.archives import read_members
 
 IMAGENET_PHOTO = re.compile(r"foolbox/data/imagenet_\d+_(\d+)\.jpg")
 EMOJI_STYLES = ("google", "twitter")
@@ -110,7 +110,7 @@ def convert_efficientnet_lite0(archive: Path, output: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from skperf.datasets._efficientnet import EfficientNetLite0
+    from benchmarks.data.efficientnet import EfficientNetLite0
 
     (content,) = read_members(archive, lambda name: name.endswith(".pth")).values()
     theirs = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from skperf.datasets._remote import cache_folder
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -23,12 +25,6 @@ class Archive:
     sha256: str
     size: int
     licence: str
-
-
-def cache_folder() -> Path:
-    """Return the folder of fetched files: ``$SKPERF_DATA`` or ``~/.cache/skperf``."""
-    folder = os.environ.get("SKPERF_DATA")
-    return Path(folder) if folder else Path.home() / ".cache" / "skperf"
 
 
 def download(archive: Archive) -> Path:

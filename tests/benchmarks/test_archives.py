@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from skperf.datasets import _archives
-from skperf.datasets._archives import Archive, cache_folder, check, download, read_members
-from skperf.datasets._recipes import RECIPES
+from benchmarks.data import archives
+from benchmarks.data.archives import Archive, check, download, read_members
+from benchmarks.data.recipes import RECIPES
+from skperf.datasets._remote import cache_folder
 
 CONTENT = b"what the registry sends"
 
@@ -31,7 +32,7 @@ def registry(monkeypatch):
                 (Path(folder) / name).write_bytes(content)
 
     fake = Registry()
-    monkeypatch.setitem(_archives.CLIENTS, "fake", fake)
+    monkeypatch.setitem(archives.CLIENTS, "fake", fake)
     return fake
 
 
@@ -82,12 +83,12 @@ def test_missing_client_is_named(tmp_path, monkeypatch, archive):
     monkeypatch.setenv("PATH", str(tmp_path))
     for registry, client in (("npm", "npm"), ("apt", "apt-get")):
         with pytest.raises(OSError, match=f"{client} is needed for this download"):
-            _archives.CLIENTS[registry](archive, str(tmp_path))
+            archives.CLIENTS[registry](archive, str(tmp_path))
 
 
 def test_failing_client_is_quoted(tmp_path):
     with pytest.raises(OSError, match=r"failed:\n.*No such file"):
-        _archives._run(["ls", "no-such-file"], str(tmp_path))
+        archives._run(["ls", "no-such-file"], str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["a.whl", "a.tgz", "a.deb"])
@@ -108,7 +109,7 @@ def test_deb_without_data_is_refused(tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recorded_archives_are_complete(name):
     archive = RECIPES[name].archive
-    assert archive.registry in _archives.CLIENTS
+    assert archive.registry in archives.CLIENTS
     assert len(bytes.fromhex(archive.sha256)) == 32
     assert archive.size > 100_000
     assert archive.licence

