@@ -51,7 +51,7 @@ docs/_static/mathjax/tex-mml-chtml.js:
 	cd docs/_static/mathjax && npm pack --silent mathjax@3.2.2 && tar xzf mathjax-3.2.2.tgz --strip-components=2 package/es5 && rm mathjax-3.2.2.tgz
 
 docs: $(VENV)/.installed-docs docs/_static/mathjax/tex-mml-chtml.js  ## build the documentation
-	rm -rf docs/api
+	rm -rf docs/api docs/_build/html docs/_static/drawn
 	$(BIN)/sphinx-build -E -W --keep-going -b html docs docs/_build/html
 	$(BIN)/python docs/check.py
 
@@ -76,7 +76,7 @@ test-open-clip:  ## the adapter against the real open_clip (several GB, an envir
 	PYTHONPATH=. $(OPEN_CLIP)/bin/python -m pytest -o filterwarnings=default tests/reprogramming/open_clip
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .venv-oldest docs/_build docs/api docs/_static/mathjax skperf_quickstart dist
+	rm -rf $(VENV) .venv-oldest docs/_build docs/api docs/_static/mathjax docs/_static/drawn skperf_quickstart dist
 
 .PHONY: help quickstart test test-thorough lint notebooks benchmark docs check-docs test-oldest \
   check-package test-open-clip clean

@@ -26,6 +26,7 @@ extensions = [
     "myst_nb",
     "sphinx_design",
     "benchmark_tables",
+    "gallery",
     "peer_table",
 ]
 exclude_patterns = ["_build", "_ext", "check.py", "guide/peers/**", "**.ipynb_checkpoints"]
@@ -88,10 +89,13 @@ toc_object_entries_show_parents = "hide"
 html_theme = "pydata_sphinx_theme"
 html_title = "skperf"
 html_show_sourcelink = False
-html_sidebars = {page: [] for page in ("index", "start", "benchmarks", "changelog")}
+WITHOUT_SIDEBAR = ("index", "install", "start", "gallery", "benchmarks", "glossary")
+WITHOUT_SIDEBAR += ("contributing", "changelog")
+html_sidebars = {page: [] for page in WITHOUT_SIDEBAR}
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
-    "show_prev_next": False,
+    "show_prev_next": True,
+    "header_links_before_dropdown": 7,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],
