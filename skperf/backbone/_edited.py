@@ -1,8 +1,10 @@
 """A classifier with a changed copy of its network."""
 
-from sklearn.base import BaseEstimator
+from typing import Any
 
 from skperf.backbone._modules import ModuleClassifier
+from skperf.backbone._opening import source_of
+from skperf.backbone.network import Network
 
 
 class EditedClassifier(ModuleClassifier):
@@ -31,8 +33,32 @@ class EditedClassifier(ModuleClassifier):
         What was done and what it cost.
     """
 
-    def __init__(self, estimator, module, classes, edit_report, *, batch_size=256):
-        super().__init__(module, classes, batch_size=batch_size)
+    def __init__(
+        self,
+        estimator,
+        module,
+        classes,
+        edit_report,
+        *,
+        forward=None,
+        readout=None,
+        loss=None,
+        batch_size=256,
+        before=None,
+        width=None,
+        names=None,
+    ):
+        super().__init__(
+            module,
+            classes,
+            forward=forward,
+            readout=readout,
+            loss=loss,
+            batch_size=batch_size,
+            before=before,
+            width=width,
+            names=names,
+        )
         self.estimator = estimator
         self.edit_report = edit_report
 
@@ -51,8 +77,33 @@ class EditedClassifier(ModuleClassifier):
         return self.estimator
 
 
-def edited(estimator, network, report) -> BaseEstimator:
-    """Wrap an edited network."""
+def edited(
+    estimator: Any,
+    network: Network,
+    report: dict[str, Any],
+    *,
+    width: int | None = None,
+    names: Any = None,
+) -> EditedClassifier:
+    """Wrap an edited network, which checks rows as the estimator that edited it did."""
+    # a view computes in float32 and trains nothing: give both back as the original has them
+    source = source_of(estimator)
+    if source is not None:
+        originals = dict(source.named_parameters())
+        for name, parameter in network.module.named_parameters():
+            if name in originals:
+                parameter.data = parameter.data.to(originals[name].dtype)
+                parameter.requires_grad_(originals[name].requires_grad)
     return EditedClassifier(
-        estimator, network.to_module(), network.classes, report, batch_size=network.batch_size
+        estimator,
+        network.module,
+        network.classes,
+        report,
+        forward=network.forward,
+        readout=network.readout,
+        loss=network.loss,
+        batch_size=network.batch_size,
+        before=network.before,
+        width=width,
+        names=names,
     )

@@ -1,18 +1,28 @@
-"""A torch module as a fitted scikit-learn classifier."""
+"""A torch module as a fitted scikit-learn estimator."""
 
-from copy import deepcopy
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.frozen import FrozenEstimator
+from sklearn.utils.metaestimators import available_if
 from torch import nn
 
-from skperf.backbone._validation import as_array
-from skperf.backbone.network import Network, WithReadout, logits_of_model_output, two_logits
+from skperf.backbone._validation import as_labels, check_rows
+from skperf.backbone.looking import Seen, look
+from skperf.backbone.losses import Loss, describes, resolve_loss
+from skperf.backbone.network import Network
+from skperf.backbone.rows import Rows
+from skperf.backbone.views import original, own_copy, view
+
+
+def _classifies(self: "ModuleClassifier") -> bool:
+    return self.resolved_loss().kind == "classes"
 
 
 class ModuleClassifier(ClassifierMixin, BaseEstimator):
-    """A trained torch module that predicts like a scikit-learn classifier.
+    """A trained torch module that predicts like a scikit-learn estimator.
 
     It is fitted from the beginning, and ``clone`` returns it as it is, so that a large
     network is never copied.
@@ -20,11 +30,23 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
     Parameters
     ----------
     module : nn.Module
-        Returns logits, or a single logit for two classes.
+        The network; never switched, written to or copied.
     classes : array-like of shape (n_classes,), optional
-        Labels in the order of the logits' columns; by default 0, 1, ...
+        Labels in the order of the outputs' columns; by default 0, 1, ...
+    forward : callable, optional
+        As in :func:`from_module`.
+    readout : callable, optional
+        As in :func:`from_module`.
+    loss : str, nn.Module or callable, optional
+        As in :func:`from_module`.
     batch_size : int, default=256
         Rows that go through the module at once.
+    before : callable, optional
+        Applied to rows first: the steps of a pipeline before the network.
+    width : int, optional
+        Columns that the rows must have.
+    names : ndarray of str, optional
+        Names that the columns of a DataFrame must have, in this order.
 
     Attributes
     ----------
@@ -32,10 +54,28 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         The labels.
     """
 
-    def __init__(self, module, classes=None, *, batch_size=256):
+    def __init__(
+        self,
+        module,
+        classes=None,
+        *,
+        forward=None,
+        readout=None,
+        loss=None,
+        batch_size=256,
+        before=None,
+        width=None,
+        names=None,
+    ):
         self.module = module
         self.classes = classes
+        self.forward = forward
+        self.readout = readout
+        self.loss = loss
         self.batch_size = batch_size
+        self.before = before
+        self.width = width
+        self.names = names
 
     def __sklearn_clone__(self):
         return self
@@ -43,18 +83,42 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
     def __sklearn_is_fitted__(self):
         return True
 
-    @property
-    def classes_(self):
-        if self.classes is not None:
-            return np.asarray(self.classes)
-        return np.arange(max(2, n_outputs(self.module)))
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        if not _classifies(self):
+            tags.estimator_type = "regressor"
+        return tags
 
-    def fit(self, X=None, y=None):
+    @property
+    def classes_(self) -> np.ndarray:
+        found = self._known_classes()
+        if found is None:
+            raise AttributeError(
+                f"the classes of {type(self.module).__name__} are not known before it has seen a "
+                "row: give the labels, skperf.from_module(module, classes=[...])."
+            )
+        return found
+
+    @property
+    def n_features_in_(self) -> int:
+        if self.width is None:
+            raise AttributeError("n_features_in_ is not known: any width is passed on.")
+        return int(self.width)
+
+    @property
+    def feature_names_in_(self) -> np.ndarray:
+        if self.names is None:
+            raise AttributeError("feature_names_in_ is not known: names are passed by.")
+        return np.asarray(self.names, dtype=object)
+
+    def fit(self, X: Any = None, y: Any = None) -> "ModuleClassifier":
         """Do nothing: the module is trained.
 
         Parameters
         ----------
-        X, y : object
+        X : object
+            Not used.
+        y : object
             Not used.
 
         Returns
@@ -64,7 +128,8 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         """
         return self
 
-    def decision_function(self, X):
+    @available_if(_classifies)
+    def decision_function(self, X: Any) -> np.ndarray:
         """Compute class logits.
 
         Parameters
@@ -76,11 +141,17 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         -------
         ndarray of shape (n, n_classes) or (n,)
             Logits; with two classes, of the second against the first.
+
+        Raises
+        ------
+        ValueError
+            If the rows are not those the network takes, or an output is not finite.
         """
-        logits = self.to_network().logits(as_array(X)).numpy()
+        logits = self._outputs(X).numpy()
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
-    def predict_proba(self, X):
+    @available_if(_classifies)
+    def predict_proba(self, X: Any) -> np.ndarray:
         """Compute class probabilities.
 
         Parameters
@@ -92,11 +163,16 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         -------
         ndarray of shape (n, n_classes)
             The softmax of the logits.
-        """
-        return self.to_network().logits(as_array(X)).softmax(1).numpy()
 
-    def predict(self, X):
-        """Predict labels.
+        Raises
+        ------
+        ValueError
+            If the rows are not those the network takes, or an output is not finite.
+        """
+        return np.asarray(self._outputs(X).softmax(1).numpy())
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predict labels, or the outputs themselves where targets are no classes.
 
         Parameters
         ----------
@@ -105,42 +181,213 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
 
         Returns
         -------
-        ndarray of shape (n,)
-            The label with the largest logit.
-        """
-        codes = self.to_network().logits(as_array(X)).argmax(1).numpy()
-        return self.classes_[codes]
+        ndarray of shape (n,) or (n, ...)
+            The label with the largest logit; yes-or-no labels by the sign of theirs.
 
-    def to_network(self):
-        """Open the module.
+        Raises
+        ------
+        ValueError
+            If the rows are not those the network takes, or an output is not finite.
+        """
+        outputs = self._outputs(X)
+        kind = self.resolved_loss().kind
+        if kind == "classes":
+            network = self.to_network(self._rows(X)[:1])
+            assert network.classes is not None
+            return np.asarray(network.classes[outputs.argmax(1).numpy()])
+        if kind == "labels":
+            return np.asarray((outputs > 0).long().numpy())
+        values = outputs.numpy()
+        return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy; the coefficient of determination where targets are numbers.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        y : array-like of shape (n, ...)
+            Targets.
+        sample_weight : array-like of shape (n,), optional
+            Weights of the rows.
 
         Returns
         -------
-        Network
-            The module itself, not a copy.
+        float
+            The larger the better.
         """
-        return Network(self.module, self.classes_, self.batch_size, _readout_of(self.module))
+        from sklearn.metrics import accuracy_score, r2_score
 
-    def to_module(self):
-        """Give the module that returns logits.
+        metric = r2_score if self.resolved_loss().kind in ("values", "own") else accuracy_score
+        return float(metric(as_labels(y), self.predict(X), sample_weight=sample_weight))
+
+    def to_network(self, X: Rows | None = None) -> Network:
+        """Open the module as a view; where rows are given, one of them may be looked at."""
+        seen = self._seen(X)
+        return Network(
+            view(self.module),
+            self._known_classes() if self.resolved_loss().kind == "classes" else None,
+            self.batch_size,
+            self.readout if seen is None else seen.readout,
+            self.forward,
+            loss=self.resolved_loss(),
+            trainable=trained_names(self.module),
+            before=self.before,
+            draws=False if seen is None else seen.draws,
+        )
+
+    def to_module(self) -> nn.Module:
+        """Give the module that returns outputs.
 
         Returns
         -------
         nn.Module
-            The module itself where it returns logits.
+            The module itself where it returns them, else one around it.
         """
-        return self.to_network().to_module()
+        seen = self._seen(None)
+        readout = self.readout if seen is None else seen.readout
+        return replace(self.to_network(), module=self.module, readout=readout).to_module()
+
+    def resolved_loss(self) -> Loss:
+        """Give the loss as a record."""
+        return resolve_loss("cross_entropy" if self.loss is None else self.loss)
+
+    def looked_at(self, X: Rows, y: Any = None, loss: Loss | None = None) -> "ModuleClassifier":
+        """Run a row, so that readout, classes and loss are known; targets say what they are."""
+        found = self.resolved_loss() if self.loss is not None or loss is None else loss
+        labels = as_labels(y)
+        n_labels = None
+        if found.kind == "classes" and labels is not None and labels.ndim == 1:
+            n_labels = len(np.unique(labels))
+        known = self._known_classes()
+        if known is not None:
+            n_labels = len(known)
+        other = (
+            type(self)(**self.get_params(deep=False)) if type(self) is ModuleClassifier else self
+        )
+        if other is not self:
+            other.loss = found
+            other.classes = self._named_classes(labels)
+        seen = look(
+            self._blank(), X, n_labels=n_labels, loss=found if found.kind != "classes" else None
+        )
+        # classes of maps stand in torch's place, before the positions; those of tokens behind
+        first = labels is not None and labels.ndim > 1 and labels.shape[1:] == seen.shape[1:]
+        vars(other)["_looked"], vars(other)["_classes_first"] = seen, first
+        other._check_seen(labels)
+        return other
+
+    def _check_seen(self, labels: Any) -> None:
+        seen, name = vars(self)["_looked"], type(self.module).__name__
+        if self.resolved_loss().kind != "classes":
+            return
+        if not seen.shape:
+            raise ValueError(
+                f"{name} must return logits of shape (n, n_classes); its readout returned one "
+                "number a row. If its targets are numbers, say loss='squared_error'."
+            )
+        known = self._known_classes()
+        if known is not None and len(seen.shape) == 1 and seen.shape[0] != len(known):
+            raise ValueError(
+                f"{name} returns {seen.shape[0]} outputs a row, but classes= names {len(known)}: "
+                f"{known.tolist()[:20]}."
+            )
+        if seen.shape == (2,) and labels is not None and labels.ndim == 1 and known is None:
+            values = np.unique(labels)
+            if len(values) > 2:
+                raise ValueError(
+                    f"y holds {len(values)} different values, but {name} has outputs for two "
+                    "classes. If it predicts numbers, say loss='squared_error'."
+                )
+
+    def _named_classes(self, labels: Any) -> Any:
+        """Classes by the names that a Hugging Face config has for them, where y uses these."""
+        names = getattr(getattr(self.module, "config", None), "id2label", None)
+        if self.classes is not None or not names or labels is None or labels.dtype.kind not in "OU":
+            return self.classes
+        named = np.asarray([names[i] for i in sorted(names)])
+        return named if np.isin(labels, named).all() else None
+
+    def _known_classes(self) -> np.ndarray | None:
+        if self.classes is not None:
+            return np.asarray(self.classes)
+        seen = vars(self).get("_looked")
+        if seen is None or not seen.shape:
+            return None
+        tokens = len(seen.shape) == 2 and not vars(self).get("_classes_first", False)
+        return np.arange(seen.shape[1] if tokens else seen.shape[0])
+
+    def _blank(self) -> Network:
+        return Network(
+            view(self.module),
+            None,
+            self.batch_size,
+            self.readout,
+            self.forward,
+            before=self.before,
+        )
+
+    def _seen(self, X: Rows | None) -> Seen | None:
+        if "_looked" not in vars(self) and X is not None and len(X):
+            known = None if self.classes is None else len(self.classes)
+            loss = self.resolved_loss()
+            seen = look(
+                self._blank(), X, n_labels=known, loss=None if loss.kind == "classes" else loss
+            )
+            # the same for every thread that looks
+            vars(self)["_looked"] = seen
+        return vars(self).get("_looked")
+
+    def _rows(self, X: Any) -> Rows:
+        return Rows.of(X) if self.before is not None else check_rows(self, X)
+
+    def _outputs(self, X: Any) -> Any:
+        rows = self._rows(X)
+        return self.to_network(rows).logits(rows)
+
+    def __repr__(self, N_CHAR_MAX=700):
+        loss = "" if self.loss is None else f", loss={describes(self.resolved_loss())}"
+        return f"{type(self).__name__}({type(self.module).__name__}{loss})"
 
 
-def from_module(module, classes=None, *, device=None, batch_size=256):
-    """Use a trained torch module wherever a fitted classifier is accepted.
+def trained_names(module: nn.Module) -> tuple[str, ...] | None:
+    """Names of the parameters that train, None where all do, or none (a network at rest)."""
+    named = list(original(module).named_parameters())
+    trained = tuple(name for name, parameter in named if parameter.requires_grad)
+    return None if len(trained) in (0, len(named)) else trained
+
+
+def from_module(
+    module,
+    classes=None,
+    *,
+    forward=None,
+    readout=None,
+    loss=None,
+    device=None,
+    batch_size=256,
+):
+    """Use a trained torch module wherever a fitted estimator is accepted.
 
     Parameters
     ----------
     module : nn.Module
-        Maps inputs to logits. It is shared among clones, never copied and never changed.
+        The network. It is shared among clones, never copied and never changed.
     classes : array-like of shape (n_classes,), optional
-        Labels in the order of the logits' columns; by default 0, 1, ...
+        Labels in the order of the outputs' columns; by default 0, 1, ...
+    forward : callable, optional
+        ``forward(module, rows)`` runs the network; by default ``module(rows)``, with several
+        inputs ``module(*rows)`` or ``module(**rows)``.
+    readout : callable, optional
+        ``readout(returned)`` takes the outputs, a tensor (n, n_classes), (n, K) or (n,), from what
+        the forward returns. By default one row is run and looked at: a tensor is taken as it
+        is, the entry ``logits`` of a record or a dictionary, one column as the logit of the
+        second class, probabilities by their logarithm.
+    loss : str, nn.Module or callable, optional
+        What the network was trained on: ``"cross_entropy"``, ``"binary_cross_entropy"`` (several
+        yes-or-no labels), ``"squared_error"``, a ``torch.nn`` loss module with its weights and
+        smoothing, or a function of (outputs, targets) that returns one number for each row.
     device : str or torch.device, optional
         Where to compute. A module that lives elsewhere is copied there.
     batch_size : int, default=256
@@ -149,12 +396,12 @@ def from_module(module, classes=None, *, device=None, batch_size=256):
     Returns
     -------
     FrozenEstimator
-        Around a classifier that is fitted.
+        Around an estimator that is fitted.
 
     Raises
     ------
     TypeError
-        If `module` is no ``nn.Module``.
+        If `module` is no ``nn.Module``, or `loss` is none of these.
     ValueError
         If `classes` holds a label twice.
 
@@ -168,38 +415,20 @@ def from_module(module, classes=None, *, device=None, batch_size=256):
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
-    if (
-        device is not None
-        and Network(module, np.arange(2)).device.type != str(device).split(":")[0]
-    ):
-        module = deepcopy(module).to(device)
+    for name, function in (("forward", forward), ("readout", readout)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}.")
+    if loss is not None:
+        resolve_loss(loss)
+    if device is not None and Network(module, None).device.type != str(device).split(":")[0]:
+        module = own_copy(module).to(device)
     if classes is not None:
         labels = np.asarray(classes)
         if labels.ndim != 1 or len(np.unique(labels)) != len(labels):
             raise ValueError(f"classes must be a list of different labels, got {classes!r}.")
         classes = labels
-    return FrozenEstimator(ModuleClassifier(module, classes, batch_size=batch_size))
-
-
-def n_outputs(module):
-    """Read a module's number of outputs off its last layer."""
-    for part in reversed(list(module.modules())):
-        for attribute in ("out_features", "out_channels"):
-            width = getattr(part, attribute, None)
-            if isinstance(width, int):
-                return width
-    raise AttributeError(
-        f"the number of classes cannot be read off {type(module).__name__}: give the labels, "
-        "skperf.from_module(module, classes=[...])."
+    return FrozenEstimator(
+        ModuleClassifier(
+            module, classes, forward=forward, readout=readout, loss=loss, batch_size=batch_size
+        )
     )
-
-
-def _readout_of(module):
-    if isinstance(module, WithReadout):
-        return None
-    if any(kind.__module__.partition(".")[0] == "transformers" for kind in type(module).__mro__):
-        return logits_of_model_output
-    try:
-        return two_logits if n_outputs(module) == 1 else None
-    except AttributeError:
-        return None

@@ -1,7 +1,6 @@
 """Our skorch net: plain supervised training without skorch's surprises."""
 
 import inspect
-import threading
 from contextlib import suppress
 from copy import deepcopy
 
@@ -17,10 +16,11 @@ from torch import nn
 from skperf.backbone._sklearn import check_sample_weight
 from skperf.backbone._validation import as_array
 from skperf.backbone.architectures import MLP
-from skperf.backbone.modes import preserved_rng
+from skperf.backbone.losses import resolve_loss
 from skperf.backbone.network import Network, first_column
-
-_INITIALISING = threading.Lock()
+from skperf.backbone.randomness import drawing_from
+from skperf.backbone.rows import Rows
+from skperf.backbone.views import view
 
 
 class _StopTraining(Exception):
@@ -210,15 +210,15 @@ class Net(NeuralNetClassifier):
         if not self.initialized_ or not hasattr(self, "generator_"):
             self._begin(X, y, classes)
         network = self.to_network()
-        inputs, targets = network.tensor(as_array(X)), network.codes(as_array(y)).cpu()
+        inputs, targets = network.inputs(as_array(X)).tree, network.codes(as_array(y)).cpu()
         check_consistent_length(inputs, targets)
         if sample_weight is not None:
             weight = check_sample_weight(sample_weight, inputs, dtype=np.float64)
             targets = (targets, torch.as_tensor(weight).to(network.dtype))
-        with preserved_rng(network.device):
-            # for dropout; not while another thread draws its initial weights
-            with _INITIALISING:
-                torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator_)))
+        dropout = torch.Generator().manual_seed(
+            int(torch.randint(2**31, (), generator=self.generator_))
+        )
+        with drawing_from(dropout):
             self.notify("on_train_begin", X=inputs, y=targets)
             with suppress(_StopTraining):
                 self.fit_loop(inputs, targets)
@@ -282,10 +282,11 @@ class Net(NeuralNetClassifier):
         """
         self.check_is_fitted()
         return Network(
-            self.module_,
+            view(self.module_),
             self.classes_,
             batch_size=max(256, self.batch_size),
             readout=first_column if len(self.classes_) == 1 else None,
+            loss=resolve_loss(self.criterion_),
         )
 
     def initialize_module(self):
@@ -379,14 +380,12 @@ class Net(NeuralNetClassifier):
         check_classification_targets(labels)
         self.classes_inferred_ = np.unique(labels if classes is None else as_array(classes))
         self.module_widths_ = {
-            "n_features": int(np.prod(np.shape(as_array(X))[1:])),
+            "n_features": int(np.prod(Rows.of(as_array(X)).shape[1:])),
             "n_classes": max(2, len(self.classes_inferred_)),
         }
         seed = seed_of(self.random_state)
         self.generator_ = torch.Generator().manual_seed(seed)
-        # initial weights come from the global stream, which other threads use too
-        with _INITIALISING, preserved_rng():
-            torch.manual_seed(seed)
+        with drawing_from(torch.Generator().manual_seed(seed)):
             self.initialize()
 
     def _logits(self, X):

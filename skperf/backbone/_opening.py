@@ -1,43 +1,77 @@
 """Every form that an `estimator` may take, fitted and opened."""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
-from sklearn.linear_model import LogisticRegression
-from sklearn.neural_network import MLPClassifier
+from sklearn.linear_model import (
+    LinearRegression,
+    LogisticRegression,
+    LogisticRegressionCV,
+    Ridge,
+)
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
-from skorch import NeuralNet, NeuralNetBinaryClassifier
+from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier
 from torch import nn
 
-from skperf.backbone._modules import ModuleClassifier
-from skperf.backbone._nets import _INITIALISING, Net, default_net, seed_of
-from skperf.backbone.modes import preserved_rng, untouched
+from skperf.backbone._modules import ModuleClassifier, trained_names
+from skperf.backbone._nets import Net, default_net, seed_of
+from skperf.backbone._sklearn import BaseSearchCV
+from skperf.backbone.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Loss,
+    Penalty,
+    SquaredError,
+    resolve_loss,
+)
 from skperf.backbone.network import (
     Network,
+    log_odds_of_probability,
     log_of_probabilities,
+    logits_of_shares,
     two_logits,
 )
+from skperf.backbone.randomness import drawing_from
+from skperf.backbone.rows import Rows
+from skperf.backbone.views import view
 
 
-def fit_estimator(estimator, X, y, *, sample_weight=None, random_state=None):
-    """Fit an estimator given in any of the accepted forms.
+def fit_estimator(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    *,
+    sample_weight: Any = None,
+    random_state: Any = None,
+    loss: Loss | None = None,
+) -> Any:
+    """Fit an estimator given in any of the accepted forms: X (n, ...), y (n, ...).
 
-    Shapes: X (n, ...), y (n,), sample_weight (n,).
+    A classifier is cloned and fitted; what is frozen, a module, or has to_module() is used as
+    it is; None means :func:`default_net`.
     """
+    rows = Rows.of(X)
     if isinstance(estimator, nn.Module):
-        return _probed(ModuleClassifier(estimator), X)
+        return ModuleClassifier(estimator).looked_at(rows, y, loss)
     if isinstance(estimator, FrozenEstimator):
         inner = estimator.estimator
         if isinstance(inner, nn.Module):
             inner = ModuleClassifier(inner)
         if isinstance(inner, ModuleClassifier):
-            return _probed(inner, X)
+            return inner.looked_at(rows, y, loss)
         check_is_fitted(estimator)
         return estimator
+    if isinstance(estimator, ModuleClassifier):
+        return estimator.looked_at(rows, y, loss)
     if callable(getattr(estimator, "to_module", None)):
         if isinstance(estimator, BaseEstimator):
             check_is_fitted(estimator)
@@ -61,51 +95,63 @@ def fit_estimator(estimator, X, y, *, sample_weight=None, random_state=None):
     if random_state is not None and fresh.get_params(deep=False).get("random_state", 0) is None:
         fresh.set_params(random_state=seed_of(random_state))
     if isinstance(fresh, NeuralNet) and not isinstance(fresh, Net):
-        return _fit_stock_net(fresh, X, y, sample_weight, seed_of(random_state))
+        return _fit_stock_net(fresh, rows, y, sample_weight, seed_of(random_state))
     if sample_weight is None:
-        return fresh.fit(X, y)
+        return fresh.fit(_given(rows, fresh), y)
+    if isinstance(fresh, Pipeline):
+        step = fresh.steps[-1][0]
+        return fresh.fit(_given(rows, fresh), y, **{f"{step}__sample_weight": sample_weight})
     if not has_fit_parameter(fresh, "sample_weight"):
         raise ValueError(f"{type(fresh).__name__}.fit takes no sample_weight.")
-    return fresh.fit(X, y, sample_weight=sample_weight)
+    return fresh.fit(_given(rows, fresh), y, sample_weight=sample_weight)
 
 
-def open_network(fitted):
-    """Open the torch network inside a fitted classifier."""
-    if isinstance(fitted, FrozenEstimator):
-        return open_network(fitted.estimator)
+def open_network(fitted: Any, loss: Loss | None = None) -> Network:
+    """Open the torch network inside a fitted classifier, as a view of our own each time.
+
+    Scikit-learn's linear models and multi-layer perceptrons are converted exactly, in their own
+    precision.
+    """
+    network = _opened(fitted)
+    if loss is None:
+        return network
+    classes = network.classes if loss.kind == "classes" else None
+    return replace(network, loss=loss, classes=classes)
+
+
+def source_of(fitted: Any) -> nn.Module | None:
+    """Find the user's own module, None where an estimator is converted; never to be run."""
+    fitted = _inner(fitted)
     if isinstance(fitted, nn.Module):
-        return ModuleClassifier(fitted).to_network()
-    if isinstance(fitted, Net | ModuleClassifier):
-        return fitted.to_network()
+        return fitted
+    if isinstance(fitted, ModuleClassifier):
+        module: nn.Module = fitted.module
+        return module
     if isinstance(fitted, NeuralNet):
-        return _stock_network(fitted, fitted.classes_)
-    if isinstance(fitted, LogisticRegression):
-        return _from_logistic_regression(fitted)
-    if isinstance(fitted, MLPClassifier):
-        return _from_mlp(fitted)
+        trained: nn.Module = fitted.module_
+        return trained
     if callable(getattr(fitted, "to_module", None)):
-        return ModuleClassifier(fitted.to_module(), fitted.classes_).to_network()
-    raise TypeError(
-        f"estimator has no torch network inside: {type(fitted).__name__}. Needed is a skorch net, "
-        "a torch.nn.Module that returns logits, an object with to_module(), or scikit-learn's "
-        "LogisticRegression or MLPClassifier."
-    )
+        given: nn.Module = fitted.to_module()
+        return given
+    return None
 
 
-def class_logits(fitted, X):
-    """Compute log scores of every class with any fitted classifier.
+def class_logits(fitted: Any, X: Any) -> np.ndarray:
+    """Log scores of every class by any fitted classifier: X (n, ...) -> (n, n_classes).
 
-    Shapes: X (n, ...) -> (n, n_classes).
+    Float64, up to one constant in each row: raw logits of networks, else the logarithm of
+    predict_proba, or decision_function.
     """
     if has_network(fitted):
-        return open_network(fitted).logits(X).double().numpy()
+        return np.asarray(open_network(fitted).logits(X).double().numpy())
+    given = _given(X, fitted) if isinstance(X, Rows) else X
     with warnings.catch_warnings():
         # the callers validate names; what reaches here is an array
         warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
         if hasattr(fitted, "predict_proba"):
-            return _log_probabilities(fitted.predict_proba(X), type(fitted).__name__)
+            return _log_probabilities(fitted.predict_proba(given), type(fitted).__name__)
         if hasattr(fitted, "decision_function"):
-            scores = np.asarray(fitted.decision_function(X), dtype=np.float64)
+            scores = np.asarray(fitted.decision_function(given), dtype=np.float64)
             return scores if scores.ndim == 2 else np.stack([np.zeros_like(scores), scores], 1)
     raise TypeError(
         "estimator must have predict_proba or decision_function; "
@@ -113,15 +159,89 @@ def class_logits(fitted, X):
     )
 
 
-def has_network(fitted):
-    """Tell whether :func:`open_network` would open a classifier."""
+def has_network(fitted: Any) -> bool:
+    """Whether :func:`open_network` would open a classifier."""
+    inner = _inner(fitted)
+    kinds = (nn.Module, NeuralNet, *_CONVERTED)
+    return isinstance(inner, kinds) or callable(getattr(inner, "to_module", None))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a fitted pipeline before its network."""
+
+    pipeline: Any
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Transform rows: (n, ...) -> (n, ...)."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
+            return Rows.of(self.pipeline.transform(_given(rows, self.pipeline)))
+
+
+def _inner(fitted: Any) -> Any:
+    """Look through freezing, searches and pipelines."""
+    while True:
+        if isinstance(fitted, FrozenEstimator):
+            fitted = fitted.estimator
+        elif isinstance(fitted, BaseSearchCV):
+            fitted = fitted.best_estimator_
+        elif isinstance(fitted, Pipeline):
+            fitted = fitted.steps[-1][1]
+        else:
+            return fitted
+
+
+def _opened(fitted: Any) -> Network:
     if isinstance(fitted, FrozenEstimator):
-        return has_network(fitted.estimator)
-    kinds = (nn.Module, NeuralNet, LogisticRegression, MLPClassifier)
-    return isinstance(fitted, kinds) or callable(getattr(fitted, "to_module", None))
+        return _opened(fitted.estimator)
+    if isinstance(fitted, BaseSearchCV):
+        if not hasattr(fitted, "best_estimator_"):
+            raise ValueError(
+                f"estimator is a {type(fitted).__name__} with refit=False, which keeps no fitted "
+                "model: search with refit=True."
+            )
+        return _opened(fitted.best_estimator_)
+    if isinstance(fitted, Pipeline):
+        network = _opened(fitted.steps[-1][1])
+        if len(fitted.steps) == 1:
+            return network
+        return replace(network, before=Steps(fitted[:-1]))
+    if isinstance(fitted, nn.Module):
+        return ModuleClassifier(fitted).to_network()
+    if isinstance(fitted, ModuleClassifier):
+        return fitted.to_network()
+    if isinstance(fitted, NeuralNet):
+        return _of_net(fitted)
+    for kind, conversion in _CONVERSIONS:
+        if isinstance(fitted, kind):
+            return conversion(fitted)
+    if callable(getattr(fitted, "to_module", None)):
+        return ModuleClassifier(fitted.to_module(), fitted.classes_).to_network()
+    raise TypeError(
+        f"estimator has no torch network inside: {type(fitted).__name__}. Needed is a skorch net, "
+        "a torch.nn.Module that returns logits, an object with to_module(), or scikit-learn's "
+        "LogisticRegression, Ridge, LinearRegression or MLP."
+    )
 
 
-def _log_probabilities(proba, name):
+def _given(X: Any, estimator: Any) -> Any:
+    """Rows in the form that an estimator's own methods take: (n, ...)."""
+    rows = Rows.of(X)
+    if rows.indices is not None:
+        whole = len(rows) == len(rows.dataset) and (np.diff(rows.indices) == 1).all()
+        return rows.dataset if whole else torch.utils.data.Subset(rows.dataset, list(rows.indices))
+    if not isinstance(rows.tree, dict | tuple):
+        return rows.tree
+    if isinstance(estimator, NeuralNet | Pipeline | BaseSearchCV):
+        return rows.tree
+    raise TypeError(
+        f"X holds several inputs, which {type(estimator).__name__} does not take; a torch network "
+        "does."
+    )
+
+
+def _log_probabilities(proba: Any, name: str) -> np.ndarray:
     proba = np.asarray(proba, dtype=np.float64)
     if not np.isfinite(proba).all() or (proba < 0).any() or np.abs(proba.sum(1) - 1).max() > 1e-3:
         raise ValueError(
@@ -133,23 +253,7 @@ def _log_probabilities(proba, name):
     return np.log(np.clip(proba, np.finfo(np.float64).tiny, None))
 
 
-def _probed(classifier, X):
-    """Find the number of classes of a module from its answer to one row."""
-    if classifier.classes is not None:
-        return classifier
-    network = Network(classifier.module, np.arange(2), readout=classifier.to_network().readout)
-    with untouched(network.module), torch.inference_mode():
-        logits = network(network.tensor(X[:1]))
-    if logits.ndim != 2:
-        raise ValueError(
-            f"{type(classifier.module).__name__} must return logits of shape (n, n_classes); for "
-            f"one row it returned {tuple(logits.shape)}."
-        )
-    classes = np.arange(logits.shape[1])
-    return type(classifier)(classifier.module, classes, batch_size=classifier.batch_size)
-
-
-def _is_fitted(estimator):
+def _is_fitted(estimator: Any) -> bool:
     try:
         check_is_fitted(estimator)
     except NotFittedError:
@@ -157,41 +261,94 @@ def _is_fitted(estimator):
     return True
 
 
-def _fit_stock_net(net, X, y, sample_weight, seed):
+def _fit_stock_net(net: Any, rows: Rows, y: Any, sample_weight: Any, seed: int) -> Any:
     if sample_weight is not None:
         raise ValueError(
             f"{type(net).__name__} takes no sample_weight; skperf.Net does, "
             "with the same arguments."
         )
-    classes, codes = np.unique(y, return_inverse=True)
-    is_binary = isinstance(net, NeuralNetBinaryClassifier)
-    with preserved_rng():
-        with _INITIALISING:
-            torch.manual_seed(seed)
-            net.initialize()
-        network = _stock_network(net, classes)
-        inputs = network.tensor(X).cpu()
-        net.partial_fit(inputs, codes.astype(np.float32 if is_binary else np.int64))
-    if np.array_equal(classes, np.arange(len(classes))):
+    classifies = isinstance(net, NeuralNetClassifier | NeuralNetBinaryClassifier)
+    labels, codes = np.unique(y, return_inverse=True) if classifies else (None, np.asarray(y))
+    if isinstance(net, NeuralNetBinaryClassifier) or not classifies:
+        codes = codes.astype(np.float32) if codes.dtype.kind in "biuf" else codes
+    with drawing_from(torch.Generator().manual_seed(seed)):
+        net.initialize()
+        inputs = Network(net.module_, None).inputs(rows)
+        net.partial_fit(inputs.map(lambda leaf: leaf.cpu()).tree, codes)
+    if labels is None or np.array_equal(labels, np.arange(len(labels))):
         return net
-    return ModuleClassifier(network.to_module(), classes, batch_size=network.batch_size)
+    network = replace(_of_net(net), module=net.module_, classes=labels)
+    return ModuleClassifier(
+        network.to_module(), labels, batch_size=network.batch_size, loss=network.loss
+    )
 
 
-def _stock_network(net, classes):
-    criterion = net.criterion if isinstance(net.criterion, type) else type(net.criterion)
-    if isinstance(net, NeuralNetBinaryClassifier):
+def _of_net(net: Any) -> Network:
+    """Open a skorch net: its nonlinearity and its criterion say what its module returns."""
+    if isinstance(net, Net):
+        return net.to_network()
+    criterion = net.criterion_
+    loss = resolve_loss(criterion)
+    classifies = isinstance(net, NeuralNetClassifier | NeuralNetBinaryClassifier)
+    classes, readout = np.asarray(net.classes_) if classifies else None, None
+    if isinstance(criterion, nn.BCELoss):
+        readout = log_odds_of_probability if classifies else logits_of_shares
+    elif isinstance(net, NeuralNetBinaryClassifier):
         readout = two_logits
-    elif issubclass(criterion, nn.NLLLoss):
+    elif isinstance(net, NeuralNetClassifier) and isinstance(criterion, nn.NLLLoss):
         readout = log_of_probabilities
-    else:
-        readout = ModuleClassifier(net.module_, classes).to_network().readout
-    return Network(net.module_, np.asarray(classes), max(256, net.batch_size), readout)
+    elif not classifies and loss.kind == "classes":
+        raise ValueError(
+            f"estimator is a {type(net).__name__} trained with {type(criterion).__name__}, whose "
+            "labels are not known: use NeuralNetClassifier, or "
+            "skperf.from_module(net.module_, classes=[...])."
+        )
+    if classifies and isinstance(criterion, nn.BCEWithLogitsLoss | nn.BCELoss):
+        weight = getattr(criterion, "pos_weight", None)
+        if weight is not None:
+            weight = torch.cat([torch.ones(1), weight.detach().reshape(1).cpu().float()])
+        loss = CrossEntropy(weight)
+    return Network(
+        view(net.module_),
+        classes,
+        max(256, net.batch_size),
+        readout,
+        loss=loss,
+        penalty=penalty_of_net(net),
+        trainable=trained_names(net.module_),
+    )
 
 
-def _from_logistic_regression(fitted):
+def penalty_of_net(net: Any) -> Penalty | None:
+    """Weight decay that a skorch net was trained with, None where there is none."""
+    decay = float(net.get_params(deep=False).get("optimizer__weight_decay", 0.0) or 0.0)
+    return Penalty(decay) if decay else None
+
+
+def _from_logistic_regression(fitted: Any) -> Network:
     linear = _linear(fitted.coef_, fitted.intercept_ if fitted.fit_intercept else None)
     readout = two_logits if len(fitted.coef_) == 1 else None
-    return Network(linear, fitted.classes_, readout=readout)
+    strengths = np.unique(getattr(fitted, "C_", fitted.C if hasattr(fitted, "C") else 1.0))
+    C = float(strengths[0]) if len(strengths) == 1 else np.nan
+    penalty = Penalty(0.0 if np.isinf(C) else 1 / C, per_total_weight=True, biases=False)
+    if fitted.get_params(deep=False).get("l1_ratio") not in (None, 0, 0.0, (0.0,)):
+        penalty = None
+    return Network(
+        linear,
+        fitted.classes_,
+        readout=readout,
+        loss=_weighted(fitted.class_weight, fitted.classes_),
+        penalty=None if np.isnan(C) else penalty,
+    )
+
+
+def _weighted(class_weight: Any, classes: Any) -> CrossEntropy:
+    if class_weight is None:
+        return CrossEntropy()
+    if isinstance(class_weight, str):
+        return CrossEntropy(balanced=True)
+    weights = [float(class_weight.get(label, 1.0)) for label in np.asarray(classes).tolist()]
+    return CrossEntropy(torch.tensor(weights, dtype=torch.float64))
 
 
 _ACTIVATIONS = {
@@ -202,21 +359,52 @@ _ACTIVATIONS = {
 }
 
 
-def _from_mlp(fitted):
-    if fitted.out_activation_ == "logistic" and fitted.n_outputs_ > 1:
-        raise TypeError("estimator is a multilabel MLPClassifier, which has no class logits.")
-    layers = []
+def _from_mlp(fitted: Any) -> Network:
+    layers: list[nn.Module] = []
     for weight, bias in zip(fitted.coefs_, fitted.intercepts_, strict=True):
         layers += [_linear(weight.T, bias), _ACTIVATIONS[fitted.activation]()]
+    module = nn.Sequential(*layers[:-1])
+    penalty = Penalty(float(fitted.alpha), per_total_weight=True, biases=False)
+    if isinstance(fitted, MLPRegressor):
+        return Network(module, None, loss=SquaredError(0.5), penalty=penalty)
+    if fitted.out_activation_ == "logistic" and fitted.n_outputs_ > 1:
+        # scikit-learn adds the labels' losses up
+        loss = BinaryCrossEntropy(weight=torch.full((fitted.n_outputs_,), float(fitted.n_outputs_)))
+        return Network(module, None, loss=loss, penalty=penalty)
     readout = two_logits if fitted.n_outputs_ == 1 else None
-    return Network(nn.Sequential(*layers[:-1]), fitted.classes_, readout=readout)
+    return Network(module, fitted.classes_, readout=readout, penalty=penalty)
 
 
-def _linear(weight, bias):
+def _from_linear_regression(fitted: Any) -> Network:
+    alpha = fitted.alpha if isinstance(fitted, Ridge) else 0.0
+    coefficients = np.atleast_2d(fitted.coef_)
+    intercept = np.atleast_1d(fitted.intercept_) if fitted.fit_intercept else None
+    # the mean over several outputs is a share of scikit-learn's sum of squares
+    penalty = Penalty(2 * float(alpha) / len(coefficients), per_total_weight=True, biases=False)
+    return Network(_linear(coefficients, intercept), None, loss=SquaredError(), penalty=penalty)
+
+
+_CONVERSIONS: tuple[tuple[Any, Callable[[Any], Network]], ...] = (
+    (LogisticRegression | LogisticRegressionCV, _from_logistic_regression),
+    (MLPClassifier | MLPRegressor, _from_mlp),
+    (LinearRegression | Ridge, _from_linear_regression),
+)
+_CONVERTED = (
+    LogisticRegression,
+    LogisticRegressionCV,
+    MLPClassifier,
+    MLPRegressor,
+    LinearRegression,
+    Ridge,
+)
+
+
+def _linear(weight: Any, bias: Any) -> nn.Linear:
     n_outputs, n_inputs = weight.shape
-    linear = nn.Linear(n_inputs, n_outputs, bias=bias is not None).to(torch.as_tensor(weight).dtype)
+    made = nn.utils.skip_init(nn.Linear, n_inputs, n_outputs, bias=bias is not None)
+    linear: nn.Linear = made.to(torch.as_tensor(weight).dtype)
     with torch.no_grad():
         linear.weight.copy_(torch.as_tensor(weight))
         if bias is not None:
             linear.bias.copy_(torch.as_tensor(np.broadcast_to(bias, n_outputs).copy()))
-    return linear
+    return linear.eval().requires_grad_(False)

@@ -1,6 +1,8 @@
 """The names that scikit-learn keeps private, imported here and nowhere else."""
 
+import numpy as np
 from sklearn.base import _fit_context as fit_context
+from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils._metadata_requests import _MetadataRequester as MetadataRequester
 from sklearn.utils._param_validation import (
     HasMethods,
@@ -16,6 +18,7 @@ DOC_LINK = "https://skperf.readthedocs.io/en/stable/api/skperf.{estimator_name}.
 
 __all__ = [
     "DOC_LINK",
+    "BaseSearchCV",
     "HasMethods",
     "Interval",
     "InvalidParameterError",
@@ -32,4 +35,7 @@ def check_sample_weight(sample_weight, X, *, dtype=None):
 
     Shapes: sample_weight (n,), X (n, ...) -> (n,).
     """
+    # scikit-learn reads off X the number of rows, and what kind of array to make
+    if dtype is not None and not hasattr(X, "dtype"):
+        X = np.empty((len(X), 1))
     return _check_sample_weight(sample_weight, X, dtype=dtype, ensure_non_negative=True)

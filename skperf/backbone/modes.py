@@ -1,4 +1,4 @@
-"""Leave the user's network exactly as it was found."""
+"""Hooks on a network of ours, and normalisation by the batch at hand."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from skperf.backbone.views import view
 
 _LOCK = threading.RLock()
 _HOOK_ATTRIBUTES = (
@@ -127,21 +128,19 @@ def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Change or watch the outputs of parts of a network, in this thread only."""
+    """Change or watch the outputs of parts of a network."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
-            handle = module.register_forward_hook(_only_in_this_thread(hook))
-            stack.callback(handle.remove)
+            stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
 @contextmanager
 def forward_pre_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Change or watch the inputs of parts of a network, in this thread only."""
+    """Change or watch the inputs of parts of a network."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
-            handle = module.register_forward_pre_hook(_only_in_this_thread(hook))
-            stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
 
 
@@ -150,7 +149,8 @@ def prediction_time_batch_norm(module: nn.Module) -> Iterator[nn.Module]:
     """Normalise with the statistics of the batch at hand instead of the stored ones.
 
     Under covariate shift the stored means and variances of batch normalisation no longer
-    fit; those of the test batch often do. Running statistics stay as they are.
+    fit; those of the test batch often do. The module itself is left alone: call
+    what is yielded.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ def prediction_time_batch_norm(module: nn.Module) -> Iterator[nn.Module]:
     Yields
     ------
     nn.Module
-        The same module.
+        To be called in place of the module, whose weights it shares.
 
     Raises
     ------
@@ -173,32 +173,19 @@ def prediction_time_batch_norm(module: nn.Module) -> Iterator[nn.Module]:
     Covariate Shift" (arXiv 2006.10963). A prediction now depends on the other rows of
     its batch: use batches of a hundred rows or more, with the class mix to be expected.
     """
+    opened = view(module)
     layers = [
-        part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        part for part in opened.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
     ]
     if not layers:
         raise ValueError(
             f"{type(module).__name__} has no batch normalisation layer: there are no "
             "statistics to take from the batch."
         )
-    with forward_hooks(dict.fromkeys(layers, _normalise_by_batch)):
-        yield module
-
-
-def _normalise_by_batch(layer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
-    inputs = args[0]
-    return functional.batch_norm(
-        inputs, None, None, layer.weight, layer.bias, training=True, eps=layer.eps
-    )
-
-
-def _only_in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    owner = threading.get_ident()
-
-    def guarded(*args: Any) -> Any:
-        return hook(*args) if threading.get_ident() == owner else None
-
-    return guarded
+    for layer in layers:
+        # running statistics move too, but the view has its own
+        layer.training = True
+    yield opened
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -1,7 +1,8 @@
-"""A classifier opened as a network: inputs in, logits out."""
+"""A classifier opened as a network of our own: rows in, outputs out."""
 
+import inspect
 from collections.abc import Callable, Iterator
-from copy import deepcopy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -10,22 +11,32 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from skperf.backbone.modes import untouched
-from skperf.backbone.parameters import Parameters
+from skperf.backbone.losses import LOSSES, Loss, Penalty
+from skperf.backbone.parameters import Parameters, substituted
+from skperf.backbone.randomness import drawing_from
+from skperf.backbone.rows import Rows
+from skperf.backbone.views import own_copy
 
 Readout = Callable[[Any], Tensor]
+Forward = Callable[[nn.Module, Any], Any]
+_SEED = 0  # of networks that draw random numbers in evaluation mode: the same at every call
 
 
 @dataclass(frozen=True)
 class Network:
-    """The network inside a fitted classifier."""
+    """The network inside a fitted classifier, in a module that nobody else holds."""
 
     module: nn.Module
-    classes: NDArray[Any]  # (n_classes,)
+    classes: NDArray[Any] | None  # (n_classes,), None where targets are no classes
     batch_size: int = 256
-    readout: Readout | None = None
+    readout: Readout | None = None  # what the module returns -> outputs (n, K) or (n,)
+    forward: Forward | None = None  # the module and the rows' tree -> what the module returns
+    loss: Loss = LOSSES["cross_entropy"]
+    penalty: Penalty | None = None
+    trainable: tuple[str, ...] | None = None  # names of parameters that train; None for all
+    before: Callable[[Rows], Rows] | None = None  # the steps of a pipeline before the network
+    draws: bool = False  # whether a forward draws random numbers
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +52,8 @@ class Network:
 
     @property
     def n_classes(self) -> int:
-        """Number of columns of the logits."""
+        """Number of classes."""
+        assert self.classes is not None
         return len(self.classes)
 
     @property
@@ -50,23 +62,37 @@ class Network:
         embeddings = (nn.Embedding, nn.EmbeddingBag)
         return any(isinstance(part, embeddings) for part in self.module.modules())
 
-    def __call__(self, inputs: Tensor, parameters: Parameters | None = None) -> Tensor:
-        """Compute logits, differentiably, in the mode the module is in.
-
-        Shapes: inputs (n, ...) -> (n, n_classes).
-        """
-        if parameters is None:
-            outputs = self.module(inputs)
-        else:
-            outputs = functional_call(self.module, parameters, (inputs,))
+    def __call__(self, inputs: Rows | Tensor, parameters: Parameters | None = None) -> Tensor:
+        """Compute outputs, differentiably, in the mode the module is in: (n, ...) -> (n, K)."""
+        substitution: AbstractContextManager[Any] = (
+            nullcontext() if parameters is None else substituted(self.module, parameters)
+        )
+        with substitution:
+            outputs = self.returned(inputs)
         return outputs if self.readout is None else self.readout(outputs)
 
-    def tensor(self, X: ArrayLike) -> Tensor:
-        """Bring rows to the module's device and type: X (n, ...) -> (n, ...)."""
-        return self._converter()(X)
+    def returned(self, inputs: Rows | Tensor) -> Any:
+        """Give what the module itself returns for rows (n, ...)."""
+        tree = inputs.tree if isinstance(inputs, Rows) else inputs
+        with self._drawing():
+            if self.forward is not None:
+                return self.forward(self.module, tree)
+            if isinstance(tree, dict):
+                return self.module(**tree)
+            return self.module(*tree) if isinstance(tree, tuple) else self.module(tree)
+
+    def inputs(self, X: Any) -> Rows:
+        """Bring rows to the module's device and type: (n, ...)."""
+        return self._converter()(Rows.of(X))
+
+    def tensor(self, X: Any) -> Tensor:
+        """Bring a single input to the module's device and type: X (n, ...) -> (n, ...)."""
+        tensor: Tensor = self.inputs(X).tree
+        return tensor
 
     def codes(self, y: ArrayLike) -> Tensor:
-        """Columns of the logits that belong to labels: y (n,) -> (n,)."""
+        """Columns of the outputs that belong to labels: y (n,) -> (n,)."""
+        assert self.classes is not None
         labels = np.asarray(y)
         order = np.argsort(self.classes)
         sorted_classes = self.classes[order]
@@ -80,78 +106,231 @@ class Network:
         codes = order[np.searchsorted(sorted_classes, labels)]
         return torch.as_tensor(codes, dtype=torch.long, device=self.device)
 
+    def targets(self, y: Any) -> Tensor:
+        """Targets as the loss takes them: y (n, ...) -> (n, ...)."""
+        values = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+        if self.classes is not None and values.ndim == 1:
+            return self.codes(values)
+        if self.loss.kind in ("values", "labels") or values.dtype.kind == "f":
+            return torch.as_tensor(values).to(self.device, self.dtype)
+        return torch.as_tensor(values).to(self.device)
+
     def batches(
-        self, X: ArrayLike, *others: Tensor, batch_size: int | None = None
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Go through rows in slices: X (n, ...), *others (n, ...)."""
+        self, X: Any, *others: Tensor, batch_size: int | None = None
+    ) -> Iterator[tuple[Any, ...]]:
+        """Go through rows in slices, each on the module's device: X (n, ...), *others (n, ...)."""
         size = batch_size or self.batch_size
-        rows = X if isinstance(X, Tensor) else np.asarray(X)
+        rows = Rows.of(X)
         convert, device = self._converter(), self.device
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             yield convert(rows[part]), *(other[part].to(device) for other in others)
 
-    def logits(self, X: ArrayLike, batch_size: int | None = None) -> Tensor:
-        """Logits of many rows, the module left as it was: X (n, ...) -> (n, n_classes)."""
-        with untouched(self.module), torch.inference_mode():
+    def logits(self, X: Any, batch_size: int | None = None) -> Tensor:
+        """Compute outputs of many rows, on the CPU: X (n, ...) -> (n, n_classes) or (n, ...)."""
+        with torch.inference_mode():
             parts = [self(inputs).cpu() for (inputs,) in self.batches(X, batch_size=batch_size)]
         if not parts:
             raise ValueError("X holds no rows.")
         logits = torch.cat(parts)
-        if logits.ndim != 2 or logits.shape[1] != self.n_classes:
+        if len(logits) != len(Rows.of(X)) or (
+            self.classes is not None and logits.shape[1:2] != (self.n_classes,) and logits.ndim < 3
+        ):
+            expected = f"({len(Rows.of(X))}, {'...' if self.classes is None else self.n_classes})"
             raise ValueError(
-                f"the network returns logits of shape {tuple(logits.shape)}, expected "
-                f"({len(logits)}, {self.n_classes}): one column for each of its classes."
+                f"the network returns logits of shape {tuple(logits.shape)}, expected {expected}: "
+                "one row for each of X, one column for each of its classes. "
+                "skperf.from_module(module, readout=...) says which part of what it returns."
+            )
+        finite = torch.isfinite(logits).flatten(1).all(1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0, 0])
+            raise ValueError(
+                f"the network's outputs are not finite for {int((~finite).sum())} of "
+                f"{len(logits)} rows, first for row {row} of X."
             )
         return logits
 
     def copy(self) -> "Network":
-        """Copy the network, its module included."""
-        return replace(self, module=deepcopy(self.module))
+        """Copy the network, its weights included."""
+        return replace(self, module=own_copy(self.module))
 
     def to_module(self) -> nn.Module:
-        """Give the network as a module that returns logits."""
-        return self.module if self.readout is None else WithReadout(self.module, self.readout)
+        """Give the network as a module that returns outputs."""
+        if self.readout is None and self.forward is None:
+            return self.module
+        return WithReadout(self.module, self.readout, self.forward)
 
-    def _converter(self) -> Callable[[ArrayLike], Tensor]:
+    def _drawing(self) -> AbstractContextManager[Any]:
+        if not self.draws or self.module.training:
+            return nullcontext()
+        return drawing_from(torch.Generator().manual_seed(_SEED))
+
+    def _converter(self) -> Callable[[Rows], Rows]:
         device, dtype, takes_tokens = self.device, self.dtype, self.takes_tokens
+        names = forward_names(self.module) if self.forward is None else None
+        mask_of = _mask_maker(self.module) if self.forward is None else None
 
-        def convert(X: ArrayLike) -> Tensor:
-            rows = X.detach() if isinstance(X, Tensor) else _as_tensor(np.asarray(X))
+        def convert(leaf: Any) -> Tensor:
+            rows = leaf.detach() if isinstance(leaf, Tensor) else _as_tensor(np.asarray(leaf))
             if rows.dtype == torch.uint8 and rows.ndim >= 3:
                 return rows.to(device, dtype) / 255
-            if takes_tokens and not rows.is_floating_point():
-                return rows.to(device, torch.long)
-            return rows.to(device, dtype)
+            if not rows.is_floating_point() and (takes_tokens or rows.dtype == torch.bool):
+                kind = torch.bool if rows.dtype == torch.bool else torch.long
+                return rows.to(device, kind)
+            moved = rows.to(device, dtype)
+            if moved.dtype.itemsize < rows.dtype.itemsize and not _fits(rows, moved):
+                raise ValueError(
+                    f"X holds values up to {float(rows.abs().max()):.3g}, beyond the largest "
+                    f"number of the network's type {dtype}: scale them, or use a float64 module."
+                )
+            # a module may write to its input, which would be the user's own memory
+            return moved.clone() if moved.data_ptr() == rows.data_ptr() else moved
 
-        return convert
+        def converted(rows: Rows) -> Rows:
+            rows = (rows if self.before is None else self.before(rows)).load()
+            if rows.single and rows.tree.dtype == bool:
+                return Rows(convert(rows.tree.astype(np.float32)))
+            rows = _only_inputs(rows, names).map(convert)
+            return rows if mask_of is None else mask_of(rows)
+
+        return converted
 
     def _first_floating(self) -> Tensor | None:
         tensors = chain(self.module.parameters(), self.module.buffers())
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
+def forward_names(module: nn.Module) -> list[str] | None:
+    """Names that a module's forward takes by position, None where it takes any."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        # a container passes on what it gets
+        return None
+    return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+
+def _only_inputs(rows: Rows, names: list[str] | None) -> Rows:
+    """Leave out what a data set holds beside the inputs, and refuse what a forward can't take."""
+    if names is None or rows.single:
+        return rows
+    if isinstance(rows.tree, dict):
+        unknown = sorted(set(rows.tree) - set(names))
+        if unknown:
+            raise ValueError(
+                f"X has inputs named {unknown}, which the network's forward does not take; it "
+                f"takes {names}. Leave them out, or say forward= in skperf.from_module."
+            )
+    elif len(rows.tree) > len(names):
+        raise ValueError(
+            f"X holds {len(rows.tree)} inputs, but the network's forward takes {len(names)} "
+            f"({names}); leave the targets out, or say forward= in skperf.from_module."
+        )
+    return rows
+
+
+def _mask_maker(module: nn.Module) -> Callable[[Rows], Rows] | None:
+    """Say how to tell padding from tokens, for modules that take token ids and a mask."""
+    config = getattr(module, "config", None)
+    takes = getattr(module, "forward", None)
+    try:
+        names = list(inspect.signature(takes).parameters) if takes is not None else []
+    except (TypeError, ValueError):
+        names = []
+    if config is None or "attention_mask" not in names or "input_ids" not in names:
+        return None
+    config = getattr(config, "text_config", config)
+    pad, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))
+    ends = end if isinstance(end, list) else [end]
+
+    def with_mask(rows: Rows) -> Rows:
+        named = rows.tree if isinstance(rows.tree, dict) else {"input_ids": rows.tree}
+        ids = named.get("input_ids")
+        if isinstance(rows.tree, tuple) or "attention_mask" in named:
+            return rows
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            return rows
+        if pad is None:
+            if bool((ids[:, -1:] == ids[:, -2:-1]).any()) and bool((ids == 0).any()):
+                raise ValueError(
+                    "X holds token ids alone, and the network's config names no pad_token_id: "
+                    "which of them are padding? Pass X={'input_ids': ..., 'attention_mask': ...}."
+                )
+            return Rows({**named, "attention_mask": torch.ones_like(ids)})
+        mask = ids != pad
+        if pad in ends and not bool(mask.all()):
+            raise ValueError(
+                f"X holds token ids alone, and id {pad} is both padding and the end of a text: "
+                "which is it? Pass X={'input_ids': ..., 'attention_mask': ...}."
+            )
+        return Rows({**named, "attention_mask": mask.long()})
+
+    return with_mask
+
+
+def _fits(rows: Tensor, moved: Tensor) -> bool:
+    if not rows.is_floating_point() or bool(torch.isfinite(moved).all()):
+        return True
+    return bool((torch.isfinite(moved) | ~torch.isfinite(rows)).all())
+
+
 def _as_tensor(array: NDArray[Any]) -> Tensor:
-    # torch warns of read-only memory, such as the maps that joblib hands to its workers
-    return torch.as_tensor(array if array.flags.writeable else array.copy())
+    if array.dtype.kind not in "biufc":
+        raise ValueError(
+            f"X has type {array.dtype}, where the network takes numbers: encode texts and "
+            "categories first, for instance in a Pipeline before the network."
+        )
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype in (np.uint16, np.uint32, np.uint64):
+        array = array.astype(np.int64)
+    if array.dtype == np.longdouble:
+        array = array.astype(np.float64)
+    # torch warns of read-only memory, such as the maps that joblib hands to its workers, and
+    # takes no negative strides
+    plain = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    return torch.as_tensor(array if plain else array.copy())
 
 
 class WithReadout(nn.Module):
-    """A module followed by a function."""
+    """A module between a forward and a readout of the user."""
 
-    def __init__(self, module: nn.Module, readout: Readout) -> None:
+    def __init__(
+        self, module: nn.Module, readout: Readout | None, forward: Forward | None = None
+    ) -> None:
         super().__init__()
         self.module = module
         self.readout = readout
+        self.called = forward
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """Apply one after the other: inputs (n, ...) -> (n, n_classes)."""
-        return self.readout(self.module(inputs))
+        if self.called is None:
+            outputs = self.module(*inputs, **named)
+        else:
+            tree = named or (inputs if len(inputs) > 1 else inputs[0])
+            outputs = self.called(self.module, tree)
+        return outputs if self.readout is None else self.readout(outputs)
 
 
 def log_of_probabilities(outputs: Tensor) -> Tensor:
     """Logits of a module that returns probabilities: outputs (n, n_classes) -> (n, n_classes)."""
     return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
+
+
+def log_odds_of_probability(outputs: Tensor) -> Tensor:
+    """Logits of a module that returns one probability: outputs (n,) or (n, 1) -> (n, 2)."""
+    p = outputs.reshape(len(outputs)).clamp(torch.finfo(outputs.dtype).tiny, 1 - 2**-24)
+    return two_logits(p.log() - torch.log1p(-p))
+
+
+def logits_of_shares(outputs: Tensor) -> Tensor:
+    """Logits of a module that returns a probability a label: outputs (n, K) -> (n, K)."""
+    p = outputs.clamp(torch.finfo(outputs.dtype).tiny, 1 - 2**-24)
+    return p.log() - torch.log1p(-p)
 
 
 def two_logits(outputs: Tensor) -> Tensor:
@@ -160,13 +339,41 @@ def two_logits(outputs: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(second), second], 1)
 
 
-def logits_of_model_output(outputs: Any) -> Tensor:
-    """Logits of a module that returns a record or a tuple: -> (n, n_classes)."""
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
-    assert isinstance(logits, Tensor)
-    return logits
-
-
 def first_column(outputs: Tensor) -> Tensor:
     """Logits of a module that was trained on a single class: outputs (n, n_outputs) -> (n, 1)."""
     return outputs[:, :1]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A readout: one entry of the record, dictionary or tuple that a module returns."""
+
+    key: str | int
+
+    def __call__(self, returned: Any) -> Tensor:
+        """Take it out: -> (n, ...)."""
+        if isinstance(self.key, str) and not hasattr(returned, "keys"):
+            entry: Tensor = getattr(returned, self.key)
+        else:
+            entry = returned[self.key]
+        return entry
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A readout made of several."""
+
+    steps: tuple[Readout, ...]
+
+    def __call__(self, returned: Any) -> Tensor:
+        """Apply one after the other: -> (n, K)."""
+        for step in self.steps:
+            returned = step(returned)
+        result: Tensor = returned
+        return result
+
+
+def chained(*steps: Readout | None) -> Readout | None:
+    """Join readouts, None where there is nothing to do."""
+    kept = tuple(step for step in steps if step is not None)
+    return None if not kept else kept[0] if len(kept) == 1 else Chain(kept)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,27 @@ from torch import Tensor, nn
 Parameters = dict[str, Tensor]
 
 
-def select_parameters(module: nn.Module, patterns: str | Sequence[str] = "all") -> Parameters:
-    """Parameters of a network by name."""
+def select_parameters(
+    module: nn.Module,
+    patterns: str | Sequence[str] = "all",
+    *,
+    trainable: Sequence[str] | None = None,
+    last: str | None = None,
+) -> Parameters:
+    """Parameters of a network by name, those that train unless globs name others.
+
+    Aliases in the network's own order; a tied tensor once, under its first name.
+    """
     named = {name: parameter.detach() for name, parameter in module.named_parameters()}
     if not named:
         raise ValueError(f"{type(module).__name__} has no parameters.")
+    trained = named if trainable is None else {n: p for n, p in named.items() if n in trainable}
     if isinstance(patterns, str):
         if patterns == "all":
-            return named
+            return trained
         if patterns == "last":
-            layer = list(named)[-1].rpartition(".")[0]
-            return {n: p for n, p in named.items() if n.rpartition(".")[0] == layer}
+            layer = list(trained)[-1].rpartition(".")[0] if last is None else last
+            return {n: p for n, p in trained.items() if n.rpartition(".")[0] == layer}
         patterns = [patterns]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
@@ -60,6 +71,48 @@ def restored(module: nn.Module) -> Iterator[nn.Module]:
         with torch.no_grad():
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
+
+
+@contextmanager
+def substituted(module: nn.Module, parameters: Parameters) -> Iterator[None]:
+    """Put tensors in the place of parameters of a module of ours, tied ones together."""
+    # torch.func.functional_call would leave them in a layer that is registered twice
+    slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for part in module.modules():
+        for name, tensor in part._parameters.items():
+            if tensor is not None:
+                slots.setdefault(id(tensor), []).append((part._parameters, name))
+    changed = []
+    try:
+        for name, value in parameters.items():
+            own = module.get_parameter(name)
+            for place, key in slots[id(own)]:
+                changed.append((place, key, own))
+                place[key] = value
+        yield
+    finally:
+        for place, key, own in changed:
+            place[key] = own
+
+
+def checksum(module: nn.Module) -> str:
+    """Digest of all weights and buffers that is cheap enough for every call."""
+    # Sums of bit patterns: exact, in any order, and they notice what bumps no version counter.
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        bits = _bits(tensor.detach())
+        sums = () if bits is None else (int(bits.sum()), int(bits[::7].sum()))
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{sums}".encode())
+    return digest.hexdigest()
+
+
+def _bits(tensor: Tensor) -> Tensor | None:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = kinds.get(tensor.element_size())
+    if kind is None or tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    flat = tensor if tensor.is_contiguous() else tensor.contiguous()
+    return flat.reshape(-1).view(kind)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -9,7 +9,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._edited import edited
 from skperf.backbone._opening import open_network
-from skperf.backbone._validation import check_labelled_rows
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.components._edit import edit_network, rows_of
 from skperf.components._study import checked_masks
 

@@ -13,7 +13,8 @@ from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import check_labelled_rows, check_rows
+from skperf.backbone._validation import array_rows as check_rows
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.backbone.outputs import resolve_output
 from skperf.components._actions import ablate, edit, top_components
 from skperf.components._study import DEFAULT_FRACTION, Study, checked_fraction, checked_masks

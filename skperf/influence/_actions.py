@@ -7,7 +7,7 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._edited import edited
-from skperf.backbone._validation import check_labelled_rows
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.backbone.modes import untouched
 from skperf.backbone.outputs import loss
 from skperf.backbone.parameters import flatten, unflatten

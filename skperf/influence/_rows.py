@@ -5,7 +5,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 
-from skperf.backbone._validation import check_labelled_rows
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.backbone.network import two_logits
 from skperf.backbone.outputs import loss, resolve_output
 from skperf.influence._members import networks_of, open_problem, weight_decay_of

@@ -9,7 +9,8 @@ from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._opening import open_network
 from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import check_labelled_rows, check_rows
+from skperf.backbone._validation import array_rows as check_rows
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.influence._actions import remove, repair
 from skperf.influence._constraints import CONSTRAINTS
 from skperf.influence._members import (

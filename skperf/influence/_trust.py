@@ -14,7 +14,7 @@ from torch import nn
 
 from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._opening import fit_estimator, open_network
-from skperf.backbone._validation import check_labelled_rows
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.backbone.outputs import resolve_output
 from skperf.influence._members import learning_rate_of, networks_of, open_problem
 from skperf.influence._scoring import influence_matrix, open_members, query_gradients

@@ -11,7 +11,8 @@ from sklearn.utils.validation import check_is_fitted
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import as_array, check_labelled_rows
+from skperf.backbone._validation import as_array
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.performative import _learning, _outlook
 from skperf.performative._inputs import check_rounds
 from skperf.performative._rounds import interval_of

@@ -15,7 +15,7 @@ from skperf.backbone._modules import ModuleClassifier, from_module
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator
 from skperf.backbone._sklearn import check_sample_weight
-from skperf.backbone._validation import check_rows
+from skperf.backbone._validation import array_rows as check_rows
 from skperf.backbone.progress import track
 from skperf.performative import _inputs
 from skperf.performative._inputs import PerformativeWarning, aligned_logits, encode

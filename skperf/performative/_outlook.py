@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.utils import Bunch
 
 from skperf.backbone._sklearn import check_sample_weight
-from skperf.backbone._validation import check_labelled_rows
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.performative import _learning
 from skperf.performative._inputs import encode, open_candidate, predicted_codes
 from skperf.performative._rounds import measure, settings_of

@@ -7,7 +7,7 @@ from sklearn.base import ClassifierMixin, ClassNamePrefixFeaturesOutMixin, Trans
 from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
-from skperf.backbone._validation import check_rows
+from skperf.backbone._validation import array_rows as check_rows
 from skperf.backbone.network import Network
 from skperf.reprogramming._judging import represent, score_path
 from skperf.reprogramming._program_file import read_program, write_program

@@ -48,7 +48,7 @@ def write_program(estimator, path):
         "head": task.head,
         "text": estimator.text if estimator.text != "auto" or task.text is None else "table",
         "input_shape": task.image_shape,
-        "n_features": estimator.n_features_in_,
+        "n_features": getattr(estimator, "n_features_in_", None),
         "canvas": task.program.canvas,
         "alpha": estimator.alpha_,
         "logit_scale": estimator.logit_scale_,
@@ -88,7 +88,8 @@ def read_program(estimator, path):
         classes = np.array(description["classes"])
         fitted = assemble(reader, net, task, classes, choice)
     estimator.set_params(**reader.get_params(deep=False))
-    estimator.n_features_in_ = description["n_features"]
+    if description["n_features"] is not None:
+        estimator.n_features_in_ = description["n_features"]
     estimator.__dict__.update(fitted)
 
 

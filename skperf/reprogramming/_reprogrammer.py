@@ -10,7 +10,7 @@ from sklearn.utils import check_random_state
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import check_labelled_rows
+from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
 from skperf.reprogramming._fitted import ProgrammedMixin
 from skperf.reprogramming._judging import assemble, choose
 from skperf.reprogramming._task import CONSTRAINTS, RELEASED_SETTINGS, settle

@@ -65,12 +65,6 @@ def test_a_component_that_leaves_no_number_is_named():
         ComponentAttributor(Nan(), method="loo").fit(X, y)
 
 
-def test_noise_in_evaluation_mode_is_warned_about():
-    _, X, y = linear()
-    with pytest.warns(UserWarning, match="different outputs on two equal passes"):
-        ComponentAttributor(Noisy(), fraction=0.2, budget=20).fit(X, y)
-
-
 def test_without_gradients_auto_spends_all_on_masks():
     _, X, y = linear()
     torch.manual_seed(0)

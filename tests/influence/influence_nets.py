@@ -94,11 +94,11 @@ def cases():
 
 def brute_gradients(network, inputs, cotangents):
     """Gradient of (cotangent * logits).sum() for each row, one backward pass each."""
-    own = dict(network.module.named_parameters())
+    own = {n: p.detach().requires_grad_() for n, p in network.module.named_parameters()}
     names = list(select_parameters(network.module))
     rows = []
     for row, cotangent in zip(inputs, cotangents, strict=True):
-        value = (network(row[None])[0] * cotangent).sum()
+        value = (network(row[None], own)[0] * cotangent).sum()
         gradients = torch.autograd.grad(value, [own[n] for n in names], materialize_grads=True)
         rows.append(flatten(dict(zip(names, gradients, strict=True))))
     return torch.stack(rows)

@@ -18,7 +18,7 @@ from sklearn.neural_network import MLPClassifier
 from torch import nn
 
 from skperf import MLP, Net, from_module
-from skperf.backbone._opening import open_network
+from skperf.backbone._opening import source_of
 from skperf.backbone.parameters import fingerprint
 from skperf.influence import InfluenceScorer
 
@@ -550,4 +550,4 @@ def test_unit_and_sign_on_a_row_scored_against_itself(data, net, scorer):
     assert (scorer.self_influence_ >= 0).all()
     matrix = scorer.influence(X[:120], y[:120])
     np.testing.assert_allclose(np.diag(matrix), scorer.self_influence_, rtol=1e-2, atol=1e-6)
-    assert open_network(scorer.estimator_).module is net.module_
+    assert source_of(scorer.estimator_) is net.module_

@@ -1,0 +1,148 @@
+"""Run one row and look at what comes out: which entry holds the outputs, and what they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skperf.backbone.losses import Loss
+from skperf.backbone.network import (
+    Field,
+    Network,
+    Readout,
+    chained,
+    log_odds_of_probability,
+    log_of_probabilities,
+    logits_of_shares,
+    two_logits,
+)
+from skperf.backbone.randomness import drawing_from
+from skperf.backbone.rows import Rows
+
+_HINT = "say which: skperf.from_module(module, readout=lambda returned: ...)."
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one row has shown."""
+
+    readout: Readout | None
+    shape: tuple[int, ...]  # of one row's outputs
+    draws: bool
+
+
+def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None = None) -> Seen:
+    """Find the outputs in what a network returns for the first row of X (n, ...).
+
+    A readout that the network has already is kept.
+    """
+    few = X[: min(2, len(X))]
+    generator = torch.Generator().manual_seed(0)
+    leaves = {name: p for name, p in network.module.named_parameters() if p.is_floating_point()}
+    own = {name: p.detach().requires_grad_() for name, p in leaves.items()}
+    # with gradients, so that the last operation can be seen
+    with torch.enable_grad(), drawing_from(generator) as mode:
+        plain = replace(network, readout=None, draws=False)
+        (inputs,) = next(plain.batches(few))
+        try:
+            returned = plain(inputs, own)
+        except Exception as error:
+            raise ValueError(
+                f"{type(network.module).__name__} does not run on the first rows of X, of shape "
+                f"{few.shape}: {type(error).__name__}: {error}"
+            ) from error
+        if network.readout is not None:
+            outputs = network.readout(returned)
+            return Seen(network.readout, tuple(outputs.shape[1:]), mode.drawn)
+    entry, outputs = _entry(returned, len(few), n_labels, network)
+    final = _final(outputs, n_labels, loss)
+    if final is not None:
+        outputs = final(outputs)
+    return Seen(chained(entry, final), tuple(outputs.shape[1:]), mode.drawn)
+
+
+def _entry(
+    returned: Any, n: int, n_labels: int | None, network: Network
+) -> tuple[Readout | None, Tensor]:
+    """Choose the entry that holds the outputs: -> (n, ...)."""
+    name = type(network.module).__name__
+    if isinstance(returned, Tensor):
+        _check_rows(returned, n, name)
+        return None, returned
+    if isinstance(returned, Mapping) or hasattr(returned, "keys"):
+        named = {key: returned[key] for key in returned if isinstance(returned[key], Tensor)}
+        if "logits" in named:
+            return Field("logits"), named["logits"]
+    elif isinstance(returned, tuple | list):
+        named = {i: entry for i, entry in enumerate(returned) if isinstance(entry, Tensor)}
+    else:
+        fields = vars(returned) if hasattr(returned, "__dict__") else {}
+        named = {key: entry for key, entry in fields.items() if isinstance(entry, Tensor)}
+        if "logits" in named:
+            return Field("logits"), named["logits"]
+    fitting = {key: entry for key, entry in named.items() if entry.ndim and len(entry) == n}
+    if len(fitting) > 1 and n_labels is not None:
+        fitting = {
+            key: entry
+            for key, entry in fitting.items()
+            if entry.ndim == 2 and entry.shape[1] == n_labels
+        } or fitting
+    if len(fitting) != 1:
+        shapes = {key: tuple(entry.shape) for key, entry in named.items()}
+        raise ValueError(
+            f"{name} returns a {type(returned).__name__} with tensors {shapes} for {n} rows: "
+            f"which of them are the outputs? {_HINT}"
+        )
+    ((key, outputs),) = fitting.items()
+    return Field(key), outputs
+
+
+def _check_rows(outputs: Tensor, n: int, name: str) -> None:
+    if outputs.ndim == 0 or len(outputs) != n:
+        raise ValueError(
+            f"{name} must return logits of shape (n, n_classes); for {n} rows it returned "
+            f"{tuple(outputs.shape)}. If rows are another dimension of it, or a part of what it "
+            f"returns, {_HINT}"
+        )
+
+
+def _final(outputs: Tensor, n_labels: int | None, loss: Loss | None) -> Readout | None:
+    """Say what makes logits of probabilities, and two columns of one."""
+    if loss is not None and loss.kind in ("values", "own"):
+        return None
+    last = _last_operation(outputs)
+    shares = outputs.detach()
+    single = outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
+    if loss is not None and loss.kind == "labels":
+        return logits_of_shares if last == "Sigmoid" else None
+    if single:
+        return log_odds_of_probability if last == "Sigmoid" else two_logits
+    if outputs.ndim == 2:
+        sums_to_one = bool((shares.sum(1) - 1).abs().max() < 1e-4) and bool((shares >= 0).all())
+        if last == "Softmax" or sums_to_one:
+            return log_of_probabilities
+        if last == "Sigmoid":
+            raise ValueError(
+                "the network ends in a sigmoid for each of several outputs: are these yes-or-no "
+                "labels (loss='binary_cross_entropy'), or one class of several? Say loss= or "
+                "readout= in skperf.from_module."
+            )
+    return None
+
+
+_SHAPE_ONLY = ("View", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Alias", "Clone", "T")
+
+
+def _last_operation(outputs: Tensor) -> str | None:
+    """Name the operation that made the outputs, changes of shape apart."""
+    node: Any = outputs.grad_fn
+    for _ in range(10):
+        if node is None:
+            return None
+        name = type(node).__name__.removesuffix("0").removesuffix("Backward")
+        if not name.rstrip("0123456789").endswith(_SHAPE_ONLY):
+            return name
+        node = node.next_functions[0][0]
+    return None

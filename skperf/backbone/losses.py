@@ -1,0 +1,343 @@
+"""What a network was trained on: a loss, its slope and curvature at the outputs, its weights.
+
+Outputs are (n,), (n, K), (n, L, K) for tokens, or (n, K, ...) with torch's class axis for maps; a
+row with several outputs has the mean of their losses, as torch's own ``reduction="mean"``.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """Weight decay that a network was trained with: strength / 2 times the squared weights."""
+
+    strength: float = 0.0
+    # scikit-learn's penalties are added to the sum of the losses, torch's to their mean
+    per_total_weight: bool = False
+    biases: bool = True
+
+    def on_mean_loss(self, total_weight: float) -> float:
+        """Strength beside the mean loss of rows of that total weight."""
+        return self.strength / total_weight if self.per_total_weight else self.strength
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """Loss of each row."""
+
+    # "classes": one label a row (or an output); "labels": several yes-or-no labels; "values":
+    # numbers; "own": whatever a function of the user takes
+    kind: ClassVar[str] = "own"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each row: outputs (n, ...), targets (n, ...) -> (n,)."""
+        raise TypeError(f"{self.name} has no value.")
+
+    def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Differentiate by the outputs: outputs (n, ...), targets (n, ...) -> (n, ...)."""
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.value(leaf, targets).sum(), leaf)
+        return slope
+
+    def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Differentiate twice by a row's outputs: (n, K) or (n,) -> (n, K, K)."""
+        flat = outputs.reshape(len(outputs), -1)
+
+        def own(row: Tensor, target: Tensor) -> Tensor:
+            return self.value(row.reshape(outputs.shape[1:])[None], target[None])[0]
+
+        hessian: Tensor = torch.func.vmap(torch.func.hessian(own))(flat.detach(), targets)
+        return hessian
+
+    def weights(self, targets: Tensor) -> Tensor | None:
+        """Training weight of each row beside its sample weight: targets (n, ...) -> (n,)."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy(Loss):
+    """Cross-entropy of labels, or of label shares, with torch's weights and smoothing."""
+
+    kind: ClassVar[str] = "classes"
+    weight: Tensor | None = None  # (K,)
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    balanced: bool = False  # scikit-learn's class_weight="balanced": known once all targets are
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each row: outputs (n, K, ...) or (n, L, K), targets (n, ...) -> (n,)."""
+        if outputs.ndim == 2 and targets.ndim == 1 and not self.label_smoothing:
+            return functional.cross_entropy(
+                outputs, targets, reduction="none", ignore_index=self.ignore_index
+            )
+        logits = _class_axis_second(outputs, targets)
+        losses = functional.cross_entropy(
+            logits,
+            targets.to(logits.dtype) if targets.is_floating_point() else targets,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+        )
+        if losses.ndim == 1:
+            return losses
+        if targets.is_floating_point():
+            return losses.flatten(1).mean(1)
+        counted = (targets != self.ignore_index).flatten(1)
+        return losses.flatten(1).sum(1) / counted.sum(1).clamp_min(1)
+
+    def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Softmax minus the (smoothed) label: outputs (n, K), targets (n,) -> (n, K)."""
+        if outputs.ndim != 2 or targets.ndim != 1:
+            return super().slope(outputs, targets)
+        k = outputs.shape[1]
+        slope = outputs.softmax(1)
+        full = 1 - self.label_smoothing
+        counted = targets != self.ignore_index
+        codes = targets.clamp_min(0)
+        slope = slope.scatter_add(1, codes[:, None], slope.new_full((len(codes), 1), -full))
+        if self.label_smoothing:
+            slope = slope - self.label_smoothing / k
+        return slope if bool(counted.all()) else slope * counted[:, None]
+
+    def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Covariance of the predicted label: outputs (n, K) -> (n, K, K)."""
+        if outputs.ndim != 2:
+            return super().hessian(outputs, targets)
+        p = outputs.softmax(1)
+        return torch.diag_embed(p) - p[:, :, None] * p[:, None]
+
+    def weights(self, targets: Tensor) -> Tensor | None:
+        """Weight of each row's class: targets (n,), (n, ...) or shares (n, K) -> (n,)."""
+        if self.balanced:
+            counts = torch.bincount(targets)
+            return len(targets) / (int((counts > 0).sum()) * counts[targets].double())
+        if self.weight is None:
+            return None
+        weight = self.weight.to(targets.device)
+        if targets.is_floating_point():
+            return targets @ weight.to(targets.dtype)
+        own = weight[targets.clamp_min(0)] * (targets != self.ignore_index)
+        return own if own.ndim == 1 else own.flatten(1).mean(1)
+
+
+@dataclass(frozen=True, eq=False)
+class BinaryCrossEntropy(Loss):
+    """Mean over the labels of each one's binary cross-entropy at its logit."""
+
+    kind: ClassVar[str] = "labels"
+    pos_weight: Tensor | None = None  # (K,)
+    weight: Tensor | None = None  # (K,)
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each row: outputs (n, K), targets (n, K) -> (n,)."""
+        losses = functional.binary_cross_entropy_with_logits(
+            outputs,
+            targets.to(outputs.dtype).reshape(outputs.shape),
+            weight=None if self.weight is None else self.weight.to(outputs),
+            pos_weight=None if self.pos_weight is None else self.pos_weight.to(outputs),
+            reduction="none",
+        )
+        return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+    def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Variance of each label, a diagonal: outputs (n, K) -> (n, K, K)."""
+        flat = outputs.reshape(len(outputs), -1)
+        p, k = flat.sigmoid(), flat.shape[1]
+        diagonal = p * (1 - p) / k
+        goal = targets.to(flat.dtype).reshape(flat.shape)
+        if self.pos_weight is not None:
+            diagonal = diagonal * (1 + (self.pos_weight.to(flat) - 1) * goal)
+        if self.weight is not None:
+            diagonal = diagonal * self.weight.to(flat)
+        return torch.diag_embed(diagonal)
+
+
+@dataclass(frozen=True, eq=False)
+class SquaredError(Loss):
+    """Mean over the outputs of the squared difference, as torch's MSELoss."""
+
+    kind: ClassVar[str] = "values"
+    factor: float = 1.0
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared error of each row: outputs (n, ...), targets (n, ...) -> (n,)."""
+        squares = self.factor * (outputs - targets.to(outputs.dtype).reshape(outputs.shape)) ** 2
+        return squares.flatten(1).mean(1) if squares.ndim > 1 else squares
+
+    def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Differentiate: outputs (n, ...), targets (n, ...) -> (n, ...)."""
+        difference = outputs - targets.to(outputs.dtype).reshape(outputs.shape)
+        return 2 * self.factor * difference * (len(outputs) / max(outputs.numel(), 1))
+
+    def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Twice the identity over the number of outputs: (n, K) -> (n, K, K)."""
+        n, k = len(outputs), outputs[0].numel()
+        eye = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
+        return (2 * self.factor / k * eye).expand(n, k, k)
+
+
+@dataclass(frozen=True, eq=False)
+class Focal(Loss):
+    """Focal loss, (1 - p)^gamma times the cross-entropy (arXiv 1708.02002)."""
+
+    kind: ClassVar[str] = "classes"
+    gamma: float = 2.0
+    weight: Tensor | None = None  # (K,)
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Focal loss of each row: outputs (n, K), targets (n,) -> (n,)."""
+        nats = functional.cross_entropy(outputs, targets, reduction="none")
+        return (1 - (-nats).exp()) ** self.gamma * nats
+
+    def weights(self, targets: Tensor) -> Tensor | None:
+        """Weight of each row's class: targets (n,) -> (n,)."""
+        return None if self.weight is None else self.weight.to(targets.device)[targets]
+
+
+@dataclass(frozen=True, eq=False)
+class Margin(Loss):
+    """Multi-class hinge loss, as torch's MultiMarginLoss."""
+
+    kind: ClassVar[str] = "classes"
+    p: int = 1
+    margin: float = 1.0
+    weight: Tensor | None = None  # (K,)
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Hinge loss of each row: outputs (n, K), targets (n,) -> (n,)."""
+        own = outputs.gather(1, targets[:, None])
+        gaps = (self.margin - own + outputs).clamp_min(0) ** self.p
+        mine = functional.one_hot(targets, outputs.shape[1]).bool()
+        return gaps.masked_fill(mine, 0).sum(1) / outputs.shape[1]
+
+    def weights(self, targets: Tensor) -> Tensor | None:
+        """Weight of each row's class (to the power p): targets (n,) -> (n,)."""
+        if self.weight is None:
+            return None
+        return self.weight.to(targets.device)[targets] ** self.p
+
+
+@dataclass(frozen=True, eq=False)
+class Own(Loss):
+    """A function of outputs and targets that returns one loss a row."""
+
+    function: Function = field(default=lambda outputs, targets: outputs.flatten(1).mean(1))
+    label: str = "loss"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.label
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each row: outputs (n, ...), targets (n, ...) -> (n,)."""
+        values = self.function(outputs, targets)
+        if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != len(outputs):
+            seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"loss must return one number for each row, a tensor of shape ({len(outputs)},); "
+                f"it returned {seen}. A torch module is given as it is; a function must not "
+                "average over rows."
+            )
+        return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": CrossEntropy(),
+    "binary_cross_entropy": BinaryCrossEntropy(),
+    "squared_error": SquaredError(),
+}
+
+
+def resolve_loss(loss: Any) -> Loss:
+    """Find a loss by name, from a torch module with its weights and smoothing, or a function."""
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(
+                f"loss={loss!r} is unknown; use one of {sorted(LOSSES)}, a torch.nn loss module "
+                "or a function of (outputs, targets) that returns one number for each row."
+            )
+        return LOSSES[loss]
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        loss = loss()
+    if isinstance(loss, nn.Module):
+        return _of_module(loss)
+    if callable(loss):
+        return Own(loss, getattr(loss, "__name__", type(loss).__name__))
+    raise TypeError(
+        f"loss must be a name of {sorted(LOSSES)}, a torch.nn loss module or a function of "
+        f"(outputs, targets), got {type(loss).__name__}."
+    )
+
+
+def _of_module(module: nn.Module) -> Loss:
+    kind: Any = type(module)
+    weight: Any = getattr(module, "weight", None)
+    weight = None if weight is None else weight.detach()
+    if kind is nn.CrossEntropyLoss:
+        assert isinstance(module, nn.CrossEntropyLoss)
+        return CrossEntropy(weight, module.label_smoothing, module.ignore_index)
+    if kind is nn.NLLLoss:
+        # its outputs are log-probabilities, which are logits too
+        assert isinstance(module, nn.NLLLoss)
+        return CrossEntropy(weight, 0.0, module.ignore_index)
+    if kind is nn.BCEWithLogitsLoss:
+        return BinaryCrossEntropy(getattr(module, "pos_weight", None), weight)
+    if kind is nn.BCELoss:
+        # read at the logits of the probabilities it takes
+        return BinaryCrossEntropy(None, weight)
+    if kind is nn.MSELoss:
+        return SquaredError()
+    if kind is nn.MultiMarginLoss:
+        assert isinstance(module, nn.MultiMarginLoss)
+        return Margin(module.p, module.margin, weight)
+    if hasattr(module, "reduction"):
+        each = copy.deepcopy(module)
+        each.reduction = "none"  # type: ignore[assignment]
+        return Own(each, kind.__name__)
+    return Own(module, kind.__name__)
+
+
+def describes(loss: Loss) -> str:
+    """Say what a loss is, with what makes it differ from its plain form."""
+    plain = type(loss)() if not isinstance(loss, Own) else loss
+    changed = [
+        f"{entry.name}={getattr(loss, entry.name)}"
+        for entry in fields(loss)
+        if entry.name not in ("function", "label")
+        and getattr(loss, entry.name) is not getattr(plain, entry.name)
+    ]
+    return loss.name + (f"({', '.join(changed)})" if changed else "")
+
+
+def _class_axis_second(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Bring the classes to torch's place: outputs (n, L, K), targets (n, L) -> (n, K, L)."""
+    if outputs.ndim < 3:
+        return outputs
+    if targets.is_floating_point():
+        return outputs.movedim(-1, 1) if targets.shape == outputs.shape else outputs
+    if targets.shape[1:] == outputs.shape[1:-1] and targets.shape[1:] != outputs.shape[2:]:
+        return outputs.movedim(-1, 1)
+    if targets.shape[1:] == outputs.shape[2:]:
+        return outputs
+    raise ValueError(
+        f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)} do "
+        "not fit: expected (n, L, K) and (n, L), or (n, K, ...) and (n, ...)."
+    )

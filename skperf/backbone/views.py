@@ -1,0 +1,195 @@
+"""Open a module as a private view: its structure copied, its weights shared."""
+
+import types
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+# values that a copy may share with the original: nothing can change them
+_IMMUTABLE = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    type,
+    types.BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def view(module: nn.Module) -> nn.Module:
+    """Copy a module's structure in evaluation mode around aliases of its own weights.
+
+    Half-precision weights become float32 copies.
+    """
+
+    # Restoring a borrowed module can't be made safe against threads and Ctrl-C; a view need not.
+    def parameter(own: Tensor) -> Tensor:
+        return nn.Parameter(_single_precision(own.detach()), requires_grad=False)
+
+    def buffer(own: Tensor) -> Tensor:
+        # a forward may write to its buffers, also in evaluation mode
+        return _single_precision(own.detach()).clone()
+
+    copied = _copied(module, parameter, buffer)
+    for part in copied.modules():
+        part.training = False
+        _switch_off_fast_paths(part)
+    return copied
+
+
+def own_copy(module: nn.Module) -> nn.Module:
+    """Copy a module, its weights included, in the modes and types it has."""
+
+    def parameter(own: Tensor) -> Tensor:
+        return nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+
+    return _copied(module, parameter, lambda own: own.detach().clone())
+
+
+def original(module: nn.Module) -> nn.Module:
+    """Find the module that `torch.compile` has wrapped."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def _copied(
+    module: nn.Module, parameter: Callable[[Tensor], Tensor], buffer: Callable[[Tensor], Tensor]
+) -> nn.Module:
+    module = original(module)
+    memo: dict[int, Any] = {}
+    parts = list(module.modules())
+    shells: list[tuple[nn.Module, nn.Module]] = []
+    for part in parts:
+        if isinstance(part, torch.jit.ScriptModule):
+            warnings.warn(
+                f"{type(part).__name__} is a scripted module, which shares no weights: it is "
+                "copied whole for every call. Give the module it was made from to save memory.",
+                UserWarning,
+                stacklevel=2,
+            )
+            memo[id(part)] = _whole(part)
+            continue
+        for name, tensor in part._parameters.items():
+            if tensor is None or id(tensor) in memo:
+                continue
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"parameter {name!r} of a {type(part).__name__} has no shape yet (a lazy "
+                    "layer): run one batch through the module before it is used here."
+                )
+            memo[id(tensor)] = parameter(tensor)
+        for tensor in part._buffers.values():
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = buffer(tensor)
+        # all empty copies first, so that references between parts end inside the copy
+        if "__deepcopy__" not in dir(type(part)) or _is_parametrized(part):
+            shell = type(part).__new__(type(part))
+            memo[id(part)] = shell
+            shells.append((part, shell))
+    for part, shell in shells:
+        shell.__dict__.update(_attributes(part, memo))
+    copied: nn.Module = memo[id(module)] if id(module) in memo else deepcopy(module, memo)
+    return copied
+
+
+def _whole(part: torch.jit.ScriptModule) -> nn.Module:
+    with torch.no_grad():
+        copied: nn.Module = deepcopy(part)
+    for tensor in copied.parameters():
+        tensor.requires_grad_(False)
+    return copied
+
+
+def _is_parametrized(part: nn.Module) -> bool:
+    # its __deepcopy__ does what is done here, without a way past what refuses copying
+    return "parametrizations" in part._modules
+
+
+def _attributes(part: nn.Module, memo: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in list(part.__dict__.items()):
+        if isinstance(value, _IMMUTABLE):
+            yield name, value
+        elif isinstance(value, dict) and not value:
+            yield name, type(value)() if type(value) in (dict, OrderedDict) else deepcopy(value)
+        elif name in ("_parameters", "_buffers", "_modules"):
+            entries = ((key, _inside(entry, memo)) for key, entry in value.items())
+            yield name, type(value)(entries)
+        else:
+            yield name, _own(value, memo)
+
+
+def _inside(entry: Any, memo: dict[int, Any]) -> Any:
+    if entry is None:
+        return None
+    return memo[id(entry)] if id(entry) in memo else deepcopy(entry, memo)
+
+
+def _own(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy an attribute; what refuses copying, such as a lock, is shared."""
+    if isinstance(value, types.FunctionType):
+        return _function(value, memo)
+    if isinstance(value, weakref.ref):
+        inside = memo.get(id(value()))
+        return value if inside is None else weakref.ref(inside)
+    if type(value) in (dict, OrderedDict):
+        # hooks stand in such dictionaries, under numbers
+        return type(value)((key, _own(entry, memo)) for key, entry in list(value.items()))
+    if type(value) in (list, tuple, set):
+        return type(value)(_own(entry, memo) for entry in value)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        if id(value) not in memo:
+            # a tensor cached by an earlier forward; it may hang on a graph, which has no copy
+            memo[id(value)] = _single_precision(value.detach()).clone()
+        return memo[id(value)]
+    try:
+        return deepcopy(value, memo)
+    except Exception:  # any class may refuse in its own way
+        return value
+
+
+def _function(function: types.FunctionType, memo: dict[int, Any]) -> Any:
+    """Point a closure over parts of the original to those of the copy."""
+    cells = function.__closure__ or ()
+    try:
+        held = [cell.cell_contents for cell in cells]
+    except ValueError:  # a cell that is still empty
+        return function
+    if not any(id(content) in memo for content in held):
+        return function
+    closure = tuple(types.CellType(memo.get(id(content), content)) for content in held)
+    copied = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        closure,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _single_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALVES else tensor
+
+
+def _switch_off_fast_paths(part: nn.Module) -> None:
+    # both give padded positions other values, and hooks inside are not called
+    if isinstance(part, nn.TransformerEncoder):
+        part.use_nested_tensor = False
+    elif isinstance(part, nn.TransformerEncoderLayer):
+        part.activation_relu_or_gelu = 0
