@@ -1,4 +1,4 @@
-"""The main job: every estimator on real data, one table, a few figures.
+"""The main job: four questions about a trained network, answered on real data.
 
 Run with ``python -m skperf [folder]``; figures go to the folder, by default
 ``skperf_quickstart``.
@@ -8,43 +8,47 @@ import argparse
 import textwrap
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-COLUMNS = ("estimator", "what was asked", "what came out", "the naive alternative")
-WIDTHS = (24, 38, 38, 32)
+
+@dataclass(frozen=True)
+class Finding:
+    """A question, its answer, what a simpler way gives, and the call."""
+
+    question: str
+    answer: str
+    instead: str
+    call: str
+
+    def __str__(self) -> str:
+        lines = textwrap.wrap(self.question, 96)
+        for name in ("answer", "instead", "call"):
+            wrapped = textwrap.wrap(getattr(self, name), 86)
+            lines += [f"    {name if not i else '':8}{line}" for i, line in enumerate(wrapped)]
+        return "\n".join(lines)
 
 
 def main(folder: Path) -> None:
-    """Run every section and print one table."""
+    """Answer every question and save the figures."""
     import matplotlib as mpl
     import torch
 
     mpl.use("Agg")
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    print_row(COLUMNS)
-    print("-" * (sum(WIDTHS) + 2 * len(WIDTHS)))
+    print("Fashion-MNIST, and small networks trained on it; nothing is downloaded.\n")
     for section in SECTIONS:
         start = time.perf_counter()
-        for row in section(folder):
-            print_row(row)
-        print(f"  ({time.perf_counter() - start:.0f} s)\n", flush=True)
+        for finding in section(folder):
+            print(f"{finding}\n")
+        print(f"({time.perf_counter() - start:.0f} s)\n", flush=True)
     names = ", ".join(sorted(path.name for path in folder.glob("*.png")))
     print(f"Figures in {folder}/: {names}")
 
 
-def print_row(cells: tuple[str, ...]) -> None:
-    """Print a row of the table, its cells wrapped."""
-    wrapped = [textwrap.wrap(cell, width) for cell, width in zip(cells, WIDTHS, strict=True)]
-    for line in range(max(map(len, wrapped))):
-        parts = [
-            (lines[line] if line < len(lines) else "").ljust(width)
-            for lines, width in zip(wrapped, WIDTHS, strict=True)
-        ]
-        print("  ".join(parts).rstrip())
-
-
-def performative_rows(figures: Path) -> list[tuple[str, str, str, str]]:
+def performative_findings(figures: Path) -> list[Finding]:
     """Live through rounds that answer the deployed network, then choose what to ship."""
     import numpy as np
 
@@ -73,29 +77,30 @@ def performative_rows(figures: Path) -> list[tuple[str, str, str, str]]:
     display = TrajectoryDisplay.from_estimator(adapter)
     display.figure_.savefig(figures / "performative.png", dpi=90)
 
-    candidates = {
-        "the convolutional": network,
-        "the residual": from_module(load_small_resnet(), np.arange(10)),
-    }
-    ranking = adapter.rank_models([*candidates.values()], X, y)
-    best = ranking.order[0]
+    names = ("convolutional", "residual")
+    candidates = [network, from_module(load_small_resnet(), np.arange(10))]
+    ranking = adapter.rank_models(candidates, X, y)
+    best, other = ranking.order
     return [
-        (
-            "PerformativeAdapter",
-            "log loss where each round asks more of what the network got wrong, rounds 7 to 16",
-            f"{late['adapter']:.2f}; who knew the mix: {late['oracle']:.2f}",
-            f"no correction {late['none']:.2f}, last round's mix {late['last']:.2f}",
+        Finding(
+            "Each round brings more of what the network got wrong. Can that be anticipated?",
+            f"Yes: log loss {late['adapter']:.2f} in rounds 7 to 16; "
+            f"{late['oracle']:.2f} for one who knew the mix.",
+            f"No correction: {late['none']:.2f}. Assuming last round's mix: {late['last']:.2f}.",
+            "PerformativeAdapter(network).partial_fit(X, y) after each round",
         ),
-        (
-            "PerformativeAdapter.rank_models",
-            "which network to ship, by its accuracy in the round after",
-            f"{list(candidates)[best]} one: {ranking.predicted[best]:.2f}",
-            f"accuracy now: {ranking.current[0]:.2f} and {ranking.current[1]:.2f}",
+        Finding(
+            "Which of two networks should be shipped, when shipping it changes what comes next?",
+            f"The {names[best]} one: {ranking.predicted[best]:.0%} right in the round after its "
+            f"deployment, the {names[other]} one {ranking.predicted[other]:.0%}.",
+            f"Accuracy on today's rows: {ranking.current[best]:.0%} and "
+            f"{ranking.current[other]:.0%}.",
+            "adapter.rank_models(candidates, X, y)",
         ),
     ]
 
 
-def reprogramming_rows(figures: Path) -> list[tuple[str, str, str, str]]:
+def reprogramming_findings(figures: Path) -> list[Finding]:
     """Reprogram the shipped text-image encoder for ten kinds of clothes."""
     import matplotlib.pyplot as plt
     import numpy as np
@@ -124,22 +129,18 @@ def reprogramming_rows(figures: Path) -> list[tuple[str, str, str, str]]:
     accuracy = model.score(X_test, y_test)
     probed = probe.score(zero_shot.transform(X_test), y_test)
     return [
-        (
-            "Reprogrammer",
-            "10 kinds of clothes from 600 pictures, encoder untouched",
-            f"accuracy {accuracy:.2f} (alpha {model.alpha_})",
-            f"zero-shot {zero_shot.score(X_test, y_test):.2f}, linear probe {probed:.2f}",
-        ),
-        (
-            "Reprogrammer",
-            '"none of these": clothes against emoji',
-            f"AUROC {display.auroc:.2f}, FPR95 {display.fpr95:.2f}",
-            f"linear probe {plain.auroc:.2f}, {plain.fpr95:.2f}",
+        Finding(
+            "Can a text-image encoder that never saw clothes sort them, and say 'none of these'?",
+            f"It tells clothes from emoji with an AUROC of {display.auroc:.2f} and sorts "
+            f"{accuracy:.0%} right, from 600 pictures, the encoder untouched.",
+            f"A linear probe on its features: AUROC {plain.auroc:.2f}, {probed:.0%} right. "
+            f"Zero-shot: {zero_shot.score(X_test, y_test):.0%} right.",
+            "Reprogrammer(encoder, class_names=names).fit(X, y)",
         ),
     ]
 
 
-def influence_rows(figures: Path) -> list[tuple[str, str, str, str]]:
+def influence_findings(figures: Path) -> list[Finding]:
     """Find flipped labels, and correct mistakes by the rows behind them."""
     import numpy as np
     from sklearn.metrics import roc_auc_score
@@ -170,25 +171,25 @@ def influence_rows(figures: Path) -> list[tuple[str, str, str, str]]:
     def outcome(each):
         repaired = sum(bool(report["flipped"].all()) for report in each)
         cost = 100 * np.mean([report["guard_after"] - report["guard_before"] for report in each])
-        return f"{repaired} of {len(each)} corrected, guard accuracy {cost:+.2f} points"
+        return f"{repaired} of {len(each)} corrected, accuracy elsewhere {cost:+.2f} points"
 
     return [
-        (
-            "InfluenceScorer",
-            "which of 1,000 Fashion-MNIST labels were flipped (10 %)?",
-            f"leave-one-out loss: AUROC {auc:.3f}",
-            f"plain training loss: AUROC {naive:.3f}",
+        Finding(
+            "An image is predicted wrongly. Which training rows can correct it, at what cost?",
+            f"A few steps on its 50 strongest proponents: {outcome(reports)}.",
+            f"The same on random rows of its class: {outcome(others)}.",
+            "InfluenceScorer(net).fit(X, y).repair(X_wrong, y_wrong, guard=(X_guard, y_guard))",
         ),
-        (
-            "InfluenceScorer.repair",
-            "correct mis-predicted images by a few steps on 50 training rows",
-            f"strongest proponents: {outcome(reports)}",
-            f"random rows of the same class: {outcome(others)}",
+        Finding(
+            "Which of 1,000 training labels are wrong? (A tenth was flipped.)",
+            f"Ranked by leave-one-out loss: AUROC {auc:.3f}.",
+            f"Ranked by plain training loss: {naive:.3f}. Print both: it is a strong baseline.",
+            "InfluenceScorer(net).fit(X, y).detect_mislabels()",
         ),
     ]
 
 
-def component_rows(figures: Path) -> list[tuple[str, str, str, str]]:
+def component_findings(figures: Path) -> list[Finding]:
     """Say which filters made predictions, and cut a class out of a network."""
     import matplotlib.pyplot as plt
     import numpy as np
@@ -235,22 +236,30 @@ def component_rows(figures: Path) -> list[tuple[str, str, str, str]]:
     figure.savefig(figures / "components.png", dpi=90)
     plt.close(figure)
     return [
-        (
-            "ComponentAttributor",
-            f"outputs of 100 images under fresh ablations of 5 % of {model.n_components_} filters",
-            f"correlation {score:.2f} with {model.n_forward_equivalents_} forward-equivalents",
-            f"gradient x parameter: {naive_score:.2f}",
+        Finding(
+            "Can a network forget the class 'coat' without training, and keep the others?",
+            f"{k} of {model.n_components_} filters switched off: {after[0]} of the coats right "
+            f"({before[0]} before), {after[1]} of the others ({before[1]} before).",
+            f"{k} random filters off: {luck[0]} and {luck[1]}.",
+            'ComponentAttributor(network).fit(X, y).edit(coats, direction="decrease")',
         ),
-        (
-            "ComponentAttributor.edit",
-            f"forget the class 'coat' ({before[0]} right, the others {before[1]})",
-            f"{k} filters gone: {after[0]} right, the others {after[1]}",
-            f"{k} random filters: {luck[0]} and {luck[1]}",
+        Finding(
+            "Which filters do these 100 predictions rest on?",
+            f"Effects that foretell fresh ablations of 5 % of the filters (correlation "
+            f"{score:.2f}) "
+            f"at the price of {model.n_forward_equivalents_} forward passes.",
+            f"Gradient times parameter: {naive_score:.2f}.",
+            "ComponentAttributor(network).fit(X, y).attributions_",
         ),
     ]
 
 
-SECTIONS = (performative_rows, reprogramming_rows, influence_rows, component_rows)
+SECTIONS: tuple[Callable[[Path], list[Finding]], ...] = (
+    component_findings,
+    performative_findings,
+    reprogramming_findings,
+    influence_findings,
+)
 
 if __name__ == "__main__":
     warnings.simplefilter("default")
