@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from skperf.backbone.plotting import pyplot
+
 _RAISES, _LOWERS = "#3a6ea5", "#b5473c"
 
 
@@ -98,7 +100,7 @@ class ComponentDisplay:
         ComponentDisplay
             Itself.
         """
-        import matplotlib.pyplot as plt
+        plt = pyplot()
 
         modules = list(dict.fromkeys(self.components["module"].tolist()))
         rows = {module: position for position, module in enumerate(modules)}
@@ -208,7 +210,7 @@ class EditPathDisplay:
         EditPathDisplay
             Itself.
         """
-        import matplotlib.pyplot as plt
+        plt = pyplot()
 
         if ax is None:
             _, ax = plt.subplots(figsize=(5, 3))

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from skperf.backbone.plotting import pyplot
 from skperf.influence._scoring import TopRows
 
 _HELPFUL, _HARMFUL = "#3a6ea5", "#b5473c"
@@ -133,7 +134,7 @@ class InfluenceDisplay:
         InfluenceDisplay
             Itself.
         """
-        import matplotlib.pyplot as plt
+        plt = pyplot()
 
         k = self.proponents.indices.shape[1]
         n, width = len(self.labels), 2 * k + 1
@@ -299,7 +300,7 @@ class FadingDisplay:
         FadingDisplay
             Itself.
         """
-        import matplotlib.pyplot as plt
+        plt = pyplot()
 
         if ax is None:
             _, ax = plt.subplots(layout="constrained")

@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
+from skperf.backbone.plotting import pyplot
 from skperf.performative._inputs import encode
 
 LINES = {
@@ -154,7 +155,7 @@ class TrajectoryDisplay:
         TrajectoryDisplay
             Itself.
         """
-        import matplotlib.pyplot as plt
+        plt = pyplot()
 
         if ax is None:
             _, ax = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from skperf.backbone.plotting import pyplot
 from skperf.metrics import fpr_at_95_tpr, ood_auroc
 
 
@@ -285,7 +286,7 @@ class ProgramDisplay:
         ProgramDisplay
             Itself.
         """
-        import matplotlib.pyplot as plt
+        plt = pyplot()
 
         if axes is None:
             _, axes = plt.subplots(1, 3, figsize=(7, 2.6))
@@ -381,7 +382,7 @@ class LabelMapDisplay:
 
 
 def _axes(ax):
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     if ax is None:
         _, ax = plt.subplots(layout="constrained")
