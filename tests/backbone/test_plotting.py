@@ -2,14 +2,14 @@ import sys
 
 import pytest
 
-from skperf import TrajectoryDisplay
+from skperf import AlphaPathDisplay
 from skperf.backbone.plotting import pyplot
 
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install 'skperf\[plot\]'"):
-        TrajectoryDisplay.from_predictions([[0.5, 0.5]], [[0.4, 0.6]], rounds=[0])
+        AlphaPathDisplay.from_predictions([0, 1], [0.5, 0.6])
 
 
 def test_with_matplotlib():
