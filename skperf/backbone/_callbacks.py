@@ -1,6 +1,8 @@
 """Scikit-learn's fit callbacks, where the installed version has them."""
 
+from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -13,12 +15,12 @@ except ImportError:  # scikit-learn 1.8
 __all__ = ["CallbackSupportMixin", "tells_callbacks"]
 
 
-def tells_callbacks(fit):
+def tells_callbacks(fit: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a ``fit`` so that scikit-learn's callbacks hear of its beginning and end."""
     # Goes below `fit_context`, which takes the callbacks down again.
 
     @wraps(fit)
-    def told(estimator, X, y=None, *args, **kwargs):
+    def told(estimator: Any, X: Any, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not getattr(estimator, "_skl_callbacks", None):
             return fit(estimator, X, y, *args, **kwargs)
         task = estimator._init_callback_context()

@@ -1,10 +1,14 @@
 """A classifier with a changed copy of its network."""
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._opening import source_of
-from skperf.backbone.network import Network
+from skperf.backbone.network import Forward, Network, Readout
+from skperf.backbone.rows import Rows
 
 
 class EditedClassifier(ModuleClassifier):
@@ -22,8 +26,20 @@ class EditedClassifier(ModuleClassifier):
         Labels in the order of the logits' columns.
     edit_report : dict
         What was done and what it cost.
+    forward : callable, optional
+        As in :func:`from_module`.
+    readout : callable, optional
+        As in :func:`from_module`.
+    loss : str, nn.Module or callable, optional
+        As in :func:`from_module`.
     batch_size : int, default=256
         Rows that go through the module at once.
+    before : callable, optional
+        Applied to rows first: the steps of a pipeline before the network.
+    width : int, optional
+        Columns that the rows must have.
+    names : ndarray of str, optional
+        Names that the columns of a DataFrame must have, in this order.
 
     Attributes
     ----------
@@ -35,19 +51,19 @@ class EditedClassifier(ModuleClassifier):
 
     def __init__(
         self,
-        estimator,
-        module,
-        classes,
-        edit_report,
+        estimator: Any,
+        module: nn.Module,
+        classes: Any,
+        edit_report: dict[str, Any],
         *,
-        forward=None,
-        readout=None,
-        loss=None,
-        batch_size=256,
-        before=None,
-        width=None,
-        names=None,
-    ):
+        forward: Forward | None = None,
+        readout: Readout | None = None,
+        loss: Any = None,
+        batch_size: int = 256,
+        before: Callable[[Rows], Rows] | None = None,
+        width: int | None = None,
+        names: Any = None,
+    ) -> None:
         super().__init__(
             module,
             classes,
@@ -63,10 +79,10 @@ class EditedClassifier(ModuleClassifier):
         self.edit_report = edit_report
 
     @property
-    def edit_report_(self):
+    def edit_report_(self) -> dict[str, Any]:
         return self.edit_report
 
-    def revert(self):
+    def revert(self) -> Any:
         """Give back the original.
 
         Returns

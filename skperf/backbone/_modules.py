@@ -1,5 +1,6 @@
 """A torch module as a fitted scikit-learn estimator."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from skperf.backbone._validation import as_labels, check_rows
 from skperf.backbone.looking import Seen, look
 from skperf.backbone.losses import Loss, describes, resolve_loss
-from skperf.backbone.network import Network
+from skperf.backbone.network import Forward, Network, Readout
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import original, own_copy, view
 
@@ -56,17 +57,17 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        module,
-        classes=None,
+        module: nn.Module,
+        classes: Any = None,
         *,
-        forward=None,
-        readout=None,
-        loss=None,
-        batch_size=256,
-        before=None,
-        width=None,
-        names=None,
-    ):
+        forward: Forward | None = None,
+        readout: Readout | None = None,
+        loss: Any = None,
+        batch_size: int = 256,
+        before: Callable[[Rows], Rows] | None = None,
+        width: int | None = None,
+        names: Any = None,
+    ) -> None:
         self.module = module
         self.classes = classes
         self.forward = forward
@@ -76,14 +77,17 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         self.before = before
         self.width = width
         self.names = names
+        # what one row has shown, and whether the classes of its outputs come before positions
+        self._looked: Seen | None = None
+        self._classes_first = False
 
-    def __sklearn_clone__(self):
+    def __sklearn_clone__(self) -> "ModuleClassifier":
         return self
 
-    def __sklearn_is_fitted__(self):
+    def __sklearn_is_fitted__(self) -> bool:
         return True
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         if not _classifies(self):
             tags.estimator_type = "regressor"
@@ -147,7 +151,7 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         ValueError
             If the rows are not those the network takes, or an output is not finite.
         """
-        logits = self._outputs(X).numpy()
+        logits: np.ndarray = self._outputs(X).numpy()
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     @available_if(_classifies)
@@ -197,7 +201,7 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
             return np.asarray(network.classes[outputs.argmax(1).numpy()])
         if kind == "labels":
             return np.asarray((outputs > 0).long().numpy())
-        values = outputs.numpy()
+        values: np.ndarray = outputs.numpy()
         return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -274,13 +278,13 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         )
         # classes of maps stand in torch's place, before the positions; those of tokens behind
         first = labels is not None and labels.ndim > 1 and labels.shape[1:] == seen.shape[1:]
-        vars(other)["_looked"], vars(other)["_classes_first"] = seen, first
+        other._looked, other._classes_first = seen, first
         other._check_seen(labels)
         return other
 
     def _check_seen(self, labels: Any) -> None:
-        seen, name = vars(self)["_looked"], type(self.module).__name__
-        if self.resolved_loss().kind != "classes":
+        seen, name = self._looked, type(self.module).__name__
+        if seen is None or self.resolved_loss().kind != "classes":
             return
         if not seen.shape:
             raise ValueError(
@@ -312,10 +316,10 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
     def _known_classes(self) -> np.ndarray | None:
         if self.classes is not None:
             return np.asarray(self.classes)
-        seen = vars(self).get("_looked")
+        seen = self._looked
         if seen is None or not seen.shape:
             return None
-        tokens = len(seen.shape) == 2 and not vars(self).get("_classes_first", False)
+        tokens = len(seen.shape) == 2 and not self._classes_first
         return np.arange(seen.shape[1] if tokens else seen.shape[0])
 
     def _blank(self) -> Network:
@@ -329,15 +333,14 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         )
 
     def _seen(self, X: Rows | None) -> Seen | None:
-        if "_looked" not in vars(self) and X is not None and len(X):
+        if self._looked is None and X is not None and len(X):
             known = None if self.classes is None else len(self.classes)
             loss = self.resolved_loss()
-            seen = look(
+            # the same for every thread that looks
+            self._looked = look(
                 self._blank(), X, n_labels=known, loss=None if loss.kind == "classes" else loss
             )
-            # the same for every thread that looks
-            vars(self)["_looked"] = seen
-        return vars(self).get("_looked")
+        return self._looked
 
     def _rows(self, X: Any) -> Rows:
         return Rows.of(X) if self.before is not None else check_rows(self, X)
@@ -346,7 +349,7 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         rows = self._rows(X)
         return self.to_network(rows).logits(rows)
 
-    def __repr__(self, N_CHAR_MAX=700):
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         loss = "" if self.loss is None else f", loss={describes(self.resolved_loss())}"
         return f"{type(self).__name__}({type(self.module).__name__}{loss})"
 
@@ -359,15 +362,15 @@ def trained_names(module: nn.Module) -> tuple[str, ...] | None:
 
 
 def from_module(
-    module,
-    classes=None,
+    module: nn.Module,
+    classes: Any = None,
     *,
-    forward=None,
-    readout=None,
-    loss=None,
-    device=None,
-    batch_size=256,
-):
+    forward: Forward | None = None,
+    readout: Readout | None = None,
+    loss: Any = None,
+    device: Any = None,
+    batch_size: int = 256,
+) -> FrozenEstimator:
     """Use a trained torch module wherever a fitted estimator is accepted.
 
     Parameters

@@ -35,6 +35,7 @@ from skperf.backbone.losses import (
 )
 from skperf.backbone.network import (
     Network,
+    Readout,
     log_odds_of_probability,
     log_of_probabilities,
     logits_of_shares,
@@ -151,8 +152,10 @@ def class_logits(fitted: Any, X: Any) -> np.ndarray:
         if hasattr(fitted, "predict_proba"):
             return _log_probabilities(fitted.predict_proba(given), type(fitted).__name__)
         if hasattr(fitted, "decision_function"):
-            scores = np.asarray(fitted.decision_function(given), dtype=np.float64)
-            return scores if scores.ndim == 2 else np.stack([np.zeros_like(scores), scores], 1)
+            scores: Any = np.asarray(fitted.decision_function(given), dtype=np.float64)
+            if scores.ndim == 1:
+                scores = np.stack([np.zeros_like(scores), scores], 1)
+            return np.asarray(scores)
     raise TypeError(
         "estimator must have predict_proba or decision_function; "
         f"{type(fitted).__name__} has neither."
@@ -267,7 +270,10 @@ def _fit_stock_net(net: Any, rows: Rows, y: Any, sample_weight: Any, seed: int) 
             f"{type(net).__name__} takes no sample_weight; skperf.Net does, "
             "with the same arguments."
         )
-    classifies = isinstance(net, NeuralNetClassifier | NeuralNetBinaryClassifier)
+    criterion = net.criterion if isinstance(net.criterion, type) else type(net.criterion)
+    classifies = isinstance(net, NeuralNetClassifier | NeuralNetBinaryClassifier) or issubclass(
+        criterion, nn.CrossEntropyLoss | nn.NLLLoss
+    )
     labels, codes = np.unique(y, return_inverse=True) if classifies else (None, np.asarray(y))
     if isinstance(net, NeuralNetBinaryClassifier) or not classifies:
         codes = codes.astype(np.float32) if codes.dtype.kind in "biuf" else codes
@@ -275,29 +281,32 @@ def _fit_stock_net(net: Any, rows: Rows, y: Any, sample_weight: Any, seed: int) 
         net.initialize()
         inputs = Network(net.module_, None).inputs(rows)
         net.partial_fit(inputs.map(lambda leaf: leaf.cpu()).tree, codes)
-    if labels is None or np.array_equal(labels, np.arange(len(labels))):
+    known = hasattr(net, "classes_") and np.array_equal(labels, np.arange(len(labels)))
+    if labels is None or known:
         return net
-    network = replace(_of_net(net), module=net.module_, classes=labels)
+    network = replace(_of_net(net, labels), module=net.module_, classes=labels)
     return ModuleClassifier(
         network.to_module(), labels, batch_size=network.batch_size, loss=network.loss
     )
 
 
-def _of_net(net: Any) -> Network:
+def _of_net(net: Any, labels: Any = None) -> Network:
     """Open a skorch net: its nonlinearity and its criterion say what its module returns."""
     if isinstance(net, Net):
-        return net.to_network()
+        network: Network = net.to_network()
+        return network
     criterion = net.criterion_
     loss = resolve_loss(criterion)
     classifies = isinstance(net, NeuralNetClassifier | NeuralNetBinaryClassifier)
-    classes, readout = np.asarray(net.classes_) if classifies else None, None
+    classes = np.asarray(net.classes_) if classifies else labels
+    readout: Readout | None = None
     if isinstance(criterion, nn.BCELoss):
         readout = log_odds_of_probability if classifies else logits_of_shares
     elif isinstance(net, NeuralNetBinaryClassifier):
         readout = two_logits
     elif isinstance(net, NeuralNetClassifier) and isinstance(criterion, nn.NLLLoss):
         readout = log_of_probabilities
-    elif not classifies and loss.kind == "classes":
+    elif classes is None and loss.kind == "classes":
         raise ValueError(
             f"estimator is a {type(net).__name__} trained with {type(criterion).__name__}, whose "
             "labels are not known: use NeuralNetClassifier, or "
@@ -330,7 +339,9 @@ def _from_logistic_regression(fitted: Any) -> Network:
     readout = two_logits if len(fitted.coef_) == 1 else None
     strengths = np.unique(getattr(fitted, "C_", fitted.C if hasattr(fitted, "C") else 1.0))
     C = float(strengths[0]) if len(strengths) == 1 else np.nan
-    penalty = Penalty(0.0 if np.isinf(C) else 1 / C, per_total_weight=True, biases=False)
+    penalty: Penalty | None = Penalty(
+        0.0 if np.isinf(C) else 1 / C, per_total_weight=True, biases=False
+    )
     if fitted.get_params(deep=False).get("l1_ratio") not in (None, 0, 0.0, (0.0,)):
         penalty = None
     return Network(

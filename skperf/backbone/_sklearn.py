@@ -1,5 +1,7 @@
 """The names that scikit-learn keeps private, imported here and nowhere else."""
 
+from typing import Any
+
 import numpy as np
 from sklearn.base import _fit_context as fit_context
 from sklearn.model_selection._search import BaseSearchCV
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 
-def check_sample_weight(sample_weight, X, *, dtype=None):
+def check_sample_weight(sample_weight: Any, X: Any, *, dtype: Any = None) -> np.ndarray:
     """Validate weights: one a row, finite, none negative, not all zero.
 
     Shapes: sample_weight (n,), X (n, ...) -> (n,).
@@ -38,4 +40,4 @@ def check_sample_weight(sample_weight, X, *, dtype=None):
     # scikit-learn reads off X the number of rows, and what kind of array to make
     if dtype is not None and not hasattr(X, "dtype"):
         X = np.empty((len(X), 1))
-    return _check_sample_weight(sample_weight, X, dtype=dtype, ensure_non_negative=True)
+    return np.asarray(_check_sample_weight(sample_weight, X, dtype=dtype, ensure_non_negative=True))

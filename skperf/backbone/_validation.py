@@ -11,6 +11,7 @@ from sklearn.utils import check_array
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, column_or_1d, validate_data
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from skperf.backbone._sklearn import BaseSearchCV
 from skperf.backbone.rows import Rows
@@ -78,7 +79,7 @@ def check_labelled_rows(
     estimator: Any, X: Any, y: Any, *, reset: bool = False
 ) -> tuple[Rows, np.ndarray]:
     """Validate rows and their class labels: X (n, ...), y (n,)."""
-    _need_targets(estimator, y)
+    _need_targets(estimator, X, y)
     rows = check_rows(estimator, X, reset=reset)
     labels = column_or_1d(as_labels(y), warn=True)
     _check_targets_finite(labels)
@@ -92,7 +93,7 @@ def check_targets(
     estimator: Any, X: Any, y: Any, *, reset: bool = False
 ) -> tuple[Rows, np.ndarray]:
     """Validate rows and targets of any kind: X (n, ...), y (n, ...)."""
-    _need_targets(estimator, y)
+    _need_targets(estimator, X, y)
     rows = check_rows(estimator, X, reset=reset)
     targets = as_labels(y)
     if targets.ndim == 0:
@@ -146,8 +147,10 @@ def _forget_widths(estimator: Any) -> None:
         vars(estimator).pop(name, None)
 
 
-def _need_targets(estimator: Any, y: Any) -> None:
+def _need_targets(estimator: Any, X: Any, y: Any) -> None:
     if y is None:
+        if isinstance(X, DataLoader):
+            Rows.of(X)  # says what to pass instead
         # in scikit-learn's words, whose own checks look for them
         name = type(estimator).__name__
         raise ValueError(

@@ -55,7 +55,10 @@ def _replicated(packed: NDArray[np.uint8], prefer: str | None) -> AbstractContex
     client = getattr(backend, "client", None)
     if client is None:
         return nullcontext()
-    return parallel_config("dask", n_jobs=-1, client=client, scatter=[packed])
+    replicated: AbstractContextManager[Any] = parallel_config(
+        "dask", n_jobs=-1, client=client, scatter=[packed]
+    )
+    return replicated
 
 
 def _unpacked(task: Callable[..., Any], packed: NDArray[np.uint8], piece: Any) -> Any:

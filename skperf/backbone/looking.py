@@ -40,8 +40,12 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     """
     few = X[: min(2, len(X))]
     generator = torch.Generator().manual_seed(0)
-    leaves = {name: p for name, p in network.module.named_parameters() if p.is_floating_point()}
-    own = {name: p.detach().requires_grad_() for name, p in leaves.items()}
+    scripted = any(isinstance(part, torch.jit.ScriptModule) for part in network.module.modules())
+    own = {
+        name: parameter.detach().requires_grad_()
+        for name, parameter in network.module.named_parameters()
+        if parameter.is_floating_point() and not scripted
+    }
     # with gradients, so that the last operation can be seen
     with torch.enable_grad(), drawing_from(generator) as mode:
         plain = replace(network, readout=None, draws=False)

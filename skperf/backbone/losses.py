@@ -56,13 +56,13 @@ class Loss:
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Differentiate twice by a row's outputs: (n, K) or (n,) -> (n, K, K)."""
-        flat = outputs.reshape(len(outputs), -1)
-
-        def own(row: Tensor, target: Tensor) -> Tensor:
-            return self.value(row.reshape(outputs.shape[1:])[None], target[None])[0]
-
-        hessian: Tensor = torch.func.vmap(torch.func.hessian(own))(flat.detach(), targets)
-        return hessian
+        flat = outputs.detach().reshape(len(outputs), -1).requires_grad_()
+        with torch.enable_grad():
+            total = self.value(flat.reshape(outputs.shape), targets).sum()
+            (slope,) = torch.autograd.grad(total, flat, create_graph=True)
+            # rows do not meet in the sum, so one pass gives a column of every row's matrix
+            columns = [_differentiated(column, flat) for column in slope.unbind(1)]
+        return torch.stack(columns, 1).detach()
 
     def weights(self, targets: Tensor) -> Tensor | None:
         """Training weight of each row beside its sample weight: targets (n, ...) -> (n,)."""
@@ -325,6 +325,13 @@ def describes(loss: Loss) -> str:
         and getattr(loss, entry.name) is not getattr(plain, entry.name)
     ]
     return loss.name + (f"({', '.join(changed)})" if changed else "")
+
+
+def _differentiated(column: Tensor, by: Tensor) -> Tensor:
+    if not column.requires_grad:
+        return torch.zeros_like(by)
+    (gradient,) = torch.autograd.grad(column.sum(), by, retain_graph=True, materialize_grads=True)
+    return gradient
 
 
 def _class_axis_second(outputs: Tensor, targets: Tensor) -> Tensor:

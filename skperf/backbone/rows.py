@@ -105,7 +105,7 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows once loaded."""
-        one = sum(leaf.nbytes for leaf in self[:1].leaves if hasattr(leaf, "nbytes"))
+        one: int = sum(leaf.nbytes for leaf in self[:1].leaves if hasattr(leaf, "nbytes"))
         return one * len(self)
 
     def map(self, function: Callable[[Any], Any]) -> "Rows":

@@ -84,7 +84,8 @@ def _copied(
             )
             memo[id(part)] = _whole(part)
             continue
-        for name, tensor in part._parameters.items():
+        for name, weight in part._parameters.items():
+            tensor: Any = weight
             if tensor is None or id(tensor) in memo:
                 continue
             if is_lazy(tensor):
@@ -93,9 +94,9 @@ def _copied(
                     "layer): run one batch through the module before it is used here."
                 )
             memo[id(tensor)] = parameter(tensor)
-        for tensor in part._buffers.values():
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = buffer(tensor)
+        for own in part._buffers.values():
+            if own is not None and id(own) not in memo:
+                memo[id(own)] = buffer(own)
         # all empty copies first, so that references between parts end inside the copy
         if "__deepcopy__" not in dir(type(part)) or _is_parametrized(part):
             shell = type(part).__new__(type(part))
