@@ -3,7 +3,6 @@
 Run with ``python -m benchmarks.backbone``; writes ``benchmarks/results/backbone.json``.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from sklearn.datasets import make_classification
 from skorch import NeuralNetClassifier
 from torch import nn
 
+from benchmarks import runner
 from benchmarks.timing import interleaved
 from skperf import MLP, Net
 
@@ -62,7 +62,7 @@ def main() -> None:
             print(*report[-1].values(), sep="\t")
     path = Path(__file__).parent / "results" / "backbone.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    runner.save(path, report)
 
 
 def train_bare(inputs: torch.Tensor, targets: torch.Tensor) -> None:

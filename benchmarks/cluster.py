@@ -4,7 +4,6 @@ Run with ``python -m benchmarks.cluster``; writes ``benchmarks/results/cluster.j
 those that cross the loopback interface while the work runs, pickled tasks and results included.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from distributed import Client, LocalCluster
 from joblib import parallel_config
 
+from benchmarks import runner
 from skperf import ComponentAttributor, InfluenceScorer, from_module
 from skperf.datasets import load_fashion_mnist, load_small_resnet
 
@@ -75,7 +75,7 @@ def main() -> None:
                     }
                 )
                 print(*rows[-1].values(), sep="\t", flush=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    runner.save(RESULTS, rows)
 
 
 def measured(function):

@@ -12,11 +12,11 @@ benchmarks/results/components_*.json; "plot" draws the curves from these files. 
 """
 
 import argparse
-import json
 
 import numpy as np
 import torch
 
+from benchmarks import runner
 from benchmarks.components_networks import NETWORKS, attributor, n_logits
 from benchmarks.components_race import RESULTS, race, save, speed
 from skperf.backbone._opening import open_network
@@ -156,7 +156,7 @@ def plot():
     import matplotlib.pyplot as plt
 
     paths = sorted(RESULTS.glob("components_curve_*.json"))
-    rows = [row for path in paths for row in json.loads(path.read_text())]
+    rows = [row for path in paths for row in runner.load(path)]
     small = [row for row in rows if row["network"] != "lite0"]
     deep = [row for row in rows if row["network"] == "lite0"]
     networks = ["resnet", "rnet", "minilm"]

@@ -11,13 +11,13 @@ from the rows of the attributions or, for subgroups, from a third set. "subgroup
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks import runner
 from benchmarks.components_networks import NETWORKS, n_logits
 from skperf import from_module
 from skperf.backbone.architectures import SmallConvNet
@@ -354,13 +354,13 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = runner.load(RESULTS) if RESULTS.exists() else {}
     for task in options.tasks:
         for seed in options.seeds:
             results[f"{task} {seed}"] = TASKS[task](seed)
             print(task, seed, results[f"{task} {seed}"], flush=True)
             RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=1, default=float) + "\n")
+            runner.save(RESULTS, results)
 
 
 if __name__ == "__main__":

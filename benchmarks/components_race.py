@@ -1,7 +1,6 @@
 """Cost of component attribution beside the released procedure and captum: speed and race."""
 
 import copy
-import json
 import statistics
 import time
 import warnings
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LinearRegression
 
+from benchmarks import runner
 from benchmarks.components_networks import attributor, n_logits, resnet
 from skperf.components.designs import bernoulli_masks
 from skperf.metrics import counterfactual_correlation
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def save(key, value):
     """Write one result of the components."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"components_{key}.json").write_text(json.dumps(value, indent=1) + "\n")
+    runner.save(RESULTS / f"components_{key}.json", value)
 
 
 def released_pass(module, names, mask, inputs, codes):

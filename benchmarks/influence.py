@@ -14,7 +14,6 @@ own for each method. What the figures come to is written to results/influence_ta
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import influence_peers as peers
+from benchmarks import runner
 from benchmarks.influence_workloads import BUILDERS, load
 from benchmarks.timing import interleaved
 from skperf import from_module
@@ -290,12 +290,12 @@ def write_targets(rows):
             record["memory"] = round(left["peak MiB"] / max(right["peak MiB"], 1), 2)
         comparisons.append(record)
     path = RESULTS.with_name("influence_targets.json")
-    path.write_text(json.dumps({"rows": comparisons}, indent=1) + "\n")
+    runner.save(path, comparisons)
 
 
 def known_rows():
     """Rows of the results so far."""
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return runner.load(RESULTS) if RESULTS.exists() else []
 
 
 def main():
@@ -322,7 +322,7 @@ def main():
             new = run(name, arguments.cache, arguments.repeats, arguments.memory, arguments.search)
         rows = [*(row for row in known_rows() if row["workload"] != name), *new]
         rows.sort(key=lambda row: list(BUILDERS).index(row["workload"]))
-        RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        runner.save(RESULTS, rows)
         write_targets(rows)
 
 

@@ -10,12 +10,12 @@ task's own best score. Writes results/influence_damping.json.
 """
 
 import argparse
-import json
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
+from benchmarks import runner
 from benchmarks.influence_workloads import load
 from skperf import from_module
 from skperf.influence import InfluenceScorer, damping
@@ -80,7 +80,7 @@ def main():
         row |= {"of the best": round(sum(parts) / len(parts), 3), "least": round(min(parts), 3)}
         rows.append(row)
         print(*row.values(), flush=True)
-    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    runner.save(RESULTS, rows)
 
 
 if __name__ == "__main__":

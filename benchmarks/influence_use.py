@@ -9,7 +9,6 @@ Seeds 0, 1 and 2 served to choose what ``fading`` does, so that it is reported o
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from benchmarks import runner
 from benchmarks.influence_tasks import (
     cnn,
     digits,
@@ -249,11 +249,9 @@ def main():
             runs.append(list(run(seed)))
             print(f"{part}, seed {seed}: {time.process_time() - start:.0f} CPU s", flush=True)
         rows = summarised(runs)
-        command = f"python -m benchmarks.influence_use {part} --seeds {' '.join(map(str, seeds))}"
-        results = {"command": command, "seeds": list(seeds), "rows": rows}
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"influence_{part}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        runner.save(path, rows, seeds=seeds)
         print("means over seeds and ranges")
         for row in rows:
             print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -7,13 +7,13 @@ from; "G realised" is against one that knows the shares which the drawn rows hap
 """
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed
 
+from benchmarks import runner
 from benchmarks.performative_worlds import ARMS, COLUMNS, ROUNDS, run
 
 RESULTS = Path(__file__).parent / "results" / "performative.json"
@@ -66,11 +66,11 @@ def main():
         )
         record = summarise(column, arm, runs)
         print(*(f"{name} {value}" for name, value in record.items()), sep="  ", flush=True)
-        records = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        records = runner.load(RESULTS) if RESULTS.exists() else []
         records = [r for r in records if (r["world"], r["arm"]) != (column, arm)] + [record]
         order = {pair: i for i, pair in enumerate(product(COLUMNS, ARMS))}
         records.sort(key=lambda r: order.get((r["world"], r["arm"]), len(order)))
-        RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+        runner.save(RESULTS, records)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ is deployed; all others are judged on the rounds that it meets.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks import runner
 from benchmarks.data import fetch_newsgroups, fetch_r8, fetch_wordllama
 from skperf import PerformativeAdapter, from_module
 from skperf.backbone._opening import class_logits
@@ -176,7 +176,7 @@ def main():
             for record in found:
                 print("   ", *list(record.values())[2:9], flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "performative_real.json").write_text(json.dumps(records, indent=1) + "\n")
+    runner.save(RESULTS / "performative_real.json", records)
     draw(curves)
 
 

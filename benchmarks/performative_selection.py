@@ -8,7 +8,6 @@ round that answers them.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
+from benchmarks import runner
 from benchmarks.performative_worlds import COLUMNS, World
 from skperf import PerformativeAdapter
 
@@ -123,7 +123,7 @@ def main():
             }
             print(*(f"{key} {value}" for key, value in record.items()), sep="  ", flush=True)
             records.append(record)
-    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+    runner.save(RESULTS, records)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ Run with ``python -m benchmarks.performative_speed``; writes
 ``benchmarks/results/performative_speed.json``.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 from scipy.special import softmax
 
+from benchmarks import runner
 from benchmarks.timing import interleaved
 from skperf.performative.label_shift import correct_logits, em_prior, probabilities
 from skperf.performative.response import fit_linear, fit_tied
@@ -60,7 +60,7 @@ def main():
     records += [r | {"least": None, "greatest": None} for r in (ratio, ratio_step)]
     for record in records:
         print(*record.values(), sep="  ")
-    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+    runner.save(RESULTS, records)
 
 
 def by_elements(scores, base, n_steps=50):

@@ -17,7 +17,6 @@ The encoders are CLIP-like in form only; nothing here says anything about CLIP's
 """
 
 import argparse
-import json
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
+from benchmarks import runner
 from benchmarks.reprogramming_tasks import ENCODERS, PROMPT, make_tasks
 from skperf.metrics import fpr_at_95_tpr, ood_auroc
 from skperf.reprogramming import RELEASED_SETTINGS, Reprogrammer
@@ -208,7 +208,7 @@ def run(name, task_name, seed, afresh):
     What is there is kept, skperf's own rows only unless they are wanted afresh.
     """
     path = RESULTS / f"reprogramming_{name}_seed{seed}.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = runner.load(path) if path.exists() else []
     if afresh:
         ours = [row["method"].startswith("skperf") and row["task"] == task_name for row in rows]
         rows = [row for row, own in zip(rows, ours, strict=True) if not own]
@@ -227,7 +227,7 @@ def run(name, task_name, seed, afresh):
     def keep(task, method, result, seconds, **more):
         rows.append({"task": task.name, "seed": seed, "method": method, **result, **more})
         rows[-1] |= {"cpu_s": round(seconds, 1)}
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        runner.save(path, rows)
         shown = " ".join(f"{k} {v:.3f}" for k, v in result.items())
         print(f"{task.name:14s} {seed} {method:34s} {shown} {seconds:.0f} s", flush=True)
 
@@ -272,7 +272,7 @@ def by_seed(rows, method, task, column):
 def read(name):
     """Read the results of all seeds of an encoder."""
     paths = sorted(RESULTS.glob(f"reprogramming_{name}_seed*.json"))
-    return [row for path in paths for row in json.loads(path.read_text())]
+    return [row for path in paths for row in runner.load(path)]
 
 
 def table(name, target):
@@ -325,7 +325,7 @@ def gains(rows, other, task, column):
 
 def write(name, records):
     """Write records to the results."""
-    (RESULTS / name).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    runner.save(RESULTS / name, records)
 
 
 MEAN = "mean of tasks"

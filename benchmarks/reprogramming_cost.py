@@ -24,6 +24,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import runner
 from benchmarks.timing import interleaved
 from skperf.datasets import load_fashion_mnist, load_text_image_encoder
 from skperf.reprogramming import RELEASED_SETTINGS, Reprogrammer
@@ -241,5 +242,5 @@ if __name__ == "__main__":
             "fit": fit_cost(options.repeats, options.epochs),
             "memory": memory_cost(),
         }
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        runner.save(RESULTS, results)
         print(json.dumps(results, indent=1))

@@ -8,7 +8,6 @@ Writes ``benchmarks/results/reprogramming_peers.json``; needs pytorch-ood
 """
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from benchmarks import runner
 from skperf.datasets import load_emoji, load_fashion_mnist, load_text_image_encoder
 from skperf.metrics import fpr_at_95_tpr, ood_auroc
 from skperf.reprogramming import Reprogrammer
@@ -80,6 +80,6 @@ def compare():
 
 if __name__ == "__main__":
     records = list(compare())
-    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+    runner.save(RESULTS, records)
     for record in records:
         print(record)

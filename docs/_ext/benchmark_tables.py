@@ -1,16 +1,37 @@
-"""The directive ``benchmark-table``: a committed result file as a table.
+"""The directives ``benchmark-table`` and ``workload-table``: committed results as tables.
 
-Each file in ``benchmarks/results`` that the docs show is a list of flat records, all with
-the same keys, or a record that holds such a list under ``rows``.
+Each file in ``benchmarks/results`` that the docs show is a list of flat records under ``rows``,
+beside it where they came from (``benchmarks.runner.save``); older files are the list alone.
 """
 
 import json
+import sys
 from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import Directive, directives
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+# what a reader calls the columns whose keys are short
+HEADINGS = {
+    "arm": "prior used",
+    "AUROC": "rejects: AUROC",
+    "cpu_s": "CPU seconds",
+    "CPU s": "CPU seconds",
+    "FPR95": "lets in at 95 %",
+    "f1": "F1",
+    "G": "gain over no correction",
+    "G min": "least",
+    "G rounds 1-20": "rounds 1 to 20",
+    "G rounds 20+": "rounds from 20",
+    "ID": "accuracy",
+    "LDS": "rank correlation with retraining (LDS)",
+    "shifted": "accuracy, shifted rows",
+    "wall s": "seconds",
+    "wall range": "least to greatest",
+}
 
 
 class BenchmarkTable(Directive):
@@ -27,13 +48,45 @@ class BenchmarkTable(Directive):
         records = json.loads(path.read_text())
         rows = records["rows"] if isinstance(records, dict) else records
         columns = [c.strip() for c in self.options.get("columns", ",".join(rows[0])).split(",")]
-        table = nodes.table(classes=["benchmark"])
-        group = nodes.tgroup(cols=len(columns))
-        table += group
-        group += [nodes.colspec(colwidth=1) for _ in columns]
-        group += nodes.thead("", _row(columns))
-        group += nodes.tbody("", *(_row([_shown(row.get(c)) for c in columns]) for row in rows))
-        return [table]
+        head = [HEADINGS.get(column, column) for column in columns]
+        found = [_table(head, [[row.get(column) for column in columns] for row in rows])]
+        origin = records.get("provenance") if isinstance(records, dict) else None
+        return found + ([_origin(origin)] if origin else [])
+
+
+class WorkloadTable(Directive):
+    """Draw what is measured, by which command, and the page that shows it."""
+
+    def run(self):
+        from benchmarks.runner import WORKLOADS
+
+        rows = [
+            [each.question, f"python -m benchmarks.{each.command}", each.page.rpartition("/")[2]]
+            for each in WORKLOADS
+            if each.page
+        ]
+        return [_table(["what is measured", "command", "shown in"], rows)]
+
+
+def _table(head, rows):
+    table = nodes.table(classes=["benchmark"])
+    group = nodes.tgroup(cols=len(head))
+    table += group
+    group += [nodes.colspec(colwidth=1) for _ in head]
+    group += nodes.thead("", _row(head))
+    group += nodes.tbody("", *(_row(row) for row in rows))
+    return table
+
+
+def _origin(origin):
+    machine, versions = origin["machine"], origin["versions"]
+    text = f"{origin['command']}, commit {origin['commit']}, {origin['date']}; "
+    if origin["seeds"]:
+        text += f"seeds {', '.join(map(str, origin['seeds']))}; "
+    text += f"{origin['threads']} of {machine['cores']} cores, {machine['processor']}"
+    text += f" (load {machine['load']})" if machine.get("load") is not None else ""
+    text += "; " + ", ".join(f"{name} {number}" for name, number in versions.items())
+    return nodes.paragraph(text=text, classes=["origin"])
 
 
 def _shown(value):
@@ -43,9 +96,16 @@ def _shown(value):
 
 
 def _row(cells):
-    return nodes.row("", *(nodes.entry("", nodes.paragraph(text=cell)) for cell in cells))
+    row = nodes.row()
+    for cell in cells:
+        is_number = isinstance(cell, int | float)
+        entry = nodes.entry("", nodes.paragraph(text=_shown(cell)))
+        entry["classes"] += ["number"] if is_number else []
+        row += entry
+    return row
 
 
 def setup(app):
     app.add_directive("benchmark-table", BenchmarkTable)
+    app.add_directive("workload-table", WorkloadTable)
     return {"parallel_read_safe": True}
