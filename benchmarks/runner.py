@@ -97,7 +97,7 @@ WORKLOADS = (
     *(
         Workload(
             "components",
-            f"Effects of components at equal cost: {network}, {share} ablated, seed {seed}",
+            "Effects of components at equal cost",
             f"components curve --network {network} --fraction {share} --seed {seed}",
             (f"components_curve_{network}_{share}_{seed}.json",),
             "guide/components",
@@ -108,7 +108,7 @@ WORKLOADS = (
     ),
     Workload(
         "components",
-        "The same on EfficientNet-Lite0",
+        "Effects of components at equal cost, on EfficientNet-Lite0",
         "components curve --network lite0 --n-test 60",
         ("components_curve_lite0_0.01_0.json",),
         "guide/components",
@@ -150,7 +150,7 @@ WORKLOADS = (
     ),
     Workload(
         "reprogramming",
-        "The same on EfficientNet-Lite0 joined to MiniLM",
+        "Reprogramming, on EfficientNet-Lite0 joined to MiniLM",
         "reprogramming --encoder lite0 --seeds 0 1 2",
         ("reprogramming_lite0.json",),
         "guide/reprogramming",

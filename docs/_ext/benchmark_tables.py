@@ -10,6 +10,7 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import Directive, directives
+from sphinx import addnodes
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,10 +61,14 @@ class WorkloadTable(Directive):
     def run(self):
         from benchmarks.runner import WORKLOADS
 
+        first = {each.question: each for each in reversed(WORKLOADS) if each.page}
         rows = [
-            [each.question, f"python -m benchmarks.{each.command}", each.page.rpartition("/")[2]]
-            for each in WORKLOADS
-            if each.page
+            [
+                question,
+                nodes.literal(text=f"python -m benchmarks.{each.command}"),
+                _link(self.state.document.settings.env.docname, each.page),
+            ]
+            for question, each in reversed(first.items())
         ]
         return [_table(["what is measured", "command", "shown in"], rows)]
 
@@ -76,6 +81,14 @@ def _table(head, rows):
     group += nodes.thead("", _row(head))
     group += nodes.tbody("", *(_row(row) for row in rows))
     return table
+
+
+def _link(here, page):
+    title = page.rpartition("/")[2]
+    link = addnodes.pending_xref(
+        "", refdomain="std", reftype="doc", reftarget=f"/{page}", refdoc=here, refexplicit=True
+    )
+    return link + nodes.inline(text=title)
 
 
 def _origin(origin):
@@ -99,7 +112,8 @@ def _row(cells):
     row = nodes.row()
     for cell in cells:
         is_number = isinstance(cell, int | float)
-        entry = nodes.entry("", nodes.paragraph(text=_shown(cell)))
+        shown = cell if isinstance(cell, nodes.Node) else nodes.Text(_shown(cell))
+        entry = nodes.entry("", nodes.paragraph("", "", shown))
         entry["classes"] += ["number"] if is_number else []
         row += entry
     return row
