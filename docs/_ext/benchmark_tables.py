@@ -48,7 +48,12 @@ class BenchmarkTable(Directive):
             return [nodes.paragraph(text="No result is committed yet: run the command above.")]
         records = json.loads(path.read_text())
         rows = records["rows"] if isinstance(records, dict) else records
-        columns = [c.strip() for c in self.options.get("columns", ",".join(rows[0])).split(",")]
+        # names of columns may hold commas, so only a list that was asked for is taken apart
+        asked = self.options.get("columns")
+        columns = [c.strip() for c in asked.split(",")] if asked else list(rows[0])
+        unknown = [column for column in columns if not any(column in row for row in rows)]
+        if unknown:
+            raise self.error(f"{path.name} has no column {', '.join(unknown)}")
         head = [HEADINGS.get(column, column) for column in columns]
         found = [_table(head, [[row.get(column) for column in columns] for row in rows])]
         origin = records.get("provenance") if isinstance(records, dict) else None
