@@ -297,7 +297,7 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
                 f"{name} returns {seen.shape[0]} outputs a row, but classes= names {len(known)}: "
                 f"{known.tolist()[:20]}."
             )
-        if seen.shape == (2,) and labels is not None and labels.ndim == 1 and known is None:
+        if seen.shape == (2,) and labels is not None and labels.ndim == 1 and self.classes is None:
             values = np.unique(labels)
             if len(values) > 2:
                 raise ValueError(

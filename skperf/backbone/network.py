@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -20,6 +19,7 @@ from skperf.backbone.views import own_copy
 
 Readout = Callable[[Any], Tensor]
 Forward = Callable[[nn.Module, Any], Any]
+_BROUGHT_OVER = 2**22  # bytes
 _SEED = 0  # of networks that draw random numbers in evaluation mode: the same at every call
 
 
@@ -64,22 +64,27 @@ class Network:
 
     def __call__(self, inputs: Rows | Tensor, parameters: Parameters | None = None) -> Tensor:
         """Compute outputs, differentiably, in the mode the module is in: (n, ...) -> (n, K)."""
-        substitution: AbstractContextManager[Any] = (
-            nullcontext() if parameters is None else substituted(self.module, parameters)
-        )
-        with substitution:
+        if parameters is None:
             outputs = self.returned(inputs)
+        else:
+            with substituted(self.module, parameters):
+                outputs = self.returned(inputs)
         return outputs if self.readout is None else self.readout(outputs)
 
     def returned(self, inputs: Rows | Tensor) -> Any:
         """Give what the module itself returns for rows (n, ...)."""
         tree = inputs.tree if isinstance(inputs, Rows) else inputs
-        with self._drawing():
-            if self.forward is not None:
-                return self.forward(self.module, tree)
-            if isinstance(tree, dict):
-                return self.module(**tree)
-            return self.module(*tree) if isinstance(tree, tuple) else self.module(tree)
+        if not self.draws or self.module.training:
+            return self._run(tree)
+        with drawing_from(torch.Generator().manual_seed(_SEED)):
+            return self._run(tree)
+
+    def _run(self, tree: Any) -> Any:
+        if self.forward is not None:
+            return self.forward(self.module, tree)
+        if isinstance(tree, dict):
+            return self.module(**tree)
+        return self.module(*tree) if isinstance(tree, tuple) else self.module(tree)
 
     def inputs(self, X: Any) -> Rows:
         """Bring rows to the module's device and type: (n, ...)."""
@@ -122,9 +127,17 @@ class Network:
         size = batch_size or self.batch_size
         rows = Rows.of(X)
         convert, device = self._converter(), self.device
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            yield convert(rows[part]), *(other[part].to(device) for other in others)
+        # small rows are brought over many batches at once: slices of a tensor cost little
+        at_once = size * max(1, _BROUGHT_OVER // max(1, size * rows[:1].nbytes))
+        for start in range(0, len(rows), at_once):
+            brought = convert(rows[start : start + at_once])
+            for begin in range(0, len(brought), size):
+                part = slice(start + begin, start + begin + size)
+                inputs = brought
+                if at_once > size:
+                    here = slice(begin, begin + size)
+                    inputs = Rows(brought.tree[here]) if brought.single else brought[here]
+                yield inputs, *(other[part].to(device) for other in others)
 
     def logits(self, X: Any, batch_size: int | None = None) -> Tensor:
         """Compute outputs of many rows, on the CPU: X (n, ...) -> (n, n_classes) or (n, ...)."""
@@ -142,6 +155,8 @@ class Network:
                 "one row for each of X, one column for each of its classes. "
                 "skperf.from_module(module, readout=...) says which part of what it returns."
             )
+        if bool(torch.isfinite(logits.sum())):  # as a rule, and cheap
+            return logits
         finite = torch.isfinite(logits).flatten(1).all(1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0, 0])
@@ -160,11 +175,6 @@ class Network:
         if self.readout is None and self.forward is None:
             return self.module
         return WithReadout(self.module, self.readout, self.forward)
-
-    def _drawing(self) -> AbstractContextManager[Any]:
-        if not self.draws or self.module.training:
-            return nullcontext()
-        return drawing_from(torch.Generator().manual_seed(_SEED))
 
     def _converter(self) -> Callable[[Rows], Rows]:
         device, dtype, takes_tokens = self.device, self.dtype, self.takes_tokens
