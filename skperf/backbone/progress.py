@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from tqdm.auto import tqdm
-
 Item = TypeVar("Item")
 
 
@@ -13,5 +11,8 @@ def track(
 ) -> Iterator[Item]:
     """Pass items on, with a bar where one was asked for."""
     if verbose:
+        # in a notebook without ipywidgets this import warns: only who asked for a bar shall see it
+        from tqdm.auto import tqdm
+
         iterable = tqdm(iterable, desc=description, total=total, leave=False)
     yield from iterable
