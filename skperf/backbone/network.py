@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -124,32 +125,33 @@ class Network:
         self, X: Any, *others: Tensor, batch_size: int | None = None
     ) -> Iterator[tuple[Any, ...]]:
         """Go through rows in slices, each on the module's device: X (n, ...), *others (n, ...)."""
-        size = batch_size or self.batch_size
-        rows = Rows.of(X)
-        convert, device = self._converter(), self.device
-        # small rows are brought over many batches at once: slices of a tensor cost little
-        at_once = size * max(1, _BROUGHT_OVER // max(1, size * rows[:1].nbytes))
-        for start in range(0, len(rows), at_once):
-            brought = convert(rows[start : start + at_once])
+        size, device, start = batch_size or self.batch_size, self.device, 0
+        for brought in self._brought(Rows.of(X), size):
             for begin in range(0, len(brought), size):
                 part = slice(start + begin, start + begin + size)
-                inputs = brought
-                if at_once > size:
-                    here = slice(begin, begin + size)
-                    inputs = Rows(brought.tree[here]) if brought.single else brought[here]
+                inputs = brought[begin : begin + size] if len(brought) > size else brought
                 yield inputs, *(other[part].to(device) for other in others)
+            start += len(brought)
 
     def logits(self, X: Any, batch_size: int | None = None) -> Tensor:
         """Compute outputs of many rows, on the CPU: X (n, ...) -> (n, n_classes) or (n, ...)."""
+        rows, size = Rows.of(X), batch_size or self.batch_size
+        plain = self.readout is None and self.forward is None and not self.draws
+        parts: list[Tensor] = []
         with torch.inference_mode():
-            parts = [self(inputs).cpu() for (inputs,) in self.batches(X, batch_size=batch_size)]
+            for brought in self._brought(rows, size):
+                if plain and brought.single:  # a bare loop, for small networks
+                    parts += [self.module(part) for part in brought.tree.split(size)]
+                else:
+                    starts = range(0, len(brought), size)
+                    parts += [self(brought[begin : begin + size]).cpu() for begin in starts]
         if not parts:
             raise ValueError("X holds no rows.")
-        logits = torch.cat(parts)
-        if len(logits) != len(Rows.of(X)) or (
+        logits = torch.cat(parts).cpu()
+        if len(logits) != len(rows) or (
             self.classes is not None and logits.shape[1:2] != (self.n_classes,) and logits.ndim < 3
         ):
-            expected = f"({len(Rows.of(X))}, {'...' if self.classes is None else self.n_classes})"
+            expected = f"({len(rows)}, {'...' if self.classes is None else self.n_classes})"
             raise ValueError(
                 f"the network returns logits of shape {tuple(logits.shape)}, expected {expected}: "
                 "one row for each of X, one column for each of its classes. "
@@ -175,6 +177,13 @@ class Network:
         if self.readout is None and self.forward is None:
             return self.module
         return WithReadout(self.module, self.readout, self.forward)
+
+    def _brought(self, rows: Rows, size: int) -> Iterator[Rows]:
+        """Bring rows to the device, small ones many batches at once: slices cost little then."""
+        convert = self._converter()
+        at_once = size * max(1, _BROUGHT_OVER // max(1, size * rows[:1].nbytes))
+        for start in range(0, len(rows), at_once):
+            yield convert(rows[start : start + at_once])
 
     def _converter(self) -> Callable[[Rows], Rows]:
         device, dtype, takes_tokens = self.device, self.dtype, self.takes_tokens
@@ -211,19 +220,27 @@ class Network:
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
-def forward_names(module: nn.Module) -> list[str] | None:
+def forward_names(module: nn.Module) -> tuple[str, ...] | None:
     """Names that a module's forward takes by position, None where it takes any."""
+    return _names(getattr(module.forward, "__func__", module.forward))[0]
+
+
+@lru_cache(maxsize=256)
+def _names(function: Callable[..., Any]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Names of a forward's inputs by position, None where it takes any, and all its names."""
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return None
+        return None, ()
+    every = tuple(p.name for p in parameters if p.name != "self")
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         # a container passes on what it gets
-        return None
-    return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        return None, every
+    named = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.name != "self")
+    return named, every
 
 
-def _only_inputs(rows: Rows, names: list[str] | None) -> Rows:
+def _only_inputs(rows: Rows, names: tuple[str, ...] | None) -> Rows:
     """Leave out what a data set holds beside the inputs, and refuse what a forward can't take."""
     if names is None or rows.single:
         return rows
@@ -232,12 +249,12 @@ def _only_inputs(rows: Rows, names: list[str] | None) -> Rows:
         if unknown:
             raise ValueError(
                 f"X has inputs named {unknown}, which the network's forward does not take; it "
-                f"takes {names}. Leave them out, or say forward= in skperf.from_module."
+                f"takes {list(names)}. Leave them out, or say forward= in skperf.from_module."
             )
     elif len(rows.tree) > len(names):
         raise ValueError(
             f"X holds {len(rows.tree)} inputs, but the network's forward takes {len(names)} "
-            f"({names}); leave the targets out, or say forward= in skperf.from_module."
+            f"({', '.join(names)}); leave the targets out, or say forward= in skperf.from_module."
         )
     return rows
 
@@ -245,11 +262,7 @@ def _only_inputs(rows: Rows, names: list[str] | None) -> Rows:
 def _mask_maker(module: nn.Module) -> Callable[[Rows], Rows] | None:
     """Say how to tell padding from tokens, for modules that take token ids and a mask."""
     config = getattr(module, "config", None)
-    takes = getattr(module, "forward", None)
-    try:
-        names = list(inspect.signature(takes).parameters) if takes is not None else []
-    except (TypeError, ValueError):
-        names = []
+    names = _names(getattr(module.forward, "__func__", module.forward))[1]
     if config is None or "attention_mask" not in names or "input_ids" not in names:
         return None
     config = getattr(config, "text_config", config)
