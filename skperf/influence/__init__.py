@@ -1,7 +1,40 @@
 """Which training rows made a prediction, how long that stays true, and what to do about it."""
 
 from skperf.influence._display import FadingDisplay, InfluenceDisplay
+from skperf.influence._methods import (
+    CG,
+    EKFAC,
+    GGN,
+    GIF,
+    KFAC,
+    TRAK,
+    Arnoldi,
+    DataInf,
+    Exact,
+    GradientDot,
+    LiSSA,
+    Nearest,
+    TracIn,
+)
 from skperf.influence._scorer import InfluenceScorer
 from skperf.influence.retraining import Recipe
 
-__all__ = ["FadingDisplay", "InfluenceDisplay", "InfluenceScorer", "Recipe"]
+__all__ = [
+    "CG",
+    "EKFAC",
+    "GGN",
+    "GIF",
+    "KFAC",
+    "TRAK",
+    "Arnoldi",
+    "DataInf",
+    "Exact",
+    "FadingDisplay",
+    "GradientDot",
+    "InfluenceDisplay",
+    "InfluenceScorer",
+    "LiSSA",
+    "Nearest",
+    "Recipe",
+    "TracIn",
+]

@@ -1,26 +1,27 @@
-"""Methods of InfluenceScorer that change a copy of the network."""
+"""Change a copy of the network: correct predictions, forget rows."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils.validation import check_is_fitted
+from numpy.typing import NDArray
 
-from skperf.backbone._edited import edited
-from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
-from skperf.backbone.modes import untouched
-from skperf.backbone.outputs import loss
-from skperf.backbone.parameters import flatten, unflatten
-from skperf.influence._members import networks_of, open_problem
-from skperf.influence._scoring import influence_matrix, open_members
+from skperf.backbone.network import Network
+from skperf.backbone.parameters import Parameters, flatten, unflatten
+from skperf.backbone.rows import Rows
+from skperf.influence._members import Learned
+from skperf.influence._methods import GIF
 from skperf.influence.captures import recording
 from skperf.influence.curvature import RowSpace
 from skperf.influence.damping import resolve_damping
-from skperf.influence.generalized import REMOVALS, removal_update, row_product
-from skperf.influence.inverses import chosen_parameters
+from skperf.influence.generalized import removal_update, row_product
+from skperf.influence.inverses import chosen_parameters, largest_of
 from skperf.influence.layers import from_vectors, to_vectors
-from skperf.influence.problem import curvature_rows
+from skperf.influence.neighbours import features_of, nearest
+from skperf.influence.problem import Problem, curvature_rows
 from skperf.influence.repair import (
+    Labelled,
     accuracy,
     best_scale,
     distance,
@@ -31,111 +32,128 @@ from skperf.influence.repair import (
     smallest_flip,
 )
 
-_SIGNS = {"descend": -1.0, "ascend": 1.0, "relabel": -1.0}
+SIGNS = {"descend": -1.0, "ascend": 1.0, "relabel": -1.0}
 _MOST_GUARDS = 5000
 _SCALES = tuple(2.0**i for i in range(-10, 4))
+Report = dict[str, Any]
 
 
-def repair(
-    self,
-    X,
-    y,
-    *,
-    k=50,
-    how="descend",
-    max_steps=50,
-    guard=None,
-    max_drop=0.01,
-    learning_rate=0.1,
-    precondition="auto",
-    baselines=True,
-):
-    """Correct predictions by a few steps on the training rows that matter to them.
-
-    Of the paths that flip the predictions, the one that moves the parameters least is kept.
-
-    Parameters
-    ----------
-    X : array-like of shape (n_query, ...)
-        Mis-predicted rows.
-    y : array-like of shape (n_query,)
-        Labels they should get.
-    k : int, default=50
-        Training rows to train on.
-    how : {"descend", "ascend", "relabel"}, default="descend"
-        Descend on the loss of the strongest proponents; ascend on that of the strongest
-        opponents; or descend on the opponents' loss at the labels that the network, without
-        them, would give them: those predicted, or next best where label and prediction agree.
-    max_steps : int, default=50
-        Most gradient steps.
-    guard : tuple (X, y), optional
-        Rows whose accuracy may fall by at most `max_drop`; by default the training rows, 5,000
-        of them drawn at random if there are more.
-    max_drop : float, default=0.01
-        How far.
-    learning_rate : float, default=0.1
-        First step size; smaller ones are tried as well.
-    precondition : "auto" or bool, default="auto"
-        Step along ``(C + damping)^-1 g`` in place of the gradient g, which spares what the
-        training rows fix; by default where ``method="ggn"`` has the curvature at hand.
-    baselines : bool, default=True
-        Also report what the same steps on k random rows of the queries' classes achieve, plain
-        steps on those, and plain steps on k random rows.
-
-    Returns
-    -------
-    EditedClassifier
-        ``edit_report_`` holds ``flipped`` (one a query), ``n_steps``, ``displacement``,
-        ``guard_before``, ``guard_after``, ``indices`` (rows trained on), ``share_of_path``
-        (below 1 where the guard stopped it) and ``baselines``.
-    """
-    check_is_fitted(self)
-    X, y = check_labelled_rows(self, X, y)
-    if how not in _SIGNS:
-        raise ValueError(f"how must be one of {sorted(_SIGNS)}, got {how!r}.")
-    k = min(k, len(self.X_))
-    guard = _training_guard(self) if guard is None else check_labelled_rows(self, *guard)
-    total = influence_matrix(self, X, y, aggregate="sum")
-    chosen = np.argsort(-total if how == "descend" else total, kind="stable")[:k]
-    network = networks_of(self)[0][0].copy()
-    start = {name: p.detach() for name, p in open_problem(self, network).parameters.items()}
-    queries = network.tensor(X), network.codes(y)
-    guard_rows = network.tensor(guard[0]), network.codes(guard[1])
-    options = {"learning_rate": learning_rate, "max_steps": max_steps}
-    plain = dict(options)
-    if precondition is True or (precondition == "auto" and self.method_ == "ggn"):
-        options["precondition"] = _natural(self)
-    with untouched(network.module):
-        limits = {"before": accuracy(network, start, guard_rows), "max_drop": max_drop}
-        rows = _rows_to_train(self, network, chosen, how)
-        outcome, report = _guarded(
-            network, start, rows, queries, guard_rows, limits, _SIGNS[how], options
+def need_labels(learned: Learned, network: Network, what: str) -> None:
+    """Refuse what is about predicted labels where there are none."""
+    if network.loss.kind not in ("classes", "labels") or np.ndim(learned.y) > 2:
+        raise ValueError(
+            f"{what} is about predicted labels, and the loss is {network.loss.name}: use "
+            "influence and train on yourself."
         )
-        report["indices"] = chosen
-        if baselines:
-            report["baselines"] = _baselines(
-                self, network, start, y, k, queries, guard_rows, limits, options, plain
-            )
-    _write(network, outcome)
-    return edited(self.estimator_, network, {"action": f"repair:{how}", **report})
 
 
-def _training_guard(scorer):
-    n, rng = len(scorer.X_), np.random.default_rng(scorer.settings_.seed)
-    rows = rng.permutation(n)[:_MOST_GUARDS] if n > _MOST_GUARDS else slice(None)
-    return scorer.X_[rows], scorer.y_[rows]
+def repaired(
+    learned: Learned,
+    X: Rows,
+    y: Any,
+    *,
+    k: int,
+    how: str,
+    max_steps: int,
+    guard: tuple[Rows, Any] | None,
+    max_drop: float,
+    learning_rate: float,
+    precondition: bool | str,
+    baselines: bool,
+) -> tuple[Network, Report]:
+    """Train a copy of the first network on rows that matter: X (n_query, ...), y (n_query,)."""
+    problem = learned.plain_problem()
+    need_labels(learned, problem.network, "repair")
+    network = problem.network.copy()
+    start = {name: p.detach() for name, p in problem.parameters.items()}
+    k = min(k, problem.n_train)
+    ensemble = learned.opened()
+    total = ensemble.matrix(X, network.targets(y).cpu(), aggregate="sum")
+    # what a row would do if it were not fitted yet: its slope is 1 - p times that of its log odds
+    worth = total / np.maximum(1 - np.exp(-_losses(problem)), 1e-7)
+    chosen = np.argsort(-worth if how == "descend" else worth, kind="stable")[:k]
+    queries = network.inputs(X), network.targets(y)
+    judges = _judges(learned, network, guard, chosen)
+    options: Report = {"learning_rate": learning_rate, "max_steps": max_steps}
+    plain = dict(options)
+    if precondition is True or (precondition == "auto" and learned.method.name == "ggn"):
+        options["precondition"] = natural(learned)
+    limits = {"before": accuracy(network, start, judges["guard"]), "max_drop": max_drop}
+    rows = _rows_to_train(learned, network, chosen, how)
+    outcome, report = _guarded(
+        network, start, rows, queries, judges["guard"], limits, SIGNS[how], options
+    )
+    report["indices"] = chosen
+    for name, values in (("judged_before", start), ("judged_after", outcome)):
+        report[name] = accuracy(network, values, judges["judged"])
+    if baselines:
+        report["baselines"] = _baselines(
+            learned, network, start, (X, y), k, queries, judges, limits, options, plain
+        )
+    write(network, outcome)
+    return network, {"action": f"repair:{how}", **report}
 
 
-def _rows_to_train(scorer, network, chosen, how):
-    inputs, codes = network.tensor(scorer.X_[chosen]), network.codes(scorer.y_[chosen])
+def _losses(problem: Problem) -> NDArray[Any]:
+    network, parts = problem.network, []
+    with torch.inference_mode():
+        for inputs, own in network.batches(problem.X, problem.targets):
+            parts.append(network.loss.value(network(inputs), own).cpu())
+    losses: NDArray[Any] = torch.cat(parts).double().numpy()
+    return losses
+
+
+def _judges(
+    learned: Learned, network: Network, guard: tuple[Rows, Any] | None, chosen: NDArray[Any]
+) -> dict[str, Labelled]:
+    """Rows that limit a change, and others that judge it."""
+    # what stops a path says little about the path: it is judged on training rows that neither
+    # limited nor made it
+    rng = np.random.default_rng(learned.settings.seed)
+    others = np.setdiff1d(rng.permutation(len(learned.X)), chosen)
+    others = rng.permutation(others)[: 2 * _MOST_GUARDS]
+    if guard is None:
+        if len(others) < 2:
+            raise ValueError("too few training rows are left to guard the change: give guard=.")
+        half = len(others) // 2
+        rows, judged = others[:half], others[half:]
+        guard = learned.X[rows], np.asarray(learned.y)[rows]
+    else:
+        judged = others
+        if len(guard[0]) == 0:
+            raise ValueError("guard holds no rows; leave it out to guard by training rows.")
+    pairs = {"guard": guard, "judged": (learned.X[judged], np.asarray(learned.y)[judged])}
+    return {
+        name: (network.inputs(rows), network.targets(labels))
+        for name, (rows, labels) in pairs.items()
+    }
+
+
+def _rows_to_train(
+    learned: Learned, network: Network, chosen: NDArray[Any], how: str
+) -> Labelled:
+    inputs = network.inputs(learned.X[chosen])
+    targets = network.targets(np.asarray(learned.y)[chosen])
     if how == "relabel":
         with torch.no_grad():
-            logits = network(inputs)
-        codes = logits.scatter(1, codes[:, None], -torch.inf).argmax(1)
-    return inputs, codes
+            outputs = network(inputs)
+        if targets.ndim > 1:
+            targets = (outputs > 0).to(targets)
+        else:
+            targets = outputs.scatter(1, targets[:, None], -torch.inf).argmax(1)
+    return inputs, targets
 
 
-def _guarded(network, start, rows, queries, guard, limits, sign, options):
+def _guarded(
+    network: Network,
+    start: Parameters,
+    rows: Labelled,
+    queries: Labelled,
+    guard: Labelled,
+    limits: Report,
+    sign: float,
+    options: Report,
+) -> tuple[Parameters, Report]:
     path = smallest_flip(network, start, rows, queries, sign=sign, **options)
     parameters, share, kept = largest_allowed(network, start, path.parameters, guard, **limits)
     report = {
@@ -149,28 +167,44 @@ def _guarded(network, start, rows, queries, guard, limits, sign, options):
     return parameters, report
 
 
-def _natural(scorer):
+def natural(learned: Learned) -> Any:
     """Multiply by the damped inverse curvature of the first member."""
-    problem, fitted, _ = open_members(scorer)[0]
-    if not hasattr(fitted.lift, "solve"):
-        raise ValueError(f"precondition=True needs method='ggn', not {scorer.method_!r}.")
+    member = learned.opened().members[0]
+    problem, lift = member.problem, member.fit.lift
+    if not hasattr(lift, "solve"):
+        raise ValueError(f"precondition=True needs method='ggn', not {learned.method.name!r}.")
 
-    def apply(gradient):
+    def apply(gradient: Parameters) -> Parameters:
         factors = from_vectors(problem.layers, flatten(gradient)[None].cpu(), problem.parameters)
-        solved = to_vectors(problem.layers, fitted.lift.solve(factors), problem.parameters)
+        solved = to_vectors(problem.layers, lift.solve(factors), problem.parameters)
         device = next(iter(gradient.values())).device
         return unflatten(solved[0].to(device), problem.parameters)
 
     return apply
 
 
-def _baselines(scorer, network, start, y, k, queries, guard, limits, options, plain):
-    rng = np.random.default_rng(scorer.settings_.seed)
-    same_class = np.flatnonzero(np.isin(scorer.y_, y))
-    pools = {
-        "same_class": (same_class, options),
-        "same_class_plain": (same_class, plain),
-        "random": (np.arange(len(scorer.y_)), plain),
+def _baselines(
+    learned: Learned,
+    network: Network,
+    start: Parameters,
+    asked: tuple[Rows, Any],
+    k: int,
+    queries: Labelled,
+    judges: dict[str, Labelled],
+    limits: Report,
+    options: Report,
+    plain: Report,
+) -> dict[str, Report]:
+    rng = np.random.default_rng(learned.settings.seed)
+    X, y = asked
+    labels = np.asarray(learned.y)
+    same = np.flatnonzero(np.isin(labels, y)) if labels.ndim == 1 else np.arange(0)
+    close = nearest(features_of(network, learned.X), features_of(network, X), k)
+    pools: dict[str, tuple[NDArray[Any], Report]] = {
+        "same_class": (same, options),
+        "same_class_plain": (same, plain),
+        "random": (np.arange(len(labels)), plain),
+        "nearest": (np.unique(close), options),
     }
     if options == plain:
         del pools["same_class_plain"]
@@ -179,84 +213,29 @@ def _baselines(scorer, network, start, y, k, queries, guard, limits, options, pl
         if len(pool) == 0:
             continue
         picked = rng.choice(pool, min(k, len(pool)), replace=False)
-        rows = _rows_to_train(scorer, network, picked, "descend")
-        _, report = _guarded(network, start, rows, queries, guard, limits, -1.0, how)
+        rows = _rows_to_train(learned, network, picked, "descend")
+        _, report = _guarded(
+            network, start, rows, queries, judges["guard"], limits, -1.0, how
+        )
         found[name] = {**report, "indices": picked}
+    # the most that any choice of rows could do: the queries themselves, at the labels asked for
+    _, upper = _guarded(
+        network, start, queries, queries, judges["guard"], limits, -1.0, options
+    )
+    found["query_itself"] = upper
     return found
 
 
-def remove(
-    self,
-    indices=None,
-    *,
-    class_=None,
-    how="gif",
-    select=None,
-    ratio=None,
-    ridge=None,
-    guard=None,
-    max_drop=0.01,
-    n_iterations=50,
-    baseline=True,
-):
-    """Forget training rows, or a class.
-
-    The direction is computed on the training rows; how far to go along it is chosen on held-out
-    rows: for a class, where the harmonic mean of its error and of the accuracy on the others is
-    best; for rows, the whole way, or as far as the guard allows.
-
-    Parameters
-    ----------
-    indices : array-like of int or bool, optional
-        Training rows to forget.
-    class_ : label, optional
-        Class to forget, in place of rows.
-    how : {"gif", "freeze", "project", "plain", "ascent"}, default="gif"
-        Generalised influence on few parameters; influence with the others frozen; projected
-        to them; influence on all parameters; gradient ascent on them, the baseline.
-    select, ratio, ridge : optional
-        In place of the scorer's own.
-    guard : tuple (X, y), optional
-        Held-out rows; by default a tenth of the training rows that are kept, and for a class
-        of its rows too, which then take no part in the direction.
-    max_drop : float, default=0.01
-        How much accuracy on the guard may be lost when rows are removed.
-    n_iterations : int, default=50
-        Iterations of the solver.
-    baseline : bool, default=True
-        Also report restricted gradient ascent.
-
-    Returns
-    -------
-    EditedClassifier
-        ``edit_report_`` holds ``removed_accuracy_before``/``_after``, ``guard_before``/
-        ``guard_after``, ``f1``, ``scale``, ``share_changed`` (of the parameters) and
-        ``baseline`` (the same for restricted ascent).
-    """
-    check_is_fitted(self)
-    if (indices is None) == (class_ is None):
-        raise ValueError("give either indices or class_, not both and not neither.")
-    if how not in REMOVALS:
-        raise ValueError(f"how must be one of {sorted(REMOVALS)}, got {how!r}.")
-    removed = _removed_rows(self, indices, class_)
-    problem = _with_choices(self, select, ratio, ridge)
-    task = _Removal(self, problem, removed, class_, guard, max_drop, n_iterations)
-    parameters, report = task.run(how)
-    if baseline and how != "ascent":
-        report["baseline"] = task.run("ascent")[1]
-    network = problem.network
-    _write(network, parameters)
-    return edited(self.estimator_, network, {"action": f"remove:{how}", **report})
-
-
-def _removed_rows(scorer, indices, class_):
+def removed_rows(learned: Learned, indices: Any, class_: Any) -> NDArray[Any]:
+    """Mark the training rows to forget: -> (n_train,)."""
+    labels = np.asarray(learned.y)
     if class_ is not None:
-        if class_ not in scorer.classes_:
-            classes = scorer.classes_.tolist()
-            raise ValueError(f"class_={class_!r} is none of the classes {classes}.")
-        removed = scorer.y_ == class_
+        known = np.unique(labels) if labels.ndim == 1 else np.arange(0)
+        if class_ not in known:
+            raise ValueError(f"class_={class_!r} is none of the classes {known.tolist()[:20]}.")
+        removed: NDArray[Any] = labels == class_
     else:
-        removed = np.zeros(len(scorer.X_), dtype=bool)
+        removed = np.zeros(len(learned.X), dtype=bool)
         indices = np.asarray(indices)
         given = np.flatnonzero(indices) if indices.dtype == bool else indices.astype(int)
         if len(given) and (given.min() < 0 or given.max() >= len(removed)):
@@ -267,132 +246,200 @@ def _removed_rows(scorer, indices, class_):
     return removed
 
 
-def _with_choices(scorer, select, ratio, ridge):
-    network = networks_of(scorer)[0][0].copy()
-    problem = open_problem(scorer, network)
-    given = {"select": select, "ratio": ratio, "ridge": ridge}
-    choices = {name: value for name, value in given.items() if value is not None}
-    return replace(problem, settings=replace(problem.settings, **choices))
+@dataclass(frozen=True)
+class Removal:
+    """Rows to forget, rows to keep, and held-out rows: some to choose by, others to judge by."""
 
+    problem: Problem
+    damping: float | None
+    start: Parameters
+    removed: NDArray[Any]
+    kept: NDArray[Any]
+    of_class: bool
+    choose: dict[str, Labelled]
+    judge: dict[str, Labelled]
+    max_drop: float
+    max_iter: int
+    options: Report  # select, ratio, ridge
 
-class _Removal:
-    """Rows to forget, rows to keep, and held-out rows to judge by."""
+    def run(self, how: str) -> tuple[Parameters, Report]:
+        """Go as far along a direction as the rows to choose by say."""
+        network, start = self.problem.network, self.start
+        direction = self._direction(how)
+        scale = self._scale(direction)
+        end = moved(start, direction, scale)
+        if not self.of_class:
+            guard = self.choose["guard"]
+            before = accuracy(network, start, guard)
+            end, share, _ = largest_allowed(
+                network, start, end, guard, before=before, max_drop=self.max_drop
+            )
+            scale *= share
+        return end, self._report(end, scale)
 
-    def __init__(self, scorer, problem, removed, class_, guard, max_drop, max_iter):
-        self.problem, self.class_, self.max_drop, self.max_iter = (
-            problem,
-            class_,
-            max_drop,
-            max_iter,
-        )
-        known = scorer.damping_
-        self.damping = known if isinstance(known, float) and known > 0 else None
-        rng = np.random.default_rng(scorer.settings_.seed)
-        held_out = np.zeros(len(removed), dtype=bool)
-        if guard is None:
-            held_out = rng.random(len(removed)) < 0.1
-            if class_ is None:
-                held_out &= ~removed
-            guard = scorer.X_[held_out], scorer.y_[held_out]
-        else:
-            guard = check_labelled_rows(scorer, *guard)
-        self.removed = np.flatnonzero(removed & ~held_out)
-        self.kept = np.flatnonzero(~removed & ~held_out)
-        network = problem.network
-        of_class = guard[1] == class_ if class_ is not None else np.zeros(len(guard[1]), dtype=bool)
-        gone = (guard[0][of_class], guard[1][of_class])
-        if not of_class.any():
-            gone = scorer.X_[self.removed], scorer.y_[self.removed]
-        self.gone = network.tensor(gone[0]), network.codes(gone[1])
-        self.guard = network.tensor(guard[0][~of_class]), network.codes(guard[1][~of_class])
-        self.start = {name: p.detach().clone() for name, p in problem.parameters.items()}
-        rows = torch.as_tensor(self.removed)
-        self.chosen = chosen_parameters(problem, scorer.X_[self.removed], problem.codes[rows])
-
-    def direction(self, how):
+    def _direction(self, how: str) -> Parameters:
         problem = self.problem
-        rows = torch.as_tensor(self.removed)
-        gradients = problem.gradients(loss, problem.X[self.removed], problem.codes[rows])
-        vectors = to_vectors(problem.layers, gradients, problem.parameters)
-        weights = problem.shares[rows].to(vectors)
-        kept = torch.as_tensor(self.kept)
-        share = problem.shares[kept].sum()
+        rows, kept = torch.as_tensor(self.removed), torch.as_tensor(self.kept)
+        X, targets = problem.X[self.removed], problem.targets[rows]
+        options = self.options
+        chosen = chosen_parameters(problem, X, targets, options["select"], options["ratio"])
+        vectors = to_vectors(
+            problem.layers, problem.gradients(problem.loss, X, targets), problem.parameters
+        )
+        weights, share = problem.shares[rows].to(vectors), problem.shares[kept].sum()
         retained = replace(
             problem,
             X=problem.X[self.kept],
-            codes=problem.codes[kept],
+            targets=problem.targets[kept],
             shares=problem.shares[kept] / share,
         )
-        damping = 0.0 if how == "gif" else self.damping
         gradient = (weights[:, None] * vectors).sum(0) / float(share)
         device = problem.network.device
+        multiply, ridge = torch.zeros_like, 0.0
         with recording(problem.network.module):
+            if how != "ascent":
+                damping = 0.0 if how == "gif" else self.damping
+                multiply = products(retained, options["curvature"], damping)
+                ridge = options["ridge"] * largest_of(problem, multiply) ** 2
             update = removal_update(
                 how,
-                torch.zeros_like if how == "ascent" else _products(retained, damping),
-                self.chosen.to(device),
+                multiply,
+                chosen.to(device),
                 gradient.to(device),
-                ridge=problem.settings.ridge,
+                ridge=ridge,
                 max_iter=self.max_iter,
             )
         return unflatten(update, problem.parameters)
 
-    def run(self, how):
-        network, start = self.problem.network, self.start
-        direction = self.direction(how)
-        with untouched(network.module):
-            scale = self.scale(direction)
-            end = moved(start, direction, scale)
-            if self.class_ is None:
-                limits = {
-                    "before": accuracy(network, start, self.guard),
-                    "max_drop": self.max_drop,
-                }
-                end, share, _ = largest_allowed(network, start, end, self.guard, **limits)
-                scale *= share
-            return end, self.report(end, scale)
-
-    def scale(self, direction):
-        if self.class_ is None:
+    def _scale(self, direction: Parameters) -> float:
+        if not self.of_class:
             return 1.0
         size = distance(self.start, moved(self.start, direction, 1.0))
         length = sum(float(p.square().sum()) for p in self.start.values()) ** 0.5
         unit = length / size if size > 0 else 0.0
         scales = [unit * share for share in _SCALES]
+        rows = self.choose
         network = self.problem.network
-        return best_scale(network, self.start, direction, self.gone, self.guard, scales)[0]
+        return best_scale(network, self.start, direction, rows["gone"], rows["guard"], scales)[0]
 
-    def report(self, end, scale):
-        network, start = self.problem.network, self.start
+    def _report(self, end: Parameters, scale: float) -> Report:
+        network, start, rows = self.problem.network, self.start, self.judge
         changed = sum(int((end[name] != start[name]).sum()) for name in start)
-        removed = accuracy(network, end, self.gone)
-        kept = accuracy(network, end, self.guard)
+        removed = accuracy(network, end, rows["gone"])
+        kept = accuracy(network, end, rows["guard"])
         return {
-            "removed_accuracy_before": accuracy(network, start, self.gone),
+            "removed_accuracy_before": accuracy(network, start, rows["gone"]),
             "removed_accuracy_after": removed,
-            "guard_before": accuracy(network, start, self.guard),
+            "guard_before": accuracy(network, start, rows["guard"]),
             "guard_after": kept,
             "f1": harmonic_mean(1 - removed, kept),
             "scale": scale,
             "share_changed": changed / sum(p.numel() for p in start.values()),
             "n_removed": len(self.removed),
+            "n_judged": len(rows["guard"][1]),
         }
 
 
-def _products(problem, damping):
+def removal(
+    learned: Learned,
+    removed: NDArray[Any],
+    class_: Any,
+    guard: tuple[Rows, Any] | None,
+    *,
+    max_drop: float,
+    max_iter: int,
+    given: Report,
+) -> Removal:
+    """Set rows aside and state what is to be forgotten: removed (n_train,)."""
+    problem = learned.plain_problem()
+    need_labels(learned, problem.network, "remove")
+    method = learned.method if isinstance(learned.method, GIF) else GIF(curvature="ggn")
+    options = method.options() | {k: v for k, v in given.items() if v is not None}
+    known = learned.stages[0].fit.report.get("damping")
+    rng = np.random.default_rng(learned.settings.seed)
+    held_out = np.zeros(len(removed), dtype=bool)
+    if guard is None:
+        for group in (~removed, removed) if class_ is not None else (~removed,):
+            own = rng.permutation(np.flatnonzero(group))
+            held_out[own[: max(4, round(0.2 * len(own)))]] = True
+        guard = learned.X[held_out], np.asarray(learned.y)[held_out]
+    if (removed & ~held_out).sum() < 2 and class_ is not None:
+        raise ValueError(
+            f"class_={class_!r} has too few training rows to set some aside: give guard=(X, y)."
+        )
+    parts = _halves(guard, class_, rng)
+    if class_ is None:
+        gone = learned.X[removed], np.asarray(learned.y)[removed]
+        for part in parts:
+            part["gone"] = gone
+    network = problem.network
+
+    def ready(part: dict[str, tuple[Rows, Any]]) -> dict[str, Labelled]:
+        return {n: (network.inputs(X), network.targets(y)) for n, (X, y) in part.items()}
+
+    return Removal(
+        problem,
+        known if isinstance(known, float) and known > 0 else None,
+        {name: p.detach().clone() for name, p in problem.parameters.items()},
+        np.flatnonzero(removed & ~held_out),
+        np.flatnonzero(~removed & ~held_out),
+        class_ is not None,
+        ready(parts[0]),
+        ready(parts[1]),
+        max_drop,
+        max_iter,
+        options,
+    )
+
+
+def _halves(
+    guard: tuple[Rows, Any], class_: Any, rng: np.random.Generator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Cut held-out rows into those that choose and those that judge, by class or not."""
+    X, y = guard
+    labels = np.asarray(y)
+    of_class = labels == class_ if class_ is not None else np.zeros(len(labels), dtype=bool)
+    groups = {"guard": ~of_class, "gone": of_class}
+    halves: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for name, mask in groups.items():
+        if name == "gone" and class_ is None:
+            continue
+        rows = rng.permutation(np.flatnonzero(mask))
+        if len(rows) < 2:
+            what = "other rows" if name == "guard" else f"rows of class {class_!r}"
+            raise ValueError(
+                f"guard holds {len(rows)} {what}: at least two are needed, one to choose how far "
+                "to go and one to judge it by."
+            )
+        middle = len(rows) // 2
+        for half, part in zip(halves, (rows[:middle], rows[middle:]), strict=True):
+            half[name] = X[part], labels[part]
+    return halves
+
+
+def products(problem: Problem, curvature: str, damping: float | None) -> Any:
     """Multiply by the curvature, damped unless it is 0; None means as the problem says."""
-    settings = problem.settings
-    if settings.curvature == "hessian":
-        return problem.product(resolve_damping(problem) if damping is None else damping)
-    picked = curvature_rows(problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows)
+    if curvature == "hessian":
+        return problem.product(
+            "hessian", resolve_damping(problem) if damping is None else damping
+        )
+    picked = curvature_rows(problem)
     rows = problem.gather(problem.X, picked.cotangents, picked.examples)
     if damping is None:
         damping = resolve_damping(problem, RowSpace.of(rows))
     return row_product(problem.layers, problem.parameters, rows, damping)
 
 
-def _write(network, parameters):
+def write(network: Network, parameters: Parameters) -> None:
+    """Put parameters into a network of ours."""
     own = dict(network.module.named_parameters())
     with torch.no_grad():
         for name, value in parameters.items():
             own[name].copy_(value)
+
+
+def changed(problem: Problem, parameters: Parameters) -> Network:
+    """Copy a network with other parameters."""
+    network = problem.network.copy()
+    write(network, parameters)
+    return network

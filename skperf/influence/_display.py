@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from skperf.backbone.plotting import pyplot
-from skperf.influence._scoring import TopRows
+from skperf.influence._rows import TopRows
 
 _HELPFUL, _HARMFUL = "#3a6ea5", "#b5473c"
 

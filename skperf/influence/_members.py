@@ -1,58 +1,256 @@
-"""Open a scorer's networks and state its choices."""
+"""What fit learned, as a record, and the networks of it opened for one call."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
-from torch import nn
+from torch import Tensor, nn
 
 from skperf.backbone._nets import seed_of
-from skperf.backbone._opening import fit_estimator, open_network
-from skperf.backbone.parameters import select_parameters
-from skperf.influence.captures import record, record_reference
+from skperf.backbone._opening import fit_estimator, open_network, source_of
+from skperf.backbone.losses import Loss
+from skperf.backbone.network import Network
+from skperf.backbone.outputs import resolve_output
+from skperf.backbone.parameters import Parameters, checksum, select_parameters
+from skperf.backbone.rows import Rows
+from skperf.influence._methods import GGN, Exact, Method, Nearest, TracIn
+from skperf.influence.captures import record
 from skperf.influence.damping import horizon_time
 from skperf.influence.horizon import FurtherTraining, further_trained
-from skperf.influence.layers import find_layers
-from skperf.influence.problem import Problem, Settings
+from skperf.influence.methods import METHODS, Adam, redamped
+from skperf.influence.neighbours import last_layer
+from skperf.influence.placement import Plan, plan
+from skperf.influence.problem import Fitted, Problem, Settings
+from skperf.influence.scoring import Candidates, Ensemble, Member
 from skperf.influence.tiles import Shelf, budget_in_bytes
 
+OUTPUTS = ("loss", "log_odds", "logit", "margin", "proba")
+_MOST_EXACT = 5000
 
-def fitted_members(scorer, X, y, sample_weight):
-    """Fit every member that is not fitted: X (n, ...), y (n,), sample_weight (n,)."""
-    members = scorer.estimator
-    if not isinstance(members, list | tuple):
-        members = [members]
-    elif not members:
-        raise ValueError("estimator is an empty list; an ensemble needs at least one network.")
-    else:
-        members = [_kept_if_fitted(member) for member in members]
-    seed = None if scorer.random_state is None else seed_of(scorer.random_state)
-    fitted = [
+
+@dataclass(frozen=True)
+class Choices:
+    """The scorer's parameters as fit found them."""
+
+    method: Method | None
+    parameters: Any
+    output: Any
+    loss: Loss | None
+    damping: float | str
+    horizon: int | None
+    learning_rate: float | None
+    checkpoints: Sequence[Any] | None
+    candidates: int | Nearest | None
+    gradients: str
+    batch_size: int | None
+    memory_budget: str | float
+    storage: Any
+    seed: int
+    n_jobs: int | None
+    verbose: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network that scores are summed over: a member's own, or with other weights."""
+
+    member: int
+    state: Mapping[str, Tensor] | None  # in place of the member's weights
+    share: float
+    options: dict[str, Any]  # of the method
+    plan: Plan
+    fit: Fitted
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What fit learned."""
+
+    estimators: tuple[Any, ...]
+    checksums: tuple[str, ...]
+    X: Rows
+    y: Any
+    weights: Tensor | None  # (n,), given by the user
+    choices: Choices
+    method: Method
+    settings: Settings
+    names: tuple[str, ...]  # of the parameters taken into account
+    stages: tuple[Stage, ...] = ()
+    features: dict[str, Tensor] = field(default_factory=dict)  # of the training rows, once asked
+
+    def networks(self) -> list[Network]:
+        """Open a private view of every member, as the user has it."""
+        found = []
+        for i, (fitted, known) in enumerate(zip(self.estimators, self.checksums, strict=True)):
+            if _checksum(fitted) != known:
+                which = f"member {i} of the ensemble" if len(self.estimators) > 1 else "estimator_"
+                raise ValueError(
+                    f"the weights of {which} have changed since InfluenceScorer was fitted on "
+                    "them, and its scores would mix the two: fit it again, or on a copy."
+                )
+            found.append(open_network(fitted, loss=self.choices.loss))
+        return found
+
+    def network(self) -> Network:
+        """Open a private view of the first member."""
+        return self.networks()[0]
+
+    def opened(self) -> Ensemble:
+        """Open everything that scores need."""
+        networks = self.networks()
+        members = [
+            Member(self.problem(self._staged(networks, stage), stage.plan), stage.fit, stage.share)
+            for stage in self.stages
+        ]
+        first, choices = members[0].problem.network, self.choices
+        output = first.loss if choices.output == "loss" else _output(choices.output, first.loss)
+        return Ensemble(
+            members,
+            output,
+            budget_in_bytes(choices.memory_budget),
+            np.dtype(np.float64 if networks[0].dtype == torch.float64 else np.float32),
+            choices.n_jobs,
+            _candidates(choices.candidates, self.y),
+            self.features,
+        )
+
+    def _staged(self, networks: list[Network], stage: Stage) -> Network:
+        return with_weights(networks[stage.member], stage.state, double=self._double)
+
+    @property
+    def _double(self) -> bool:
+        return isinstance(self.method, Exact)
+
+    def problem(self, network: Network, planned: Plan) -> Problem:
+        """State the problem that a method is fitted on."""
+        parameters = _selected(network, self.names)
+        layers = planned.layers(network.module, parameters)
+        choices, targets = self.choices, network.targets(self.y).cpu()
+        return Problem(
+            network,
+            parameters,
+            layers,
+            partial(record, layers=layers),
+            self.X,
+            targets,
+            shares_of(network.loss, targets, self.weights),
+            self.settings,
+            choices.batch_size or _batch_size(network),
+            Shelf(budget_in_bytes(choices.memory_budget), choices.storage),
+        )
+
+    def plain_problem(self) -> Problem:
+        """State the problem at the first member's own weights, in its own type."""
+        network, stage = self.network(), self.stages[0]
+        same = stage.state is None and not self._double
+        planned = stage.plan if same else self.planned(network)
+        return self.problem(network, planned)
+
+    def planned(self, network: Network) -> Plan:
+        """Choose how to differentiate a network."""
+        return plan(network, self.X, _selected(network, self.names), self.choices.gradients)
+
+
+def shares_of(loss: Loss, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Share of each row in the mean loss: targets (n, ...), weights (n,) -> (n,)."""
+    shares = torch.ones(len(targets), dtype=torch.float64) if weights is None else weights
+    of_classes = loss.weights(targets)
+    if of_classes is not None:
+        shares = shares * of_classes.double().cpu()
+    return shares / shares.sum()
+
+
+def _checksum(fitted: Any) -> str:
+    source = source_of(fitted)
+    # scikit-learn's own models have no module: the one that they are converted to has their weights
+    return checksum(open_network(fitted).module if source is None else source)
+
+
+def _selected(network: Network, names: Sequence[str]) -> Parameters:
+    own = dict(network.module.named_parameters())
+    return {name: own[name].detach() for name in names}
+
+
+def with_weights(
+    network: Network, state: Mapping[str, Tensor] | None, *, double: bool = False
+) -> Network:
+    """Put other weights into a network of ours, or take it to double precision."""
+    if state is None and not (double and network.dtype != torch.float64):
+        return network
+    copy = network.copy()
+    own = dict(copy.module.state_dict())
+    with torch.no_grad():
+        for name, value in (state or {}).items():
+            if name in own:
+                own[name].copy_(value)
+    return replace(copy, module=copy.module.double()) if double else copy
+
+
+def _candidates(given: int | Nearest | None, y: Any) -> Candidates | None:
+    if given is None:
+        return None
+    if isinstance(given, Nearest):
+        return Candidates(given.k, np.asarray(y) if given.per_class else None)
+    return Candidates(given)
+
+
+def _output(output: Any, loss: Loss) -> Any:
+    if loss.kind != "classes" and isinstance(output, str):
+        raise ValueError(
+            f"output={output!r} needs class labels, and the loss is {loss.name}: use "
+            "output='loss', or a function of (outputs, targets)."
+        )
+    return resolve_output(output, argument="output", allowed=OUTPUTS)
+
+
+def fitted_members(
+    given: Any, X: Rows, y: Any, *, sample_weight: Any, random_state: Any, loss: Loss | None
+) -> tuple[Any, ...]:
+    """Fit every member that is not fitted: X (n, ...), y (n, ...), sample_weight (n,)."""
+    members = [given]
+    if isinstance(given, list | tuple):
+        if not given:
+            raise ValueError("estimator is an empty list; an ensemble needs at least one network.")
+        members = [_kept_if_fitted(member) for member in given]
+    seed = None if random_state is None else seed_of(random_state)
+    fitted = tuple(
         fit_estimator(
             member,
             X,
             y,
             sample_weight=sample_weight,
             random_state=None if seed is None else (seed + i) % (2**31),
+            loss=loss,
         )
         for i, member in enumerate(members)
-    ]
-    first = open_network(fitted[0]).classes
-    for other in fitted[1:]:
-        classes = open_network(other).classes
-        if len(classes) != len(first) or (classes != first).any():
+    )
+    classes = [open_network(one, loss=loss).classes for one in fitted]
+    for other in classes[1:]:
+        first = classes[0]
+        if first is None or other is None:
+            same = first is other
+        else:
+            same = len(other) == len(first) and bool((other == first).all())
+        if not same:
             raise ValueError(
-                f"the members of an ensemble must know the same classes in the same order: "
-                f"{first.tolist()[:20]} and {classes.tolist()[:20]}."
+                "the members of an ensemble must know the same classes in the same order: "
+                f"{_shown(first)} and {_shown(other)}."
             )
     return fitted
 
 
-def _kept_if_fitted(member):
+def _shown(classes: Any) -> Any:
+    return None if classes is None else classes.tolist()[:20]
+
+
+def _kept_if_fitted(member: Any) -> Any:
     if isinstance(member, BaseEstimator) and not isinstance(member, FrozenEstimator):
         try:
             check_is_fitted(member)
@@ -62,49 +260,190 @@ def _kept_if_fitted(member):
     return member
 
 
-def networks_of(scorer):
-    """Open a fitted scorer's networks."""
-    networks = [open_network(estimator) for estimator in scorer.estimators_]
-    if scorer.method_ == "tracin":
-        return _checkpoints(scorer, networks)
-    if scorer.method_ == "exact":
-        networks = [_in_double(network) for network in networks]
-    return [(network, 1 / len(networks)) for network in networks]
+def learn(
+    fitted: tuple[Any, ...], X: Rows, y: Any, weights: Tensor | None, choices: Choices
+) -> Learned:
+    """Fit a method on opened networks: X (n, ...), y (n, ...), weights (n,)."""
+    networks = [open_network(one, loss=choices.loss) for one in fitted]
+    first = networks[0]
+    _check_loss(first, X, y)
+    parameters = _chosen(first, X, choices.parameters)
+    method = choices.method or _automatic(first, parameters, choices)
+    if choices.output != "loss":
+        _output(choices.output, first.loss)
+    learned = Learned(
+        fitted,
+        tuple(_checksum(one) for one in fitted),
+        X,
+        y,
+        weights,
+        choices,
+        method,
+        _settings(fitted[0], first, parameters, y, weights, choices),
+        tuple(parameters),
+    )
+    return replace(learned, stages=tuple(_stages(learned, networks)))
 
 
-def _in_double(network):
-    if network.dtype == torch.float64:
-        return network
-    copy = network.copy()
-    return replace(copy, module=copy.module.double())
+def _check_loss(network: Network, X: Rows, y: Any) -> None:
+    """Refuse targets that the loss has no meaning for, one row run: X (n, ...), y (n, ...)."""
+    values, name = np.asarray(y), network.loss.name
+    hint = "Say loss='squared_error' for numbers, 'binary_cross_entropy' for yes-or-no labels."
+    if network.loss.kind == "classes" and values.ndim == 1 and values.dtype.kind == "f":
+        if (values != np.round(values)).any():
+            raise ValueError(f"y holds numbers, and the loss is {name}, of class labels. {hint}")
+    with torch.no_grad():
+        outputs = network(network.inputs(X[:1]))
+    same = values.ndim > 1 and values.shape[1:] == outputs.shape[1:]
+    if network.loss.kind == "classes" and same and values.dtype.kind in "iub":
+        raise ValueError(
+            f"y of shape {values.shape} holds integers, one for each of the network's outputs, and "
+            f"the loss is {name}: are these yes-or-no labels, or shares of classes? {hint} Shares "
+            "are given as floats."
+        )
 
 
-def _checkpoints(scorer, networks):
-    if not scorer.checkpoints:
+def _chosen(network: Network, X: Rows, patterns: Any) -> Parameters:
+    last = last_layer(network, X)[0] if patterns == "last" else None
+    if not isinstance(patterns, str):
+        patterns = list(patterns)
+    return select_parameters(network.module, patterns, trainable=network.trainable, last=last)
+
+
+def _linear_head(network: Network, parameters: Parameters) -> nn.Linear | None:
+    """The only layer of trained parameters, where it is linear."""
+    owners = {
+        part: None
+        for part in network.module.modules()
+        for name, _ in part.named_parameters(recurse=False)
+        if any(part.get_parameter(name) is network.module.get_parameter(n) for n in parameters)
+    }
+    layer = next(iter(owners), None)
+    return layer if len(owners) == 1 and isinstance(layer, nn.Linear) else None
+
+
+def _automatic(network: Network, parameters: Parameters, choices: Choices) -> Method:
+    size = sum(p.numel() for p in parameters.values())
+    linear = _linear_head(network, parameters) is not None and size <= _MOST_EXACT
+    usable = choices.damping != "flow" and choices.gradients != "reference"
+    return Exact() if linear and usable else GGN()
+
+
+def _settings(
+    fitted: Any,
+    network: Network,
+    parameters: Parameters,
+    y: Any,
+    weights: Tensor | None,
+    choices: Choices,
+) -> Settings:
+    tied = choices.horizon is not None or choices.damping in ("horizon", "flow")
+    penalty, targets = network.penalty, network.targets(y).cpu()
+    total = torch.ones(len(targets)) if weights is None else weights
+    of_classes = network.loss.weights(targets)
+    total_weight = float((total if of_classes is None else total * of_classes.cpu()).sum())
+    strength = 0.0 if penalty is None else penalty.on_mean_loss(total_weight)
+    linear = _linear_head(network, parameters) is not None
+    damping = choices.damping
+    return Settings(
+        damping=damping if isinstance(damping, str) else float(damping),
+        horizon=choices.horizon,
+        learning_rate=learning_rate_of(fitted, choices.learning_rate) if tied else None,
+        weight_decay=strength,
+        ridge=strength if linear and strength > 0 else None,
+        ridge_on_biases=penalty is None or penalty.biases,
+        balanced=_params_of(fitted).get("class_weight") == "balanced",
+        seed=choices.seed,
+        verbose=choices.verbose,
+    )
+
+
+def learning_rate_of(fitted: Any, given: float | None) -> float | None:
+    """Find the step size of further training."""
+    if given is not None:
+        return float(given)
+    params = _params_of(fitted)
+    rate = params.get("lr", params.get("learning_rate_init"))
+    return None if rate is None else float(rate)
+
+
+def _params_of(fitted: Any) -> dict[str, Any]:
+    inner = fitted.estimator if isinstance(fitted, FrozenEstimator) else fitted
+    params: dict[str, Any] = inner.get_params(deep=False) if hasattr(inner, "get_params") else {}
+    return params
+
+
+def _stages(learned: Learned, networks: list[Network]) -> list[Stage]:
+    """Fit the method on every network that scores are summed over."""
+    found: list[tuple[int, Mapping[str, Tensor] | None, float, dict[str, Any]]]
+    if isinstance(learned.method, TracIn):
+        found = _checkpoints(learned, networks)
+    else:
+        options = learned.method.options()
+        shares = 1 / len(networks)
+        ahead = _half_way(learned, networks)
+        found = [(i, state, shares, options) for i, state in enumerate(ahead)]
+    stages, plans = [], {}
+    for i, state, share, options in found:
+        network = with_weights(networks[i], state, double=learned._double)
+        if i not in plans:
+            plans[i] = learned.planned(network)
+        problem = learned.problem(network, plans[i])
+        fit = METHODS[learned.method.name](problem, **options)
+        stages.append(Stage(i, state, share, options, plans[i], fit))
+    return stages
+
+
+def _checkpoints(learned: Learned, networks: list[Network]) -> list[Any]:
+    method, checkpoints = learned.method, learned.choices.checkpoints
+    assert isinstance(method, TracIn)
+    if not checkpoints:
         raise ValueError(
             "method='tracin' sums over checkpoints: give a list of state dicts, modules or fitted "
             "estimators, or use method='gradient_dot' for the final weights alone."
         )
-    rates = scorer.learning_rate
-    rates = (
-        [1.0 if rates is None else rates] * len(scorer.checkpoints) if _is_number(rates) else rates
-    )
-    if len(rates) != len(scorer.checkpoints):
-        raise ValueError(
-            f"learning_rate has {len(rates)} entries for {len(scorer.checkpoints)} checkpoints."
-        )
-    return [
-        (_loaded(network, checkpoint, i), float(rate) / len(networks))
-        for network in networks
-        for i, (checkpoint, rate) in enumerate(zip(scorer.checkpoints, rates, strict=True))
-    ]
+    options = method.options()
+    rates, moments = options["learning_rate"], options["moments"] or [None] * len(checkpoints)
+    given = learned.choices.learning_rate
+    if given is not None and np.ndim(rates) == 0 and rates == 1.0:
+        rates = given
+    rates = [rates] * len(checkpoints) if np.ndim(rates) == 0 else rates
+    for name, entries in (("learning_rate", rates), ("moments", moments)):
+        if len(entries) != len(checkpoints):
+            raise ValueError(
+                f"{name} has {len(entries)} entries for {len(checkpoints)} checkpoints."
+            )
+    found = []
+    for i, network in enumerate(networks):
+        stages = zip(checkpoints, rates, moments, strict=True)
+        for j, (checkpoint, rate, state) in enumerate(stages):
+            adam = None if state is None else _adam(learned, network, state, method)
+            own = {"normalize": options["normalize"], "adam": adam}
+            weights = _state_of(network, checkpoint, j)
+            found.append((i, weights, float(rate) / len(networks), own))
+    return found
 
 
-def _is_number(rates):
-    return rates is None or not hasattr(rates, "__len__")
+def _adam(learned: Learned, network: Network, state: Mapping[str, Any], method: TracIn) -> Adam:
+    parts: dict[str, list[Tensor]] = {"exp_avg": [], "exp_avg_sq": []}
+    steps = []
+    for name, parameter in _selected(network, learned.names).items():
+        if name not in state:
+            raise ValueError(
+                f"moments hold no state of {name!r}; needed is a dict by name of parameter with "
+                "exp_avg and exp_avg_sq."
+            )
+        for key, entries in parts.items():
+            entries.append(torch.as_tensor(state[name][key]).to(parameter).reshape(-1).cpu())
+        steps.append(state[name].get("step"))
+    # the step that Adam would take next
+    step = None if steps[0] is None else int(steps[0]) + 1
+    first, second = method.betas
+    mean, square = (torch.cat(entries) for entries in parts.values())
+    return Adam(mean, square, step, (first, second), method.eps)
 
 
-def _loaded(network, checkpoint, i):
+def _state_of(network: Network, checkpoint: Any, i: int) -> dict[str, Tensor]:
     if isinstance(checkpoint, Mapping):
         state = checkpoint
     elif isinstance(checkpoint, nn.Module):
@@ -114,148 +453,50 @@ def _loaded(network, checkpoint, i):
     else:
         raise TypeError(
             f"checkpoint {i} is a {type(checkpoint).__name__}; needed is a state dict, a module or "
-            "a fitted estimator. Read files with torch.load."
+            "a fitted estimator. skperf.influence.read_checkpoints reads files and folders."
         )
-    own = network.module.state_dict()
-    for name, tensor in own.items():
+    for name, tensor in network.module.state_dict().items():
         if name not in state or state[name].shape != tensor.shape:
             seen = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
             raise ValueError(
                 f"checkpoint {i} does not fit the estimator: {name!r} is {seen}, expected shape "
                 f"{tuple(tensor.shape)}."
             )
-    copy = network.copy()
-    copy.module.load_state_dict(dict(state), strict=False)
-    return copy
+    # own memory: the user may go on training the module that was given
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def named_settings(scorer):
-    """State a scorer's choices for the mathematics."""
-    tied = scorer.horizon is not None or scorer.damping in ("horizon", "flow")
-    return Settings(
-        curvature=scorer.curvature,
-        damping=scorer.damping if isinstance(scorer.damping, str) else float(scorer.damping),
-        horizon=scorer.horizon,
-        learning_rate=learning_rate_of(scorer) if tied else None,
-        weight_decay=weight_decay_of(scorer.estimators_[0]),
-        kept_trace=scorer.kept_trace,
-        max_rows=scorer.max_rows,
-        rank=scorer.rank,
-        n_components=scorer.n_components,
-        n_projections=scorer.n_projections,
-        tol=scorer.tol,
-        max_iter=scorer.n_iterations,
-        scale=scorer.lissa_scale,
-        select=scorer.select,
-        ratio=scorer.ratio,
-        ridge=scorer.ridge,
-        seed=0 if scorer.random_state is None else seed_of(scorer.random_state),
-        verbose=scorer.verbose,
-    )
-
-
-def learning_rate_of(scorer):
-    """Find the step size of further training."""
-    if scorer.learning_rate is not None:
-        return float(scorer.learning_rate)
-    params = params_of(scorer.estimators_[0])
-    rate = params.get("lr", params.get("learning_rate_init"))
-    return None if rate is None else float(rate)
-
-
-def weight_decay_of(fitted):
-    """Find the weight decay that an estimator was trained with."""
-    return float(params_of(fitted).get("optimizer__weight_decay", 0.0))
-
-
-def params_of(fitted):
-    """Parameters of an estimator, frozen or not."""
-    if isinstance(fitted, FrozenEstimator):
-        fitted = fitted.estimator
-    return fitted.get_params(deep=False) if hasattr(fitted, "get_params") else {}
-
-
-def open_problem(scorer, network):
-    """State the problem that a method is fitted on."""
-    parameters = select_parameters(network.module, scorer.parameters)
-    if scorer.gradients == "reference":
-        layers = []
-
-        def recorder(network, inputs):
-            return record_reference(network, inputs, parameters)
-    else:
-        layers = find_layers(network.module, parameters)
-
-        def recorder(network, inputs):
-            return record(network, inputs, layers)
-
-    weights = scorer.sample_weight_
-    n = len(scorer.X_)
-    shares = torch.full((n,), 1 / n, dtype=torch.float64)
-    if weights is not None:
-        shares = torch.as_tensor(weights, dtype=torch.float64) / float(weights.sum())
-    return Problem(
-        network,
-        parameters,
-        layers,
-        recorder,
-        scorer.X_,
-        network.codes(scorer.y_).cpu(),
-        shares,
-        scorer.settings_,
-        scorer.batch_size or _batch_size(network),
-        Shelf(budget_in_bytes(scorer.memory_budget), scorer.storage),
-    )
-
-
-def linearised(scorer):
-    """State the problems that a scorer's methods are fitted on."""
-    found = networks_of(scorer)
-    if scorer.ahead_ is not None:
-        found = [
-            (_moved(network, weights), share)
-            for (network, share), weights in zip(found, scorer.ahead_, strict=True)
-        ]
-    return [(open_problem(scorer, network), share) for network, share in found]
-
-
-def _moved(network, weights):
-    copy = network.copy()
-    own = dict(copy.module.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            own[name].copy_(value)
-    return copy
-
-
-def half_way(scorer):
-    """Train each member on for half of the horizon."""
+def _half_way(learned: Learned, networks: list[Network]) -> list[Parameters | None]:
+    """Train each member on for half of the horizon, where the damping is "flow"."""
     # The effect of a row on a horizon of training is that of gradients and curvature along the
     # way; those of its middle stand for them all, as in the midpoint rule.
-    settings = scorer.settings_
+    settings = learned.settings
     if settings.damping != "flow":
-        return None
-    if scorer.method_ not in ("ggn", "exact"):
+        return [None] * len(networks)
+    if not isinstance(learned.method, GGN | Exact):
         raise ValueError(
-            f"damping='flow' needs method='ggn' or 'exact', not {scorer.method_!r}; "
+            f"damping='flow' needs method='ggn' or 'exact', not {learned.method.name!r}; "
             "damping='horizon' ties any damped method to a horizon."
         )
     horizon_time(settings)
-    ends = []
-    for network, _ in networks_of(scorer):
-        problem = open_problem(scorer, network)
+    assert settings.horizon is not None
+    assert settings.learning_rate is not None
+    ends: list[Parameters | None] = []
+    for network in networks:
+        targets = network.targets(learned.y)
+        shares = shares_of(network.loss, targets.cpu(), learned.weights)
         training = FurtherTraining(
             settings.learning_rate,
-            min(64, problem.n_train),
+            min(64, len(learned.X)),
             settings.weight_decay,
             settings.seed + 1,
         )
         end = further_trained(
             network,
-            problem.parameters,
-            network.tensor(problem.X),
-            problem.codes.to(network.device),
-            problem.shares,
+            _selected(network, learned.names),
+            network.inputs(learned.X),
+            targets,
+            shares * len(shares),
             training,
             settings.horizon // 2,
         )
@@ -263,6 +504,32 @@ def half_way(scorer):
     return ends
 
 
-def _batch_size(network):
+def with_damping(
+    learned: Learned, damping: float | str, horizon: int | None, learning_rate: float | None
+) -> Learned:
+    """Fit with another damping, without a pass through the network where the method allows."""
+    networks = learned.networks()
+    choices = replace(
+        learned.choices, damping=damping, horizon=horizon, learning_rate=learning_rate
+    )
+    parameters = _selected(networks[0], learned.names)
+    settings = _settings(
+        learned.estimators[0], networks[0], parameters, learned.y, learned.weights, choices
+    )
+    other = replace(learned, choices=choices, settings=settings)
+    stages = []
+    for stage, state in zip(learned.stages, _half_way(other, networks), strict=True):
+        network = with_weights(networks[stage.member], state, double=other._double)
+        problem = other.problem(network, stage.plan)
+        name = other.method.name
+        if state is None and stage.state is None:
+            fit = redamped(problem, stage.fit, name, stage.options)
+        else:
+            fit = METHODS[name](problem, **stage.options)
+        stages.append(replace(stage, state=state, fit=fit))
+    return replace(other, stages=tuple(stages))
+
+
+def _batch_size(network: Network) -> int:
     convolves = any(isinstance(part, nn.Conv2d | nn.Conv1d) for part in network.module.modules())
     return 64 if convolves else 2048

@@ -1,111 +1,38 @@
-"""Methods of InfluenceScorer about single training rows and groups of them."""
+"""Single training rows and groups of them: exact leave-one-out of heads, second order, labels."""
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.utils.validation import check_is_fitted
+from numpy.typing import NDArray
+from sklearn.utils import Bunch
+from torch import Tensor
+from torch.func import hessian, vmap
 
-from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
-from skperf.backbone.network import two_logits
-from skperf.backbone.outputs import loss, resolve_output
-from skperf.influence._members import networks_of, open_problem, weight_decay_of
-from skperf.influence._scoring import (
-    influence_matrix,
-    open_members,
-    query_gradients,
-    score_dtype,
-    tiles_of,
-)
+from skperf.backbone.losses import Loss
+from skperf.backbone.rows import Rows
+from skperf.influence._members import Learned
+from skperf.influence.captures import record, recording
 from skperf.influence.damping import resolve_damping
-from skperf.influence.gradients import inner
+from skperf.influence.gradients import Outer, inner
 from skperf.influence.heads import leave_one_out_steps, linear_head_hessian
-from skperf.influence.output_rows import softmax_rows
-from skperf.influence.problem import LOSS_UNIT, slopes
+from skperf.influence.layers import from_vectors
+from skperf.influence.problem import LOSS_UNIT, Problem, curvature_rows
+from skperf.influence.scoring import Ensemble
 
 
-def losses(scorer, X, y):
-    """Loss of each row under each member: X (n, ...), y (n,) -> (n_members, n)."""
-    networks = [network for network, _ in networks_of(scorer)]
-    return np.stack([loss(n.logits(X), n.codes(y).cpu()).numpy() for n in networks])
+class TopRows(Bunch):
+    """Rows of largest influence: a Bunch whose ``values`` are not the dictionary's."""
+
+    @property
+    def values(self) -> Any:
+        """Influence of the rows."""
+        return self["values"]
 
 
-def detect_mislabels(self, class_aware=False):
-    """Score every training row by how suspicious its label is.
-
-    Print the AUROC of `loss_`, the plain loss of each row, beside that of these scores: it is
-    a strong baseline.
-
-    Parameters
-    ----------
-    class_aware : bool, default=False
-        By default the loss that the row would have had it been left out of training: its loss
-        and its influence on itself. Methods and targets whose scores are no losses give the
-        influence on itself alone. With True, minus the smallest of the row's mean influences
-        on the training rows of each class: a row that hurts some class.
-
-    Returns
-    -------
-    ndarray of shape (n_train,)
-        Higher = more suspicious.
-
-    References
-    ----------
-    Nguyen-Duc et al., "Class based Influence Functions for Error Detection" (ACL 2023).
-    """
-    check_is_fitted(self)
-    if not class_aware:
-        is_loss = self.unit_ == LOSS_UNIT and self.target == "loss"
-        return self.self_influence_ + (self.loss_ if is_loss else 0)
-    means = [
-        influence_matrix(
-            self, self.X_[self.y_ == label], self.y_[self.y_ == label], aggregate="mean"
-        )
-        for label in np.unique(self.y_)
-    ]
-    return -np.min(means, axis=0)
-
-
-def group_influence(self, groups, X, y, *, order=1):
-    """Estimate the influence of leaving out groups of training rows together.
-
-    Parameters
-    ----------
-    groups : list of array-like, or array-like of shape (n_train,)
-        Row indices or boolean masks, one a group; or the group number of every training row,
-        where -1 belongs to none.
-    X : array-like of shape (n_query, ...)
-        Queries.
-    y : array-like of shape (n_query,)
-        Their labels.
-    order : {1, 2}, default=1
-        1 adds the rows' influences. 2 also takes out the rows' share of the curvature (a
-        Newton step on the rest), which matters for groups of similar rows.
-
-    Returns
-    -------
-    ndarray of shape (n_query, n_groups)
-        Rise of the target's loss, in `unit_`.
-    """
-    check_is_fitted(self)
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}.")
-    members = _members_of_groups(groups, len(self.X_))
-    X, y = check_labelled_rows(self, X, y)
-    membership = np.zeros((len(self.X_), len(members)), dtype=score_dtype(self))
-    for column, rows in enumerate(members):
-        membership[rows, column] = 1
-    result = np.zeros((len(X), len(members)), dtype=membership.dtype)
-    for queries, rows, scores in tiles_of(self, X, y):
-        result[queries] += scores @ membership[rows]
-    if order == 2:
-        if self.unit_ != LOSS_UNIT:
-            raise ValueError(f"order=2 needs a curvature method; {self.method_!r} has none.")
-        for column, rows in enumerate(members):
-            result[:, column] += _second_order(self, X, y, rows)
-    return result
-
-
-def _members_of_groups(groups, n):
+def members_of_groups(groups: Any, n: int) -> list[NDArray[Any]]:
+    """Read groups given as lists of indices or masks, or as one number a row."""
     if not isinstance(groups, list | tuple) or (len(groups) == n and np.ndim(groups[0]) == 0):
         labels = np.asarray(groups)
         if labels.shape != (n,):
@@ -123,142 +50,231 @@ def _members_of_groups(groups, n):
     return members
 
 
-def _second_order(scorer, X, y, rows):
-    """Add what taking the group's own curvature out of the inverse changes."""
-    output = resolve_output(scorer.target, argument="target")
+def second_order(
+    ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any]
+) -> NDArray[Any]:
+    """Add what taking the group's own curvature out of the inverse changes: -> (n_query,)."""
     total = np.zeros(len(X))
-    for problem, fitted, weight in open_members(scorer):
+    for member in ensemble.members:
+        problem, fitted = member.problem, member.fit
+        if fitted.unit != LOSS_UNIT:
+            raise ValueError("order=2 needs a curvature method; this one is of first order.")
         n = problem.n_train
         index = torch.as_tensor(rows)
         shares = problem.shares[index]
-        logits = problem.network.logits(scorer.X_[rows])
-        own = softmax_rows(logits, shares / shares.sum(), kept_trace=1.0)
-        cotangents = own.cotangents * shares.sum().sqrt().to(own.cotangents)
-        curvature = problem.gather(scorer.X_[rows], cotangents, own.examples)
-        gradients = problem.gradients(loss, scorer.X_[rows], problem.codes[index], shares * n)
-        queries = query_gradients(scorer, problem, output, X, y)
+        group = _part(problem, rows, shares / shares.sum())
+        own = curvature_rows(group, kept_trace=1.0, max_rows=None)
+        scale = float(shares.sum().sqrt())
+        pulled = group.gather(group.X, own.cotangents, own.examples)
+        gradients = problem.gradients(
+            problem.loss, group.X, problem.targets[index], shares * n
+        )
+        queries = ensemble.query_gradients(problem, X, targets)
 
-        def bilinear(left, right, problem=problem, fitted=fitted, n=n):
+        def bilinear(
+            left: Any, right: Any, problem: Problem = problem, fitted: Any = fitted
+        ) -> Tensor:
             terms, stored = fitted.lift(problem, left), fitted.lift.store(problem, right)
-            return inner([f for _, f in terms], [stored[i] for i, _ in terms]) * fitted.scale * n
+            products = inner([f for _, f in terms], [stored[i] for i, _ in terms])
+            return (products * fitted.scale * problem.n_train).double()
 
-        reached = bilinear(curvature, curvature).double()
-        moved = bilinear(curvature, gradients).double().sum(1) / n
+        reached = bilinear(pulled, pulled) * scale**2
+        moved = bilinear(pulled, gradients).sum(1) * scale / n
         rest = torch.eye(len(reached), dtype=torch.float64) - (reached + reached.T) / 2
-        correction = bilinear(queries, curvature).double() @ torch.linalg.solve(rest, moved)
-        total += weight * correction.numpy()
+        solved = torch.linalg.solve(rest, moved)
+        total += member.share * (bilinear(queries, pulled) * scale @ solved).numpy()
     return total
 
 
-def loo_effect(self, X, y):
-    """Estimate how much the target's loss rises when single training rows are left out.
+def _part(problem: Problem, rows: NDArray[Any], shares: Tensor) -> Problem:
+    index = torch.as_tensor(rows)
+    return replace(problem, X=problem.X[rows], targets=problem.targets[index], shares=shares)
 
-    Where the parameters taken into account are one linear layer that gives the logits, each
-    row's own share of the curvature is taken out of the inverse and the queries are evaluated
-    at the resulting weights: one exact Newton step of leave-one-out training. With
-    ``damping="auto"`` the penalty is then the one the model was trained with, where it is
-    known. Elsewhere this is :meth:`influence`.
 
-    Parameters
-    ----------
-    X : array-like of shape (n_query, ...)
-        Queries.
-    y : array-like of shape (n_query,)
-        Their labels.
+def head_effects(
+    learned: Learned, member: int, X: Rows, y: Any
+) -> NDArray[Any] | None:
+    """One exact Newton step of leaving out each row, where a single linear layer trains.
 
-    Returns
-    -------
-    ndarray of shape (n_query, n_train)
-        In the unit of the target; positive = proponent.
-
-    Raises
-    ------
-    ValueError
-        If the method is first-order and has no such unit.
+    Shapes: X (n_query, ...), y (n_query, ...) -> (n_query, n_train), None for other networks.
     """
-    check_is_fitted(self)
-    X, y = check_labelled_rows(self, X, y)
-    networks = [network for network, _ in networks_of(self)]
-    effects = [_head_effects(self, i, network, X, y) for i, network in enumerate(networks)]
-    if all(effect is not None for effect in effects):
-        return np.mean(effects, axis=0)
-    if self.unit_ != LOSS_UNIT:
-        raise ValueError(
-            f"method={self.method_!r} has no unit of loss; use a curvature method such as 'ggn'."
-        )
-    return influence_matrix(self, X, y)
-
-
-def _head_effects(scorer, i, network, X, y):
-    problem = open_problem(scorer, network)
-    if len(problem.layers) != 1 or not isinstance(problem.layers[0].module, torch.nn.Linear):
+    network = learned.networks()[member]
+    problem = learned.problem(network, learned.stages[0].plan)
+    head = problem.layers[0]
+    if len(problem.layers) != 1 or not head.sites or not head.weight:
         return None
-    layer, readout = problem.layers[0], network.readout
-    if readout not in (None, two_logits) or not layer.weight:
+    if not isinstance(head.module, torch.nn.Linear):
         return None
-    train = _features(problem, scorer.X_)
-    queries = _features(problem, X)
-    weights = _weights(layer).double()
-    if train.ndim != 2 or not _gives_logits(network, queries, weights, X):
+    weight = head.module.weight.detach().cpu().double()
+    if head.bias:
+        weight = torch.cat([weight, head.module.bias.detach().cpu().double()[:, None]], 1)
+    train, queries = (_features(problem, rows) for rows in (learned.X, X))
+    if train is None or queries is None:
         return None
-    to_logits = torch.eye(len(weights), dtype=torch.float64)
-    if readout is two_logits:
-        to_logits = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    logits = train @ weights.T @ to_logits.T
-    shares = problem.shares
-    p = logits.softmax(1)
-    hessians = shares[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
-    curvatures = to_logits.T @ hessians @ to_logits
-    slope = slopes(loss, logits, problem.codes) * shares[:, None] @ to_logits
-    ridge = _ridge(scorer, i, problem, train.shape[1], layer.bias)
-    hessian = linear_head_hessian(train, curvatures, ridge)
-    steps = leave_one_out_steps(train, slope, curvatures, hessian)
-    output = resolve_output(scorer.target, argument="target")
-    sign = 1.0 if scorer.target == "loss" else -1.0
-    codes = network.codes(y).cpu()
-    before_logits = queries @ weights.T @ to_logits.T
-    before = output(before_logits, codes)
-    effects = []
-    for step in steps:
-        after = output(before_logits + queries @ step.T @ to_logits.T, codes)
-        effects.append(sign * (after - before))
-    return torch.stack(effects, 1).numpy()
+    read = _readout(problem, queries, weight, X)
+    if read is None:
+        return None
+    targets, asked = problem.targets, network.targets(y).cpu()
+    loss, shares = problem.loss, problem.shares
+
+    def value(raw: Tensor, target: Tensor) -> Tensor:
+        return loss.value(read(raw[None]), _as_double(target)[None])[0]
+
+    raw = train @ weight.T
+    slope = vmap(torch.func.grad(value))(raw, targets) * shares[:, None]
+    curvatures = vmap(hessian(value))(raw, targets) * shares[:, None, None]
+    # a loss that is not convex in the outputs lends its positive part
+    values, vectors = torch.linalg.eigh(curvatures)
+    curvatures = (vectors * values.clamp_min(0)[:, None]) @ vectors.mT
+    ridge = _ridge(problem, train.shape[1], head.bias)
+    matrix = linear_head_hessian(train, curvatures, ridge)
+    steps = leave_one_out_steps(train, slope, curvatures, matrix)
+    if problem.settings.balanced:
+        steps = steps + _of_balance(train, slope, targets, matrix)
+    ensemble = learned.opened()
+    output, sign = ensemble.output, 1.0 if ensemble.about_loss else -1.0
+
+    def judged(outputs: Tensor) -> Tensor:
+        own = _as_double(asked)
+        return output.value(outputs, own) if isinstance(output, Loss) else output(outputs, own)
+
+    before_raw = queries @ weight.T
+    before = judged(read(before_raw))
+    effects = [sign * (judged(read(before_raw + queries @ step.T)) - before) for step in steps]
+    result: NDArray[Any] = torch.stack(effects, 1).numpy()
+    return result.astype(ensemble.dtype, copy=False)
 
 
-def _features(problem, X):
-    """Read the inputs of the only layer, a one appended for its bias."""
-    zero = torch.zeros(len(X), problem.network.n_classes)
-    factor = problem.gather(X, zero)[0]
-    return getattr(factor, "inputs", torch.zeros(0)).double().cpu()
+def _of_balance(train: Tensor, slope: Tensor, targets: Tensor, matrix: Tensor) -> Tensor:
+    """What follows from the class weights that are balanced anew without each row.
+
+    Shapes: train (n, d), slope (n, K), targets (n,), matrix (K * d, K * d) -> (n, K, d).
+    """
+    # weights are n / (K n_class): without a row its own class gains, and all lose a little
+    n, codes = len(train), targets.unique()
+    sums = torch.stack([slope[targets == c].T @ train[targets == c] for c in codes])
+    counts = torch.stack([(targets == c).sum() for c in codes]).double()
+    factors = torch.full((len(codes), len(codes)), (n - 1) / n - 1, dtype=train.dtype)
+    factors.diagonal().copy_(counts / (counts - 1).clamp_min(1) * (n - 1) / n - 1)
+    extra = torch.einsum("ck,kod->cod", factors, sums)
+    solved = -(extra.flatten(1) @ torch.linalg.pinv(matrix, hermitian=True)).view_as(extra)
+    return solved[torch.searchsorted(codes, targets)]
 
 
-def _weights(layer):
-    weight = layer.module.weight.detach().cpu()
-    if not layer.bias:
-        return weight
-    return torch.cat([weight, layer.module.bias.detach().cpu()[:, None]], 1)
+def _as_double(targets: Tensor) -> Tensor:
+    return targets.double() if targets.is_floating_point() else targets
 
 
-def _gives_logits(network, features, weights, X):
-    if features.shape[-1] != weights.shape[1]:
-        return False
-    outputs = features @ weights.T
-    logits = outputs if network.readout is None else network.readout(outputs)
+def _features(problem: Problem, X: Rows) -> Tensor | None:
+    """Read the inputs of the only layer, a one appended for its bias: -> (n, d)."""
+    network, parts = problem.network, []
+    with recording(network.module):
+        for (inputs,) in network.batches(X):
+            tape = record(network, inputs, problem.layers)
+            factor = tape.pull(torch.zeros_like(tape.outputs))[0]
+            if not isinstance(factor, Outer) or factor.inputs.ndim != 2:
+                return None
+            parts.append(factor.inputs.double().cpu())
+    return torch.cat(parts)
+
+
+def _readout(problem: Problem, features: Tensor, weight: Tensor, X: Rows) -> Any:
+    """Find the function from what the layer gives to the outputs; None if there is more to it."""
+    network = problem.network
     actual = network.logits(X).double()
-    return logits.shape == actual.shape and torch.allclose(logits, actual, rtol=1e-3, atol=1e-3)
+    raw = features @ weight.T
+    candidates = [lambda outputs: outputs, lambda outputs: outputs[:, 0]]
+    if network.readout is not None:
+        candidates.insert(0, network.readout)
+    for candidate in candidates:
+        try:
+            found = candidate(raw)
+        except (RuntimeError, TypeError, KeyError, IndexError, AttributeError):
+            continue
+        close = isinstance(found, Tensor) and found.shape == actual.shape
+        if close and torch.allclose(found, actual, rtol=1e-3, atol=1e-3):
+            return candidate
+    return None
 
 
-def _ridge(scorer, i, problem, d, has_bias):
-    """Penalty of each feature, on the scale of the mean loss."""
+def _ridge(problem: Problem, d: int, has_bias: bool) -> Tensor:
+    """Penalty of each feature, on the scale of the mean loss: -> (d,)."""
+    settings = problem.settings
     ridge = torch.zeros(d, dtype=torch.float64)
-    fitted = scorer.estimators_[i]
-    inner_estimator = getattr(fitted, "estimator", fitted)
-    if scorer.damping != "auto":
-        return ridge + resolve_damping(problem)
-    if isinstance(inner_estimator, LogisticRegression):
-        total = len(scorer.X_) if scorer.sample_weight_ is None else scorer.sample_weight_.sum()
-        strength = 0.0 if np.isinf(inner_estimator.C) else 1 / (inner_estimator.C * total)
-        ridge[: d - 1 if has_bias else d] = strength
-        return ridge
-    decay = weight_decay_of(fitted)
-    return ridge + (decay if decay > 0 else resolve_damping(problem))
+    if settings.damping == "auto" and settings.horizon is None:
+        known = settings.ridge
+        if known is None and isinstance(settings.weight_decay, float):
+            known = settings.weight_decay or None
+        if known is not None:
+            spared = has_bias and not settings.ridge_on_biases
+            ridge[: d - 1 if spared else d] = known
+            return ridge
+    return ridge + resolve_damping(problem)
+
+
+def class_aware(ensemble: Ensemble, X: Rows, targets: Tensor) -> NDArray[Any]:
+    """Smallest of each row's mean influences on the rows of each class: -> (n_train,)."""
+    means = [
+        ensemble.matrix(
+            X[np.flatnonzero((targets == code).numpy())], targets[targets == code], aggregate="mean"
+        )
+        for code in targets.unique()
+    ]
+    smallest: NDArray[Any] = np.min(means, axis=0)
+    return smallest
+
+
+def radius_effects(
+    ensemble: Ensemble, X: Rows, targets: Tensor, radius: float, norm: float
+) -> NDArray[Any]:
+    """Derivative of the queries' loss by the radius of an attack in training: -> (n_query,)."""
+    total = np.zeros(len(X))
+    for member in ensemble.members:
+        problem, fit = member.problem, member.fit
+        if fit.unit != LOSS_UNIT:
+            raise ValueError("radius_effect needs a curvature method, such as 'ggn' or 'exact'.")
+        pushed = _of_attack(problem, radius, norm)
+        terms = fit.lift(problem, ensemble.query_gradients(problem, X, targets))
+        stored = fit.lift.store(problem, pushed)
+        scores = inner([f for _, f in terms], [stored[i] for i, _ in terms])
+        # scores are over n; the pull of all rows together is a mean already
+        total -= member.share * (scores[:, 0].double() * fit.scale * problem.n_train).numpy()
+    return total if ensemble.about_loss else -total
+
+
+def _of_attack(problem: Problem, radius: float, norm: float) -> Any:
+    """Derivative by the radius of the mean gradient under attack, as one vector."""
+    network = problem.network
+    own = {n: p.detach().requires_grad_() for n, p in problem.parameters.items()}
+    total = [torch.zeros_like(p) for p in own.values()]
+    shares = problem.shares.to(network.device, network.dtype)
+    targets = problem.targets.to(network.device)
+    with torch.enable_grad():
+        for start in range(0, problem.n_train, problem.batch_size):
+            rows = slice(start, start + problem.batch_size)
+            plain = network.inputs(problem.X[rows]).array
+            if not plain.is_floating_point():
+                raise ValueError("radius_effect moves the inputs, which must be real numbers.")
+            away = _steepest(network, plain, targets[rows], norm)
+            inputs = (plain + radius * away).requires_grad_()
+            losses = network.loss.value(network(Rows(inputs), own), targets[rows])
+            weighted = (losses * shares[rows]).sum()
+            (slope,) = torch.autograd.grad(weighted, inputs, create_graph=True)
+            found = torch.autograd.grad(
+                (slope * away).sum(), list(own.values()), materialize_grads=True, allow_unused=True
+            )
+            total = [one + more for one, more in zip(total, found, strict=True)]
+    vector = torch.cat([part.reshape(-1) for part in total])[None].cpu()
+    return [*from_vectors(problem.layers, vector, problem.parameters)]
+
+
+def _steepest(network: Any, inputs: Tensor, targets: Tensor, norm: float) -> Tensor:
+    """Direction of length one in which each row's loss rises fastest: inputs (n, ...)."""
+    leaf = inputs.detach().requires_grad_()
+    losses = network.loss.value(network(Rows(leaf)), targets)
+    (slope,) = torch.autograd.grad(losses.sum(), leaf)
+    if norm == float("inf"):
+        return slope.sign()
+    if norm == 2:
+        return torch.nn.functional.normalize(slope.flatten(1), dim=1).view_as(slope)
+    raise ValueError(f"norm must be 2 or inf, got {norm}.")

@@ -1,37 +1,39 @@
 """Which training rows made a prediction: the estimator."""
 
+from numbers import Integral, Real
+
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
-from skperf.backbone._opening import open_network
-from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
+from skperf.backbone._edited import edited
+from skperf.backbone._nets import seed_of
+from skperf.backbone._sklearn import (
+    DOC_LINK,
+    Interval,
+    StrOptions,
+    check_sample_weight,
+    fit_context,
+)
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import array_rows as check_rows
-from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
-from skperf.influence._actions import remove, repair
-from skperf.influence._constraints import CONSTRAINTS
+from skperf.backbone._validation import check_rows, check_targets
+from skperf.backbone.losses import resolve_loss
+from skperf.influence import _actions, _rows, _trust
 from skperf.influence._members import (
+    OUTPUTS,
+    Choices,
     fitted_members,
-    half_way,
-    linearised,
-    named_settings,
-    networks_of,
-    open_problem,
+    learn,
+    with_damping,
 )
-from skperf.influence._rows import detect_mislabels, group_influence, loo_effect, losses
-from skperf.influence._scoring import (
-    TopRows,
-    influence_matrix,
-    score_dtype,
-    self_influences,
-    tiles_of,
-)
-from skperf.influence._trust import fading, score
-from skperf.influence.methods import METHODS, redamped
-from skperf.influence.tiles import Largest, budget_in_bytes
+from skperf.influence._methods import RECORDS, SELECTIONS, Method, Nearest, resolve_method
+from skperf.influence.generalized import REMOVALS
+from skperf.influence.problem import LOSS_UNIT
+from skperf.influence.tiles import budget_in_bytes
+
+_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 class InfluenceScorer(
@@ -52,63 +54,42 @@ class InfluenceScorer(
         in ``FrozenEstimator``, a module, or whatever has ``to_module()`` is used as it is and
         never changed. A list is an ensemble: the scores of its members are averaged, and
         fitted members are used as they are. None means a small built-in network.
-    method : str, default="auto"
+    method : str or Method, default="auto"
         ``"ggn"`` row-space Gauss-Newton; ``"ekfac"``, ``"kfac"`` Kronecker-factored;
         ``"exact"`` dense, in double precision; ``"cg"``, ``"lissa"``, ``"arnoldi"`` iterative;
         ``"datainf"``; ``"trak"``; ``"gif"`` generalised influence on few parameters;
-        ``"gradient_dot"``; ``"tracin"`` over `checkpoints`. ``"auto"`` is exact for a single
-        linear layer of at most 5,000 weights, else ``"ggn"``.
+        ``"gradient_dot"``; ``"tracin"`` over `checkpoints`. A record of
+        ``skperf.influence`` sets a method's own options, such as ``EKFAC(rank=4)``. ``"auto"``
+        is exact where a single linear layer of at most 5,000 weights trains, else ``"ggn"``.
+    loss : "auto", str, nn.Module or callable, default="auto"
+        What the network was trained on; ``"auto"`` is what the estimator says.
+        ``"cross_entropy"``, ``"binary_cross_entropy"`` (multi-label), ``"squared_error"``, a
+        loss module of torch with its weights and smoothing, or a function of (outputs,
+        targets) that returns one number a row. Class weights are weights of training rows.
     parameters : str or list of str, default="all"
-        ``"all"``, ``"last"`` (the last layer) or globs of parameter names.
-    target : {"loss", "log_odds", "logit", "margin", "proba"} or callable, default="loss"
-        What is influenced. A function of (logits, codes) returns one number a row, larger
-        for better; whatever the target, positive means proponent.
-    curvature : {"ggn", "hessian", "empirical"}, default="ggn"
-        Gauss-Newton with the exact expectation over labels; the Hessian (``"cg"``,
-        ``"lissa"``, ``"arnoldi"``, ``"gif"``, ``"exact"``); or the second moment of the
-        training gradients (``"ggn"``, ``"ekfac"``, ``"kfac"``).
+        ``"all"`` that train, ``"last"`` (the last layer to run) or globs of parameter names.
+    output : {"loss", "log_odds", "logit", "margin", "proba"} or callable, default="loss"
+        What is influenced. A function of (outputs, targets) returns one number a row, larger
+        for better; whatever the output, positive means proponent.
     damping : float, "auto", "horizon" or "flow", default="auto"
-        Added to the eigenvalues of the mean loss's curvature. ``"auto"``: the weight decay that
-        pulls half as hard again as the mean gradient is uncertain; ``"horizon"``:
-        ``1 / (learning_rate * horizon)``; ``"flow"``, of ``"ggn"`` and ``"exact"``: instead the
-        filter of `horizon` further gradient steps, at the weights that half of them lead to.
+        Added to the eigenvalues of the mean loss's curvature. ``"auto"``: the penalty that a
+        linear model was trained with; else the weight decay that pulls half as hard again as
+        the mean gradient is uncertain. ``"horizon"``: ``1 / (learning_rate * horizon)``;
+        ``"flow"``, of ``"ggn"`` and ``"exact"``: instead the filter of `horizon` further
+        gradient steps, at the weights that half of them lead to.
     horizon : int, optional
         Number of further training steps whose effect is predicted; ties ``damping="auto"``
         to it.
     learning_rate : float, optional
-        Of those steps; by default the estimator's own. For ``"tracin"``, the weight of every
-        checkpoint.
-    kept_trace : float, default=0.95
-        As many curvature rows are taken as the largest would need for this share of the
-        trace at the logits: the largest, and a sample that stands for the rest.
-    max_rows : int or None, default=1000
-        Most curvature rows of ``"ggn"``.
-    rank : int or None, default=8
-        Most terms of the separable EKFAC score; None for the exact one.
-    n_components : int, default=100
-        Eigenpairs that ``"arnoldi"`` keeps.
-    n_projections : int, default=512
-        Coordinates of ``"trak"``.
+        Of those steps; by default the estimator's own.
     checkpoints : list of state dicts, modules or estimators, optional
         For ``"tracin"``: stages of the same network.
-    select : {"gradient", "output", "sam", "random"}, default="gradient"
-        How ``"gif"`` and :meth:`remove` choose parameters: units of largest mean output
-        gradient or mean pre-activation, or weights of largest gradient^2 / curvature.
-    ratio : float, default=0.05
-        Share of the parameters they may change.
-    ridge : float, default=0.001
-        Penalty in their least-squares problem.
-    n_iterations : int, optional
-        Most iterations of the iterative methods; each has its own default.
-    tol : float, default=0.0001
-        Their relative tolerance.
-    lissa_scale : float, optional
-        Divisor of the Neumann series; estimated by default.
-    candidates : int, optional
+    candidates : int or Nearest, optional
         Score only this many nearest training rows of each query, in the features before the
-        last layer; all others get 0.
-    gradients : {"factorised", "reference"}, default="factorised"
-        ``"reference"`` differentiates row by row with ``torch.func``: slower, any network.
+        last layer; all others get 0. ``Nearest(k, per_class=True)`` takes k of every class.
+    gradients : {"auto", "factorised", "reference"}, default="auto"
+        ``"auto"`` differentiates row by row only what does not factorise over the rows;
+        ``"factorised"`` refuses that; ``"reference"`` takes all row by row, much slower.
     batch_size : int, optional
         Rows differentiated at once; never changes a result.
     memory_budget : str or float, default="2GB"
@@ -122,6 +103,8 @@ class InfluenceScorer(
         Tiles scored at once, through joblib.
     verbose : int, default=0
         Show progress.
+    target : str or callable, optional
+        The first name of `output`.
 
     Attributes
     ----------
@@ -129,20 +112,18 @@ class InfluenceScorer(
         The fitted classifier; of an ensemble, the first.
     estimators_ : list of classifiers
         All members.
-    classes_ : ndarray of shape (n_classes,)
-        Labels.
+    classes_ : ndarray of shape (n_classes,) or None
+        Labels; None where targets are no classes.
     method_ : str
         The method in use.
-    ahead_ : list of dict of str to Tensor, or None
-        Of every member, the weights half-way along the horizon, for ``damping="flow"``.
     unit_ : str
-        ``"loss"``, ``"relative loss"`` or ``"squared gradient"``.
+        ``"loss"``, ``"relative loss"``, ``"squared gradient"`` or ``"cosine"``.
     damping_ : float or list of float
         What was added to the curvature's eigenvalues, of every layer for Kronecker factors.
     kept_trace_ : float
-        Share of the curvature's trace at the logits that these rows hold by themselves.
+        Share of the curvature's trace at the outputs that its rows hold by themselves.
     coverage_ : float
-        Share of the network's parameters taken into account.
+        Share of the parameters that train taken into account.
     self_influence_ : ndarray of shape (n_train,)
         Influence of every training row on itself.
     loss_ : ndarray of shape (n_train,)
@@ -168,60 +149,61 @@ class InfluenceScorer(
 
     _doc_link_module = "skperf"
     _doc_link_template = DOC_LINK
-    _parameter_constraints = CONSTRAINTS
+    _parameter_constraints = {
+        "estimator": "no_validation",
+        "method": [StrOptions({"auto", *RECORDS}), Method],
+        "loss": "no_validation",
+        "parameters": [str, list, tuple],
+        "output": [StrOptions(set(OUTPUTS)), callable],
+        "damping": [
+            Interval(Real, 0, None, closed="neither"),
+            StrOptions({"auto", "horizon", "flow"}),
+        ],
+        "horizon": [Interval(Integral, 1, None, closed="left"), None],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), "array-like", None],
+        "checkpoints": [list, tuple, None],
+        "candidates": [Interval(Integral, 1, None, closed="left"), Nearest, None],
+        "gradients": [StrOptions({"auto", "factorised", "reference"})],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
+        "memory_budget": [str, Interval(Real, 0, None, closed="neither")],
+        "storage": "no_validation",
+        "random_state": ["random_state"],
+        "n_jobs": [Integral, None],
+        "verbose": ["verbose"],
+        "target": [StrOptions(set(OUTPUTS)), callable, None],
+    }
 
     def __init__(
         self,
         estimator=None,
         *,
         method="auto",
+        loss="auto",
         parameters="all",
-        target="loss",
-        curvature="ggn",
+        output="loss",
         damping="auto",
         horizon=None,
         learning_rate=None,
-        kept_trace=0.95,
-        max_rows=1000,
-        rank=8,
-        n_components=100,
-        n_projections=512,
         checkpoints=None,
-        select="gradient",
-        ratio=0.05,
-        ridge=1e-3,
-        n_iterations=None,
-        tol=1e-4,
-        lissa_scale=None,
         candidates=None,
-        gradients="factorised",
+        gradients="auto",
         batch_size=None,
         memory_budget="2GB",
         storage=None,
         random_state=None,
         n_jobs=None,
         verbose=0,
+        target=None,
     ):
         self.estimator = estimator
         self.method = method
+        self.loss = loss
         self.parameters = parameters
-        self.target = target
-        self.curvature = curvature
+        self.output = output
         self.damping = damping
         self.horizon = horizon
         self.learning_rate = learning_rate
-        self.kept_trace = kept_trace
-        self.max_rows = max_rows
-        self.rank = rank
-        self.n_components = n_components
-        self.n_projections = n_projections
         self.checkpoints = checkpoints
-        self.select = select
-        self.ratio = ratio
-        self.ridge = ridge
-        self.n_iterations = n_iterations
-        self.tol = tol
-        self.lissa_scale = lissa_scale
         self.candidates = candidates
         self.gradients = gradients
         self.batch_size = batch_size
@@ -230,6 +212,7 @@ class InfluenceScorer(
         self.random_state = random_state
         self.n_jobs = n_jobs
         self.verbose = verbose
+        self.target = target
 
     @fit_context(prefer_skip_nested_validation=False)
     @tells_callbacks
@@ -240,8 +223,8 @@ class InfluenceScorer(
         ----------
         X : array-like of shape (n_train, ...)
             Training rows.
-        y : array-like of shape (n_train,)
-            Their labels.
+        y : array-like of shape (n_train, ...)
+            Their labels, or targets as the loss takes them.
         sample_weight : array-like of shape (n_train,), optional
             Weights of the rows in the mean loss.
 
@@ -251,64 +234,112 @@ class InfluenceScorer(
             Itself.
         """
         with unchanged_on_error(self):
-            X, y = check_labelled_rows(self, X, y, reset=True)
+            rows, y = check_targets(self, X, y, reset=True)
+            weights = None
             if sample_weight is not None:
-                sample_weight = check_sample_weight(sample_weight, X, dtype=np.float64)
-            budget_in_bytes(self.memory_budget)
-            self.estimators_ = fitted_members(self, X, y, sample_weight)
-            self.estimator_ = self.estimators_[0]
-            self.X_, self.y_, self.sample_weight_ = X, y, sample_weight
-            network = open_network(self.estimator_)
-            self.classes_ = network.classes
-            self.method_ = self._resolved_method(network)
-            self.settings_ = named_settings(self)
-            self.ahead_ = half_way(self)
-            problems = [problem for problem, _ in linearised(self)]
-            self.coverage_ = problems[0].coverage
-            self.fits_ = [METHODS[self.method_](problem) for problem in problems]
-            self._read_reports()
-            self._n_features_out = len(X)
-            for lazy in ("_self_influence", "_features"):
-                vars(self).pop(lazy, None)
+                sample_weight = check_sample_weight(
+                    sample_weight, np.empty((len(rows), 1)), dtype=np.float64
+                )
+                weights = torch.as_tensor(sample_weight)
+            choices = self._choices()
+            fitted = fitted_members(
+                self.estimator,
+                rows,
+                y,
+                sample_weight=sample_weight,
+                random_state=self.random_state,
+                loss=choices.loss,
+            )
+            self._show(learn(fitted, rows, y, weights, choices))
+            self.X_, self.y_, self.sample_weight_ = rows, y, sample_weight
+            self._n_features_out = len(rows)
         return self
 
-    def _resolved_method(self, network):
-        if self.method != "auto":
-            return self.method
-        owners = [m for m in network.module.modules() if list(m.parameters(recurse=False))]
-        size = sum(p.numel() for p in network.module.parameters())
-        linear = len(owners) == 1 and isinstance(owners[0], torch.nn.Linear) and size <= 5000
-        usable = self.curvature != "empirical" and self.damping != "flow"
-        return "exact" if linear and usable and self.gradients == "factorised" else "ggn"
+    def _choices(self):
+        output = self.output if self.target is None else self.target
+        if self.target is not None and self.output not in ("loss", self.target):
+            raise ValueError("target is the first name of output: give one of them.")
+        budget_in_bytes(self.memory_budget)
+        return Choices(
+            method=resolve_method(self.method),
+            parameters=self.parameters,
+            output=output,
+            loss=None if isinstance(self.loss, str) and self.loss == "auto" else resolve_loss(self.loss),
+            damping=self.damping,
+            horizon=self.horizon,
+            learning_rate=self.learning_rate,
+            checkpoints=self.checkpoints,
+            candidates=self.candidates,
+            gradients=self.gradients,
+            batch_size=self.batch_size,
+            memory_budget=self.memory_budget,
+            storage=self.storage,
+            seed=0 if self.random_state is None else seed_of(self.random_state),
+            n_jobs=self.n_jobs,
+            verbose=self.verbose,
+        )
 
-    def _read_reports(self):
-        report = self.fits_[0].report
-        self.unit_ = self.fits_[0].unit
-        self.damping_ = report.get("damping")
-        self.kept_trace_ = report.get("kept_trace", 1.0)
+    def _show(self, learned):
+        """Keep what was learned, and tell of it."""
+        self._learned = learned
+        first = learned.stages[0].fit
+        self.estimators_ = list(learned.estimators)
+        self.estimator_ = learned.estimators[0]
+        self.method_ = learned.method.name
+        self.unit_ = first.unit
+        self.damping_ = first.report.get("damping")
+        self.kept_trace_ = first.report.get("kept_trace", 1.0)
+        problem = learned.opened().first
+        self.coverage_ = problem.coverage
+        self.classes_ = problem.network.classes
+        vars(self).pop("_self_influence", None)
 
-    def influence(self, X, y, *, out=None, aggregate=None):
+    def _asked(self, X, y):
+        """Open what scores need, for rows and their targets."""
+        check_is_fitted(self)
+        rows, y = check_targets(self, X, y)
+        ensemble = self._learned.opened()
+        return ensemble, rows, ensemble.first.network.targets(y).cpu()
+
+    def influence(self, X, y, *, out=None, aggregate=None, rows=None, tokens=None):
         """Estimate the influence of every training row on every query.
 
         Parameters
         ----------
         X : array-like of shape (n_query, ...)
             Queries.
-        y : array-like of shape (n_query,)
-            Their labels.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
         out : ndarray or memmap of shape (n_query, n_train), optional
             Written tile by tile, and returned.
         aggregate : {"sum", "mean"}, optional
             Over the queries; the result is then (n_train,).
+        rows : tuple (X, y), optional
+            Rows that were not trained on, in place of the training rows: how much the loss on
+            a query would fall if they were added, to first order.
+        tokens : {"queries", "rows"}, optional
+            Leave out the sum over the tokens of queries, (n_query, length, n_train), or of
+            training rows, (n_query, n_train, length).
 
         Returns
         -------
         ndarray of shape (n_query, n_train) or (n_train,)
             Positive = proponent.
         """
-        check_is_fitted(self)
-        X, y = check_labelled_rows(self, X, y)
-        return influence_matrix(self, X, y, out=out, aggregate=aggregate)
+        if tokens not in (None, "queries", "rows"):
+            raise ValueError(f"tokens must be None, 'queries' or 'rows', got {tokens!r}.")
+        if (rows is not None or tokens) and (out is not None or aggregate or (rows and tokens)):
+            raise ValueError("rows and tokens go without out and aggregate, and one at a time.")
+        ensemble, X, targets = self._asked(X, y)
+        if rows is not None:
+            if self._learned.method.name == "trak":
+                raise ValueError("rows= has no meaning for method='trak', whose rows are weighted.")
+            X_new, y_new = check_targets(self, *rows)
+            labels = ensemble.first.network.targets(y_new).cpu()
+            return ensemble.of_others(X, targets, X_new, labels)
+        if tokens is not None:
+            return ensemble.by_token(X, targets, tokens)
+        return ensemble.matrix(X, targets, out=out, aggregate=aggregate)
 
     def transform(self, X):
         """Estimate influence on the loss at the predicted labels.
@@ -325,8 +356,18 @@ class InfluenceScorer(
         """
         check_is_fitted(self)
         X = check_rows(self, X)
-        codes = networks_of(self)[0][0].logits(X).argmax(1).numpy()
-        return influence_matrix(self, X, self.classes_[codes])
+        network = self._learned.network()
+        if network.loss.kind not in ("classes", "labels"):
+            raise ValueError(
+                f"transform scores at predicted labels, and the loss is {network.loss.name}, "
+                "which is flat at its own predictions: use influence(X, y)."
+            )
+        outputs = network.logits(X)
+        ensemble = self._learned.opened()
+        if network.loss.kind == "labels":
+            return ensemble.matrix(X, (outputs > 0).to(outputs))
+        axis = 1 if outputs.ndim == 2 or self.y_.shape[1:] == outputs.shape[2:] else -1
+        return ensemble.matrix(X, outputs.argmax(axis))
 
     def top_k(self, X, y, k=10, *, kind="proponents"):
         """Find the training rows of largest influence, the matrix never formed.
@@ -335,8 +376,8 @@ class InfluenceScorer(
         ----------
         X : array-like of shape (n_query, ...)
             Queries.
-        y : array-like of shape (n_query,)
-            Their labels.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
         k : int, default=10
             Rows for each query.
         kind : {"proponents", "opponents"}, default="proponents"
@@ -348,23 +389,16 @@ class InfluenceScorer(
             A Bunch. indices : ndarray of shape (n_query, k), rows of the training data;
             values : ndarray of shape (n_query, k), their influence.
         """
-        check_is_fitted(self)
-        X, y = check_labelled_rows(self, X, y)
+        ensemble, X, targets = self._asked(X, y)
         if kind not in ("proponents", "opponents"):
             raise ValueError(f"kind must be 'proponents' or 'opponents', got {kind!r}.")
-        if not 1 <= k <= min(len(self.X_), self.candidates or len(self.X_)):
+        close = ensemble.candidates
+        most = ensemble.n_train if close is None else min(ensemble.n_train, close.most)
+        if not 1 <= k <= most:
             raise ValueError(f"k={k} must be between 1 and the number of rows that are scored.")
         sign = 1 if kind == "proponents" else -1
-        indices = np.zeros((len(X), k), dtype=np.intp)
-        values = np.zeros((len(X), k), dtype=score_dtype(self))
-        best, current = Largest(k), None
-        for queries, rows, scores in tiles_of(self, X, y, fill=-sign * np.inf):
-            if queries != current:
-                best, current = Largest(k), queries
-            best.add(rows, sign * scores)
-            if rows.stop == len(self.X_):
-                indices[queries], values[queries] = best.indices, sign * best.values
-        return TopRows(indices=indices, values=values)
+        indices, values = ensemble.top(X, targets, k, sign)
+        return _rows.TopRows(indices=indices, values=values)
 
     def self_influence(self, X, y):
         """Estimate how much rows matter to themselves, had they been trained on.
@@ -373,39 +407,471 @@ class InfluenceScorer(
         ----------
         X : array-like of shape (n, ...)
             Rows.
-        y : array-like of shape (n,)
-            Their labels.
+        y : array-like of shape (n, ...)
+            Their labels or targets.
 
         Returns
         -------
         ndarray of shape (n,)
             ``g_i' (C + damping)^-1 g_i / n_train``.
         """
-        check_is_fitted(self)
-        X, y = check_labelled_rows(self, X, y)
-        return self_influences(self, X, y)
+        ensemble, X, targets = self._asked(X, y)
+        return ensemble.self_influences(X, targets)
 
     @property
     def self_influence_(self):
         check_is_fitted(self)
         if "_self_influence" not in vars(self):
-            weights = open_problem(self, networks_of(self)[0][0]).relative_weights()
-            scores = self_influences(self, self.X_, self.y_)
-            self._self_influence = scores if weights is None else scores * weights.numpy()
+            ensemble = self._learned.opened()
+            problem = ensemble.first
+            scores, weights = (
+                ensemble.self_influences(problem.X, problem.targets),
+                problem.relative_weights(),
+            )
+            if weights is not None:
+                scores = (scores * weights.numpy()).astype(scores.dtype)
+            self._self_influence = scores
         return self._self_influence
-
-    detect_mislabels = detect_mislabels
-    group_influence = group_influence
-    loo_effect = loo_effect
-    fading = fading
-    score = score
-    repair = repair
-    remove = remove
 
     @property
     def loss_(self):
         check_is_fitted(self)
-        return losses(self, self.X_, self.y_).mean(0)
+        ensemble = self._learned.opened()
+        return ensemble.losses(ensemble.first.X, ensemble.first.targets).mean(0)
+
+    def detect_mislabels(self, class_aware=False, *, reference=None):
+        """Score every training row by how suspicious its label is.
+
+        Print the AUROC of `loss_`, the plain loss of each row, beside that of these scores: it
+        is a strong baseline.
+
+        Parameters
+        ----------
+        class_aware : bool, default=False
+            By default the loss that the row would have had it been left out of training: its
+            loss and its influence on itself. Methods and outputs whose scores are no losses
+            give the influence on itself alone. With True, minus the smallest of the row's mean
+            influences on the reference rows of each class: a row that hurts some class.
+        reference : tuple (X, y), optional
+            Rows whose labels are known to be right, for `class_aware`; by default the training
+            rows themselves.
+
+        Returns
+        -------
+        ndarray of shape (n_train,)
+            Higher = more suspicious.
+
+        References
+        ----------
+        Nguyen-Duc et al., "Class based Influence Functions for Error Detection" (ACL 2023).
+        """
+        check_is_fitted(self)
+        if reference is not None and not class_aware:
+            raise ValueError("reference rows are used with class_aware=True.")
+        ensemble = self._learned.opened()
+        if not class_aware:
+            is_loss = self.unit_ == LOSS_UNIT and ensemble.about_loss
+            return self.self_influence_ + (self.loss_ if is_loss else 0)
+        X, targets = ensemble.first.X, ensemble.first.targets
+        if reference is not None:
+            ensemble, X, targets = self._asked(*reference)
+        if targets.ndim > 1 or targets.is_floating_point():
+            raise ValueError("class_aware needs class labels.")
+        return -_rows.class_aware(ensemble, X, targets)
+
+    def group_influence(self, groups, X, y, *, order=1):
+        """Estimate the influence of leaving out groups of training rows together.
+
+        Parameters
+        ----------
+        groups : list of array-like, or array-like of shape (n_train,)
+            Row indices or boolean masks, one a group; or the group number of every training
+            row, where -1 belongs to none.
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
+        order : {1, 2}, default=1
+            1 adds the rows' influences. 2 also takes out the rows' share of the curvature (a
+            Newton step on the rest), which matters for groups of similar rows.
+
+        Returns
+        -------
+        ndarray of shape (n_query, n_groups)
+            Rise of the output's loss, in `unit_`.
+        """
+        check_is_fitted(self)
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {order!r}.")
+        members = _rows.members_of_groups(groups, len(self.X_))
+        if order == 2 and self.unit_ != LOSS_UNIT:
+            raise ValueError(f"order=2 needs a curvature method; {self.method_!r} has none.")
+        ensemble, X, targets = self._asked(X, y)
+        result = ensemble.groups(X, targets, members)
+        if order == 2:
+            for column, rows in enumerate(members):
+                result[:, column] += _rows.second_order(ensemble, X, targets, rows)
+        return result
+
+    def loo_effect(self, X, y):
+        """Estimate how much the output's loss rises when single training rows are left out.
+
+        Where the parameters that train are one linear layer, each row's own share of the
+        curvature is taken out of the inverse and the queries are evaluated at the resulting
+        weights: one exact Newton step of leave-one-out training, which for a squared error is
+        leave-one-out itself. With ``damping="auto"`` the penalty is then the one the model was
+        trained with, where it is known. Elsewhere this is :meth:`influence`.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
+
+        Returns
+        -------
+        ndarray of shape (n_query, n_train)
+            In the unit of the output; positive = proponent.
+
+        Raises
+        ------
+        ValueError
+            If the method is first-order and has no such unit.
+        """
+        check_is_fitted(self)
+        X, y = check_targets(self, X, y)
+        effects = [
+            _rows.head_effects(self._learned, i, X, y) for i in range(len(self.estimators_))
+        ]
+        if all(effect is not None for effect in effects):
+            return np.mean(effects, axis=0, dtype=effects[0].dtype)
+        if self.unit_ != LOSS_UNIT:
+            raise ValueError(
+                f"method={self.method_!r} has no unit of loss; use a curvature method such as "
+                "'ggn'."
+            )
+        return self.influence(X, y)
+
+    def radius_effect(self, X, y, *, radius=0.0, norm=np.inf):
+        """Estimate how the queries' loss changes with the strength of adversarial training.
+
+        The derivative of the loss on each query by the radius of the attack that every
+        training row is trained under, at that radius.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
+        radius : float, default=0
+            Radius that the network was trained at.
+        norm : {2, inf}, default=inf
+            In which the radius is measured.
+
+        Returns
+        -------
+        ndarray of shape (n_query,)
+            Positive = the loss rises with the radius.
+
+        References
+        ----------
+        Deng, Dwork, Wang, Zhang, "Interpreting Robust Optimization via Adversarial Influence
+        Functions" (ICML 2020).
+        """
+        ensemble, X, targets = self._asked(X, y)
+        return _rows.radius_effects(ensemble, X, targets, float(radius), float(norm))
+
+    def fading(
+        self,
+        X,
+        y,
+        *,
+        steps=_STEPS,
+        n_train=64,
+        learning_rate=None,
+        batch_size=64,
+        weight_decay=None,
+        least=0.8,
+    ):
+        """Hold predicted against actual effects of further training.
+
+        From the fitted weights the network is trained on with plain gradient steps, once with
+        all rows and once for each of some training rows with that row's weight zero wherever
+        it is used, in the same order of batches. The actual effect is the difference between
+        two such runs.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
+        steps : sequence of int, default=(1, 2, 5, ..., 500)
+            When to compare. With a damping tied to a horizon, each is its own horizon.
+        n_train : int, default=64
+            Training rows, drawn at random, that are left out in turn.
+        learning_rate : float, optional
+            Step size; by default the scorer's, else the estimator's, else 0.03.
+        batch_size : int, default=64
+            Rows a step. A row that has not been in a batch yet has no effect yet: the first
+            steps of small batches say little.
+        weight_decay : float, optional
+            By default the estimator's.
+        least : float, default=0.8
+            Correlation that still counts as usable.
+
+        Returns
+        -------
+        Bunch
+            steps : ndarray of shape (n_steps,);
+            pearson, spearman : ndarray of shape (n_steps,), mean over queries of the
+            correlation across left-out rows;
+            slope : ndarray of shape (n_steps,), actual over predicted effect;
+            usable_horizon : int, the last step before `pearson` falls below `least`; 0 where
+            already the first does;
+            rows : ndarray of shape (n_train,), which rows were left out;
+            predicted, actual : ndarray of shape (n_steps, n_query, n_train).
+        """
+        check_is_fitted(self)
+        X, y = check_targets(self, X, y)
+        steps = sorted({int(step) for step in steps})
+        if not steps or steps[0] < 1:
+            raise ValueError(f"steps must be positive numbers of training steps, got {steps}.")
+        return _trust.fading_curve(
+            self._learned,
+            X,
+            y,
+            steps=steps,
+            n_train=n_train,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            weight_decay=weight_decay,
+            least=least,
+        )
+
+    def diagnose(self, X, y, *, n_train=16, steps=(1, 5, 20, 50)):
+        """Measure on this network what influence functions assume.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
+        n_train : int, default=16
+            Training rows that are left out in turn.
+        steps : sequence of int, default=(1, 5, 20, 50)
+            Further training steps, for the fading curve.
+
+        Returns
+        -------
+        Bunch
+            One entry an assumption, each a Bunch of value, threshold, verdict and advice:
+            convexity (size of negative curvature beside the largest), stability_of_numbers
+            (change with batch size, damping and precision), trajectory (how far the network is
+            from rest), divergence (the fading curve), first_order (effect of half a row beside
+            that of a whole one) and, of an ensemble, stability (what the mean over training
+            seeds is worth).
+        """
+        check_is_fitted(self)
+        X, y = check_targets(self, X, y)
+        steps = sorted({int(step) for step in steps})
+        return _trust.diagnosis(self._learned, X, y, n_train=n_train, steps=steps)
+
+    def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None):
+        """Compute the linear datamodeling score from subset retraining.
+
+        The network is retrained on random subsets of the training rows; the summed influences
+        of a subset's rows are correlated, for every query, with minus the retrained loss.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
+        n_subsets : int, default=50
+            Retrainings.
+        fraction : float, default=0.5
+            Share of the rows in a subset.
+        recipe : Recipe, optional
+            Train fresh copies of the network this way, all at once. By default the estimator's
+            own training is repeated: at once where it is a network of ours without dropout and
+            normalisation, by refits otherwise, spread over `n_jobs`. A bare module has no
+            training to repeat and gets ``Recipe()``.
+
+        Returns
+        -------
+        float
+            Mean over queries of a Spearman correlation; 1 is perfect.
+        """
+        check_is_fitted(self)
+        X, y = check_targets(self, X, y)
+        return _trust.datamodeling_score(
+            self._learned, X, y, n_subsets=n_subsets, fraction=fraction, recipe=recipe
+        )
+
+    def repair(
+        self,
+        X,
+        y,
+        *,
+        k=50,
+        how="descend",
+        max_steps=50,
+        guard=None,
+        max_drop=0.01,
+        learning_rate=0.1,
+        precondition="auto",
+        baselines=True,
+    ):
+        """Correct predictions by a few steps on the training rows that matter to them.
+
+        The rows are those that would matter most if they were not fitted yet, and the steps
+        raise the odds of their labels, which never saturate. Neither the queries nor their
+        labels are trained on. Of the paths that flip the predictions, the one that moves the
+        parameters least is kept.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Mis-predicted rows.
+        y : array-like of shape (n_query, ...)
+            Labels they should get.
+        k : int, default=50
+            Training rows to train on.
+        how : {"descend", "ascend", "relabel"}, default="descend"
+            Raise the odds of the strongest proponents; lower those of the strongest opponents;
+            or raise those of the opponents at the labels that the network, without them, would
+            give them: those predicted, or next best where label and prediction agree.
+        max_steps : int, default=50
+            Most gradient steps.
+        guard : tuple (X, y), optional
+            Rows whose accuracy may fall by at most `max_drop`; by default half of the training
+            rows that are not trained on, 5,000 of them at most.
+        max_drop : float, default=0.01
+            How far.
+        learning_rate : float, default=0.1
+            First step size; smaller ones are tried as well.
+        precondition : "auto" or bool, default="auto"
+            Step along ``(C + damping)^-1 g`` in place of the gradient g, which spares what the
+            training rows fix; by default where ``method="ggn"`` has the curvature at hand.
+        baselines : bool, default=True
+            Also report what the same steps achieve on k random rows of the queries' classes,
+            on the k rows nearest in features, and on the queries themselves (more than which
+            nothing can do); and plain steps on random rows.
+
+        Returns
+        -------
+        EditedClassifier
+            ``edit_report_`` holds ``flipped`` (one a query), ``n_steps``, ``displacement``,
+            ``guard_before``, ``guard_after`` (which the path was stopped by),
+            ``judged_before``, ``judged_after`` (training rows that served no choice),
+            ``indices`` (rows trained on), ``share_of_path`` (below 1 where the guard stopped
+            it) and ``baselines``.
+        """
+        check_is_fitted(self)
+        if how not in _actions.SIGNS:
+            raise ValueError(f"how must be one of {sorted(_actions.SIGNS)}, got {how!r}.")
+        X, y = check_targets(self, X, y)
+        network, report = _actions.repaired(
+            self._learned,
+            X,
+            y,
+            k=k,
+            how=how,
+            max_steps=max_steps,
+            guard=None if guard is None else check_targets(self, *guard),
+            max_drop=max_drop,
+            learning_rate=learning_rate,
+            precondition=precondition,
+            baselines=baselines,
+        )
+        return self._edited(network, report)
+
+    def remove(
+        self,
+        indices=None,
+        *,
+        class_=None,
+        how="gif",
+        select=None,
+        ratio=None,
+        ridge=None,
+        guard=None,
+        max_drop=0.01,
+        max_iter=50,
+        baseline=True,
+    ):
+        """Forget training rows, or a class.
+
+        The direction is computed on the training rows; how far to go along it is chosen on
+        held-out rows: for a class, where the harmonic mean of its error and of the accuracy on
+        the others is best; for rows, the whole way, or as far as the guard allows. All
+        accuracies in the report are of other held-out rows, which chose nothing.
+
+        Parameters
+        ----------
+        indices : array-like of int or bool, optional
+            Training rows to forget.
+        class_ : label, optional
+            Class to forget, in place of rows.
+        how : {"gif", "freeze", "project", "plain", "ascent"}, default="gif"
+            Generalised influence on few parameters; influence with the others frozen;
+            projected to them; influence on all parameters; gradient ascent on them, the
+            baseline.
+        select : {"gradient", "output", "sam", "random"}, optional
+            In place of that of the scorer's ``GIF``.
+        ratio : float, optional
+            In place of that of the scorer's ``GIF``.
+        ridge : float, optional
+            In place of that of the scorer's ``GIF``.
+        guard : tuple (X, y), optional
+            Held-out rows, half of which choose and half of which judge; by default a fifth of
+            the training rows that are kept, and for a class of its rows too, which then take
+            no part in the direction.
+        max_drop : float, default=0.01
+            How much accuracy on the rows that choose may be lost when rows are removed.
+        max_iter : int, default=50
+            Iterations of the solver.
+        baseline : bool, default=True
+            Also report restricted gradient ascent.
+
+        Returns
+        -------
+        EditedClassifier
+            ``edit_report_`` holds ``removed_accuracy_before``/``_after``, ``guard_before``/
+            ``guard_after``, ``f1``, ``scale``, ``share_changed`` (of the parameters),
+            ``n_removed``, ``n_judged`` and ``baseline`` (the same for restricted ascent).
+        """
+        check_is_fitted(self)
+        if (indices is None) == (class_ is None):
+            raise ValueError("give either indices or class_, not both and not neither.")
+        if how not in REMOVALS:
+            raise ValueError(f"how must be one of {sorted(REMOVALS)}, got {how!r}.")
+        if select not in (None, *SELECTIONS):
+            raise ValueError(f"select must be one of {SELECTIONS}, got {select!r}.")
+        task = _actions.removal(
+            self._learned,
+            _actions.removed_rows(self._learned, indices, class_),
+            class_,
+            None if guard is None else check_targets(self, *guard),
+            max_drop=max_drop,
+            max_iter=max_iter,
+            given={"select": select, "ratio": ratio, "ridge": ridge},
+        )
+        parameters, report = task.run(how)
+        if baseline and how != "ascent":
+            report["baseline"] = task.run("ascent")[1]
+        network = _actions.changed(task.problem, parameters)
+        return self._edited(network, {"action": f"remove:{how}", **report})
+
+    def _edited(self, network, report):
+        width = getattr(self, "n_features_in_", None)
+        names = getattr(self, "feature_names_in_", None)
+        return edited(self.estimator_, network, report, width=width, names=names)
 
     def with_damping(self, damping, *, horizon=None):
         """Use another damping, without a new pass through the network except for ``"flow"``.
@@ -428,21 +894,10 @@ class InfluenceScorer(
             raise ValueError(
                 f"with_damping needs method='ggn' or 'exact'; this scorer uses {self.method_!r}."
             )
-        horizon = self.horizon if horizon is None else horizon
-        return self._redamped(damping, horizon, self.learning_rate)
-
-    def _redamped(self, damping, horizon, learning_rate):
+        choices = self._learned.choices
+        horizon = choices.horizon if horizon is None else horizon
         other = type(self)(**self.get_params(deep=False))
         vars(other).update(vars(self))
-        vars(other).pop("_self_influence", None)
-        other.damping, other.horizon, other.learning_rate = damping, horizon, learning_rate
-        other.settings_ = named_settings(other)
-        other.ahead_ = half_way(other)
-        moved = other.ahead_ is not None or self.ahead_ is not None
-        problems = [problem for problem, _ in linearised(other)]
-        other.fits_ = [
-            METHODS[self.method_](problem) if moved else redamped(problem, fitted, self.method_)
-            for fitted, problem in zip(self.fits_, problems, strict=True)
-        ]
-        other._read_reports()
+        other.damping, other.horizon = damping, horizon
+        other._show(with_damping(self._learned, damping, horizon, choices.learning_rate))
         return other

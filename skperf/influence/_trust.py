@@ -1,112 +1,79 @@
-"""Methods of InfluenceScorer that hold its estimates against training."""
+"""Hold estimates against training: further, on subsets, and assumption by assumption."""
 
 import warnings
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed
+from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import Bunch
-from sklearn.utils.validation import check_is_fitted
 from skorch import NeuralNet
-from torch import nn
+from torch import Tensor, nn
 
 from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._opening import fit_estimator, open_network
-from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
-from skperf.backbone.outputs import resolve_output
-from skperf.influence._members import learning_rate_of, networks_of, open_problem
-from skperf.influence._scoring import influence_matrix, open_members, query_gradients
+from skperf.backbone.losses import CrossEntropy, Loss
+from skperf.backbone.network import Network
+from skperf.backbone.rows import Rows
+from skperf.influence._members import Learned, learning_rate_of, with_damping
+from skperf.influence.captures import recording
 from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
-from skperf.influence.problem import scores_of
+from skperf.influence.problem import random_vector
 from skperf.influence.retraining import Recipe, half_subsets, stacked_outputs, train_subsets
+from skperf.influence.solvers import arnoldi
 from skperf.metrics import linear_datamodeling_score
 
-_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
-
-def fading(
-    self,
-    X,
-    y,
+def fading_curve(
+    learned: Learned,
+    X: Rows,
+    y: Any,
     *,
-    steps=_STEPS,
-    n_train=64,
-    learning_rate=None,
-    batch_size=64,
-    weight_decay=None,
-    least=0.8,
-):
-    """Hold predicted against actual effects of further training.
-
-    From the fitted weights the network is trained on with plain gradient steps, once with
-    all rows and once for each of some training rows with that row's weight zero, in the same
-    order of batches. The actual effect is the difference between two such runs.
-
-    Parameters
-    ----------
-    X : array-like of shape (n_query, ...)
-        Queries.
-    y : array-like of shape (n_query,)
-        Their labels.
-    steps : sequence of int, default=(1, 2, 5, ..., 500)
-        When to compare. With a damping tied to a horizon, each is its own horizon.
-    n_train : int, default=64
-        Training rows, drawn at random, that are left out in turn.
-    learning_rate : float, optional
-        Step size; by default the scorer's, else the estimator's, else 0.03.
-    batch_size : int, default=64
-        Rows a step.
-    weight_decay : float, optional
-        By default the estimator's.
-    least : float, default=0.8
-        Correlation that still counts as usable.
-
-    Returns
-    -------
-    Bunch
-        steps : ndarray of shape (n_steps,);
-        pearson, spearman : ndarray of shape (n_steps,), mean over queries of the correlation
-        across left-out rows;
-        slope : ndarray of shape (n_steps,), actual over predicted effect;
-        usable_horizon : int, the last step before `pearson` falls below `least`; 0 where already
-        the first does, as with a damping far below ``1 / (learning_rate * step)``;
-        rows : ndarray of shape (n_train,), which rows were left out;
-        predicted, actual : ndarray of shape (n_steps, n_query, n_train).
-    """
-    check_is_fitted(self)
-    X, y = check_labelled_rows(self, X, y)
-    steps = sorted({int(step) for step in steps})
-    if not steps or steps[0] < 1:
-        raise ValueError(f"steps must be positive numbers of training steps, got {steps}.")
-    network = networks_of(self)[0][0]
-    problem = open_problem(self, network)
-    generator = torch.Generator().manual_seed(self.settings_.seed)
+    steps: list[int],
+    n_train: int,
+    learning_rate: float | None,
+    batch_size: int,
+    weight_decay: float | None,
+    least: float,
+) -> Bunch:
+    """Hold predicted against actual effects of further training: X (n_query, ...)."""
+    problem, settings = learned.plain_problem(), learned.settings
+    network = problem.network
+    # the order of batches is that of a generator of its own: rows that are left out are not the
+    # ones that the first steps happen to use
+    generator = torch.Generator().manual_seed(settings.seed)
     rows = torch.randperm(problem.n_train, generator=generator)[:n_train]
-    training = FurtherTraining(
-        learning_rate or learning_rate_of(self) or 0.03,
-        min(batch_size, problem.n_train),
-        self.settings_.weight_decay if weight_decay is None else weight_decay,
-        self.settings_.seed,
+    rate = learning_rate or learning_rate_of(
+        learned.estimators[0], learned.choices.learning_rate
     )
-    _check_step_size(self, training.learning_rate)
-    output = resolve_output(self.target, argument="target")
-    sign = 1.0 if self.target == "loss" else -1.0
+    training = FurtherTraining(
+        rate or 0.03,
+        min(batch_size, problem.n_train),
+        settings.weight_decay if weight_decay is None else weight_decay,
+        settings.seed + 7919,
+    )
+    _check_step_size(learned, training.learning_rate)
+    ensemble = learned.opened()
+    output, sign = _judge(ensemble.output), 1.0 if ensemble.about_loss else -1.0
     actual = sign * actual_effects(
         network,
         problem.parameters,
-        network.tensor(problem.X),
-        problem.codes.to(network.device),
+        network.inputs(problem.X),
+        problem.targets.to(network.device),
         rows,
-        (network.tensor(X), network.codes(y)),
+        (network.inputs(X), network.targets(y)),
         output,
         training,
         steps,
-        shares=problem.shares,
-        verbose=self.verbose,
+        weights=problem.relative_weights(),
+        verbose=settings.verbose,
     )
-    predicted = _predicted(self, X, y, steps, rows, training)
+    predicted = _predicted(learned, X, y, steps, rows, training)
     figures = [agreement(p, a) for p, a in zip(predicted, actual, strict=True)]
     pearson, spearman, slope = map(np.array, zip(*figures, strict=True))
     return Bunch(
@@ -121,8 +88,12 @@ def fading(
     )
 
 
-def _check_step_size(scorer, learning_rate):
-    curvature = getattr(scorer.fits_[0].lift, "curvature", None)
+def _judge(output: Any) -> Any:
+    return output.value if isinstance(output, Loss) else output
+
+
+def _check_step_size(learned: Learned, learning_rate: float) -> None:
+    curvature = getattr(learned.stages[0].fit.lift, "curvature", None)
     if curvature is None:
         return
     largest = float(torch.linalg.eigvalsh(curvature.gram)[-1])
@@ -132,93 +103,70 @@ def _check_step_size(scorer, learning_rate):
             f"curvature's largest eigenvalue, {largest:.3g}, it exceeds 2, so that the runs drift "
             "apart at once and no estimate holds. Give fading a smaller one.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _predicted(scorer, X, y, steps, rows, training):
+def _predicted(
+    learned: Learned, X: Rows, y: Any, steps: list[int], rows: Tensor, training: FurtherTraining
+) -> Tensor:
     """Scores of the rows that are left out, at each horizon where they depend on it."""
-    if scorer.horizon is None and scorer.damping not in ("horizon", "flow"):
-        return _scores_of_rows(scorer, X, y, rows).expand(len(steps), -1, -1)
-    how = "flow" if scorer.damping == "flow" else "horizon"
-    there = (scorer._redamped(how, step, training.learning_rate) for step in steps)
-    return torch.stack([_scores_of_rows(one, X, y, rows) for one in there])
+    choices = learned.choices
+    if choices.horizon is None and choices.damping not in ("horizon", "flow"):
+        return _scores(learned, X, y, rows).expand(len(steps), -1, -1)
+    how = "flow" if choices.damping == "flow" else "horizon"
+    there = (with_damping(learned, how, step, training.learning_rate) for step in steps)
+    return torch.stack([_scores(one, X, y, rows) for one in there])
 
 
-def _scores_of_rows(scorer, X, y, rows):
-    output = resolve_output(scorer.target, argument="target")
-    parts = [
-        weight * scores_of(problem, fitted, query_gradients(scorer, problem, output, X, y), rows)
-        for problem, fitted, weight in open_members(scorer)
-    ]
-    return torch.stack(parts).sum(0)
+def _scores(learned: Learned, X: Rows, y: Any, rows: Tensor) -> Tensor:
+    ensemble = learned.opened()
+    targets = ensemble.first.network.targets(y).cpu()
+    return ensemble.scores_of(X, targets, rows)
 
 
-def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None):
-    """Compute the linear datamodeling score from subset retraining.
-
-    The network is retrained on random subsets of the training rows; the summed influences of
-    a subset's rows are correlated, for every query, with minus the retrained loss.
-
-    Parameters
-    ----------
-    X : array-like of shape (n_query, ...)
-        Queries.
-    y : array-like of shape (n_query,)
-        Their labels.
-    n_subsets : int, default=50
-        Retrainings.
-    fraction : float, default=0.5
-        Share of the rows in a subset.
-    recipe : Recipe, optional
-        Train fresh copies of the network this way, all at once. By default the estimator's
-        own training is repeated: at once where it is a network of ours without dropout and
-        normalisation, by refits otherwise, spread over `n_jobs`. A bare module has no training
-        to repeat and gets ``Recipe()``.
-
-    Returns
-    -------
-    float
-        Mean over queries of a Spearman correlation; 1 is perfect.
-    """
-    check_is_fitted(self)
-    X, y = check_labelled_rows(self, X, y)
-    generator = torch.Generator().manual_seed(self.settings_.seed + 1)
-    subsets = half_subsets(len(self.X_), n_subsets, generator, fraction=fraction)
-    losses = retrained_losses(self, X, y, subsets, recipe)
-    return linear_datamodeling_score(influence_matrix(self, X, y), subsets.numpy(), losses)
+def datamodeling_score(
+    learned: Learned, X: Rows, y: Any, *, n_subsets: int, fraction: float, recipe: Any
+) -> float:
+    """Linear datamodeling score from subset retraining: X (n_query, ...)."""
+    generator = torch.Generator().manual_seed(learned.settings.seed + 1)
+    subsets = half_subsets(len(learned.X), n_subsets, generator, fraction=fraction)
+    losses = retrained_losses(learned, X, y, subsets, recipe)
+    ensemble = learned.opened()
+    scores = ensemble.matrix(X, ensemble.first.network.targets(y).cpu())
+    return float(linear_datamodeling_score(scores, subsets.numpy(), losses))
 
 
-def retrained_losses(scorer, X, y, subsets, recipe=None):
-    """Loss of queries after training on subsets.
-
-    Shapes: X (n_query, ...), y (n_query,) -> (n_subsets, n_query).
-    """
-    network = networks_of(scorer)[0][0]
-    fitted = scorer.estimators_[0]
+def retrained_losses(
+    learned: Learned, X: Rows, y: Any, subsets: Tensor, recipe: Recipe | None = None
+) -> NDArray[Any]:
+    """Loss of queries after training on subsets: -> (n_subsets, n_query)."""
+    network = learned.network()
+    fitted = learned.estimators[0]
     inner = fitted.estimator if isinstance(fitted, FrozenEstimator) else fitted
-    output = resolve_output(scorer.target, argument="target")
-    sign = 1.0 if scorer.target == "loss" else -1.0
+    ensemble = learned.opened()
+    output, sign = _judge(ensemble.output), 1.0 if ensemble.about_loss else -1.0
     recipe = recipe or _recipe_of(inner, network, subsets.shape[1])
+    seed = learned.settings.seed
     if recipe is None:
-        return sign * _refitted(scorer, inner, X, y, subsets, output)
-    seeds = [scorer.settings_.seed + 1000 + i for i in range(len(subsets))]
-    weights = scorer.sample_weight_
+        return sign * _refitted(learned, inner, X, y, subsets, output)
+    problem = learned.plain_problem()
+    weights = problem.relative_weights()
     stacked = train_subsets(
         network,
-        network.tensor(scorer.X_),
-        network.codes(scorer.y_),
+        network.inputs(learned.X),
+        network.targets(learned.y),
         subsets,
         recipe,
-        seeds=seeds,
-        weights=None if weights is None else network.tensor(weights),
-        verbose=scorer.verbose,
+        seeds=[seed + 1000 + i for i in range(len(subsets))],
+        weights=None if weights is None else weights.to(network.device, network.dtype),
+        verbose=learned.settings.verbose,
     )
-    values = stacked_outputs(network, stacked, network.tensor(X), network.codes(y), output)
+    values = stacked_outputs(network, stacked, network.inputs(X), network.targets(y), output)
     return sign * values.numpy()
 
 
-def _recipe_of(fitted, network, n_train):
+def _recipe_of(fitted: Any, network: Network, n_train: int) -> Recipe | None:
     """Repeat a skorch net's training by a recipe, where that is faithful."""
     if isinstance(fitted, ModuleClassifier | nn.Module):
         return Recipe()
@@ -227,7 +175,9 @@ def _recipe_of(fitted, network, n_train):
         isinstance(m, mixes) for m in network.module.modules()
     ):
         return None
-    if fitted.optimizer not in (torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW):
+    # torch's class weights are shared out batch by batch, which only its own training repeats
+    weighted = getattr(network.loss, "weight", None) is not None
+    if weighted or fitted.optimizer not in (torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW):
         return None
     extra = {
         name.removeprefix("optimizer__"): value
@@ -235,24 +185,245 @@ def _recipe_of(fitted, network, n_train):
         if name.startswith("optimizer__")
     }
 
-    def optimizer(tensors):
+    def optimizer(tensors: list[Tensor]) -> Any:
         return fitted.optimizer(tensors, lr=fitted.lr, **extra)
 
     size = fitted.batch_size if fitted.batch_size > 0 else n_train
     return Recipe(optimizer, fitted.max_epochs, size)
 
 
-def _refitted(scorer, fitted, X, y, subsets, output):
-    seeds = range(len(subsets))
+def _refitted(
+    learned: Learned, fitted: Any, X: Rows, y: Any, subsets: Tensor, output: Any
+) -> NDArray[Any]:
     jobs = (
-        delayed(_refit)(clone(fitted), scorer.X_[kept], scorer.y_[kept], X, y, output, seed)
-        for kept, seed in zip(subsets.numpy(), seeds, strict=True)
+        delayed(_refit)(learned, clone(fitted), np.flatnonzero(kept), X, y, output, seed)
+        for seed, kept in enumerate(subsets.numpy())
     )
-    return np.stack(Parallel(scorer.n_jobs)(jobs))
+    return np.stack(Parallel(learned.choices.n_jobs)(jobs))
 
 
-def _refit(estimator, X_train, y_train, X, y, output, seed):
-    if "random_state" in estimator.get_params(deep=False):
-        estimator.set_params(random_state=seed)
-    network = open_network(fit_estimator(estimator, X_train, y_train, random_state=seed))
-    return output(network.logits(X), network.codes(y).cpu()).numpy()
+def _refit(
+    learned: Learned, fresh: Any, kept: Any, X: Rows, y: Any, output: Any, seed: int
+) -> NDArray[Any]:
+    if "random_state" in fresh.get_params(deep=False):
+        fresh.set_params(random_state=seed)
+    weights = None if learned.weights is None else learned.weights[kept].numpy()
+    loss = learned.choices.loss
+    again = fit_estimator(
+        fresh,
+        learned.X[kept],
+        np.asarray(learned.y)[kept],
+        sample_weight=weights,
+        random_state=seed,
+        loss=loss,
+    )
+    network = open_network(again, loss=loss)
+    values: Tensor = output(network.logits(X), network.targets(y).cpu())
+    return values.numpy()
+
+
+def diagnosis(learned: Learned, X: Rows, y: Any, *, n_train: int, steps: list[int]) -> Bunch:
+    """Measure the assumptions of influence on a network: X (n_query, ...)."""
+    found = {
+        "convexity": _convexity(learned),
+        "stability_of_numbers": _numbers(learned, X, y),
+        "trajectory": _trajectory(learned),
+        "divergence": _divergence(learned, X, y, n_train, steps),
+        "first_order": _first_order(learned, X, y, n_train),
+    }
+    if len(learned.estimators) > 1:
+        found["stability"] = _over_seeds(learned, X, y)
+    return Bunch(**found)
+
+
+def _entry(value: float, threshold: float, good: bool, advice: str, **more: Any) -> Bunch:
+    verdict = "holds" if good else "does not hold"
+    return Bunch(value=value, threshold=threshold, verdict=verdict, advice=advice, **more)
+
+
+def _convexity(learned: Learned) -> Bunch:
+    """Share of the curvature's large eigenvalues that are negative, and how large they are."""
+    problem = learned.plain_problem()
+    with recording(problem.network.module):
+        product, start = problem.product("hessian"), random_vector(problem)
+        values, _ = arnoldi(product, start, n_iterations=min(40, len(start)))
+    negative = values[values < 0]
+    size = float(-negative.min() / values.abs().max()) if len(negative) else 0.0
+    return _entry(
+        size,
+        0.1,
+        size < 0.1,
+        "The Hessian has directions of negative curvature; stay with the Gauss-Newton form, "
+        "curvature='ggn', or damp beyond the most negative eigenvalue.",
+        share_negative=len(negative) / len(values),
+        most_negative=float(negative.min()) if len(negative) else 0.0,
+        largest=float(values.abs().max()),
+    )
+
+
+def _numbers(learned: Learned, X: Rows, y: Any) -> Bunch:
+    """How far scores change with the batch size, the damping and the precision."""
+    plain = _matrix(learned, X, y)
+    smaller = replace(learned, choices=replace(learned.choices, batch_size=7))
+    changes = {"batch_size": _change(_matrix(smaller, X, y), plain)}
+    damping = learned.stages[0].fit.report.get("damping")
+    if isinstance(damping, float) and damping > 0 and learned.method.name in ("ggn", "exact"):
+        choices = learned.choices
+        other = with_damping(learned, 2 * damping, None, choices.learning_rate)
+        changes["damping"] = 1 - float(_by_query(_matrix(other, X, y), plain).mean())
+    problem = learned.plain_problem()
+    if problem.network.dtype == torch.float32:
+        network = problem.network
+        double = replace(network.copy(), module=network.copy().module.double())
+        rows = slice(0, min(32, problem.n_train))
+        again = learned.problem(double, learned.stages[0].plan)
+        one, two = (
+            torch.cat([t.double().flatten() for f in p.gradients(
+                p.loss, p.X[rows], p.targets[rows]) for t in f.tensors])
+            for p in (problem, again)
+        )
+        changes["precision"] = float((one - two).norm() / two.norm().clamp_min(1e-30))
+    worst = max(changes.values())
+    return _entry(
+        worst,
+        0.05,
+        worst < 0.05,
+        "Scores change with what should not matter: raise damping, or use a float64 module.",
+        **changes,
+    )
+
+
+def _trajectory(learned: Learned) -> Bunch:
+    """How far the weights are from a minimum: the mean gradient beside those of single rows."""
+    problem = learned.plain_problem()
+    from skperf.influence.gradients import squared_norms
+    from skperf.influence.layers import to_vectors
+
+    gradients = problem.train_gradients()
+    single = float(squared_norms(gradients).mean().sqrt())
+    mean = to_vectors(problem.layers, gradients, problem.parameters).mean(0)
+    decay = problem.settings.weight_decay
+    own = torch.cat([p.reshape(-1) for p in problem.parameters.values()]).cpu()
+    left = float((mean + decay * own).norm())
+    # the mean of n independent gradients of mean zero is that long
+    by_chance = single / problem.n_train**0.5
+    value = left / max(by_chance, 1e-30)
+    return _entry(
+        value,
+        1.0,
+        value < 1.0,
+        "The network has not come to rest, so that how it was trained matters: "
+        "method='replay' follows the run, damping='flow' a horizon from here on.",
+        mean_gradient=left,
+        by_chance=by_chance,
+    )
+
+
+def _divergence(learned: Learned, X: Rows, y: Any, n_train: int, steps: list[int]) -> Bunch:
+    """The fading curve."""
+    curve = fading_curve(
+        learned,
+        X,
+        y,
+        steps=steps,
+        n_train=n_train,
+        learning_rate=None,
+        batch_size=len(learned.X),
+        weight_decay=None,
+        least=0.8,
+    )
+    value = float(curve.pearson[-1])
+    return _entry(
+        value,
+        0.8,
+        value >= 0.8,
+        f"Runs with and without a row drift apart: predictions hold for {curve.usable_horizon} "
+        "further steps. Tie the damping to the horizon: damping='flow', horizon=...",
+        curve=curve,
+        usable_horizon=curve.usable_horizon,
+    )
+
+
+def _first_order(learned: Learned, X: Rows, y: Any, n_train: int) -> Bunch:
+    """Effects of row weights .5 and 0 beside each other: a straight line has half and whole."""
+    problem = learned.plain_problem()
+    network, settings = problem.network, learned.settings
+    rows = torch.randperm(
+        problem.n_train, generator=torch.Generator().manual_seed(settings.seed)
+    )[:n_train]
+    rate = learning_rate_of(learned.estimators[0], learned.choices.learning_rate)
+    training = FurtherTraining(rate or 0.03, problem.n_train, settings.weight_decay)
+    ensemble = learned.opened()
+    effects = [
+        actual_effects(
+            network,
+            problem.parameters,
+            network.inputs(problem.X),
+            problem.targets.to(network.device),
+            rows,
+            (network.inputs(X), network.targets(y)),
+            _judge(ensemble.output),
+            training,
+            [20],
+            weights=problem.relative_weights(),
+            kept=torch.full((len(rows),), kept),
+        )[0].double()
+        for kept in (0.5, 0.0)
+    ]
+    half, whole = effects
+    slope = float((half * whole).sum() / whole.square().sum().clamp_min(1e-300))
+    predicted = (_scores(learned, X, y, rows) * (1.0 if ensemble.about_loss else -1.0)).double()
+    ratio = float((predicted * whole).sum() / predicted.square().sum().clamp_min(1e-300))
+    curvature = abs(slope - 0.5) / 0.5
+    return _entry(
+        curvature,
+        0.1,
+        curvature < 0.1,
+        "Leaving a row out is no small change: half of it does not have half of the effect. Trust "
+        "the order of rows more than the size of their scores.",
+        half_to_whole=slope,
+        actual_to_predicted=ratio,
+    )
+
+
+def _over_seeds(learned: Learned, X: Rows, y: Any) -> Bunch:
+    """How far the members of an ensemble agree, and by that what their mean is worth."""
+    each = [
+        _matrix(replace(learned, stages=(replace(stage, share=1.0),)), X, y)
+        for stage in learned.stages
+    ]
+    pairs = [float(_by_query(one, two).mean()) for one, two in pairwise(each)]
+    value = float(np.mean(pairs))
+    k = len(each)
+    together = k * value / (1 + (k - 1) * value) if value > 0 else 0.0
+    return _entry(
+        together,
+        0.8,
+        together >= 0.8,
+        "Networks trained from other seeds score differently: give more of them as a list, and "
+        "trust their mean.",
+        between_members=value,
+        of_the_mean=together,
+    )
+
+
+def _matrix(learned: Learned, X: Rows, y: Any) -> NDArray[Any]:
+    ensemble = learned.opened()
+    scores: NDArray[Any] = ensemble.matrix(X, ensemble.first.network.targets(y).cpu())
+    return scores
+
+
+def _change(one: NDArray[Any], two: NDArray[Any]) -> float:
+    return float(np.abs(one - two).max() / max(np.abs(two).max(), 1e-300))
+
+
+def _by_query(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
+    one, two = (m - m.mean(1, keepdims=True) for m in (one, two))
+    sizes = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+    correlations: NDArray[Any] = (one * two).sum(1) / np.maximum(sizes, 1e-300)
+    return correlations
+
+
+def plain_cross_entropy(loss: Loss) -> bool:
+    """Whether a loss is the cross-entropy of labels without anything added."""
+    return isinstance(loss, CrossEntropy) and loss.weight is None and not loss.label_smoothing

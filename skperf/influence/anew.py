@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skperf.backbone._workers import leaves_the_process, spread
-from skperf.backbone.outputs import Output, loss
+from skperf.backbone.losses import Loss
+from skperf.backbone.outputs import Output
+from skperf.backbone.rows import Rows
 from skperf.influence.gradients import Gradients, scaled, take
 from skperf.influence.methods import plain_weight
 from skperf.influence.problem import Fitted, Problem
@@ -25,26 +27,27 @@ DEARER = 32  # times the bytes of a row from which on its gradient is not sent
 class Pulled:
     """Rows, what to differentiate of them, and what is known of them besides."""
 
-    output: Output
-    X: NDArray[Any]  # (n, ...)
-    codes: Tensor  # (n,)
+    output: Loss | Output
+    X: Rows  # (n, ...)
+    targets: Tensor  # (n, ...)
     weights: Tensor | None  # (n,)
     others: Gradients
 
     def __getitem__(self, rows: slice) -> "Pulled":
         """Take some rows."""
         weights = None if self.weights is None else self.weights[rows]
-        return Pulled(self.output, self.X[rows], self.codes[rows], weights, take(self.others, rows))
+        others = take(self.others, rows)
+        return Pulled(self.output, self.X[rows], self.targets[rows], weights, others)
 
     def factors(self, problem: Problem) -> Gradients:
         """Compute the gradients, followed by the other factors."""
-        return [*problem.gradients(self.output, self.X, self.codes, self.weights), *self.others]
+        return [*problem.gradients(self.output, self.X, self.targets, self.weights), *self.others]
 
 
 def worth_it(problem: Problem, fitted: Fitted, n_jobs: int | None, prefer: str) -> bool:
     """Say whether workers should compute gradients anew."""
     size = bytes_of_row(fitted.train[: len(problem.layers)])
-    large = size > DEARER * problem.X[0].nbytes
+    large = size > DEARER * problem.X.nbytes / max(problem.n_train, 1)
     return large and leaves_the_process(n_jobs, prefer) and plain_weight(fitted.lift) is not None
 
 
@@ -62,12 +65,16 @@ def tiles_anew(
     plain = plain_weight(fitted.lift)
     assert plain is not None
     kept = fitted.train[len(problem.layers) :]
-    train = Pulled(loss, problem.X, problem.codes, problem.relative_weights(), kept)
+    train = Pulled(problem.loss, problem.X, problem.targets, problem.relative_weights(), kept)
     if kept:
         terms = fitted.lift(problem, queries.factors(problem))
         queries = replace(queries, others=[factor for _, factor in terms[len(problem.layers) :]])
     without_rows = replace(
-        problem, parameters={}, X=problem.X[:0], codes=problem.codes[:0], shares=problem.shares[:0]
+        problem,
+        parameters={},
+        X=problem.X[:0],
+        targets=problem.targets[:0],
+        shares=problem.shares[:0],
     )
     slices = row_slices(problem.n_train, length, n_jobs)
     results = spread(

@@ -1,6 +1,5 @@
 """Watch a network's layers at work: what goes in, and the gradient that comes back."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,124 +11,167 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional
 
-from skperf.backbone.modes import forward_hooks, untouched
+from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
-from skperf.backbone.parameters import Parameters
-from skperf.influence.gradients import Dense, Factor, Gradients, Outer, Tokens
-from skperf.influence.layers import CONVOLUTIONS, REFERENCE_HINT, Layer
+from skperf.backbone.rows import Rows
+from skperf.influence.gradients import Dense, Factor, Gradients, Outer, Tokens, folded, merged
+from skperf.influence.layers import CONVOLUTIONS, Layer, Place
+from skperf.influence.mapping import mapped
 
 _BATCH_DEPENDENT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+_FIRST = Place(0)
+HINT = (
+    "gradients='reference' takes any network into account (row by row, slower), "
+    "parameters=... leaves it out."
+)
+
+
+class Unusual(Exception):
+    """A layer whose gradients do not factorise over the rows."""
+
+    def __init__(self, layer: Layer, reason: str) -> None:
+        super().__init__(f"layer {layer.name!r} {reason}; {HINT}")
+        self.layer = layer
+        self.reason = reason
 
 
 @dataclass
 class Tape:
     """One forward pass, ready to pull gradients back through."""
 
-    logits: Tensor  # (n, n_classes)
+    outputs: Tensor  # (n, ...)
     pull: Callable[[Tensor], Gradients]
 
 
-Recorder = Callable[[Network, Tensor], Tape]
+Recorder = Callable[[Network, Rows], Tape]
 
 
 @contextmanager
 def recording(module: nn.Module) -> Iterator[None]:
-    """Open a network for per-row gradients."""
-    with untouched(module), torch.enable_grad():
-        for name, part in module.named_modules():
-            unfrozen = getattr(part, "track_running_stats", True) is False
-            batch_norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
-            if isinstance(part, _BATCH_DEPENDENT) and (part.training or (batch_norm and unfrozen)):
-                raise ValueError(
-                    f"layer {name!r} ({type(part).__name__}) is in training mode or normalises by "
-                    "the batch: a row's gradient would depend on the other rows or on chance."
-                )
+    """Check that rows have gradients of their own, and compute them."""
+    for name, part in module.named_modules():
+        unfrozen = getattr(part, "track_running_stats", True) is False
+        batch_norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        if isinstance(part, _BATCH_DEPENDENT) and (part.training or (batch_norm and unfrozen)):
+            raise ValueError(
+                f"layer {name!r} ({type(part).__name__}) is in training mode or normalises by "
+                "the batch: a row's gradient would depend on the other rows or on chance."
+            )
+    with torch.enable_grad():
         yield
 
 
 @dataclass
-class _Watch:
+class Call:
+    """What a hook saw when a layer ran."""
+
+    site: nn.Module
+    inputs: Tensor
+    extra: tuple[Any, ...]
+    outputs: Tensor
+    edge: GradientEdge
+    place: Place
+
+
+@dataclass
+class Watch:
     """What hooks saw during one forward pass."""
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    edges: dict[str, GradientEdge] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
+    n: int
+    calls: dict[str, list[Call]] = field(default_factory=dict)
 
-    def hook(self, layer: Layer) -> Callable[..., Any]:
-        def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            self.calls[layer.name] += 1
-            if layer.whole:
-                _check_simple(layer, args, output)
-                self.outputs[layer.name] = output.detach()
-            self.inputs[layer.name] = args[0].detach()
-            self.arguments[layer.name] = args[1:]
+    def hooks(self, layers: Sequence[Layer]) -> dict[nn.Module, Callable[..., Any]]:
+        """Make the hooks of some layers."""
+        return {site: self._hook(layer) for layer in layers for site in layer.sites}
+
+    def _hook(self, layer: Layer) -> Callable[..., Any]:
+        calls = self.calls.setdefault(layer.name, [])
+
+        def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+            simple = args and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+            if not simple or (not layer.known and len(args) != 1):
+                raise Unusual(layer, "does not turn one tensor into another")
+            place = layer.places[len(calls)] if len(calls) < len(layer.places) else _FIRST
+            inputs, plain = args[0].detach(), output.detach()
+            if place.axis is None:
+                # every row gets a copy of what all of them share, and so a gradient of its own
+                inputs, output = (_for_each(tensor, self.n) for tensor in (inputs, output))
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            self.edges[layer.name] = get_gradient_edge(output)
+            edge = get_gradient_edge(output)
+            calls.append(Call(module, inputs, args[1:], plain, edge, place))
             # in-place activations may not overwrite a leaf
             return output.clone() if output.is_leaf else output
 
         return seen
 
 
-def record(network: Network, inputs: Tensor, layers: Sequence[Layer]) -> Tape:
-    """Run a network and keep what factorised gradients need: inputs (n, ...)."""
-    watch = _Watch()
+def _for_each(tensor: Tensor, n: int) -> Tensor:
+    single = tensor if tensor.ndim and len(tensor) == 1 else tensor[None]
+    return single.expand(n, *single.shape[1:])
+
+
+def record(network: Network, inputs: Rows, layers: Sequence[Layer]) -> Tape:
+    """Run a network and keep what gradients of rows need: inputs (n, ...)."""
+    watch = Watch(len(inputs))
+    hooked = [layer for layer in layers if layer.sites]
     # with a gradient asked for at the inputs no layer's output is a leaf, but a backbone below
     # the first of the layers would remember its activations for nothing
     below = next(network.module.parameters(), None)
-    from_start = any(below is own for layer in layers for own in layer.module.parameters())
-    with forward_hooks({layer.module: watch.hook(layer) for layer in layers}):
-        logits = network(inputs.detach().requires_grad_(from_start and inputs.is_floating_point()))
-    for layer in layers:
-        if watch.calls[layer.name] != 1:
-            raise ValueError(
-                f"layer {layer.name!r} ran {watch.calls[layer.name]} times in one forward pass, "
-                f"expected once: its weights are used twice, or outside the layer; {REFERENCE_HINT}"
-            )
+    from_start = any(below is own for layer in hooked for own in layer.module.parameters())
+
+    def tracked(leaf: Tensor) -> Tensor:
+        return leaf.detach().requires_grad_(from_start and leaf.is_floating_point())
+
+    with forward_hooks(watch.hooks(hooked)):
+        outputs = network(inputs.map(tracked))
+    for layer in hooked:
+        n_calls = len(watch.calls[layer.name])
+        if n_calls != (len(layer.places) or 1):
+            raise Unusual(layer, f"ran {n_calls} times, not {len(layer.places) or 1} as before")
 
     def pull(cotangent: Tensor) -> Gradients:
-        edges = [watch.edges[layer.name] for layer in layers]
-        returned = torch.autograd.grad(
-            logits, edges, cotangent, retain_graph=True, materialize_grads=True
-        )
-        _check_finite([layer.name for layer in layers], returned)
-        gradients = []
-        for layer, gradient in zip(layers, returned, strict=True):
-            seen = watch.inputs[layer.name]
-            if layer.whole:
-                factor: Factor = _whole(layer, seen, watch.outputs[layer.name], gradient)
-            else:
-                factor = _factor(layer, seen, gradient, watch.arguments[layer.name])
-            gradients.append(factor)
+        edges = [call.edge for layer in hooked for call in watch.calls[layer.name]]
+        returned: list[Tensor] = []
+        if edges:
+            returned = list(
+                torch.autograd.grad(
+                    outputs, edges, cotangent, retain_graph=True, materialize_grads=True
+                )
+            )
+        owners = [layer.name for layer in hooked for _ in watch.calls[layer.name]]
+        _check_finite(owners, returned)
+        gradients, left = [], iter(returned)
+        for layer in layers:
+            if not layer.sites:
+                gradients.append(Dense(alone(network, inputs, layer, cotangent)))
+                continue
+            calls = watch.calls[layer.name]
+            parts = [_of_call(layer, call, next(left), watch.n) for call in calls]
+            gradients.append(merged(parts))
         return gradients
 
-    return Tape(logits, pull)
+    return Tape(outputs, pull)
 
 
-def record_reference(network: Network, inputs: Tensor, parameters: Parameters) -> Tape:
-    """Run a network and pull back with ``torch.func``, whatever its layers: inputs (n, ...)."""
+def alone(network: Network, inputs: Rows, layer: Layer, cotangent: Tensor) -> Tensor:
+    """Differentiate row by row, whatever the layers: cotangent (n, ...) -> (n, n_weights)."""
+    own = {name: network.module.get_parameter(name).detach() for name in layer.names}
 
-    def logits_of(values: Parameters, row: Tensor) -> Tensor:
-        outputs = functional_call(network.module, values, (row[None],))
-        return (outputs if network.readout is None else network.readout(outputs))[0]
-
-    def gradient(row: Tensor, cotangent: Tensor) -> Tensor:
-        _, pull_back, *_ = vjp(lambda values: logits_of(values, row), parameters)
-        (gradients,) = pull_back(cotangent)
+    def gradient(row: Rows, slope: Tensor) -> Tensor:
+        single = row.map(lambda leaf: leaf[None])
+        _, pull_back, *_ = vjp(lambda values: network(single, values)[0], own)
+        (gradients,) = pull_back(slope)
         return torch.cat([part.reshape(-1) for part in gradients.values()])
 
-    def pull(cotangent: Tensor) -> Gradients:
-        values = vmap(gradient, chunk_size=64)(inputs, cotangent)
-        _check_finite(["the network"], [values])
-        return [Dense(values.detach())]
-
-    return Tape(network(inputs), pull)
+    values: Tensor = mapped(gradient, inputs, cotangent, chunk_size=64, looped=layer.looped)
+    _check_finite([layer.name], [values])
+    return values.detach()
 
 
 def _check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:
+    if not gradients:
+        return
     if torch.isfinite(torch.stack([gradient.sum() for gradient in gradients]).sum()):
         return
     for name, gradient in zip(names, gradients, strict=True):
@@ -141,18 +183,23 @@ def _check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:
             )
 
 
-def _check_simple(layer: Layer, args: tuple[Any, ...], output: Any) -> None:
-    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-        raise ValueError(
-            f"layer {layer.name!r} ({type(layer.module).__name__}) has no factorised gradients: it "
-            f"does not turn one tensor into another; {REFERENCE_HINT}"
-        )
+def _of_call(layer: Layer, call: Call, gradient: Tensor, n: int) -> Factor:
+    place, inputs = call.place, call.inputs
+    axis = place.axis or 0
+    if inputs.shape[axis] != n * place.fold or gradient.shape[axis] != n * place.fold:
+        raise Unusual(layer, "has its rows elsewhere than in the batches before")
+    if axis:
+        inputs, gradient = inputs.movedim(axis, 0), gradient.movedim(axis, 0)
+    if not layer.known:
+        return _whole(layer, inputs, call.outputs, gradient)
+    factor = _factor(layer, call.site, inputs, gradient, call.extra)
+    return folded(factor, n, rows_last=place.rows_last)
 
 
 def _whole(layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> Dense:
     """Differentiate a part of an unknown kind once more, row by row."""
     module = layer.module
-    own = {name: module.get_parameter(name).detach() for name in layer.whole}
+    own = layer.own(module)
 
     def pull(row: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         output, back, *_ = vjp(lambda values: functional_call(module, values, (row[None],)), own)
@@ -161,31 +208,28 @@ def _whole(layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> D
 
     try:
         again, values = vmap(pull, chunk_size=64)(inputs, gradient)
-        same = torch.allclose(again, outputs, rtol=1e-3, atol=1e-3 * float(outputs.abs().max()))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise ValueError(
-            f"layer {layer.name!r} ({type(module).__name__}) cannot be differentiated row by row: "
-            f"{str(error).splitlines()[0]} {REFERENCE_HINT}"
-        ) from error
-    if not same:
-        raise ValueError(
-            f"layer {layer.name!r} ({type(module).__name__}) gives a row another output alone than "
-            f"in its batch: a row's gradient would depend on the other rows; {REFERENCE_HINT}"
-        )
+        message = str(error).splitlines()[0]
+        raise Unusual(layer, f"cannot be differentiated row by row: {message}") from error
+    if not torch.allclose(again, outputs, rtol=1e-3, atol=1e-3 * float(outputs.abs().max())):
+        raise Unusual(layer, "gives a row another output alone than in its batch")
     return Dense(values.detach())
 
 
-def _factor(layer: Layer, inputs: Tensor, gradient: Tensor, arguments: tuple[Any, ...]) -> Factor:
-    module = layer.module
+def _factor(
+    layer: Layer, module: nn.Module, inputs: Tensor, gradient: Tensor, extra: tuple[Any, ...]
+) -> Factor:
     if isinstance(module, nn.Linear):
         return _linear(layer, inputs, gradient)
     if isinstance(module, CONVOLUTIONS):
-        return _convolution(layer, inputs, gradient)
+        return _convolution(layer, module, inputs, gradient)
     if isinstance(module, nn.Embedding):
         return _embedding(module, inputs, gradient)
     if isinstance(module, nn.EmbeddingBag):
-        return _embedding_bag(layer, inputs, gradient, arguments)
-    return _norm(layer, inputs, gradient)
+        return _embedding_bag(layer, module, inputs, gradient, extra)
+    return _norm(layer, module, inputs, gradient)
 
 
 def _linear(layer: Layer, inputs: Tensor, gradient: Tensor) -> Factor:
@@ -210,9 +254,9 @@ def _is_short(n_positions: int, n_inputs: int, n_outputs: int) -> bool:
     return n_positions**2 * (n_inputs + n_outputs) < n_inputs * n_outputs
 
 
-def _convolution(layer: Layer, inputs: Tensor, gradient: Tensor) -> Factor:
-    conv = layer.module
-    assert isinstance(conv, CONVOLUTIONS)
+def _convolution(
+    layer: Layer, conv: nn.Conv1d | nn.Conv2d, inputs: Tensor, gradient: Tensor
+) -> Factor:
     n, n_outputs = len(gradient), gradient.shape[1]
     gradient = gradient.reshape(n, n_outputs, -1)  # (n, outputs, positions)
     if not layer.weight:
@@ -252,15 +296,10 @@ def _embedding(module: nn.Embedding, indices: Tensor, gradient: Tensor) -> Facto
 
 
 def _embedding_bag(
-    layer: Layer, indices: Tensor, gradient: Tensor, arguments: tuple[Any, ...]
+    layer: Layer, bag: nn.EmbeddingBag, indices: Tensor, gradient: Tensor, extra: tuple[Any, ...]
 ) -> Factor:
-    bag = layer.module
-    assert isinstance(bag, nn.EmbeddingBag)
-    if indices.ndim != 2 or bag.mode == "max" or any(extra is not None for extra in arguments):
-        raise ValueError(
-            f"layer {layer.name!r} (EmbeddingBag) is understood with mode 'mean' or 'sum', "
-            f"tokens of shape (n, length) and neither offsets nor weights; {REFERENCE_HINT}"
-        )
+    if indices.ndim != 2 or bag.mode == "max" or any(given is not None for given in extra):
+        raise Unusual(layer, "is not called with tokens (n, length), a mean or sum, and no more")
     if bag.padding_idx is not None:
         indices = indices.masked_fill(indices == bag.padding_idx, -1)
     share = (indices >= 0).to(gradient.dtype)
@@ -269,8 +308,7 @@ def _embedding_bag(
     return Tokens(indices, share[:, :, None] * gradient[:, None, :], bag.num_embeddings)
 
 
-def _norm(layer: Layer, inputs: Tensor, gradient: Tensor) -> Factor:
-    module: Any = layer.module
+def _norm(layer: Layer, module: Any, inputs: Tensor, gradient: Tensor) -> Factor:
     shape = _own_shape(module)
     parts = []
     if layer.weight:

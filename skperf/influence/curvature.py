@@ -14,14 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vjp, vmap
+from torch.func import jvp, vjp
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten, unflatten
+from skperf.backbone.rows import Rows
 from skperf.influence.gradients import Gradients, gram
+from skperf.influence.mapping import mapped
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,8 @@ class CurvatureProduct:
 
     network: Network
     parameters: Parameters
-    inputs: Tensor  # (n, ...)
-    codes: Tensor  # (n,)
+    inputs: Rows  # (n, ...)
+    targets: Tensor  # (n, ...)
     weights: Tensor  # (n,)
     kind: str = "ggn"
     damping: float = 0.0
@@ -113,13 +119,49 @@ class CurvatureProduct:
         result = self.damping * vectors
         for part in torch.split(everything, self.batch_size):
             weights = self.weights[part] * share
-            product = _PRODUCTS[self.kind](self, self.inputs[part], self.codes[part], weights)
-            with _named_layers(self.network):
-                result = result + vmap(product, chunk_size=32)(vectors).detach()
+            with _named_layers(self.network), PlainAttention():
+                product = _PRODUCTS[self.kind](
+                    self, self.inputs[part], self.targets[part], weights
+                )
+                result = result + mapped(product, vectors, chunk_size=32).detach()
         return result
 
-    def _logits(self, inputs: Tensor) -> Callable[[Parameters], Tensor]:
+    def _outputs(self, inputs: Rows) -> Callable[[Parameters], Tensor]:
         return lambda values: self.network(inputs, values)
+
+
+class PlainAttention(TorchFunctionMode):
+    """Attention written out, in this thread: fused kernels have no second derivatives."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return _attention(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    plain = torch.ops.aten._scaled_dot_product_attention_math
+    return plain(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )[0]
 
 
 @contextmanager
@@ -163,34 +205,89 @@ def _prepare_forward_mode() -> None:
         import_module("torch._decomp.decompositions_for_jvp")
 
 
+Multiply = Callable[[Tensor], Tensor]
+
+
+def _pushed(outputs_of: Callable[[Parameters], Tensor], at: Parameters) -> Callable[..., Tensor]:
+    """Make the map from a change of the parameters to that of the outputs."""
+
+    def forward(tangent: Parameters) -> Tensor:
+        moved: Tensor = jvp(outputs_of, (at,), (tangent,))[1]
+        return moved
+
+    def twice_backward(tangent: Parameters) -> Tensor:
+        # where a layer has no rule for forward mode: the derivative of a pullback by its argument
+        outputs, pull_back, *_ = vjp(outputs_of, at)
+        _, again, *_ = vjp(lambda u: pull_back(u)[0], torch.zeros_like(outputs))
+        moved: Tensor = again(tangent)[0]
+        return moved
+
+    try:
+        forward({name: torch.zeros_like(value) for name, value in at.items()})
+    except (RuntimeError, NotImplementedError):
+        return twice_backward
+    return forward
+
+
 def _ggn_product(
-    product: CurvatureProduct, inputs: Tensor, codes: Tensor, weights: Tensor
-) -> Callable[[Tensor], Tensor]:
-    logits, pull_back, *_ = vjp(product._logits(inputs), product.parameters)
-    p = logits.softmax(1)
+    product: CurvatureProduct, inputs: Rows, targets: Tensor, weights: Tensor
+) -> Multiply:
+    outputs_of = product._outputs(inputs)
+    outputs, pull_back, *_ = vjp(outputs_of, product.parameters)
+    push = _pushed(outputs_of, product.parameters)
+    curved = _at_outputs(product, outputs.detach(), targets, weights)
 
     def multiply(vector: Tensor) -> Tensor:
-        tangent = unflatten(vector, product.parameters)
-        _, moved, *_ = jvp(product._logits(inputs), (product.parameters,), (tangent,))
-        weighted = weights[:, None] * p * (moved - (p * moved).sum(1, keepdim=True))
-        return flatten(pull_back(weighted)[0])
+        moved = push(unflatten(vector, product.parameters))
+        return flatten(pull_back(curved(moved))[0])
 
     return multiply
 
 
+def _at_outputs(
+    product: CurvatureProduct, outputs: Tensor, targets: Tensor, weights: Tensor
+) -> Multiply:
+    """Multiply by the Hessian of the weighted loss at the outputs: (n, ...) -> (n, ...)."""
+    loss = product.network.loss
+    if isinstance(loss, CrossEntropy) and outputs.ndim == 2 and targets.ndim == 1:
+        p = outputs.softmax(1)
+        counted = weights * (targets != loss.ignore_index)
+        return lambda moved: counted[:, None] * p * (moved - (p * moved).sum(1, keepdim=True))
+    if outputs.ndim < 3 and not isinstance(loss, CrossEntropy | BinaryCrossEntropy | SquaredError):
+        values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets))
+        # a loss that is not convex in the outputs lends its positive part
+        positive = (vectors * values.clamp_min(0)[:, None]) @ vectors.mT * weights[:, None, None]
+
+        def by_matrix(moved: Tensor) -> Tensor:
+            flat = moved.reshape(len(moved), -1, 1)
+            return (positive @ flat).reshape(moved.shape)
+
+        return by_matrix
+    slope = torch.func.grad(lambda z: (weights * loss.value(z, targets)).sum())
+
+    def by_slope(moved: Tensor) -> Tensor:
+        changed: Tensor = jvp(slope, (outputs,), (moved,))[1]
+        return changed
+
+    return by_slope
+
+
 def _hessian_product(
-    product: CurvatureProduct, inputs: Tensor, codes: Tensor, weights: Tensor
-) -> Callable[[Tensor], Tensor]:
+    product: CurvatureProduct, inputs: Rows, targets: Tensor, weights: Tensor
+) -> Multiply:
+    loss = product.network.loss
+
     def mean_loss(values: Parameters) -> Tensor:
-        losses = torch.nn.functional.cross_entropy(
-            product.network(inputs, values), codes, reduction="none"
-        )
-        return (weights * losses).sum()
+        return (weights * loss.value(product.network(inputs, values), targets)).sum()
 
     def multiply(vector: Tensor) -> Tensor:
         tangent = unflatten(vector, product.parameters)
         gradient = torch.func.grad(mean_loss)
-        return flatten(jvp(gradient, (product.parameters,), (tangent,))[1])
+        try:
+            return flatten(jvp(gradient, (product.parameters,), (tangent,))[1])
+        except NotImplementedError:
+            _, pull_back, *_ = vjp(gradient, product.parameters)
+            return flatten(pull_back(tangent)[0])
 
     return multiply
 

@@ -28,13 +28,16 @@ def resolve_damping(problem: Problem, curvature: RowSpace | None = None) -> floa
         return float(settings.damping)
     if settings.damping == "horizon" or settings.horizon is not None:
         return 1 / horizon_time(settings)
-    if curvature is None:
-        rows = curvature_rows(problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows)
-        pulled = problem.gather(problem.X, rows.cotangents, rows.examples)
-        trace = float(squared_norms(pulled).sum())
-    else:
-        trace = curvature.trace
+    if settings.ridge is not None:
+        return settings.ridge
+    trace = curvature_trace(problem) if curvature is None else curvature.trace
     return _PULL * noise_damping(trace, problem.shares, problem.parameters.values())
+
+
+def curvature_trace(problem: Problem) -> float:
+    """Sum of the curvature's eigenvalues."""
+    rows = curvature_rows(problem)
+    return float(squared_norms(problem.gather(problem.X, rows.cotangents, rows.examples)).sum())
 
 
 def layer_damping(problem: Problem, which: int, trace: float) -> float:
@@ -44,10 +47,9 @@ def layer_damping(problem: Problem, which: int, trace: float) -> float:
         return float(settings.damping)
     if settings.damping != "auto" or settings.horizon is not None:
         return 1 / horizon_time(settings)
-    own = list(problem.parameters)
-    if problem.layers:
-        own = problem.layers[which].parameter_names
-    weights = [problem.parameters[name] for name in own]
+    if settings.ridge is not None:
+        return settings.ridge
+    weights = [problem.parameters[name] for name in problem.layers[which].names]
     return _PULL_OF_LAYER * noise_damping(trace, problem.shares, weights)
 
 

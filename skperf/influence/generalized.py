@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten
+from skperf.backbone.rows import Rows
 from skperf.influence.gradients import Dense, Gradients, combine, inner
 from skperf.influence.layers import Layer, from_vectors, to_vectors
 from skperf.influence.solvers import Solution, lsmr
@@ -22,11 +23,11 @@ _UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def unit_strengths(
-    network: Network, inputs: Tensor, codes: Tensor, layers: Sequence[Layer], by: str
+    network: Network, inputs: Rows, targets: Tensor, layers: Sequence[Layer], by: str
 ) -> dict[str, Tensor]:
     """Mean pre-activation, or size of the mean output gradient, of every unit.
 
-    Shapes: inputs (n, ...), codes (n,).
+    Shapes: inputs (n, ...), targets (n, ...).
     """
     # Pre-activations keep their sign: where a rectifier follows, the weights of a unit far below
     # zero do nothing, and the most negative logit is not that of the class.
@@ -39,14 +40,16 @@ def unit_strengths(
 
         return hook
 
-    chosen = [layer for layer in layers if isinstance(layer.module, _UNIT_LAYERS)]
+    chosen = [layer for layer in layers if layer.sites and isinstance(layer.module, _UNIT_LAYERS)]
+    if not chosen:
+        return {}
     with forward_hooks({layer.module: keep(layer.name) for layer in chosen}):
-        logits = network(inputs)
+        results = network(inputs)
     if by == "output":
         seen = [values.detach() for values in outputs.values()]
         return _of_units(chosen, seen)
-    loss = torch.nn.functional.cross_entropy(logits, codes, reduction="sum")
-    means = _of_units(chosen, torch.autograd.grad(loss, list(outputs.values())))
+    total = network.loss.value(results, targets).sum()
+    means = _of_units(chosen, torch.autograd.grad(total, list(outputs.values())))
     return {name: mean.abs() for name, mean in means.items()}
 
 
@@ -78,7 +81,7 @@ def choose_units(
         if layer.name not in strengths:
             continue
         strength = strengths[layer.name].cpu()
-        masks = [chosen[name].view(len(strength), -1) for name in layer.parameter_names]
+        masks = [chosen[name].view(len(strength), -1) for name in layer.names]
         width = sum(mask.shape[1] for mask in masks)
         whole, rest = divmod(int(ratio * layer.n_weights), width)
         order = strength.argsort(descending=True, stable=True)

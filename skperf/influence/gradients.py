@@ -84,6 +84,44 @@ Factor = Outer | Dense | Tokens
 Gradients = list[Factor]
 
 
+def merged(factors: Sequence[Factor]) -> Factor:
+    """Add up the gradients that several calls of one layer give."""
+    first = factors[0]
+    if len(factors) == 1:
+        return first
+    if all(isinstance(factor, Outer) for factor in factors):
+        parts = [
+            [t if t.ndim == 3 else t[:, None] for t in factor.tensors] for factor in factors
+        ]
+        inputs, outputs = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+        return Outer(inputs, outputs)
+    if isinstance(first, Tokens) and all(isinstance(factor, Tokens) for factor in factors):
+        pairs = zip(*(factor.tensors for factor in factors), strict=True)
+        indices, outputs = (torch.cat(tensors, 1) for tensors in pairs)
+        return Tokens(indices, outputs, first.n_embeddings)
+    return Dense(torch.stack([written_out(factor) for factor in factors]).sum(0))
+
+
+def folded(factor: Factor, n: int, *, rows_last: bool = False) -> Factor:
+    """Add up the gradients of the entries that belong to one row: (n * fold, ...) -> (n, ...)."""
+    fold = len(factor) // n
+    if fold == 1:
+        return factor
+
+    def apart(tensor: Tensor) -> Tensor:
+        if rows_last:
+            return tensor.unflatten(0, (fold, n)).transpose(0, 1)
+        return tensor.unflatten(0, (n, fold))
+
+    if isinstance(factor, Dense):
+        return Dense(apart(factor.values).sum(1))
+    positions = 2 if isinstance(factor, Outer) and factor.inputs.ndim == 2 else 3
+    together = [apart(tensor) for tensor in factor.tensors]
+    if positions == 3:
+        together = [tensor.flatten(1, 2) for tensor in together]
+    return with_tensors(factor, *together)
+
+
 def take(gradients: Sequence[Factor], rows: slice | Tensor) -> Gradients:
     """Take the same rows of every layer."""
     return [factor[rows] for factor in gradients]

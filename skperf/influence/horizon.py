@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from skperf.backbone.modes import untouched
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters
 from skperf.backbone.progress import track
-from skperf.influence.retraining import stacked_logits, stacked_outputs
+from skperf.backbone.rows import Rows
+from skperf.influence.retraining import stacked_outputs, stacked_outputs_of, stacked_values
 
 
 @dataclass(frozen=True)
@@ -32,47 +31,46 @@ class FurtherTraining:
 def actual_effects(
     network: Network,
     parameters: Parameters,
-    inputs: Tensor,
-    codes: Tensor,
+    inputs: Rows,
+    targets: Tensor,
     left_out: Tensor,
-    queries: tuple[Tensor, Tensor],
+    queries: tuple[Rows, Tensor],
     output: Callable[[Tensor, Tensor], Tensor],
     training: FurtherTraining,
     steps: Sequence[int],
     *,
-    shares: Tensor | None = None,
+    weights: Tensor | None = None,
+    kept: Tensor | None = None,
     verbose: int = 0,
 ) -> Tensor:
     """Train on with and without single rows, and compare.
 
-    Shapes: inputs (n, ...), codes (n,), shares (n,) -> (n_steps, n_queries, m).
+    Shapes: inputs (n, ...), targets (n, ...), weights (n,), kept (m,) -> (n_steps, n_queries, m).
     """
-    # All runs see the same batches in the same order; a run without a row has that row's share
-    # of the mean loss subtracted at every step (weight zero), so no batch is shifted.
-    shares = torch.full((len(inputs),), 1 / len(inputs)) if shares is None else shares
-    shares = shares.to(inputs)
-    runs = len(left_out) + 1
+    # All runs see the same batches in the same order. A row that is left out has weight zero (or
+    # `kept` of its own) where it would be used, in an unchanged batch with an unchanged
+    # denominator: sum_b w_i l_i / |b|.
+    n, runs = len(inputs), len(left_out) + 1
     stacked = {
-        n: p.detach().expand(runs, *p.shape).clone().requires_grad_() for n, p in parameters.items()
+        name: p.detach().expand(runs, *p.shape).clone().requires_grad_()
+        for name, p in parameters.items()
     }
-    own = torch.cat([inputs[left_out[:1]], inputs[left_out]])
-    own_codes = torch.cat([codes[left_out[:1]], codes[left_out]])
-    subtracted = torch.cat([shares.new_zeros(1), shares[left_out]])
-    order = _batches(len(inputs), training)
+    own = torch.ones(runs, n) if weights is None else weights.float().cpu().expand(runs, n).clone()
+    own[torch.arange(1, runs), left_out] *= 0.0 if kept is None else kept.float()
+    own = own.to(network.device, network.dtype)
+    order = _batches(n, training)
     effects = []
-    with untouched(network.module), torch.enable_grad():
+    with torch.enable_grad():
         for step in track(
             range(1, max(steps) + 1), description="further training", verbose=verbose
         ):
-            rows = next(order).to(inputs.device)
-            logits = stacked_logits(network, stacked, inputs[rows])
-            targets = codes[rows].expand(runs, -1)
-            losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-            total = (losses * (shares[rows] / shares[rows].sum())).sum()
-            row_logits = stacked_logits(network, stacked, own[:, None], own=True)[:, 0]
-            row_losses = functional.cross_entropy(row_logits, own_codes, reduction="none")
-            total = total - (subtracted * row_losses).sum()
-            gradients = torch.autograd.grad(total, list(stacked.values()))
+            rows = next(order).to(network.device)
+            outputs = stacked_outputs_of(network, stacked, inputs[rows])
+            losses = stacked_values(
+                network.loss.value, outputs, targets[rows].expand(runs, *targets[rows].shape)
+            )
+            total = (losses * own[:, rows]).mean(1).sum()
+            gradients = torch.autograd.grad(total, list(stacked.values()), materialize_grads=True)
             _step(stacked, gradients, training)
             if step in steps:
                 values = stacked_outputs(network, stacked, *queries, output)
@@ -83,23 +81,24 @@ def actual_effects(
 def further_trained(
     network: Network,
     parameters: Parameters,
-    inputs: Tensor,
-    codes: Tensor,
-    shares: Tensor,
+    inputs: Rows,
+    targets: Tensor,
+    weights: Tensor | None,
     training: FurtherTraining,
     steps: int,
 ) -> Parameters:
-    """Train on: inputs (n, ...), codes (n,), shares (n,)."""
+    """Train on: inputs (n, ...), targets (n, ...), weights (n,)."""
     current = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-    shares, order = shares.to(inputs), _batches(len(inputs), training)
-    with untouched(network.module), torch.enable_grad():
+    order = _batches(len(inputs), training)
+    with torch.enable_grad():
         for _ in range(steps):
-            rows = next(order).to(inputs.device)
-            losses = functional.cross_entropy(
-                network(inputs[rows], current), codes[rows], reduction="none"
+            rows = next(order).to(network.device)
+            losses = network.loss.value(network(inputs[rows], current), targets[rows])
+            if weights is not None:
+                losses = losses * weights.to(losses)[rows]
+            gradients = torch.autograd.grad(
+                losses.mean(), list(current.values()), materialize_grads=True
             )
-            mean = (losses * (shares[rows] / shares[rows].sum())).sum()
-            gradients = torch.autograd.grad(mean, list(current.values()), materialize_grads=True)
             _step(current, gradients, training)
     return {name: p.detach() for name, p in current.items()}
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from skperf.backbone.outputs import loss
+from skperf.backbone.rows import Rows
 from skperf.influence.captures import recording
 from skperf.influence.curvature import dense_curvature, gradient_flow
 from skperf.influence.damping import horizon_time, resolve_damping
@@ -20,7 +19,7 @@ from skperf.influence.generalized import (
     unit_strengths,
 )
 from skperf.influence.gradients import Gradients
-from skperf.influence.layers import from_vectors, to_vectors
+from skperf.influence.layers import Layer, find_layers, from_vectors, to_vectors
 from skperf.influence.problem import (
     LOSS_UNIT,
     Fitted,
@@ -54,34 +53,38 @@ class Solved:
 
 
 def _solve_cg(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    settings = problem.settings
-    product = problem.product(damping)
-    solution = conjugate_gradient(
-        product, right, tol=settings.tol, max_iter=settings.max_iter or 500
-    )
+    product = problem.product(extra["curvature"], damping)
+    solution = conjugate_gradient(product, right, tol=extra["tol"], max_iter=extra["max_iter"])
     _warn_unconverged("conjugate gradients", solution.converged, float(solution.residual.max()))
     return solution.values
 
 
 def _solve_lissa(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    product = problem.product(damping)
+    product = problem.product(extra["curvature"], damping)
     n, size = problem.n_train, min(problem.n_train, extra["batch_size"])
-    orders = torch.Generator().manual_seed(problem.settings.seed)
 
-    def multiply(x: Tensor, step: int) -> Tensor:
-        if size == n:
-            return product(x)
-        return product(x, torch.randint(n, (size,), generator=orders))
+    def one(repeat: int) -> Tensor:
+        orders = torch.Generator().manual_seed(problem.settings.seed + repeat)
 
-    iterations = problem.settings.max_iter or 5000
-    solution = neumann(
-        multiply, right, scale=extra["scale"], max_iter=iterations, tol=problem.settings.tol * 0.01
-    )
-    return solution.values
+        def multiply(x: Tensor, step: int) -> Tensor:
+            if size == n:
+                return product(x)
+            return product(x, torch.randint(n, (size,), generator=orders))
+
+        return neumann(
+            multiply,
+            right,
+            scale=extra["scale"],
+            max_iter=extra["max_iter"],
+            tol=extra["tol"] * 0.01,
+        ).values
+
+    # independent draws of the series, whose mean is the estimate
+    return torch.stack([one(repeat) for repeat in range(extra["n_repeats"])]).mean(0)
 
 
 def _solve_gif(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    settings, product = problem.settings, problem.product()
+    product = problem.product(extra["curvature"])
 
     # the recurrence loses its orthogonality, and with it the result its digits, in single precision
     def multiply(vectors: Tensor) -> Tensor:
@@ -91,9 +94,9 @@ def _solve_gif(problem: Problem, right: Tensor, damping: float, extra: dict[str,
         multiply,
         extra["chosen"].to(right.device),
         right.double(),
-        ridge=settings.ridge,
-        max_iter=settings.max_iter or 50,
-        tol=settings.tol,
+        ridge=extra["ridge"],
+        max_iter=extra["max_iter"],
+        tol=extra["tol"],
     )
     return solved.to(right.dtype)
 
@@ -118,84 +121,128 @@ def _warn_unconverged(what: str, converged: bool, residual: float) -> None:
     if not converged:
         warnings.warn(
             f"{what} stopped at a relative residual of {residual:.1e}: raise "
-            "n_iterations or damping.",
+            "max_iter or damping.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
-def cg(problem: Problem) -> Fitted:
+def cg(
+    problem: Problem, *, tol: float = 1e-4, max_iter: int = 500, curvature: str = "ggn"
+) -> Fitted:
     """Conjugate gradients, all queries of a tile at once."""
     damping = resolve_damping(problem)
-    _check_products(problem)
+    _check_products(problem, curvature)
+    extra = {"tol": tol, "max_iter": max_iter, "curvature": curvature}
+    lift = Solved("cg", damping, extra)
     train = problem.train_gradients()
-    report = {"damping": damping}
-    return Fitted(train, Solved("cg", damping), 1 / problem.n_train, LOSS_UNIT, report)
+    return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": damping})
 
 
-def _check_products(problem: Problem) -> None:
+def _check_products(problem: Problem, curvature: str) -> None:
     """Fail at fit, rather than at the first query, where no product can be formed."""
     with recording(problem.network.module):
-        problem.product()(random_vector(problem)[None], torch.arange(1))
+        problem.product(curvature)(random_vector(problem)[None], torch.arange(1))
 
 
-def lissa(problem: Problem) -> Fitted:
+def lissa(
+    problem: Problem,
+    *,
+    scale: float | None = None,
+    n_samples: int | None = None,
+    n_repeats: int = 1,
+    tol: float = 1e-4,
+    max_iter: int = 5000,
+    curvature: str = "ggn",
+) -> Fitted:
     """Stochastic Neumann series."""
-    settings = problem.settings
     damping = resolve_damping(problem)
-    scale = settings.scale
     if scale is None:
-        start = random_vector(problem)
-        with recording(problem.network.module):
-            scale = 1.5 * largest_eigenvalue(problem.product(), start) + damping
-    extra = {"scale": scale, "batch_size": max(256, problem.batch_size)}
+        scale = 1.5 * _largest(problem, curvature) + damping
+    extra = {
+        "scale": scale,
+        "batch_size": n_samples or max(256, problem.batch_size),
+        "n_repeats": n_repeats,
+        "tol": tol,
+        "max_iter": max_iter,
+        "curvature": curvature,
+    }
+    lift = Solved("lissa", damping, extra)
     report = {"damping": damping, "scale": scale}
-    train = problem.train_gradients()
-    return Fitted(train, Solved("lissa", damping, extra), 1 / problem.n_train, LOSS_UNIT, report)
+    return Fitted(problem.train_gradients(), lift, 1 / problem.n_train, LOSS_UNIT, report)
 
 
-def gif(problem: Problem) -> Fitted:
+def _largest(problem: Problem, curvature: str) -> float:
+    with recording(problem.network.module):
+        return largest_of(problem, problem.product(curvature))
+
+
+def largest_of(problem: Problem, multiply: Callable[[Tensor], Tensor]) -> float:
+    """Estimate the largest absolute eigenvalue of a matrix known by its products."""
+    return largest_eigenvalue(multiply, random_vector(problem))
+
+
+def gif(
+    problem: Problem,
+    *,
+    select: str = "gradient",
+    ratio: float = 0.05,
+    ridge: float = 1e-3,
+    tol: float = 1e-4,
+    max_iter: int = 50,
+    curvature: str = "hessian",
+) -> Fitted:
     """Generalised influence on chosen parameters."""
-    chosen = chosen_parameters(problem, problem.X, problem.codes)
-    _check_products(problem)
-    report = {"chosen": chosen.numpy(), "damping": 0.0}
-    train = problem.train_gradients()
-    lift = Solved("gif", 0.0, {"chosen": chosen})
-    return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, report)
+    chosen = chosen_parameters(problem, problem.X, problem.targets, select, ratio)
+    _check_products(problem, curvature)
+    extra = {
+        "chosen": chosen,
+        # of the normal equations, whose eigenvalues are squares of the curvature's
+        "ridge": ridge * _largest(problem, curvature) ** 2,
+        "tol": tol,
+        "max_iter": max_iter,
+        "curvature": curvature,
+    }
+    report = {"chosen": chosen.numpy(), "damping": 0.0, "ridge": extra["ridge"]}
+    lift = Solved("gif", 0.0, extra)
+    return Fitted(problem.train_gradients(), lift, 1 / problem.n_train, LOSS_UNIT, report)
 
 
-def chosen_parameters(problem: Problem, X: NDArray[Any], codes: Tensor) -> Tensor:
-    """Mark the parameters that a generalised influence may change: X (n, ...), codes (n,)."""
-    settings = problem.settings
-    generator = torch.Generator().manual_seed(settings.seed)
+def chosen_parameters(
+    problem: Problem, X: Rows, targets: Tensor, select: str, ratio: float
+) -> Tensor:
+    """Mark the parameters that a generalised influence may change: X (n, ...), targets (n, ...)."""
+    generator = torch.Generator().manual_seed(problem.settings.seed)
     n_parameters = sum(p.numel() for p in problem.parameters.values())
-    if settings.ratio >= 1:
+    if ratio >= 1:
         return torch.ones(n_parameters, dtype=torch.bool)
-    if settings.select == "sam":
-        chosen = _by_saliency(problem, X, codes)
+    # units are told by hooks, which need no factorised gradients
+    layers = find_layers(problem.network.module, problem.parameters)
+    strengths = {} if select == "sam" else _strengths(problem, layers, X, targets, select, generator)
+    if strengths:
+        chosen = choose_units(layers, problem.parameters, strengths, ratio, generator)
     else:
-        chosen = choose_units(
-            problem.layers,
-            problem.parameters,
-            _strengths(problem, X, codes, generator),
-            settings.ratio,
-            generator,
-        )
+        chosen = _by_saliency(problem, X, targets, ratio)
     if not bool(chosen.any()):
-        raise ValueError(f"ratio={settings.ratio} chooses not a single parameter; raise it.")
+        raise ValueError(f"ratio={ratio} chooses not a single parameter; raise it.")
     return chosen
 
 
 def _strengths(
-    problem: Problem, X: NDArray[Any], codes: Tensor, generator: torch.Generator
+    problem: Problem,
+    layers: list[Layer],
+    X: Rows,
+    targets: Tensor,
+    select: str,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    network, select = problem.network, problem.settings.select
+    network = problem.network
     with recording(network.module):
         strengths = unit_strengths(
             network,
-            network.tensor(X[:2048]),
-            codes[:2048].to(network.device),
-            problem.layers,
+            network.inputs(X[:2048]),
+            targets[:2048].to(network.device),
+            layers,
             "gradient" if select == "gradient" else "output",
         )
     if select == "random":
@@ -203,21 +250,21 @@ def _strengths(
     return strengths
 
 
-def _by_saliency(problem: Problem, X: NDArray[Any], codes: Tensor) -> Tensor:
+def _by_saliency(problem: Problem, X: Rows, targets: Tensor, ratio: float) -> Tensor:
     size = 4096 // max(1, len(X)) + 256
-    gradients = problem.gradients(loss, X[:2048], codes[:2048])
+    gradients = problem.gradients(problem.loss, X[:2048], targets[:2048])
     vectors = to_vectors(problem.layers, gradients, problem.parameters)
     rows = torch.randperm(problem.n_train, generator=torch.Generator().manual_seed(0))[:size]
-    own = problem.gradients(loss, problem.X[rows.numpy()], problem.codes[rows])
+    own = problem.gradients(problem.loss, problem.X[rows.numpy()], problem.targets[rows])
     curvature = to_vectors(problem.layers, own, problem.parameters).square().mean(0)
     damping = 0.1 * float(curvature.mean()) + 1e-12
-    return choose_by_saliency(vectors.mean(0), curvature + damping, problem.settings.ratio)
+    return choose_by_saliency(vectors.mean(0), curvature + damping, ratio)
 
 
-def exact(problem: Problem) -> Fitted:
+def exact(problem: Problem, *, curvature: str = "ggn") -> Fitted:
     """Dense curvature in double precision, the reference."""
     with recording(problem.network.module):
-        matrix = dense_curvature(problem.product()).cpu()
+        matrix = dense_curvature(problem.product(curvature)).cpu()
     return exact_with_damping(problem, matrix, problem.train_gradients())
 
 
@@ -237,13 +284,26 @@ def exact_with_damping(
         damping = 1 / time
     else:
         damping = resolve_damping(problem)
-        extra |= {"cholesky": _damped_cholesky(matrix, damping)}
+        extra |= {"cholesky": _damped_cholesky(matrix, damping_of_each(problem, damping))}
     lift = Solved("exact", damping, extra)
     return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": damping})
 
 
-def _damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
-    damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
+def damping_of_each(problem: Problem, damping: float) -> Tensor:
+    """Damping of every weight: a known penalty may spare the biases: -> (n_parameters,)."""
+    settings, parameters = problem.settings, problem.parameters
+    spared = settings.damping == "auto" and settings.ridge and not settings.ridge_on_biases
+    least = damping * 1e-6  # directions that leave every output as it is have no curvature
+    return torch.cat(
+        [
+            torch.full((p.numel(),), least if spared and p.ndim < 2 else damping)
+            for p in parameters.values()
+        ]
+    )
+
+
+def _damped_cholesky(matrix: Tensor, damping: Tensor) -> Tensor:
+    damped = matrix + torch.diag(damping.to(matrix))
     cholesky, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed):
         lowest = float(torch.linalg.eigvalsh(damped)[0])

@@ -1,9 +1,7 @@
 """The layers that own a network's parameters, and the layout of their gradients."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from skperf.backbone.parameters import Parameters
 from skperf.influence.gradients import Dense, Factor, written_out
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -21,93 +20,120 @@ _NORMS = (
     nn.InstanceNorm2d,
     nn.RMSNorm,
 )
-_SUPPORTED = (nn.Linear, *CONVOLUTIONS, nn.Embedding, nn.EmbeddingBag, *_NORMS)
+_SUPPORTED = (nn.Linear, *CONVOLUTIONS, *TABLES, *_NORMS)
+_FORWARDS = {kind.forward for kind in _SUPPORTED}
+_HELD_BY_OTHERS = (nn.RNNBase, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a batch lie in what a call of a layer takes and gives."""
+
+    axis: int | None  # None where all rows share one input
+    fold: int = 1  # entries of the axis that belong to one row
+    rows_last: bool = False  # whether the entries of one row lie n apart
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A part of a network that owns parameters taken into account."""
+    """Parameters that are differentiated together, and the modules that use them."""
 
     name: str
-    module: nn.Module
-    weight: bool
-    bias: bool
-    whole: tuple[str, ...] = ()
+    sites: tuple[nn.Module, ...]  # none where they are differentiated row by row
+    names: tuple[str, ...]  # of the parameters, in the network
+    n_weights: int
+    weight: bool = False
+    bias: bool = False
+    known: bool = True
+    places: tuple[Place, ...] = ()  # of every call in a forward pass
+    looped: bool = False  # whether rows are differentiated one after the other
 
     @property
-    def own_names(self) -> list[str]:
-        """Names in the part of the parameters taken into account."""
-        taken = ("weight", self.weight), ("bias", self.bias)
-        return [*self.whole, *(name for name, used in taken if used)]
+    def module(self) -> nn.Module:
+        """The first of the modules."""
+        return self.sites[0]
 
-    @property
-    def n_weights(self) -> int:
-        """Parameters taken into account."""
-        return sum(self.module.get_parameter(name).numel() for name in self.own_names)
+    def own(self, site: nn.Module) -> Parameters:
+        """Parameters of a module that are taken into account, by their name in it."""
+        if not self.known:
+            return {n: p.detach() for n, p in site.named_parameters(recurse=False)}
+        used = [name for name, kept in (("weight", self.weight), ("bias", self.bias)) if kept]
+        return {name: site.get_parameter(name).detach() for name in used}
 
     @property
     def matrix_shape(self) -> tuple[int, int] | None:
         """(n_outputs, n_inputs) where the weights are a matrix, a bias one more input."""
-        if not isinstance(self.module, (nn.Linear, *CONVOLUTIONS)) or not self.weight:
+        if not self.sites or not self.known or not self.weight:
+            return None
+        if not isinstance(self.module, (nn.Linear, *CONVOLUTIONS)):
             return None
         weight = self.module.weight
         return len(weight), weight[0].numel() + self.bias
 
-    @property
-    def parameter_names(self) -> list[str]:
-        """Names in the network of the parameters taken into account."""
-        return [_joined(self.name, name) for name in self.own_names]
-
 
 def find_layers(module: nn.Module, parameters: Parameters) -> list[Layer]:
-    """Find the layers that own parameters."""
-    owners = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
-    layers = []
+    """Group parameters by the layers that use them."""
+    # A parameter that several layers hold has one name, that of the first of them.
+    named = {id(p): name for name, p in module.named_parameters() if name in parameters}
+    groups: dict[tuple[str, ...], list[tuple[str, nn.Module]]] = {}
     for name, part in module.named_modules():
-        own = {
-            n: p for n, p in part.named_parameters(recurse=False) if _joined(name, n) in parameters
-        }
-        if not own:
-            continue
-        shared = [_joined(name, n) for n, p in own.items() if owners[id(p)] > 1]
-        if shared:
-            raise ValueError(f"{shared[0]!r} is shared by several layers; {REFERENCE_HINT}")
-        _check_supported(name, part, own)
-        if _is_known(part, own):
-            layers.append(Layer(name, part, "weight" in own, "bias" in own))
+        own = [named[id(p)] for p in part.parameters(recurse=False) if id(p) in named]
+        if own:
+            groups.setdefault(tuple(own), []).append((name, part))
+    seen = [name for names in groups for name in names]
+    layers, alone = [], []
+    for names, members in groups.items():
+        if all(seen.count(name) == 1 for name in names) and _fit_together(names, members):
+            size = sum(parameters[name].numel() for name in names)
+            layers.append(_layer(names, members, size))
         else:
-            layers.append(Layer(name, part, weight=False, bias=False, whole=tuple(own)))
-    return layers
+            alone += [name for name in names if name not in alone]
+    return [*layers, one_by_one(alone, parameters)] if alone else layers
 
 
-REFERENCE_HINT = (
-    "gradients='reference' takes any network into account (row by row, slower), "
-    "parameters=... leaves it out."
-)
+def one_by_one(names: Sequence[str], parameters: Parameters, *, looped: bool = False) -> Layer:
+    """Stand for parameters that are differentiated row by row."""
+    size = sum(parameters[name].numel() for name in names)
+    return Layer("(row by row)", (), tuple(names), size, known=False, looped=looped)
 
 
-def _check_supported(name: str, part: nn.Module, own: dict[str, Any]) -> None:
-    kind = type(part).__name__
-    embeds = isinstance(part, nn.Embedding | nn.EmbeddingBag)
-    holds_others = any(list(child.parameters()) for child in part.children())
-    if isinstance(part, nn.RNNBase) or (holds_others and not _is_known(part, own)):
-        raise ValueError(
-            f"layer {name!r} ({kind}) has no factorised gradients: {sorted(own)} would be left "
-            f"out; {REFERENCE_HINT}"
+def _layer(names: tuple[str, ...], members: list[tuple[str, nn.Module]], size: int) -> Layer:
+    name, part = members[0]
+    own = dict(part.named_parameters(recurse=False))
+    short = {n.rpartition(".")[2] for n in names}
+    sites = tuple(site for _, site in members)
+    if _is_known(part, own):
+        return Layer(name, sites, names, size, "weight" in short, "bias" in short)
+    return Layer(name, sites, names, size, known=False)
+
+
+def _fit_together(names: tuple[str, ...], members: list[tuple[str, nn.Module]]) -> bool:
+    parts = [part for _, part in members]
+    first = parts[0]
+    own = dict(first.named_parameters(recurse=False))
+    if not _is_known(first, own):
+        # a part of unknown kind is differentiated by itself where it is whole and alone
+        others = any(list(child.parameters()) for child in first.children())
+        return len(parts) == 1 and not (
+            others or isinstance(first, _HELD_BY_OTHERS) or len(own) != len(names)
         )
-    if embeds and (getattr(part, "max_norm", None) is not None or part.scale_grad_by_freq):
-        raise ValueError(
-            f"layer {name!r} ({kind}) renormalises its table or rescales its gradients while "
-            f"it runs; {REFERENCE_HINT}"
-        )
+    if any(isinstance(part, TABLES) and _rewrites(part) for part in parts):
+        return False
+    if len(parts) == 1:
+        return True
+    known = all(_is_known(p, dict(p.named_parameters(recurse=False))) for p in parts)
+    shape = first.get_parameter("weight").shape if "weight" in own else None
+    tables = any(isinstance(part, TABLES) for part in parts)
+    return known and (not tables or (len(names) == 1 and shape is not None))
 
 
-def _is_known(part: nn.Module, own: dict[str, Any]) -> bool:
+def _rewrites(part: nn.Module) -> bool:
+    return getattr(part, "max_norm", None) is not None or bool(part.scale_grad_by_freq)
+
+
+def _is_known(part: nn.Module, own: dict[str, nn.Parameter]) -> bool:
     known = isinstance(part, _SUPPORTED) and type(part).forward in _FORWARDS
     return known and set(own) <= {"weight", "bias"}
-
-
-_FORWARDS = {kind.forward for kind in _SUPPORTED}
 
 
 def to_vectors(layers: Sequence[Layer], gradients: Sequence[Factor], like: Parameters) -> Tensor:
@@ -116,8 +142,7 @@ def to_vectors(layers: Sequence[Layer], gradients: Sequence[Factor], like: Param
         return written_out(gradients[0])
     named: dict[str, Tensor] = {}
     for layer, factor in zip(layers, gradients, strict=True):
-        matrix = written_out(factor)
-        named.update(_split(layer, matrix))
+        named.update(_split(layer, written_out(factor), like))
     return torch.cat([named[name].flatten(1) for name in like], 1)
 
 
@@ -137,25 +162,18 @@ def _as_matrix(layer: Layer) -> bool:
     return layer.matrix_shape is not None and layer.bias
 
 
-def _split(layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
-    names = layer.parameter_names
-    if layer.whole or len(names) == 1:
-        sizes = [layer.module.get_parameter(name).numel() for name in layer.own_names]
-        return dict(zip(names, matrix.split(sizes, 1), strict=True))
-    n_outputs = layer.module.get_parameter("bias").numel()
+def _split(layer: Layer, matrix: Tensor, like: Parameters) -> Parameters:
+    names = layer.names
     if _as_matrix(layer):
-        matrix = matrix.view(len(matrix), n_outputs, -1)
+        matrix = matrix.view(len(matrix), len(like[names[1]]), -1)
         return {names[0]: matrix[:, :, :-1], names[1]: matrix[:, :, -1]}
-    return {names[0]: matrix[:, :-n_outputs], names[1]: matrix[:, -n_outputs:]}
+    sizes = [like[name].numel() for name in names]
+    return dict(zip(names, matrix.split(sizes, 1), strict=True))
 
 
-def _joined_weights(layer: Layer, named: dict[str, Tensor]) -> Tensor:
-    parts = [named[name] for name in layer.parameter_names]
+def _joined_weights(layer: Layer, named: Parameters) -> Tensor:
+    parts = [named[name] for name in layer.names]
     if _as_matrix(layer):
         bias = parts[1][:, :, None]
         return torch.cat([parts[0].view(*bias.shape[:2], -1), bias], 2).flatten(1)
     return torch.cat(parts, 1)
-
-
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

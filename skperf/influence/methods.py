@@ -5,11 +5,13 @@ the query's gradient, mapped once, with what is stored of the row. A method is t
 by a function that stores the rows, and holds a map for the queries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from skperf.backbone.outputs import log_odds
 from skperf.influence.captures import recording
@@ -22,14 +24,14 @@ from skperf.influence.gradients import (
     Outer,
     combine,
     inner,
-    paired,
     scaled,
     take,
     written_out,
 )
 from skperf.influence.inverses import Solved, cg, exact, exact_with_damping, gif, lissa
 from skperf.influence.kronecker import KroneckerBasis, kronecker_basis, separable
-from skperf.influence.layers import from_vectors
+from skperf.influence.layers import from_vectors, to_vectors
+from skperf.influence.output_rows import Cotangents, OutputRows
 from skperf.influence.problem import (
     DOT_UNIT,
     LOSS_UNIT,
@@ -39,6 +41,8 @@ from skperf.influence.problem import (
     curvature_rows,
     plain_terms,
     random_vector,
+    slopes,
+    weighted,
 )
 from skperf.influence.projections import TwoSided, project, projections
 from skperf.influence.solvers import arnoldi as krylov_eigenpairs
@@ -63,6 +67,56 @@ class Unchanged:
 def gradient_dot(problem: Problem) -> Fitted:
     """Inner products of gradients, TracIn at one checkpoint."""
     return Fitted(problem.train_gradients(), Unchanged(), 1.0, DOT_UNIT)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The state of Adam at a checkpoint, and the step it would take for one row's gradient."""
+
+    mean: Tensor  # (n_parameters,)
+    square: Tensor  # (n_parameters,)
+    step: int | None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __call__(self, gradients: Tensor) -> Tensor:
+        """Precondition: gradients (n, n_parameters) -> (n, n_parameters)."""
+        first, second = self.betas
+        mean = first * self.mean + (1 - first) * gradients
+        square = second * self.square + (1 - second) * gradients.square()
+        if self.step is None:  # as LESS is released: without the corrections for the start
+            return mean / (square + self.eps).sqrt()
+        mean, square = mean / (1 - first**self.step), square / (1 - second**self.step)
+        return mean / (square.sqrt() + self.eps)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Gradients of length one, those of training rows after a step of Adam."""
+
+    adam: Adam | None
+    normalize: bool
+
+    def store(self, problem: Problem, rows: Gradients) -> Gradients:
+        """Precondition and normalise the rows."""
+        vectors = to_vectors(problem.layers, rows, problem.parameters)
+        return [Dense(self._scaled(vectors if self.adam is None else self.adam(vectors)))]
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return functional.normalize(vectors, dim=1, eps=1e-30) if self.normalize else vectors
+
+    def __call__(self, problem: Problem, queries: Gradients) -> Terms:
+        """Normalise the queries."""
+        return [(0, Dense(self._scaled(to_vectors(problem.layers, queries, problem.parameters))))]
+
+
+def tracin(problem: Problem, *, normalize: bool = False, adam: Adam | None = None) -> Fitted:
+    """Inner products or cosines of gradients at one checkpoint."""
+    if not normalize and adam is None:
+        return gradient_dot(problem)
+    lift = Directions(adam, normalize)
+    plain = problem.gradients(problem.loss, problem.X, problem.targets)
+    return Fitted(lift.store(problem, plain), lift, 1.0, "cosine" if normalize else DOT_UNIT)
 
 
 # Row-space Gauss-Newton ---------------------------------------------------------------------------
@@ -131,27 +185,56 @@ class Filtered:
 
 
 def _train_and_rows(
-    problem: Problem, *, kept_trace: float, max_rows: int | None
+    problem: Problem, *, kept_trace: float, max_rows: int | None, curvature: str
 ) -> tuple[Gradients, Gradients, float]:
-    rows = curvature_rows(problem, kept_trace=kept_trace, max_rows=max_rows)
+    rows = curvature_rows(
+        problem, kept_trace=kept_trace, max_rows=max_rows, curvature=curvature
+    )
     n = problem.n_train
     everything = problem.gather(
         problem.X,
-        torch.cat([problem.train_cotangents(rows.logits), rows.cotangents]),
+        _both(problem, rows),
         torch.cat([torch.arange(n), rows.examples]),
     )
     return take(everything, slice(0, n)), take(everything, slice(n, None)), rows.kept_trace
 
 
-def ggn(problem: Problem) -> Fitted:
+def _both(problem: Problem, rows: OutputRows) -> Cotangents:
+    """Slopes of the training rows, followed by rows of the curvature."""
+    if rows.outputs is not None and isinstance(rows.cotangents, Tensor):
+        return torch.cat([problem.train_cotangents(rows.outputs), rows.cotangents])
+    n, weights, others = problem.n_train, problem.relative_weights(), rows.cotangents
+
+    def cotangents(outputs: Tensor, which: Tensor) -> Tensor:
+        own = which < n
+        found = torch.zeros_like(outputs)
+        if bool(own.any()):
+            targets = problem.targets[which[own]].to(outputs.device)
+            slope = slopes(problem.loss, outputs[own], targets)
+            found[own] = slope if weights is None else weighted(slope, weights[which[own]])
+        if not bool(own.all()):
+            rest = which[~own] - n
+            pulled = others[rest] if isinstance(others, Tensor) else others(outputs[~own], rest)
+            found[~own] = pulled.to(found)
+        return found
+
+    return cotangents
+
+
+def ggn(
+    problem: Problem,
+    *,
+    kept_trace: float = 0.95,
+    max_rows: int | None = 1000,
+    curvature: str = "ggn",
+) -> Fitted:
     """Row-space Gauss-Newton."""
-    settings = problem.settings
     train, rows, kept = _train_and_rows(
-        problem, kept_trace=settings.kept_trace, max_rows=settings.max_rows
+        problem, kept_trace=kept_trace, max_rows=max_rows, curvature=curvature
     )
-    curvature = RowSpace.of(rows)
-    report = {"kept_trace": kept, "n_rows": len(curvature.gram)}
-    return with_damping(Fitted(train, Unchanged(), 1.0, LOSS_UNIT, report), curvature, problem)
+    space = RowSpace.of(rows)
+    report = {"kept_trace": kept, "n_rows": len(space.gram)}
+    return with_damping(Fitted(train, Unchanged(), 1.0, LOSS_UNIT, report), space, problem)
 
 
 def with_damping(fitted: Fitted, curvature: RowSpace, problem: Problem) -> Fitted:
@@ -219,25 +302,25 @@ class Kronecker:
         return terms
 
 
-def ekfac(problem: Problem) -> Fitted:
+def ekfac(problem: Problem, *, rank: int | None = 8, curvature: str = "ggn") -> Fitted:
     """Kronecker-factored eigenbasis, exact second moments in it."""
-    return _kronecker(problem, corrected=True)
+    return _kronecker(problem, rank, curvature, corrected=True)
 
 
-def kfac(problem: Problem) -> Fitted:
+def kfac(problem: Problem, *, rank: int | None = 8, curvature: str = "ggn") -> Fitted:
     """Kronecker-factored curvature."""
-    return _kronecker(problem, corrected=False)
+    return _kronecker(problem, rank, curvature, corrected=False)
 
 
-def _kronecker(problem: Problem, *, corrected: bool) -> Fitted:
-    settings = problem.settings
-    if not problem.layers:
+def _kronecker(problem: Problem, rank: int | None, curvature: str, *, corrected: bool) -> Fitted:
+    if not any(layer.sites for layer in problem.layers):
         raise ValueError(
-            "Kronecker-factored curvature needs the factorised gradients of each layer; with "
-            "gradients='reference' use method='ggn', 'cg' or 'arnoldi'."
+            "Kronecker-factored curvature needs the factorised gradients of each layer, and none "
+            "of these has any; use method='ggn', 'cg' or 'arnoldi'."
         )
-    kept_trace = max(settings.kept_trace, 0.999)
-    train, rows, kept = _train_and_rows(problem, kept_trace=kept_trace, max_rows=None)
+    train, rows, kept = _train_and_rows(
+        problem, kept_trace=0.999, max_rows=None, curvature=curvature
+    )
     bases, dampings = [], []
     filters: list[tuple[Tensor, Tensor] | Tensor] = []
     for which, (layer, gradients, own) in enumerate(zip(problem.layers, train, rows, strict=True)):
@@ -245,10 +328,10 @@ def _kronecker(problem: Problem, *, corrected: bool) -> Fitted:
         basis = kronecker_basis(gradients, own, shape, corrected=corrected, weights=problem.shares)
         damping = layer_damping(problem, which, float(basis.values.sum()))
         inverse = 1 / (basis.values + damping)
-        if settings.rank is None or not isinstance(gradients, Outer):
+        if rank is None or not isinstance(gradients, Outer):
             filters.append(inverse)
         else:
-            filters.append(separable(basis.values, inverse, tolerance=1e-4, max_rank=settings.rank))
+            filters.append(separable(basis.values, inverse, tolerance=1e-4, max_rank=rank))
         bases.append(basis)
         dampings.append(damping)
     report = {"kept_trace": kept, "n_rows": len(rows[0]), "damping": dampings}
@@ -275,15 +358,16 @@ class Embedded:
         return [(0, Dense(inner(self.vectors, queries).T * self.weights))]
 
 
-def arnoldi(problem: Problem) -> Fitted:
+def arnoldi(
+    problem: Problem, *, n_components: int = 100, max_iter: int = 200, curvature: str = "ggn"
+) -> Fitted:
     """Dominant eigenpairs of the curvature from a Krylov space."""
-    settings = problem.settings
     damping = resolve_damping(problem)
     with recording(problem.network.module):
         values, vectors = krylov_eigenpairs(
-            problem.product(), random_vector(problem), n_iterations=settings.max_iter or 200
+            problem.product(curvature), random_vector(problem), n_iterations=max_iter
         )
-    top = slice(0, settings.n_components)
+    top = slice(0, n_components)
     values, vectors = values[top].cpu(), vectors[top].cpu()
     factors: Gradients = [*from_vectors(problem.layers, vectors, problem.parameters)]
     negative = float((values < 0).double().mean())
@@ -309,22 +393,26 @@ class Projected:
         return [(0, Dense(project(queries, self.maps) @ self.inverse))]
 
 
-def trak(problem: Problem) -> Fitted:
+def trak(problem: Problem, *, n_projections: int = 512) -> Fitted:
     """Kernel of randomly projected gradients of the log odds."""
-    settings = problem.settings
-    odds = problem.gradients(log_odds, problem.X, problem.codes)
-    generator = torch.Generator().manual_seed(settings.seed)
-    maps = projections(odds, problem.layers, settings.n_projections, generator)
+    if problem.loss.kind != "classes" or len(problem.targets.shape) > 1:
+        raise ValueError(
+            f"method='trak' is about the odds of a label, and the loss is {problem.loss.name}; "
+            "use method='ggn' or 'ekfac'."
+        )
+    odds = problem.gradients(log_odds, problem.X, problem.targets)
+    generator = torch.Generator().manual_seed(problem.settings.seed)
+    maps = projections(odds, problem.layers, n_projections, generator)
     features = project(odds, maps)
     del odds
     kernel = (features * problem.shares[:, None].to(features)).T @ features
-    damping = settings.damping
+    damping = problem.settings.damping
     if isinstance(damping, str):
-        damping = max(0.01 * float(kernel.diagonal().mean()), 1e-8)
+        damping = max(_SHARE_OF_KERNEL * float(kernel.diagonal().mean()), 1e-8)
     kernel.diagonal().add_(damping)
     inverse = torch.linalg.inv(kernel.double()).to(kernel)
-    logits = problem.logits()
-    doubt = -(1 - logits.softmax(1).gather(1, problem.codes[:, None]))
+    outputs = problem.outputs()
+    doubt = -(1 - outputs.softmax(1).gather(1, problem.targets[:, None].cpu()))
     weights = problem.relative_weights()
     if weights is not None:
         doubt = doubt * weights[:, None].to(doubt)
@@ -333,52 +421,69 @@ def trak(problem: Problem) -> Fitted:
     return Fitted(train, Projected(maps, inverse), 1 / problem.n_train, "relative loss", report)
 
 
+_SHARE_OF_KERNEL = 1.0
+
+
 # DataInf --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SwappedInverse:
-    """DataInf: the mean of inverses in place of the inverse of the mean, layer by layer."""
+    """DataInf: the mean of inverses in place of the inverse of the mean, tensor by tensor."""
 
-    train: Gradients
+    train: list[Tensor]  # of each tensor (n, n_weights)
     norms: list[Tensor]
     dampings: list[float]
     shares: Tensor
-    squares: Tensor
 
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
-        """Keep the rows."""
-        return rows
+        """Lay the rows out tensor by tensor."""
+        return [Dense(part) for part in _by_tensor(problem, rows)]
 
     def __call__(self, problem: Problem, queries: Gradients) -> Terms:
         """Map the queries."""
         terms: Terms = []
-        layers = zip(queries, self.train, self.norms, self.dampings, strict=True)
+        layers = zip(
+            _by_tensor(problem, queries), self.train, self.norms, self.dampings, strict=True
+        )
         for i, (query, rows, norms, damping) in enumerate(layers):
-            weights = inner([query], [rows]) * (self.shares / (damping * self.squares + norms))
-            terms.append((i, scaled(query, 1 / damping)))
-            terms.append((i, Dense(combine(weights, rows) / -damping)))
+            weights = (query @ rows.T) * (self.shares / (damping + norms))
+            terms.append((i, Dense((query - weights @ rows) / damping)))
         return terms
 
 
+def _by_tensor(problem: Problem, rows: Gradients) -> list[Tensor]:
+    sizes = [p.numel() for p in problem.parameters.values()]
+    vectors = to_vectors(problem.layers, rows, problem.parameters)
+    return [part.contiguous() for part in vectors.split(sizes, 1)]
+
+
 def datainf(problem: Problem) -> Fitted:
-    """Swap mean and inverse, layer by layer, as DataInf does; close to a gradient dot product."""
-    train = problem.train_gradients()
-    norms = [paired(factor, factor) for factor in train]
-    # rows are stored times their relative weight, whose square is taken out of their norms
-    weights = problem.relative_weights()
-    squares = torch.ones_like(problem.shares) if weights is None else weights.square()
-    squares = torch.where(squares > 0, squares, 1.0).to(norms[0])
+    """Swap mean and inverse, tensor by tensor, as DataInf does; close to a gradient product."""
+    plain = problem.gradients(problem.loss, problem.X, problem.targets)
+    parts = _by_tensor(problem, plain)
+    norms = [part.square().sum(1) for part in parts]
     shares = problem.shares.to(norms[0])
-    dampings = [
-        layer_damping(problem, which, float((shares * squared / squares).sum()))
-        for which, squared in enumerate(norms)
+    settings = problem.settings
+    if settings.damping == "auto" and settings.horizon is None:
+        # as released: a tenth of the mean squared entry of the tensor's gradients
+        dampings = [
+            max(0.1 * float((shares * norm).sum()) / part.shape[1], 1e-30)
+            for norm, part in zip(norms, parts, strict=True)
+        ]
+    else:
+        dampings = [resolve_damping(problem)] * len(parts)
+    lift = SwappedInverse(parts, norms, dampings, shares)
+    weights = problem.relative_weights()
+    train: Gradients = [
+        Dense(part if weights is None else weighted(part, weights)) for part in parts
     ]
-    lift = SwappedInverse(train, norms, dampings, shares, squares)
     return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": dampings})
 
 
-def redamped(problem: Problem, fitted: Fitted, method: str) -> Fitted:
+def redamped(
+    problem: Problem, fitted: Fitted, method: str, options: Mapping[str, Any]
+) -> Fitted:
     """Fit with another damping, without a pass through the network where the method allows."""
     lift = fitted.lift
     if isinstance(lift, Woodbury | Filtered):
@@ -386,12 +491,12 @@ def redamped(problem: Problem, fitted: Fitted, method: str) -> Fitted:
     if isinstance(lift, Solved) and "matrix" in lift.extra:
         spectrum = lift.extra.get("spectrum")
         return exact_with_damping(problem, lift.extra["matrix"], fitted.train, spectrum)
-    return METHODS[method](problem)
+    return METHODS[method](problem, **options)
 
 
-METHODS: dict[str, Callable[[Problem], Fitted]] = {
+METHODS: dict[str, Callable[..., Fitted]] = {
     "gradient_dot": gradient_dot,
-    "tracin": gradient_dot,
+    "tracin": tracin,
     "ggn": ggn,
     "ekfac": ekfac,
     "kfac": kfac,

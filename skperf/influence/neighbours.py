@@ -1,4 +1,4 @@
-"""Nearest training rows in the features before the last layer."""
+"""The layer that runs last, and the nearest training rows in the features before it."""
 
 from typing import Any
 
@@ -7,35 +7,78 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from skperf.backbone.modes import forward_pre_hooks, untouched
+from skperf.backbone.modes import forward_hooks, forward_pre_hooks
 from skperf.backbone.network import Network
+from skperf.backbone.rows import Rows
 
 
-def features_of(network: Network, X: NDArray[Any]) -> Tensor:
-    """Read the inputs of a network's last layer: X (n, ...) -> (n, n_features)."""
-    owners = [part for part in network.module.modules() if list(part.parameters(recurse=False))]
+def last_layer(network: Network, X: Rows) -> tuple[str, nn.Module]:
+    """Find the layer of trained parameters that runs last, by running a row: X (n, ...)."""
+    trained = network.trainable
+    owners = {}
+    for name, part in network.module.named_modules():
+        own = [f"{name}.{n}" if name else n for n, _ in part.named_parameters(recurse=False)]
+        if any(trained is None or n in trained for n in own):
+            owners[part] = name
+    ran: list[nn.Module] = []
+
+    def seen(module: nn.Module, args: Any, output: Any) -> None:
+        ran.append(module)
+
+    with torch.no_grad(), forward_hooks(dict.fromkeys(owners, seen)):
+        network(network.inputs(X[:1]))
+    if not ran:
+        raise ValueError(
+            "no layer of the network runs as a module, so that none is the last: name parameters "
+            "by globs, and leave candidates out."
+        )
+    return owners[ran[-1]], ran[-1]
+
+
+def features_of(network: Network, X: Rows) -> Tensor:
+    """Read the inputs of the layer that runs last: X (n, ...) -> (n, n_features)."""
+    _, last = last_layer(network, X)
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].detach().flatten(1).cpu())
+        seen.append(args[0].detach().cpu())
 
-    with (
-        untouched(network.module),
-        torch.inference_mode(),
-        forward_pre_hooks({owners[-1]: keep}),
-    ):
+    features = []
+    with torch.inference_mode(), forward_pre_hooks({last: keep}):
         for (inputs,) in network.batches(X):
+            seen.clear()
             network(inputs)
-    return torch.cat(seen).clone().to(network.dtype)
+            # of a layer that runs several times, its last inputs; of many positions, their mean
+            values = seen[-1]
+            if len(values) != len(inputs):
+                raise ValueError("candidates: the last layer does not keep one entry a row.")
+            features.append(values if values.ndim == 2 else values.flatten(1, -2).mean(1))
+    return torch.cat(features).clone().to(network.dtype)
 
 
-def nearest(train: Tensor, queries: Tensor, k: int, *, chunk: int = 256) -> NDArray[np.intp]:
-    """Find the k nearest rows by Euclidean distance: train (n, d), queries (q, d)."""
+def nearest(
+    train: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    groups: NDArray[Any] | None = None,
+    chunk: int = 256,
+) -> NDArray[np.intp]:
+    """Find the k nearest rows by Euclidean distance, of every group if there are any.
+
+    Shapes: train (n, d), queries (q, d), groups (n,) -> (q, k) or (q, k * n_groups).
+    """
+    if groups is not None:
+        found = []
+        for group in np.unique(groups):
+            own = np.flatnonzero(groups == group)
+            found.append(own[nearest(train[own], queries, k, chunk=chunk)])
+        return np.concatenate(found, 1)
     k = min(k, len(train))
     squares = train.square().sum(1)
     parts = [
         (squares - 2 * part @ train.T).topk(k, 1, largest=False, sorted=False)[1]
         for part in torch.split(queries, chunk)
     ]
-    found: NDArray[np.intp] = torch.cat(parts).numpy()
-    return found
+    close: NDArray[np.intp] = torch.cat(parts).numpy()
+    return close

@@ -1,22 +1,115 @@
-"""Rows of the curvature at the logits: which ones are worth pulling back."""
+"""Rows of the curvature at the outputs: which ones are worth pulling back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
+
 _CHUNK = 1 << 22  # numbers in the matrices that are decomposed at once
 _MOST_DECOMPOSED = 128  # classes; beyond, a decomposition costs more than it spares rows
 
 
+# outputs of a batch (m, ...) and numbers of rows (m,) -> what to pull back (m, ...)
+Cotangents = Tensor | Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class OutputRows:
-    """Rows of the curvature at the logits."""
+    """Rows of the curvature at the outputs."""
 
     examples: Tensor  # (n_rows,)
-    cotangents: Tensor  # (n_rows, n_classes)
+    cotangents: Cotangents  # (n_rows, ...)
     kept_trace: float
-    logits: Tensor  # (n, n_classes)
+    outputs: Tensor | None  # (n, ...)
+
+
+def loss_rows(
+    loss: Loss,
+    outputs: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    kept_trace: float = 1.0,
+    max_rows: int | None = None,
+) -> OutputRows:
+    """Eigenpairs of a loss's Hessians at many examples, the largest and a sample.
+
+    Shapes: outputs (n, K) or (n,), targets (n, ...), weights (n,).
+    """
+    if isinstance(loss, CrossEntropy) and outputs.ndim == 2:
+        if targets.is_floating_point():  # shares of labels that need not sum to one
+            weights = weights * targets.sum(1).to(weights)
+        elif bool((targets == loss.ignore_index).any()):
+            weights = weights * (targets != loss.ignore_index).to(weights)
+        return softmax_rows(outputs, weights, kept_trace=kept_trace, max_rows=max_rows)
+    values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets).double())
+    # a loss that is not convex in the outputs lends its positive part
+    sizes = (values.clamp_min(0) * weights.double()[:, None]).flatten()
+    total = sizes.sum()
+    ranked = sizes.argsort(descending=True, stable=True)
+    sums = sizes[ranked].cumsum(0)
+    wanted = int((sums < min(kept_trace, 1 - 1e-14) * total).sum()) + 1
+    wanted = min(wanted, int((sizes > 0).sum()), max_rows or len(sizes))
+    kept, shares = representatives(sizes[ranked], wanted)
+    ranked = ranked[kept]
+    which, number = ranked // values.shape[1], ranked % values.shape[1]
+    rows = vectors[which, :, number] * shares[:, None].sqrt()
+    share = float(sizes[ranked].sum() / total) if total > 0 else 1.0
+    cotangents = rows.to(outputs.dtype).view(-1, *outputs.shape[1:])
+    return OutputRows(which, cotangents, min(share, 1.0), outputs)
+
+
+def sampled_rows(
+    loss: Loss, weights: Tensor, targets: Tensor, n_rows: int, seed: int
+) -> OutputRows:
+    """Draw rows whose squares are the curvature in the mean, for examples of many outputs.
+
+    Shapes: weights (n,), targets (n, ...).
+    """
+    # A row is `H^(1/2) e` with random signs e, or the slope of a label that the network drew
+    # itself: one pass each, whatever the number of tokens and words.
+    if not isinstance(loss, CrossEntropy | BinaryCrossEntropy | SquaredError):
+        raise ValueError(
+            f"the curvature of {loss.name} at rows of several outputs is not known; use "
+            "method='gradient_dot', or GGN(curvature='empirical')."
+        )
+    n = len(weights)
+    shares = weights.double() / weights.double().sum()
+    total = float(weights.double().sum())
+    met = (torch.arange(n_rows).double() + 0.5) / n_rows
+    examples = torch.searchsorted(shares.cumsum(0), met).clamp_max(n - 1)
+    scale = (total / n_rows) ** 0.5
+
+    def cotangents(outputs: Tensor, rows: Tensor) -> Tensor:
+        own = targets[examples[rows]].to(outputs.device)
+        parts = []
+        for output, target, row in zip(outputs, own, rows.tolist(), strict=True):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + row)
+            parts.append(_drawn(loss, output[None], target[None], generator)[0] * scale)
+        return torch.stack(parts)
+
+    return OutputRows(examples, cotangents, 0.0, None)
+
+
+def _drawn(loss: Loss, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one row of the curvature of an example: output (1, ...), target (1, ...)."""
+    if isinstance(loss, CrossEntropy):
+        last = target.shape == output.shape or target.shape[1:] == output.shape[1:-1]
+        logits = output if last else output.movedim(1, -1)
+        chances = logits.softmax(-1).flatten(0, -2).cpu()
+        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(output.device)
+        labels = drawn.view(logits.shape[:-1])
+        if not target.is_floating_point():
+            labels = labels.masked_fill(target == loss.ignore_index, loss.ignore_index)
+        return CrossEntropy(ignore_index=loss.ignore_index).slope(output, labels)
+    signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+    if isinstance(loss, SquaredError):
+        return signs * (2 * loss.factor / output[0].numel()) ** 0.5
+    diagonal = loss.hessian(output, target).diagonal(dim1=1, dim2=2).view(output.shape)
+    return signs * diagonal.sqrt()
 
 
 def softmax_rows(

@@ -5,43 +5,37 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
-from skperf.backbone.outputs import Output, loss
+from skperf.backbone.outputs import Output
 from skperf.backbone.parameters import Parameters
-from skperf.influence.captures import Tape, recording
+from skperf.backbone.rows import Rows
+from skperf.influence.captures import Recorder, recording
 from skperf.influence.curvature import CurvatureProduct
 from skperf.influence.gradients import Gradients, inner, paired, take, written_out
 from skperf.influence.layers import Layer
-from skperf.influence.output_rows import OutputRows, softmax_rows
+from skperf.influence.output_rows import Cotangents, OutputRows, loss_rows, sampled_rows
 from skperf.influence.tiles import Shelf, Terms, gather
 
 LOSS_UNIT = "loss"
 DOT_UNIT = "squared gradient"
+_MOST_OUTPUTS = 1 << 24  # numbers in the outputs of all rows that are held at once
+_MOST_SAMPLED = 1000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Choices of the methods; see InfluenceScorer for their meaning."""
+    """Choices that all methods share; see InfluenceScorer for their meaning."""
 
-    curvature: str = "ggn"
     damping: float | str = "auto"
     horizon: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
-    kept_trace: float = 0.95
-    max_rows: int | None = 1000
-    rank: int | None = 8
-    n_components: int = 100
-    n_projections: int = 512
-    tol: float = 1e-4
-    max_iter: int | None = None
-    scale: float | None = None
-    select: str = "gradient"
-    ratio: float = 0.05
-    ridge: float = 1e-3
+    ridge: float | None = None  # known penalty of a linear model, on the mean loss
+    ridge_on_biases: bool = True
+    balanced: bool = False  # whether class weights come from the labels themselves
     seed: int = 0
     verbose: int = 0
 
@@ -53,9 +47,9 @@ class Problem:
     network: Network
     parameters: Parameters
     layers: list[Layer]
-    record: Callable[[Network, Tensor], Tape]
-    X: NDArray[Any]  # (n, ...)
-    codes: Tensor  # (n,)
+    record: Recorder
+    X: Rows  # (n, ...)
+    targets: Tensor  # (n, ...)
     shares: Tensor  # (n,)
     settings: Settings
     batch_size: int
@@ -64,29 +58,39 @@ class Problem:
     @property
     def n_train(self) -> int:
         """Training rows."""
-        return len(self.codes)
+        return len(self.targets)
+
+    @property
+    def loss(self) -> Loss:
+        """What the network was trained on."""
+        return self.network.loss
 
     @property
     def coverage(self) -> float:
-        """Share of the network's parameters taken into account."""
-        every = sum(p.numel() for p in self.network.module.parameters())
-        return sum(p.numel() for p in self.parameters.values()) / every
+        """Share of the parameters that train taken into account."""
+        trained, network = 0, self.network
+        for name, parameter in network.module.named_parameters():
+            if network.trainable is None or name in network.trainable or name in self.parameters:
+                trained += parameter.numel()
+        return sum(p.numel() for p in self.parameters.values()) / trained
 
     def gradients(
-        self, output: Output, X: NDArray[Any], codes: Tensor, weights: Tensor | None = None
+        self, output: Loss | Output, X: Rows, targets: Tensor, weights: Tensor | None = None
     ) -> Gradients:
-        """Gradients of an output of many rows: X (n, ...), codes (n,), weights (n,)."""
+        """Gradients of an output of many rows: X (n, ...), targets (n, ...), weights (n,)."""
 
-        def cotangents(logits: Tensor, rows: Tensor) -> Tensor:
-            values = slopes(output, logits, codes[rows].to(logits.device))
-            return values if weights is None else values * weights[rows, None].to(values)
+        def cotangents(outputs: Tensor, rows: Tensor) -> Tensor:
+            values = slopes(output, outputs, targets[rows].to(outputs.device))
+            return values if weights is None else weighted(values, weights[rows])
 
         return self.gather(X, cotangents)
 
-    def gather(self, X: NDArray[Any], cotangents: Any, examples: Tensor | None = None) -> Gradients:
+    def gather(
+        self, X: Rows, cotangents: Cotangents, examples: Tensor | None = None
+    ) -> Gradients:
         """Pull cotangents back; see :func:`~skperf.influence.tiles.gather`.
 
-        Shapes: X (n, ...), cotangents (m, n_classes), examples (m,).
+        Shapes: X (n, ...), cotangents (m, ...), examples (m,).
         """
         with recording(self.network.module):
             return gather(
@@ -102,63 +106,59 @@ class Problem:
 
     def train_gradients(self) -> Gradients:
         """Gradients of all training rows, weighted."""
-        return self.gradients(loss, self.X, self.codes, self.relative_weights())
+        return self.gradients(self.loss, self.X, self.targets, self.relative_weights())
 
-    def logits(self) -> Tensor:
-        """Logits of the training rows: -> (n, n_classes)."""
+    def outputs(self) -> Tensor:
+        """Outputs of the training rows: -> (n, ...)."""
         batch_size = max(self.batch_size, self.network.batch_size)
-        logits = self.network.logits(self.X, batch_size)
-        finite = torch.isfinite(logits).all(1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0, 0])
-            raise ValueError(f"the network's logits are not finite, first at training row {row}.")
-        return logits
+        return self.network.logits(self.X, batch_size)
 
-    def train_cotangents(self, logits: Tensor) -> Tensor:
-        """Say what to pull back for :meth:`train_gradients`, where logits are known.
+    def train_cotangents(self, outputs: Tensor) -> Tensor:
+        """Say what to pull back for :meth:`train_gradients`, where outputs are known.
 
-        Shapes: logits (n, n_classes) -> (n, n_classes).
+        Shapes: outputs (n, ...) -> (n, ...).
         """
-        own, weights = slopes(loss, logits, self.codes), self.relative_weights()
-        return own if weights is None else own * weights[:, None].to(own)
+        own, weights = slopes(self.loss, outputs, self.targets), self.relative_weights()
+        return own if weights is None else weighted(own, weights)
 
     def relative_weights(self) -> Tensor | None:
         """Shares times n, None where they are all one: -> (n,)."""
         weights = self.shares * self.n_train
         return None if torch.allclose(weights, torch.ones_like(weights), rtol=1e-12) else weights
 
-    def product(self, damping: float = 0.0) -> CurvatureProduct:
+    def product(self, curvature: str = "ggn", damping: float = 0.0) -> CurvatureProduct:
         """Products with the curvature of the mean training loss."""
         device, dtype = self.network.device, self.network.dtype
         return CurvatureProduct(
             self.network,
             self.parameters,
-            self.network.tensor(self.X),
-            self.codes.to(device),
+            self.network.inputs(self.X),
+            self.targets.to(device),
             self.shares.to(device, dtype),
-            "hessian" if self.settings.curvature == "hessian" else "ggn",
+            curvature,
             damping,
             self.batch_size,
         )
 
 
-def slopes(output: Output, logits: Tensor, codes: Tensor) -> Tensor:
-    """Differentiate an output by the logits.
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Multiply rows by their weights: values (n, ...), weights (n,) -> (n, ...)."""
+    return values * weights.to(values).view(-1, *[1] * (values.ndim - 1))
 
-    Shapes: logits (n, n_classes), codes (n,) -> (n, n_classes).
-    """
-    if output is loss:
-        slope = logits.softmax(1)
-        return slope.scatter_add_(1, codes[:, None], slope.new_full((len(codes), 1), -1.0))
+
+def slopes(output: Loss | Output, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Differentiate by the network's outputs: outputs (n, ...), targets (n, ...) -> (n, ...)."""
+    if isinstance(output, Loss):
+        return output.slope(outputs, targets)
     with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        values = output(leaf, codes)
-        (total,) = torch.autograd.grad(values.sum(), leaf, retain_graph=len(codes) > 1)
-        if len(codes) > 1:
+        leaf = outputs.detach().requires_grad_()
+        values = output(leaf, targets)
+        (total,) = torch.autograd.grad(values.sum(), leaf, retain_graph=len(targets) > 1)
+        if len(targets) > 1:
             (first,) = torch.autograd.grad(values[0], leaf)
             if bool(first[1:].any()):
                 raise ValueError(
-                    "target is not separable: the value of one row depends on the logits of "
+                    "output is not separable: the value of one row depends on the outputs of "
                     "another (a reduction such as a mean?); return one number for each row."
                 )
     return total
@@ -190,13 +190,45 @@ def plain_terms(queries: Gradients) -> Terms:
     return list(enumerate(queries))
 
 
-def curvature_rows(problem: Problem, *, kept_trace: float, max_rows: int | None) -> OutputRows:
-    """Rows of the curvature at the logits."""
-    logits = problem.logits()
-    if problem.settings.curvature == "empirical":
-        cotangents = slopes(loss, logits, problem.codes) * problem.shares.sqrt()[:, None].to(logits)
-        return OutputRows(torch.arange(problem.n_train), cotangents, 1.0, logits)
-    return softmax_rows(logits, problem.shares, kept_trace=kept_trace, max_rows=max_rows)
+def curvature_rows(
+    problem: Problem,
+    *,
+    kept_trace: float = 0.95,
+    max_rows: int | None = 1000,
+    curvature: str = "ggn",
+) -> OutputRows:
+    """Rows of the curvature at the outputs."""
+    shape = _output_shape(problem)
+    several = len(shape) > 1
+    if curvature == "empirical":
+        examples = torch.arange(problem.n_train)
+
+        def own(outputs: Tensor, rows: Tensor) -> Tensor:
+            targets = problem.targets[rows].to(outputs.device)
+            return weighted(slopes(problem.loss, outputs, targets), problem.shares[rows].sqrt())
+
+        return OutputRows(examples, own, 1.0, None)
+    options = {"kept_trace": kept_trace, "max_rows": max_rows}
+    if not several:
+        outputs = problem.outputs()
+        return loss_rows(problem.loss, outputs, problem.targets, problem.shares, **options)
+    exact = problem.n_train * shape.numel() * shape.numel() <= _MOST_OUTPUTS
+    if exact and kept_trace == 1.0 and max_rows is None:
+        outputs = problem.outputs()
+        return loss_rows(problem.loss, outputs, problem.targets, problem.shares, **options)
+    return sampled_rows(
+        problem.loss,
+        problem.shares,
+        problem.targets,
+        max_rows or _MOST_SAMPLED,
+        problem.settings.seed,
+    )
+
+
+def _output_shape(problem: Problem) -> torch.Size:
+    network = problem.network
+    with torch.no_grad():
+        return network(network.inputs(problem.X[:1])).shape[1:]
 
 
 def random_vector(problem: Problem) -> Tensor:

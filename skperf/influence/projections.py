@@ -27,8 +27,8 @@ def projections(
     gradients: Gradients, layers: Sequence[Layer], n_projections: int, generator: torch.Generator
 ) -> list[TwoSided]:
     """Draw projections, wider for layers with more weights."""
-    shapes = [layer.matrix_shape for layer in layers] or [None]
-    sizes = [layer.n_weights for layer in layers] or [gradients[0].tensors[0].shape[1]]
+    shapes = [layer.matrix_shape for layer in layers]
+    sizes = [layer.n_weights for layer in layers]
     total = sum(size**0.5 for size in sizes)
     maps = []
     for factor, shape, size in zip(gradients, shapes, sizes, strict=True):

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from skperf.backbone.network import Network
+from skperf.backbone.outputs import log_odds
 from skperf.backbone.parameters import Parameters
+from skperf.backbone.rows import Rows
 
-Rows = tuple[Tensor, Tensor]
+Labelled = tuple[Rows, Tensor]
+Objective = Callable[[Tensor, Tensor], Tensor]
 Precondition = Callable[[Parameters], Parameters]
 
 
@@ -24,17 +26,24 @@ class Displacement:
     flipped: Tensor
 
 
-def predicted_as(network: Network, parameters: Parameters, rows: Rows) -> Tensor:
+def predicted_as(network: Network, parameters: Parameters, rows: Labelled) -> Tensor:
     """Tell which rows are predicted as labelled."""
-    inputs, codes = rows
+    inputs, targets = rows
+    size, right = network.batch_size, []
     with torch.no_grad():
-        parts = [
-            network(part, parameters).argmax(1) for part in torch.split(inputs, network.batch_size)
-        ]
-    return torch.cat(parts) == codes
+        for start in range(0, len(inputs), size):
+            part = slice(start, start + size)
+            right.append(_as_labelled(network(inputs[part], parameters), targets[part]))
+    return torch.cat(right)
 
 
-def accuracy(network: Network, parameters: Parameters, rows: Rows) -> float:
+def _as_labelled(outputs: Tensor, targets: Tensor) -> Tensor:
+    if targets.ndim == 1:
+        return outputs.argmax(1) == targets
+    return ((outputs > 0) == (targets > 0.5)).flatten(1).all(1)
+
+
+def accuracy(network: Network, parameters: Parameters, rows: Labelled) -> float:
     """Share of rows predicted as labelled."""
     return float(predicted_as(network, parameters, rows).double().mean())
 
@@ -42,14 +51,15 @@ def accuracy(network: Network, parameters: Parameters, rows: Rows) -> float:
 def smallest_flip(
     network: Network,
     start: Parameters,
-    rows: Rows,
-    queries: Rows,
+    rows: Labelled,
+    queries: Labelled,
     *,
     sign: float = -1.0,
     learning_rate: float = 0.1,
     max_steps: int = 50,
     n_backtracks: int = 2,
     precondition: Precondition | None = None,
+    objective: Objective | None = None,
 ) -> Displacement:
     """Train on a few rows until the queries flip, and go no further than that."""
     # Step sizes are halved twice at a time as long as the queries can still flip within
@@ -57,7 +67,10 @@ def smallest_flip(
     # bisection.
     best: Displacement | None = None
     for _ in range(n_backtracks + 1):
-        path = _path(network, start, rows, queries, sign * learning_rate, max_steps, precondition)
+        step = sign * learning_rate
+        path = _path(
+            network, start, rows, queries, step, max_steps, precondition, objective or doubt
+        )
         if best is not None and int(path.flipped.sum()) < int(best.flipped.sum()):
             break
         if best is None or path.length < best.length or path.flipped.sum() > best.flipped.sum():
@@ -72,17 +85,18 @@ def smallest_flip(
 def _path(
     network: Network,
     start: Parameters,
-    rows: Rows,
-    queries: Rows,
+    rows: Labelled,
+    queries: Labelled,
     step: float,
     max_steps: int,
     precondition: Precondition | None,
+    objective: Objective,
 ) -> Displacement:
     current = start
     flipped = predicted_as(network, start, queries)
     taken = 0
     while taken < max_steps and not bool(flipped.all()):
-        direction = _gradient(network, current, rows)
+        direction = _gradient(network, current, rows, objective)
         if precondition is not None:
             direction = _of_length(precondition(direction), direction)
         following = moved(current, direction, step)
@@ -96,11 +110,21 @@ def _path(
     return Displacement(current, taken, distance(start, current), flipped)
 
 
-def _gradient(network: Network, parameters: Parameters, rows: Rows) -> Parameters:
+def doubt(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Log odds against each label: outputs (n, K), targets (n,) or (n, K) -> (n,)."""
+    # rows that are fitted well have a loss without a slope, but always odds to raise
+    if targets.ndim == 1:
+        return -log_odds(outputs, targets)
+    return -(outputs * (2 * targets - 1)).flatten(1).mean(1)
+
+
+def _gradient(
+    network: Network, parameters: Parameters, rows: Labelled, objective: Objective
+) -> Parameters:
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     with torch.enable_grad():
-        loss = functional.cross_entropy(network(rows[0], leaves), rows[1])
-        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        total = objective(network(rows[0], leaves), rows[1]).mean()
+        gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, gradients, strict=True))
 
 
@@ -117,7 +141,7 @@ def _between(first: Parameters, second: Parameters, share: float) -> Parameters:
 
 
 def _bisected(
-    network: Network, before: Parameters, after: Parameters, queries: Rows, n_halvings: int = 6
+    network: Network, before: Parameters, after: Parameters, queries: Labelled, n_halvings: int = 6
 ) -> Parameters:
     low, high = 0.0, 1.0
     for _ in range(n_halvings):
@@ -138,7 +162,7 @@ def largest_allowed(
     network: Network,
     start: Parameters,
     end: Parameters,
-    guard: Rows,
+    guard: Labelled,
     *,
     before: float,
     max_drop: float,
@@ -170,8 +194,8 @@ def best_scale(
     network: Network,
     start: Parameters,
     direction: Parameters,
-    removed: Rows,
-    others: Rows,
+    removed: Labelled,
+    others: Labelled,
     scales: Sequence[float],
     *,
     n_refinements: int = 6,

@@ -1,19 +1,19 @@
 """Train many copies of a small network at once, as batched matrix products."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.nn import functional
 from torch.optim import Optimizer
 
-from skperf.backbone.modes import preserved_rng, untouched
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters
 from skperf.backbone.progress import track
+from skperf.backbone.randomness import drawing_from
+from skperf.backbone.rows import Rows
+from skperf.backbone.views import own_copy
+from skperf.influence.mapping import mapped
 
 
 def _adam(parameters: list[Tensor]) -> Optimizer:
@@ -50,51 +50,60 @@ def half_subsets(
 
 
 def fresh_parameters(network: Network, seeds: list[int]) -> Parameters:
-    """Initialise copies of a network."""
+    """Initialise what trains in copies of a network."""
     copies = []
-    module = deepcopy(network.module)
-    _check_resettable(module)
-    with preserved_rng(network.device):
-        for seed in seeds:
-            torch.manual_seed(seed)
+    module = own_copy(network.module)
+    kept = network.trainable
+    _check_resettable(module, kept)
+    for seed in seeds:
+        with drawing_from(torch.Generator().manual_seed(seed)):
             for part in module.modules():
                 reset = getattr(part, "reset_parameters", None)
                 if callable(reset):
                     reset()
-            copies.append({n: p.detach().clone() for n, p in module.named_parameters()})
+        named = module.named_parameters()
+        copies.append({n: p.detach().clone() for n, p in named if kept is None or n in kept})
     return {name: torch.stack([copy[name] for copy in copies]) for name in copies[0]}
 
 
-def _check_resettable(module: nn.Module) -> None:
+def _check_resettable(module: nn.Module, kept: tuple[str, ...] | None) -> None:
     for name, part in module.named_modules():
-        own = dict(part.named_parameters(recurse=False))
-        if own and not callable(getattr(part, "reset_parameters", None)):
+        own = [f"{name}.{n}" if name else n for n, _ in part.named_parameters(recurse=False)]
+        trains = any(kept is None or n in kept for n in own)
+        if trains and not callable(getattr(part, "reset_parameters", None)):
             raise ValueError(
                 f"layer {name!r} ({type(part).__name__}) cannot be initialised afresh: it has no "
                 "reset_parameters. Give an unfitted estimator, which can be refitted."
             )
 
 
-def stacked_logits(
-    network: Network, stacked: Parameters, inputs: Tensor, *, own: bool = False
+def stacked_outputs_of(
+    network: Network, stacked: Parameters, inputs: Rows, *, own: bool = False
 ) -> Tensor:
-    """Logits of many networks: inputs (n, ...) or (m, n, ...) -> (m, n, n_classes)."""
-
-    def logits(parameters: Parameters, rows: Tensor) -> Tensor:
-        outputs = functional_call(network.module, parameters, (rows,))
-        return outputs if network.readout is None else network.readout(outputs)
-
+    """Outputs of many networks: inputs (n, ...) or (m, n, ...) -> (m, n, ...)."""
     # batched weights make a grouped convolution, which is slower than one network after another
     convolves = any(isinstance(part, nn.Conv2d) for part in network.module.modules())
     one_by_one = 1 if convolves else None
-    result: Tensor = vmap(logits, (0, 0 if own else None), chunk_size=one_by_one)(stacked, inputs)
+    if own:
+        function: Callable[..., Tensor] = lambda values, rows: network(rows, values)  # noqa: E731
+        result: Tensor = mapped(function, stacked, inputs, chunk_size=one_by_one)
+        return result
+    result = mapped(lambda values: network(inputs, values), stacked, chunk_size=one_by_one)
     return result
+
+
+def stacked_values(
+    function: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """One number for every network and row: outputs (m, n, ...), targets (m, n, ...) -> (m, n)."""
+    values: Tensor = mapped(function, outputs, targets)
+    return values
 
 
 def train_subsets(
     network: Network,
-    inputs: Tensor,
-    codes: Tensor,
+    inputs: Rows,
+    targets: Tensor,
     subsets: Tensor,
     recipe: Recipe,
     *,
@@ -104,29 +113,27 @@ def train_subsets(
 ) -> Parameters:
     """Train one fresh copy of a network on each subset of the rows, all at once.
 
-    Shapes: inputs (n, ...), codes (n,), weights (n,).
+    Shapes: inputs (n, ...), targets (n, ...), weights (n,).
     """
     sizes = subsets.sum(1)
     if not bool((sizes == sizes[0]).all()):
         raise ValueError("all subsets must hold equally many rows.")
-    members = subsets.nonzero()[:, 1].view(len(subsets), -1).to(inputs.device)
+    members = subsets.nonzero()[:, 1].view(len(subsets), -1).to(targets.device)
     generator = torch.Generator().manual_seed(seeds[0])
     stacked = fresh_parameters(network, seeds)
-    importance = torch.ones(len(inputs), device=inputs.device) if weights is None else weights
-    with untouched(network.module), torch.enable_grad():
-        tensors = [tensor.requires_grad_() for tensor in stacked.values()]
-        optimizer = recipe.optimizer(tensors)
+    tensors = [tensor.requires_grad_() for tensor in stacked.values()]
+    optimizer = recipe.optimizer(tensors)
+    with torch.enable_grad():
         for _ in track(range(recipe.n_epochs), description="retraining", verbose=verbose):
             order = torch.rand(members.shape, generator=generator).argsort(1).to(members.device)
             shuffled = members.gather(1, order)
             for rows in torch.split(shuffled, recipe.batch_size, 1):
                 optimizer.zero_grad()
-                logits = stacked_logits(network, stacked, inputs[rows], own=True)
-                losses = functional.cross_entropy(
-                    logits.transpose(1, 2), codes[rows], reduction="none"
-                )
-                share = importance[rows]
-                ((losses * share).sum(1) / share.sum(1)).sum().backward()  # type: ignore[no-untyped-call]
+                batch = inputs.map(lambda leaf, rows=rows: leaf[rows])
+                outputs = stacked_outputs_of(network, stacked, batch, own=True)
+                losses = stacked_values(network.loss.value, outputs, targets[rows])
+                share = 1.0 if weights is None else weights[rows]
+                (losses * share).mean(1).sum().backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
     return {name: tensor.detach() for name, tensor in stacked.items()}
 
@@ -134,19 +141,20 @@ def train_subsets(
 def stacked_outputs(
     network: Network,
     stacked: Parameters,
-    inputs: Tensor,
-    codes: Tensor,
+    inputs: Rows,
+    targets: Tensor,
     output: Callable[[Tensor, Tensor], Tensor],
     *,
     batch_size: int = 256,
 ) -> Tensor:
     """One number for every network and row, such as its loss.
 
-    Shapes: inputs (n, ...), codes (n,) -> (m, n).
+    Shapes: inputs (n, ...), targets (n, ...) -> (m, n).
     """
     parts = []
-    with untouched(network.module), torch.no_grad():
-        for rows in torch.split(torch.arange(len(inputs)), batch_size):
-            logits = stacked_logits(network, stacked, inputs[rows])
-            parts.append(torch.stack([output(one, codes[rows]) for one in logits]))
+    with torch.no_grad():
+        for start in range(0, len(inputs), batch_size):
+            rows = slice(start, start + batch_size)
+            outputs = stacked_outputs_of(network, stacked, inputs[rows])
+            parts.append(torch.stack([output(one, targets[rows]) for one in outputs]))
     return torch.cat(parts, 1).cpu()

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 from skperf.backbone._workers import spread
 from skperf.backbone.network import Network
 from skperf.backbone.progress import track
-from skperf.influence.captures import Tape
+from skperf.backbone.rows import Rows
+from skperf.influence.captures import Recorder, Tape
 from skperf.influence.gradients import (
     Factor,
     Gradients,
@@ -27,8 +28,8 @@ from skperf.influence.gradients import (
     take,
     with_tensors,
 )
+from skperf.influence.output_rows import Cotangents
 
-Cotangents = Tensor | Callable[[Tensor, Tensor], Tensor]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -83,8 +84,8 @@ def _numpy_type(like: Tensor) -> np.dtype[Any]:
 
 def gather(
     network: Network,
-    record: Callable[[Network, Tensor], Tape],
-    X: NDArray[Any] | Tensor,
+    record: Recorder,
+    X: Rows,
     cotangents: Cotangents,
     *,
     examples: Tensor | None = None,
@@ -94,32 +95,33 @@ def gather(
 ) -> Gradients:
     """Pull gradients of many rows, each example run forward once.
 
-    Shapes: X (n, ...), cotangents (m, n_classes), examples (m,).
+    Shapes: X (n, ...), cotangents (m, ...), examples (m,).
     """
     shelf = shelf or Shelf(2**62)
     results: Gradients = []
     n = len(X) if examples is None else len(examples)
     batches = list(_batches(torch.arange(n) if examples is None else examples, batch_size))
     for members, positions in track(batches, description="gradients", verbose=verbose):
-        tape = _recorded(network, record, network.tensor(X[_index(members)]))
+        tape = _recorded(network, record, network.inputs(X[_index(members)]))
         for rows in positions.T:
             wanted = (
                 cotangents[rows]
                 if isinstance(cotangents, Tensor)
-                else cotangents(tape.logits.detach(), rows)
+                else cotangents(tape.outputs.detach(), rows)
             )
-            pulled = tape.pull(wanted.to(tape.logits))
+            pulled = tape.pull(wanted.to(tape.outputs))
             if not results:
                 results = [shelf.empty(n, factor) for factor in pulled]
             _put(results, _index(rows), pulled)
     return results
 
 
-def _recorded(network: Network, record: Callable[..., Tape], inputs: Tensor) -> Tape:
-    if inputs.ndim == 4:
+def _recorded(network: Network, record: Recorder, inputs: Rows) -> Tape:
+    if inputs.single and inputs.array.ndim == 4:
         # faster, but the network's own Tensor.view may insist on the usual order
         with suppress(RuntimeError):
-            return record(network, inputs.contiguous(memory_format=torch.channels_last))
+            last = {"memory_format": torch.channels_last}
+            return record(network, inputs.map(lambda leaf: leaf.contiguous(**last)))
     return record(network, inputs)
 
 

@@ -1,0 +1,287 @@
+"""Find where a network keeps its rows, layer by layer, by running a few of them.
+
+Nothing is taken from names or from the kind of a layer: what differs between a batch of two and
+one of three is where the rows are, and what a row's gradient comes out as alone is what it must
+be in a batch. Layers that fail the comparison are differentiated row by row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skperf.backbone.modes import forward_hooks
+from skperf.backbone.network import Network
+from skperf.backbone.parameters import Parameters
+from skperf.backbone.rows import Rows
+from skperf.influence.captures import HINT, Unusual, alone, record, recording
+from skperf.influence.gradients import written_out
+from skperf.influence.layers import CONVOLUTIONS, Layer, Place, find_layers, one_by_one
+
+_LOOKED_AT = 512
+_RTOL = {torch.float64: 1e-8}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How each parameter of a network is differentiated."""
+
+    places: dict[tuple[str, ...], tuple[Place, ...]]  # of the layers that factorise
+    looped: bool = False  # whether the rest takes one row after another
+
+    def layers(self, module: nn.Module, parameters: Parameters) -> list[Layer]:
+        """Find the layers again in another view of the network."""
+        found = [
+            replace(layer, places=self.places[layer.names])
+            for layer in find_layers(module, parameters)
+            if layer.names in self.places
+        ]
+        taken = {name for layer in found for name in layer.names}
+        rest = [name for name in parameters if name not in taken]
+        return [*found, one_by_one(rest, parameters, looped=self.looped)] if rest else found
+
+
+def plan(network: Network, X: Rows, parameters: Parameters, how: str) -> Plan:
+    """Choose how to differentiate: X (n, ...), how "auto", "factorised" or "reference"."""
+    with recording(network.module):
+        rows = network.inputs(X[telling_rows(X)])
+        if how == "reference":
+            return Plan({}, _must_loop(network, rows, parameters, parameters))
+        layers = [layer for layer in find_layers(network.module, parameters) if layer.sites]
+        places = {
+            layer.names: where
+            for layer in layers
+            if (where := _places(network, rows, layer)) is not None
+        }
+        truth, cotangent = _truth(network, rows, parameters)
+        kept = _verified(network, rows, parameters, places, truth, cotangent)
+        rest = [name for name in parameters if not any(name in names for names in kept)]
+        if rest and how == "factorised":
+            raise ValueError(
+                f"gradients='factorised': no factorised gradients of {rest[:12]}, whose layers "
+                "keep rows elsewhere than in the first dimension, hold other layers, or are "
+                f"recurrent; gradients='auto' takes these row by row, {HINT}"
+            )
+        looped = bool(rest) and _must_loop(network, rows, parameters, rest, truth, cotangent)
+        return Plan(kept, looped)
+
+
+def telling_rows(X: Rows) -> Any:
+    """Choose three rows that differ, in an order that is not theirs: X (n, ...) -> (3,)."""
+    # a network that sorts its rows, by length for example, gives itself away
+    seen = X[: min(len(X), _LOOKED_AT)].load().leaves[0]
+    values = torch.as_tensor(_numbers(seen)).reshape(len(seen), -1)
+    order = values.double().nan_to_num().sum(1).argsort(descending=True, stable=True)
+    where = [0, len(order) // 2, len(order) - 1] if len(order) > 2 else [0, len(order) - 1, 0]
+    return order[where].numpy()
+
+
+def _numbers(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, Tensor) else getattr(leaf, "to_numpy", lambda: leaf)()
+
+
+def _places(network: Network, rows: Rows, layer: Layer) -> tuple[Place, ...] | None:
+    """Compare the shapes in batches of two and of three."""
+    shapes = []
+    for n in (2, 3):
+        seen: list[tuple[torch.Size, torch.Size]] = []
+
+        def look(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            output: Any,
+            seen: list[tuple[torch.Size, torch.Size]] = seen,
+        ) -> None:
+            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+                raise Unusual(layer, "does not turn one tensor into another")
+            seen.append((args[0].shape, output.shape))
+
+        try:
+            with torch.no_grad(), forward_hooks(dict.fromkeys(layer.sites, look)):
+                network(rows[:n])
+        except Unusual:
+            return None
+        shapes.append(seen)
+    two, three = shapes
+    if len(two) != len(three) or not two:
+        return None
+    places = []
+    for (input_2, output_2), (input_3, output_3) in zip(two, three, strict=True):
+        where = _place(input_2, input_3)
+        if where is None or (where.axis is not None and where != _place(output_2, output_3)):
+            return None
+        simple = where.axis == 0 and where.fold == 1
+        if where.axis and isinstance(layer.module, (*CONVOLUTIONS, nn.modules.batchnorm._NormBase)):
+            return None
+        if not layer.known and not (simple and len(two) == 1):
+            return None
+        places.append(where)
+    return tuple(places)
+
+
+def _place(two: torch.Size, three: torch.Size) -> Place | None:
+    if len(two) != len(three):
+        return None
+    changed = [axis for axis, pair in enumerate(zip(two, three, strict=True)) if pair[0] != pair[1]]
+    if not changed:
+        return Place(None)
+    axis = changed[0]
+    fold, rest = divmod(two[axis], 2)
+    if len(changed) > 1 or rest or fold == 0 or three[axis] != 3 * fold:
+        return None
+    return Place(axis, fold)
+
+
+def _truth(network: Network, rows: Rows, parameters: Parameters) -> tuple[Parameters, Tensor]:
+    """Gradients of each row run alone, by plain autograd: -> (3, ...) each, cotangent (3, ...)."""
+    outputs = network(rows).detach()
+    if not bool(torch.isfinite(outputs).all()):
+        raise ValueError("the network's outputs are not finite: its weights hold NaN, or X does.")
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    gradients = []
+    for i in range(len(rows)):
+        leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+        own = network(rows[i : i + 1], leaves)
+        if not torch.allclose(
+            own.detach(), outputs[i : i + 1], rtol=1e-3, atol=1e-3 * float(outputs.abs().max())
+        ):
+            raise ValueError(
+                "the network gives a row another output alone than in its batch: a row's gradient "
+                "would depend on the other rows. Does it normalise, sort or pool over the batch?"
+            )
+        total = (own * cotangent[i : i + 1]).sum()
+        found = (
+            torch.autograd.grad(
+                total, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+            if total.requires_grad
+            else [torch.zeros_like(p) for p in leaves.values()]
+        )
+        gradients.append(dict(zip(leaves, found, strict=True)))
+    return {n: torch.stack([g[n].flatten() for g in gradients]) for n in parameters}, cotangent
+
+
+def _verified(
+    network: Network,
+    rows: Rows,
+    parameters: Parameters,
+    places: dict[tuple[str, ...], tuple[Place, ...]],
+    truth: Parameters,
+    cotangent: Tensor,
+) -> dict[tuple[str, ...], tuple[Place, ...]]:
+    """Keep the layers whose factors are the gradients of rows run alone."""
+    # Inputs that all rows share are repeated first; where the network does not bear that, their
+    # layers are given up. Entries of a row that do not lie together lie apart.
+    kept: dict[tuple[str, ...], tuple[Place, ...]] = {}
+    waiting = dict(places)
+    for repeated in (True, False):
+        tried = {
+            names: where
+            for names, where in waiting.items()
+            if repeated or all(place.axis is not None for place in where)
+        }
+        while tried:
+            try:
+                right = _right(network, rows, parameters, tried, truth, cotangent)
+            except Unusual as error:
+                tried.pop(error.layer.names, None)
+                waiting.pop(error.layer.names, None)
+                continue
+            if right is None:
+                break
+            kept |= right
+            return kept | _apart(network, rows, parameters, tried, right, truth, cotangent)
+        if not any(place.axis is None for where in waiting.values() for place in where):
+            break
+    return kept
+
+
+def _apart(
+    network: Network,
+    rows: Rows,
+    parameters: Parameters,
+    tried: dict[tuple[str, ...], tuple[Place, ...]],
+    right: dict[tuple[str, ...], tuple[Place, ...]],
+    truth: Parameters,
+    cotangent: Tensor,
+) -> dict[tuple[str, ...], tuple[Place, ...]]:
+    others = {
+        names: tuple(replace(place, rows_last=place.fold > 1) for place in where)
+        for names, where in tried.items()
+        if names not in right and any(place.fold > 1 for place in where)
+    }
+    if not others:
+        return {}
+    found = _right(network, rows, parameters, right | others, truth, cotangent) or {}
+    return {names: where for names, where in found.items() if names in others}
+
+
+def _right(
+    network: Network,
+    rows: Rows,
+    parameters: Parameters,
+    places: dict[tuple[str, ...], tuple[Place, ...]],
+    truth: Parameters,
+    cotangent: Tensor,
+) -> dict[tuple[str, ...], tuple[Place, ...]] | None:
+    """Say which factors are right; None where the network runs differently under the hooks."""
+    layers = [layer for layer in Plan(places).layers(network.module, parameters) if layer.sites]
+    plain = network(rows).detach()
+    try:
+        tape = record(network, rows, layers)
+        if tape.outputs.shape != plain.shape or not torch.allclose(
+            tape.outputs.detach(), plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())
+        ):
+            return None
+        factors = tape.pull(cotangent)
+    except Unusual:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError):
+        return None  # an input repeated for each row does not fit where the network puts it
+    right = {}
+    for layer, factor in zip(layers, factors, strict=True):
+        expected = torch.cat([truth[name] for name in layer.names], 1)
+        found = _in_order(layer, written_out(factor), parameters)
+        if found.shape == expected.shape and _close(found, expected):
+            right[layer.names] = layer.places
+    return right
+
+
+def _in_order(layer: Layer, matrix: Tensor, parameters: Parameters) -> Tensor:
+    """Undo the layout of a matrix with its bias: (n, n_weights) -> (n, n_weights)."""
+    if layer.matrix_shape is None or not layer.bias:
+        return matrix
+    table = matrix.view(len(matrix), len(parameters[layer.names[1]]), -1)
+    return torch.cat([table[:, :, :-1].flatten(1), table[:, :, -1]], 1)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    size = float(expected.abs().max())
+    tolerance = _RTOL.get(expected.dtype, 1e-3)
+    return float((found - expected).abs().max()) <= tolerance * size + 1e-12
+
+
+def _must_loop(
+    network: Network,
+    rows: Rows,
+    parameters: Parameters,
+    names: Sequence[str] | Parameters,
+    truth: Parameters | None = None,
+    cotangent: Tensor | None = None,
+) -> bool:
+    """Say whether vmap gives other gradients than rows one after the other."""
+    if truth is None or cotangent is None:
+        truth, cotangent = _truth(network, rows, parameters)
+    layer = one_by_one(list(names), parameters)
+    expected = torch.cat([truth[name] for name in layer.names], 1)
+    try:
+        return not _close(alone(network, rows, layer, cotangent), expected)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
+        return True
