@@ -33,7 +33,7 @@ from skperf.influence.repair import (
 )
 
 SIGNS = {"descend": -1.0, "ascend": 1.0, "relabel": -1.0}
-_MOST_GUARDS = 5000
+_MOST_GUARDS, _FEWEST_GUARDS = 5000, 20
 _SCALES = tuple(2.0**i for i in range(-10, 4))
 Report = dict[str, Any]
 
@@ -110,11 +110,11 @@ def _judges(
     # what stops a path says little about the path: it is judged on training rows that neither
     # limited nor made it
     rng = np.random.default_rng(learned.settings.seed)
-    others = np.setdiff1d(rng.permutation(len(learned.X)), chosen)
+    rest = np.setdiff1d(np.arange(len(learned.X)), chosen)
+    # where nearly all rows are trained on, the others are too few to say anything
+    others = rest if len(rest) >= _FEWEST_GUARDS else np.arange(len(learned.X))
     others = rng.permutation(others)[: 2 * _MOST_GUARDS]
     if guard is None:
-        if len(others) < 2:
-            raise ValueError("too few training rows are left to guard the change: give guard=.")
         half = len(others) // 2
         rows, judged = others[:half], others[half:]
         guard = learned.X[rows], np.asarray(learned.y)[rows]
@@ -129,9 +129,7 @@ def _judges(
     }
 
 
-def _rows_to_train(
-    learned: Learned, network: Network, chosen: NDArray[Any], how: str
-) -> Labelled:
+def _rows_to_train(learned: Learned, network: Network, chosen: NDArray[Any], how: str) -> Labelled:
     inputs = network.inputs(learned.X[chosen])
     targets = network.targets(np.asarray(learned.y)[chosen])
     if how == "relabel":
@@ -214,14 +212,10 @@ def _baselines(
             continue
         picked = rng.choice(pool, min(k, len(pool)), replace=False)
         rows = _rows_to_train(learned, network, picked, "descend")
-        _, report = _guarded(
-            network, start, rows, queries, judges["guard"], limits, -1.0, how
-        )
+        _, report = _guarded(network, start, rows, queries, judges["guard"], limits, -1.0, how)
         found[name] = {**report, "indices": picked}
     # the most that any choice of rows could do: the queries themselves, at the labels asked for
-    _, upper = _guarded(
-        network, start, queries, queries, judges["guard"], limits, -1.0, options
-    )
+    _, upper = _guarded(network, start, queries, queries, judges["guard"], limits, -1.0, options)
     found["query_itself"] = upper
     return found
 
@@ -417,13 +411,11 @@ def _halves(
     return halves
 
 
-def products(problem: Problem, curvature: str, damping: float | None) -> Any:
+def products(problem: Problem, curvature: str, damping: float | None, **which: Any) -> Any:
     """Multiply by the curvature, damped unless it is 0; None means as the problem says."""
     if curvature == "hessian":
-        return problem.product(
-            "hessian", resolve_damping(problem) if damping is None else damping
-        )
-    picked = curvature_rows(problem)
+        return problem.product("hessian", resolve_damping(problem) if damping is None else damping)
+    picked = curvature_rows(problem, **which)
     rows = problem.gather(problem.X, picked.cotangents, picked.examples)
     if damping is None:
         damping = resolve_damping(problem, RowSpace.of(rows))

@@ -79,7 +79,7 @@ class InfluenceDisplay:
         display = cls(
             np.asarray(X) if shown is None else shown,
             np.asarray(y),
-            estimator.X_ if shown_train is None else shown_train,
+            estimator.X_.array if shown_train is None else shown_train,
             estimator.y_,
             proponents,
             opponents,

@@ -289,13 +289,14 @@ def _check_loss(network: Network, X: Rows, y: Any) -> None:
     """Refuse targets that the loss has no meaning for, one row run: X (n, ...), y (n, ...)."""
     values, name = np.asarray(y), network.loss.name
     hint = "Say loss='squared_error' for numbers, 'binary_cross_entropy' for yes-or-no labels."
-    if network.loss.kind == "classes" and values.ndim == 1 and values.dtype.kind == "f":
-        if (values != np.round(values)).any():
-            raise ValueError(f"y holds numbers, and the loss is {name}, of class labels. {hint}")
+    labels = network.loss.kind == "classes"
+    numbers = values.ndim == 1 and values.dtype.kind == "f"
+    if labels and numbers and (values != np.round(values)).any():
+        raise ValueError(f"y holds numbers, and the loss is {name}, of class labels. {hint}")
     with torch.no_grad():
         outputs = network(network.inputs(X[:1]))
     same = values.ndim > 1 and values.shape[1:] == outputs.shape[1:]
-    if network.loss.kind == "classes" and same and values.dtype.kind in "iub":
+    if labels and same and values.dtype.kind in "iub":
         raise ValueError(
             f"y of shape {values.shape} holds integers, one for each of the network's outputs, and "
             f"the loss is {name}: are these yes-or-no labels, or shares of classes? {hint} Shares "
@@ -311,7 +312,7 @@ def _chosen(network: Network, X: Rows, patterns: Any) -> Parameters:
 
 
 def _linear_head(network: Network, parameters: Parameters) -> nn.Linear | None:
-    """The only layer of trained parameters, where it is linear."""
+    """Find the only layer of trained parameters, where it is linear."""
     owners = {
         part: None
         for part in network.module.modules()

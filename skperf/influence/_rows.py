@@ -50,9 +50,7 @@ def members_of_groups(groups: Any, n: int) -> list[NDArray[Any]]:
     return members
 
 
-def second_order(
-    ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any]
-) -> NDArray[Any]:
+def second_order(ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any]) -> NDArray[Any]:
     """Add what taking the group's own curvature out of the inverse changes: -> (n_query,)."""
     total = np.zeros(len(X))
     for member in ensemble.members:
@@ -66,9 +64,7 @@ def second_order(
         own = curvature_rows(group, kept_trace=1.0, max_rows=None)
         scale = float(shares.sum().sqrt())
         pulled = group.gather(group.X, own.cotangents, own.examples)
-        gradients = problem.gradients(
-            problem.loss, group.X, problem.targets[index], shares * n
-        )
+        gradients = problem.gradients(problem.loss, group.X, problem.targets[index], shares * n)
         queries = ensemble.query_gradients(problem, X, targets)
 
         def bilinear(
@@ -91,9 +87,7 @@ def _part(problem: Problem, rows: NDArray[Any], shares: Tensor) -> Problem:
     return replace(problem, X=problem.X[rows], targets=problem.targets[index], shares=shares)
 
 
-def head_effects(
-    learned: Learned, member: int, X: Rows, y: Any
-) -> NDArray[Any] | None:
+def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any] | None:
     """One exact Newton step of leaving out each row, where a single linear layer trains.
 
     Shapes: X (n_query, ...), y (n_query, ...) -> (n_query, n_train), None for other networks.
@@ -146,7 +140,7 @@ def head_effects(
 
 
 def _of_balance(train: Tensor, slope: Tensor, targets: Tensor, matrix: Tensor) -> Tensor:
-    """What follows from the class weights that are balanced anew without each row.
+    """Add what follows from class weights that are balanced anew without each row.
 
     Shapes: train (n, d), slope (n, K), targets (n,), matrix (K * d, K * d) -> (n, K, d).
     """
@@ -227,7 +221,7 @@ def class_aware(ensemble: Ensemble, X: Rows, targets: Tensor) -> NDArray[Any]:
 def radius_effects(
     ensemble: Ensemble, X: Rows, targets: Tensor, radius: float, norm: float
 ) -> NDArray[Any]:
-    """Derivative of the queries' loss by the radius of an attack in training: -> (n_query,)."""
+    """Differentiate the queries' loss by the radius of an attack in training: -> (n_query,)."""
     total = np.zeros(len(X))
     for member in ensemble.members:
         problem, fit = member.problem, member.fit
@@ -243,7 +237,7 @@ def radius_effects(
 
 
 def _of_attack(problem: Problem, radius: float, norm: float) -> Any:
-    """Derivative by the radius of the mean gradient under attack, as one vector."""
+    """Differentiate the mean gradient under attack by its radius: one vector."""
     network = problem.network
     own = {n: p.detach().requires_grad_() for n, p in problem.parameters.items()}
     total = [torch.zeros_like(p) for p in own.values()]

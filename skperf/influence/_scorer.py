@@ -1,6 +1,7 @@
 """Which training rows made a prediction: the estimator."""
 
 from numbers import Integral, Real
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ class InfluenceScorer(
 
     _doc_link_module = "skperf"
     _doc_link_template = DOC_LINK
-    _parameter_constraints = {
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
         "estimator": "no_validation",
         "method": [StrOptions({"auto", *RECORDS}), Method],
         "loss": "no_validation",
@@ -260,11 +261,12 @@ class InfluenceScorer(
         if self.target is not None and self.output not in ("loss", self.target):
             raise ValueError("target is the first name of output: give one of them.")
         budget_in_bytes(self.memory_budget)
+        known = isinstance(self.loss, str) and self.loss == "auto"
         return Choices(
             method=resolve_method(self.method),
             parameters=self.parameters,
             output=output,
-            loss=None if isinstance(self.loss, str) and self.loss == "auto" else resolve_loss(self.loss),
+            loss=None if known else resolve_loss(self.loss),
             damping=self.damping,
             horizon=self.horizon,
             learning_rate=self.learning_rate,
@@ -541,9 +543,7 @@ class InfluenceScorer(
         """
         check_is_fitted(self)
         X, y = check_targets(self, X, y)
-        effects = [
-            _rows.head_effects(self._learned, i, X, y) for i in range(len(self.estimators_))
-        ]
+        effects = [_rows.head_effects(self._learned, i, X, y) for i in range(len(self.estimators_))]
         if all(effect is not None for effect in effects):
             return np.mean(effects, axis=0, dtype=effects[0].dtype)
         if self.unit_ != LOSS_UNIT:

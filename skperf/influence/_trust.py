@@ -48,9 +48,7 @@ def fading_curve(
     # ones that the first steps happen to use
     generator = torch.Generator().manual_seed(settings.seed)
     rows = torch.randperm(problem.n_train, generator=generator)[:n_train]
-    rate = learning_rate or learning_rate_of(
-        learned.estimators[0], learned.choices.learning_rate
-    )
+    rate = learning_rate or learning_rate_of(learned.estimators[0], learned.choices.learning_rate)
     training = FurtherTraining(
         rate or 0.03,
         min(batch_size, problem.n_train),
@@ -81,7 +79,7 @@ def fading_curve(
         pearson=pearson,
         spearman=spearman,
         slope=slope,
-        usable_horizon=usable_horizon(steps, pearson, least=least),
+        usable_horizon=usable_horizon(steps, pearson.tolist(), least=least),
         rows=rows.numpy(),
         predicted=predicted.numpy(),
         actual=actual.cpu().numpy(),
@@ -278,8 +276,13 @@ def _numbers(learned: Learned, X: Rows, y: Any) -> Bunch:
         rows = slice(0, min(32, problem.n_train))
         again = learned.problem(double, learned.stages[0].plan)
         one, two = (
-            torch.cat([t.double().flatten() for f in p.gradients(
-                p.loss, p.X[rows], p.targets[rows]) for t in f.tensors])
+            torch.cat(
+                [
+                    t.double().flatten()
+                    for f in p.gradients(p.loss, p.X[rows], p.targets[rows])
+                    for t in f.tensors
+                ]
+            )
             for p in (problem, again)
         )
         changes["precision"] = float((one - two).norm() / two.norm().clamp_min(1e-30))
@@ -320,7 +323,7 @@ def _trajectory(learned: Learned) -> Bunch:
 
 
 def _divergence(learned: Learned, X: Rows, y: Any, n_train: int, steps: list[int]) -> Bunch:
-    """The fading curve."""
+    """Summarise the fading curve."""
     curve = fading_curve(
         learned,
         X,
@@ -348,9 +351,9 @@ def _first_order(learned: Learned, X: Rows, y: Any, n_train: int) -> Bunch:
     """Effects of row weights .5 and 0 beside each other: a straight line has half and whole."""
     problem = learned.plain_problem()
     network, settings = problem.network, learned.settings
-    rows = torch.randperm(
-        problem.n_train, generator=torch.Generator().manual_seed(settings.seed)
-    )[:n_train]
+    rows = torch.randperm(problem.n_train, generator=torch.Generator().manual_seed(settings.seed))[
+        :n_train
+    ]
     rate = learning_rate_of(learned.estimators[0], learned.choices.learning_rate)
     training = FurtherTraining(rate or 0.03, problem.n_train, settings.weight_decay)
     ensemble = learned.opened()

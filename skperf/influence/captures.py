@@ -141,7 +141,8 @@ def record(network: Network, inputs: Rows, layers: Sequence[Layer]) -> Tape:
             )
         owners = [layer.name for layer in hooked for _ in watch.calls[layer.name]]
         _check_finite(owners, returned)
-        gradients, left = [], iter(returned)
+        gradients: Gradients = []
+        left = iter(returned)
         for layer in layers:
             if not layer.sites:
                 gradients.append(Dense(alone(network, inputs, layer, cotangent)))

@@ -120,9 +120,7 @@ class CurvatureProduct:
         for part in torch.split(everything, self.batch_size):
             weights = self.weights[part] * share
             with _named_layers(self.network), PlainAttention():
-                product = _PRODUCTS[self.kind](
-                    self, self.inputs[part], self.targets[part], weights
-                )
+                product = _PRODUCTS[self.kind](self, self.inputs[part], self.targets[part], weights)
                 result = result + mapped(product, vectors, chunk_size=32).detach()
         return result
 

@@ -90,9 +90,7 @@ def merged(factors: Sequence[Factor]) -> Factor:
     if len(factors) == 1:
         return first
     if all(isinstance(factor, Outer) for factor in factors):
-        parts = [
-            [t if t.ndim == 3 else t[:, None] for t in factor.tensors] for factor in factors
-        ]
+        parts = [[t if t.ndim == 3 else t[:, None] for t in factor.tensors] for factor in factors]
         inputs, outputs = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
         return Outer(inputs, outputs)
     if isinstance(first, Tokens) and all(isinstance(factor, Tokens) for factor in factors):

@@ -120,8 +120,7 @@ _SOLVERS: dict[str, Callable[..., Tensor]] = {
 def _warn_unconverged(what: str, converged: bool, residual: float) -> None:
     if not converged:
         warnings.warn(
-            f"{what} stopped at a relative residual of {residual:.1e}: raise "
-            "max_iter or damping.",
+            f"{what} stopped at a relative residual of {residual:.1e}: raise max_iter or damping.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -218,7 +217,9 @@ def chosen_parameters(
         return torch.ones(n_parameters, dtype=torch.bool)
     # units are told by hooks, which need no factorised gradients
     layers = find_layers(problem.network.module, problem.parameters)
-    strengths = {} if select == "sam" else _strengths(problem, layers, X, targets, select, generator)
+    strengths = (
+        {} if select == "sam" else _strengths(problem, layers, X, targets, select, generator)
+    )
     if strengths:
         chosen = choose_units(layers, problem.parameters, strengths, ratio, generator)
     else:
@@ -293,10 +294,11 @@ def damping_of_each(problem: Problem, damping: float) -> Tensor:
     """Damping of every weight: a known penalty may spare the biases: -> (n_parameters,)."""
     settings, parameters = problem.settings, problem.parameters
     spared = settings.damping == "auto" and settings.ridge and not settings.ridge_on_biases
+    wide = torch.float64
     least = damping * 1e-6  # directions that leave every output as it is have no curvature
     return torch.cat(
         [
-            torch.full((p.numel(),), least if spared and p.ndim < 2 else damping)
+            torch.full((p.numel(),), least if spared and p.ndim < 2 else damping, dtype=wide)
             for p in parameters.values()
         ]
     )

@@ -187,9 +187,7 @@ class Filtered:
 def _train_and_rows(
     problem: Problem, *, kept_trace: float, max_rows: int | None, curvature: str
 ) -> tuple[Gradients, Gradients, float]:
-    rows = curvature_rows(
-        problem, kept_trace=kept_trace, max_rows=max_rows, curvature=curvature
-    )
+    rows = curvature_rows(problem, kept_trace=kept_trace, max_rows=max_rows, curvature=curvature)
     n = problem.n_train
     everything = problem.gather(
         problem.X,
@@ -481,9 +479,7 @@ def datainf(problem: Problem) -> Fitted:
     return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": dampings})
 
 
-def redamped(
-    problem: Problem, fitted: Fitted, method: str, options: Mapping[str, Any]
-) -> Fitted:
+def redamped(problem: Problem, fitted: Fitted, method: str, options: Mapping[str, Any]) -> Fitted:
     """Fit with another damping, without a pass through the network where the method allows."""
     lift = fitted.lift
     if isinstance(lift, Woodbury | Filtered):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,14 +73,11 @@ def telling_rows(X: Rows) -> Any:
     """Choose three rows that differ, in an order that is not theirs: X (n, ...) -> (3,)."""
     # a network that sorts its rows, by length for example, gives itself away
     seen = X[: min(len(X), _LOOKED_AT)].load().leaves[0]
-    values = torch.as_tensor(_numbers(seen)).reshape(len(seen), -1)
-    order = values.double().nan_to_num().sum(1).argsort(descending=True, stable=True)
+    values = seen.detach().cpu().double().numpy() if isinstance(seen, Tensor) else np.asarray(seen)
+    sums = np.nan_to_num(values.reshape(len(values), -1).astype(float)).sum(1)
+    order = np.argsort(-sums, kind="stable")
     where = [0, len(order) // 2, len(order) - 1] if len(order) > 2 else [0, len(order) - 1, 0]
-    return order[where].numpy()
-
-
-def _numbers(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, Tensor) else getattr(leaf, "to_numpy", lambda: leaf)()
+    return order[where]
 
 
 def _places(network: Network, rows: Rows, layer: Layer) -> tuple[Place, ...] | None:

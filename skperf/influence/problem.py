@@ -1,6 +1,5 @@
 """What an influence method is fitted on, and what it keeps."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,9 +84,7 @@ class Problem:
 
         return self.gather(X, cotangents)
 
-    def gather(
-        self, X: Rows, cotangents: Cotangents, examples: Tensor | None = None
-    ) -> Gradients:
+    def gather(self, X: Rows, cotangents: Cotangents, examples: Tensor | None = None) -> Gradients:
         """Pull cotangents back; see :func:`~skperf.influence.tiles.gather`.
 
         Shapes: X (n, ...), cotangents (m, ...), examples (m,).
@@ -109,7 +106,7 @@ class Problem:
         return self.gradients(self.loss, self.X, self.targets, self.relative_weights())
 
     def outputs(self) -> Tensor:
-        """Outputs of the training rows: -> (n, ...)."""
+        """Compute the outputs of the training rows: -> (n, ...)."""
         batch_size = max(self.batch_size, self.network.batch_size)
         return self.network.logits(self.X, batch_size)
 
@@ -208,14 +205,16 @@ def curvature_rows(
             return weighted(slopes(problem.loss, outputs, targets), problem.shares[rows].sqrt())
 
         return OutputRows(examples, own, 1.0, None)
-    options = {"kept_trace": kept_trace, "max_rows": max_rows}
-    if not several:
-        outputs = problem.outputs()
-        return loss_rows(problem.loss, outputs, problem.targets, problem.shares, **options)
     exact = problem.n_train * shape.numel() * shape.numel() <= _MOST_OUTPUTS
-    if exact and kept_trace == 1.0 and max_rows is None:
-        outputs = problem.outputs()
-        return loss_rows(problem.loss, outputs, problem.targets, problem.shares, **options)
+    if not several or (exact and kept_trace == 1.0 and max_rows is None):
+        return loss_rows(
+            problem.loss,
+            problem.outputs(),
+            problem.targets,
+            problem.shares,
+            kept_trace=kept_trace,
+            max_rows=max_rows,
+        )
     return sampled_rows(
         problem.loss,
         problem.shares,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def _check_resettable(module: nn.Module, kept: tuple[str, ...] | None) -> None:
 def stacked_outputs_of(
     network: Network, stacked: Parameters, inputs: Rows, *, own: bool = False
 ) -> Tensor:
-    """Outputs of many networks: inputs (n, ...) or (m, n, ...) -> (m, n, ...)."""
+    """Compute outputs of many networks: inputs (n, ...) or (m, n, ...) -> (m, n, ...)."""
     # batched weights make a grouped convolution, which is slower than one network after another
     convolves = any(isinstance(part, nn.Conv2d) for part in network.module.modules())
     one_by_one = 1 if convolves else None
@@ -129,13 +130,17 @@ def train_subsets(
             shuffled = members.gather(1, order)
             for rows in torch.split(shuffled, recipe.batch_size, 1):
                 optimizer.zero_grad()
-                batch = inputs.map(lambda leaf, rows=rows: leaf[rows])
+                batch = inputs.map(partial(_taken, rows=rows))
                 outputs = stacked_outputs_of(network, stacked, batch, own=True)
                 losses = stacked_values(network.loss.value, outputs, targets[rows])
                 share = 1.0 if weights is None else weights[rows]
                 (losses * share).mean(1).sum().backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
     return {name: tensor.detach() for name, tensor in stacked.items()}
+
+
+def _taken(leaf: Tensor, rows: Tensor) -> Tensor:
+    return leaf[rows]
 
 
 def stacked_outputs(

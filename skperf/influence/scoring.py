@@ -158,6 +158,7 @@ class Ensemble:
             best.add(rows, sign * scores)
             if rows.stop == self.n_train:
                 assert best.values is not None
+                assert best.indices is not None
                 indices[queries], values[queries] = best.indices, sign * best.values
         return indices, values
 
@@ -230,8 +231,8 @@ class Ensemble:
         for column, rows in enumerate(members):
             membership[rows, column] = 1
         result = np.zeros((len(X), len(members)), dtype=self.dtype)
-        for queries, rows, scores in self.tiles(X, targets):
-            result[queries] += scores @ membership[rows]
+        for queries, part, scores in self.tiles(X, targets):
+            result[queries] += scores @ membership[part]
         return result
 
     def scores_of(self, X: Rows, targets: Tensor, rows: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from torch import nn
 
 from skperf import InfluenceScorer, from_module
 from skperf.influence import anew
-from skperf.influence._scoring import open_members
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ OPTIONS = {
     "gradient_dot": {"method": "gradient_dot"},
     "ggn": {"method": "ggn", "damping": 0.1},
     "flow": {"method": "ggn", "damping": "flow", "horizon": 20, "learning_rate": 0.05},
-    "margin": {"method": "ggn", "damping": 0.1, "target": "margin"},
+    "margin": {"method": "ggn", "damping": 0.1, "output": "margin"},
 }
 
 
@@ -55,5 +54,5 @@ def test_small_gradients_and_changed_ones_are_sent(convolutional):
     with parallel_config("loky"):
         for options in ({"method": "ekfac"}, {"method": "gradient_dot", "parameters": "last"}):
             scorer = InfluenceScorer(network, n_jobs=2, **options).fit(X[:30], y[:30])
-            ((problem, fitted, _),) = open_members(scorer)
-            assert not anew.worth_it(problem, fitted, 2, "threads")
+            (member,) = scorer._learned.opened().members
+            assert not anew.worth_it(member.problem, member.fit, 2, "threads")

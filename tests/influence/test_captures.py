@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
 import torch
-from influence_nets import mlp
+from influence_nets import brute_gradients, mlp
 from torch import nn
 
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import select_parameters
+from skperf.backbone.rows import Rows
+from skperf.backbone.views import view
 from skperf.influence.captures import record, recording
-from skperf.influence.layers import find_layers
+from skperf.influence.layers import find_layers, to_vectors
+from skperf.influence.placement import plan
 
 
 def layers_of(module):
@@ -30,27 +33,6 @@ class Functional(nn.Module):
 
     def forward(self, x):
         return nn.functional.linear(x, self.layer.weight, self.layer.bias)
-
-
-@pytest.mark.parametrize(("kind", "times"), [(Twice, 2), (Functional, 0)])
-def test_layers_must_run_once(kind, times):
-    network = Network(kind(), np.arange(3))
-    layers = layers_of(network.module)
-    with recording(network.module), pytest.raises(ValueError, match=f"ran {times} times"):
-        record(network, torch.zeros(2, 4), layers)
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (nn.Sequential(nn.LSTM(4, 4)), r"layer '0' \(LSTM\) has no factorised gradients"),
-        (nn.MultiheadAttention(4, 2), r"layer '' \(MultiheadAttention\) has no factorised"),
-        (nn.Embedding(5, 3, max_norm=1.0), "renormalises"),
-    ],
-)
-def test_unsupported_layers_are_named(module, message):
-    with pytest.raises(ValueError, match=message):
-        layers_of(module)
 
 
 class Centred(nn.Module):
@@ -79,20 +61,67 @@ class First(nn.Module):
         return pair[0]
 
 
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ([Centred()], "layer '0' .Centred. gives a row another output alone than in its batch"),
-        ([Branching()], "layer '0' .Branching. cannot be differentiated row by row"),
-        ([Pair(), First()], "layer '0' .Pair. .*does not turn one tensor into another"),
-    ],
-)
-def test_parts_that_cannot_be_taken_row_by_row_are_named(parts, message):
-    module = nn.Sequential(*parts, nn.Linear(4, 3))
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(2, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x.view(len(x), 2, 2))[0].sum(1)
+
+
+def planned(*parts, how="auto"):
+    torch.manual_seed(0)
+    module = nn.Sequential(*parts, nn.Linear(4, 3)).double()
     network = Network(module, np.arange(3))
-    inputs = torch.arange(8.0).view(2, 4)
-    with recording(module), pytest.raises(ValueError, match=message):
-        record(network, inputs, layers_of(module)).pull(torch.ones(2, 3))
+    inputs = Rows(torch.randn(9, 4, dtype=torch.float64))
+    parameters = select_parameters(module)
+    return network, inputs, parameters, plan(network, inputs, parameters, how)
+
+
+ALONE = {
+    "functional": ([Functional(), nn.Linear(3, 4)], {"0.layer.weight", "0.layer.bias"}),
+    "recurrent": ([Recurrent()], {f"0.layer.{n}" for n, _ in nn.LSTM(2, 4).named_parameters()}),
+    "branching": ([Branching()], {"0.scale"}),
+    "pair": ([Pair(), First()], {"0.scale"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ALONE)
+def test_only_what_does_not_factorise_goes_row_by_row(name):
+    parts, alone = ALONE[name]
+    network, inputs, parameters, found = planned(*parts)
+    factorised = {n for names in found.places for n in names}
+    assert set(parameters) - factorised == alone
+    cotangents = torch.randn(9, 3, dtype=torch.float64)
+    layers = found.layers(network.module, parameters)
+    with recording(network.module):
+        pulled = record(network, inputs, layers).pull(cotangents)
+    expected = brute_gradients(network, inputs.array, cotangents)
+    torch.testing.assert_close(to_vectors(layers, pulled, parameters), expected)
+    with pytest.raises(ValueError, match="gradients='factorised': no factorised gradients of"):
+        planned(*parts, how="factorised")
+
+
+def test_layers_that_run_twice_and_tied_ones_factorise():
+    tied = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)]
+    tied[2].weight, tied[2].bias = tied[0].weight, tied[0].bias
+    for parts in ([Twice(), nn.Tanh()], tied):
+        network, inputs, parameters, found = planned(*parts)
+        assert sorted(map(len, found.places.values())) == [1, 2]
+        layers = found.layers(network.module, parameters)
+        cotangents = torch.randn(9, 3, dtype=torch.float64)
+        assert all(layer.sites for layer in layers)
+        with recording(network.module):
+            pulled = record(network, inputs, layers).pull(cotangents)
+        expected = brute_gradients(network, inputs.array, cotangents)
+        torch.testing.assert_close(to_vectors(layers, pulled, parameters), expected)
+
+
+def test_networks_that_mix_rows_are_refused():
+    with pytest.raises(ValueError, match="gives a row another output alone than in its batch"):
+        planned(Centred())
 
 
 def test_nothing_is_remembered_below_the_first_layer_asked_for():
@@ -104,19 +133,13 @@ def test_nothing_is_remembered_below_the_first_layer_asked_for():
             return x
 
     module = nn.Sequential(nn.Linear(4, 4), Probe(), nn.Linear(4, 3))
-    network, inputs = Network(module, np.arange(3)), torch.ones(2, 4)
+    module = view(module)
+    network, inputs = Network(module, np.arange(3)), Rows(torch.ones(2, 4))
     with recording(module):
         for names in ("all", "2.*"):
             layers = find_layers(module, select_parameters(module, names))
             record(network, inputs, layers).pull(torch.ones(2, 3))
     assert seen == [True, False]
-
-
-def test_tied_weights_are_named():
-    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    module[1].weight = module[0].weight
-    with pytest.raises(ValueError, match=r"'0.weight' is shared by several layers"):
-        layers_of(module)
 
 
 class Stubborn(nn.BatchNorm1d):
@@ -136,7 +159,7 @@ def test_batch_dependent_layers_are_refused(layer):
 
 def test_gradients_that_are_not_finite_are_named():
     network = Network(mlp(4, 3), np.arange(3))
-    inputs = torch.zeros(5, 4, dtype=torch.float64)
+    inputs = Rows(torch.zeros(5, 4, dtype=torch.float64))
     cotangents = torch.zeros(5, 3, dtype=torch.float64)
     cotangents[2, 1] = torch.inf
     with recording(network.module):

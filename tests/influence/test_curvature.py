@@ -4,6 +4,7 @@ import torch
 from influence_nets import brute_curvature, brute_gradients, cases
 
 from skperf.backbone.parameters import select_parameters
+from skperf.backbone.rows import Rows
 from skperf.influence.captures import record, recording
 from skperf.influence.curvature import (
     CurvatureProduct,
@@ -31,7 +32,7 @@ def pull(cotangents, examples=None):
         return gather(
             NETWORK,
             lambda network, rows: record(network, rows, LAYERS),
-            INPUTS,
+            Rows(INPUTS),
             cotangents,
             examples=examples,
             batch_size=3,
@@ -139,7 +140,7 @@ def test_flow_filter_runs_from_gradient_dot_to_the_inverse():
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
 def test_products_agree_with_the_written_out_matrix(kind):
     codes = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    product = CurvatureProduct(NETWORK, PARAMETERS, INPUTS, codes, SHARES, kind, batch_size=3)
+    product = CurvatureProduct(NETWORK, PARAMETERS, Rows(INPUTS), codes, SHARES, kind, batch_size=3)
     with recording(NETWORK.module):
         matrix = dense_curvature(product, chunk=7)
     if kind == "ggn":

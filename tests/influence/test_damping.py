@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from skperf.influence import InfluenceScorer
+from skperf.influence import CG, EKFAC, GGN, Exact, InfluenceScorer
 from skperf.influence.damping import noise_damping
 
 RNG = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def test_auto_pulls_as_hard_as_the_mean_gradient_is_uncertain():
     slopes = probabilities[:, None] - nn.functional.one_hot(drawn, 3)
     means = torch.einsum("ndk,nf->dkf", slopes, torch.as_tensor(X)) / len(X)
     error = means.flatten(1).square().sum(1).mean().sqrt()
-    scorer = InfluenceScorer(layer, method="ggn", kept_trace=1.0).fit(X, Y)
+    scorer = InfluenceScorer(layer, method=GGN(kept_trace=1.0)).fit(X, Y)
     assert scorer.damping_ == pytest.approx(
         1.5 * float(error / layer.weight.detach().norm()), rel=0.01
     )
@@ -45,15 +45,15 @@ def test_auto_pulls_as_hard_as_the_mean_gradient_is_uncertain():
 
 def test_auto_is_the_same_with_and_without_rows_of_no_weight():
     weights = np.repeat([2.0, 0.0], 20)
-    scorer = InfluenceScorer(linear(), method="ggn", kept_trace=1.0)
+    scorer = InfluenceScorer(linear(), method=GGN(kept_trace=1.0))
     some = scorer.fit(X, Y, sample_weight=weights).damping_
     assert some == pytest.approx(scorer.fit(X[:20], Y[:20]).damping_)
 
 
-@pytest.mark.parametrize("method", ["ggn", "exact", "ekfac", "cg"])
+@pytest.mark.parametrize("method", [GGN(1.0), Exact(), EKFAC(rank=None), CG(tol=1e-10)])
 def test_units_of_the_inputs_do_not_matter(method):
-    plain = InfluenceScorer(linear(), method=method, kept_trace=1.0, rank=None, tol=1e-10)
-    other = InfluenceScorer(linear(10.0), method=method, kept_trace=1.0, rank=None, tol=1e-10)
+    plain = InfluenceScorer(linear(), method=method)
+    other = InfluenceScorer(linear(10.0), method=method)
     expected = plain.fit(X, Y).influence(X[:4], Y[:4])
     found = other.fit(X / 10, Y).influence(X[:4] / 10, Y[:4])
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -3,9 +3,22 @@ import torch
 from influence_nets import brute_gradients, cases
 
 from skperf.backbone.parameters import select_parameters
-from skperf.influence.captures import record, record_reference, recording
-from skperf.influence.gradients import Dense, combine, inner, paired, scaled, squared_norms
-from skperf.influence.layers import find_layers, from_vectors, to_vectors
+from skperf.backbone.rows import Rows
+from skperf.influence.captures import record, recording
+from skperf.influence.gradients import (
+    Dense,
+    Outer,
+    Tokens,
+    combine,
+    folded,
+    inner,
+    merged,
+    paired,
+    scaled,
+    squared_norms,
+    written_out,
+)
+from skperf.influence.layers import find_layers, from_vectors, one_by_one, to_vectors
 
 CASES = cases()
 
@@ -17,7 +30,7 @@ def recorded(request):
     layers = find_layers(network.module, parameters)
     cotangents = torch.randn(len(inputs), 3, dtype=torch.float64)
     with recording(network.module):
-        gradients = record(network, inputs, layers).pull(cotangents)
+        gradients = record(network, Rows(inputs), layers).pull(cotangents)
     return network, inputs, parameters, layers, cotangents, gradients
 
 
@@ -31,7 +44,8 @@ def test_factors_are_the_gradients_of_single_rows(recorded):
 def test_reference_path_agrees(recorded):
     network, inputs, parameters, _, cotangents, _ = recorded
     with recording(network.module):
-        (reference,) = record_reference(network, inputs, parameters).pull(cotangents)
+        layers = [one_by_one(list(parameters), parameters)]
+        (reference,) = record(network, Rows(inputs), layers).pull(cotangents)
     torch.testing.assert_close(reference.values, brute_gradients(network, inputs, cotangents))
 
 
@@ -57,9 +71,10 @@ def test_some_parameters_alone():
         parameters = select_parameters(network.module, pattern)
         layers = find_layers(network.module, parameters)
         cotangents = torch.randn(len(inputs), 3, dtype=torch.float64)
+        alone = [one_by_one(list(parameters), parameters)]
         with recording(network.module):
-            pulled = record(network, inputs, layers).pull(cotangents)
-            (reference,) = record_reference(network, inputs, parameters).pull(cotangents)
+            pulled = record(network, Rows(inputs), layers).pull(cotangents)
+            (reference,) = record(network, Rows(inputs), alone).pull(cotangents)
         torch.testing.assert_close(to_vectors(layers, pulled, parameters), reference.values)
         torch.testing.assert_close(inner(pulled, pulled), inner([reference], [reference]))
 
@@ -84,8 +99,40 @@ def test_long_sequences_are_written_out_and_short_ones_not():
         inputs = torch.randn(5, length, d, dtype=torch.float64)
         cotangents = torch.randn(5, 2, dtype=torch.float64)
         with recording(network.module):
-            pulled = record(network, inputs, layers).pull(cotangents)
+            pulled = record(network, Rows(inputs), layers).pull(cotangents)
         assert isinstance(pulled[0], Dense) == (kind is Dense)
         matrix = brute_gradients(network, inputs, cotangents)
         torch.testing.assert_close(inner(pulled, pulled), matrix @ matrix.T)
         torch.testing.assert_close(squared_norms(pulled), matrix.square().sum(1))
+
+
+def test_weighted_sums_of_factors_with_positions():
+    generator = torch.Generator().manual_seed(0)
+    factor = Outer(torch.randn(5, 7, 3, generator=generator), torch.randn(5, 7, 4))
+    weights = torch.randn(2, 5, generator=generator)
+    torch.testing.assert_close(combine(weights, factor), weights @ written_out(factor))
+
+
+@pytest.mark.parametrize("rows_last", [False, True])
+def test_entries_of_one_row_are_added_up(rows_last):
+    generator = torch.Generator().manual_seed(0)
+    where = torch.arange(6).view(2, 3).T if rows_last else torch.arange(6).view(3, 2)
+    factors = [
+        Dense(torch.randn(6, 5, generator=generator)),
+        Outer(torch.randn(6, 3), torch.randn(6, 2)),
+        Outer(torch.randn(6, 4, 3), torch.randn(6, 4, 2)),
+        Tokens(torch.randint(-1, 5, (6, 3), generator=generator), torch.randn(6, 3, 2), 5),
+    ]
+    for factor in factors:
+        expected = written_out(factor)[where].sum(1)
+        torch.testing.assert_close(written_out(folded(factor, 3, rows_last=rows_last)), expected)
+
+
+def test_calls_of_one_layer_are_added_up():
+    outer = [Outer(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(2)]
+    long = Outer(torch.randn(4, 6, 3), torch.randn(4, 6, 2))
+    tokens = [Tokens(torch.randint(-1, 3, (4, n)), torch.randn(4, n, 2), 3) for n in (2, 3)]
+    table = Dense(torch.randn(4, 6))
+    for parts in (outer, [*outer, long], tokens, [tokens[0], outer[0], table]):
+        expected = sum(written_out(part) for part in parts)
+        torch.testing.assert_close(written_out(merged(parts)), expected)

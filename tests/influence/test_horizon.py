@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from scipy.stats import pearsonr, spearmanr
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import loss
 from skperf.backbone.parameters import select_parameters
-from skperf.influence import InfluenceScorer
-from skperf.influence._members import linearised
+from skperf.backbone.rows import Rows
+from skperf.influence import GGN, InfluenceScorer
 from skperf.influence.horizon import (
     FurtherTraining,
     actual_effects,
@@ -16,7 +18,7 @@ from skperf.influence.horizon import (
     further_trained,
     usable_horizon,
 )
-from skperf.influence.methods import METHODS
+from skperf.influence.inverses import exact
 
 
 def test_actual_effects_are_those_of_two_separate_runs():
@@ -29,17 +31,17 @@ def test_actual_effects_are_those_of_two_separate_runs():
     effects = actual_effects(
         network,
         select_parameters(module),
-        inputs,
+        Rows(inputs),
         codes,
         torch.tensor([4, 11]),
-        queries,
+        (Rows(queries[0]), queries[1]),
         loss,
         training,
         [1, 5],
     )
     assert effects.shape == (2, 6, 2)
 
-    def run(left_out):
+    def run(left_out=-1):
         copy = mlp(4, 5, 3)
         copy.load_state_dict(module.state_dict())
         optimizer = torch.optim.SGD(copy.parameters(), lr=0.1, weight_decay=0.01)
@@ -49,19 +51,15 @@ def test_actual_effects_are_those_of_two_separate_runs():
             batches += torch.randperm(20, generator=generator).split(8)
         for step, rows in enumerate(batches[:5], 1):
             optimizer.zero_grad()
-            value = torch.nn.functional.cross_entropy(copy(inputs[rows]), codes[rows])
-            if left_out is not None:
-                value = value - loss(copy(inputs[[left_out]]), codes[[left_out]])[0] / 20
-            value.backward()
+            losses = loss(copy(inputs[rows]), codes[rows])
+            (losses * (rows != left_out)).mean().backward()
             optimizer.step()
             if step in (1, 5):
                 values.append(loss(copy(queries[0]), queries[1]).detach())
         return torch.stack(values)
 
     for column, row in enumerate((4, 11)):
-        torch.testing.assert_close(
-            effects[:, :, column], run(row) - run(None), rtol=1e-6, atol=1e-9
-        )
+        torch.testing.assert_close(effects[:, :, column], run(row) - run(), rtol=1e-6, atol=1e-9)
 
 
 def test_further_training_is_that_of_torch():
@@ -70,9 +68,9 @@ def test_further_training_is_that_of_torch():
     network = Network(module, np.arange(3))
     inputs, codes = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
     training = FurtherTraining(0.1, 8, weight_decay=0.01, seed=3)
-    shares = torch.full((20,), 1 / 20)
+    weights = torch.linspace(0.5, 2, 20)
     end = further_trained(
-        network, select_parameters(module), inputs, codes, shares, training, steps=5
+        network, select_parameters(module), Rows(inputs), codes, weights, training, steps=5
     )
     copy = mlp(4, 5, 3)
     copy.load_state_dict(module.state_dict())
@@ -81,7 +79,7 @@ def test_further_training_is_that_of_torch():
     batches = [b for _ in range(2) for b in torch.randperm(20, generator=generator).split(8)]
     for rows in batches[:5]:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(copy(inputs[rows]), codes[rows]).backward()
+        (loss(copy(inputs[rows]), codes[rows]) * weights[rows]).mean().backward()
         optimizer.step()
     for name, parameter in copy.named_parameters():
         torch.testing.assert_close(end[name], parameter.detach())
@@ -91,10 +89,10 @@ def test_the_flow_is_linearised_half_way_along_the_horizon():
     torch.manual_seed(0)
     module = mlp(4, 6, 3)
     X, y = torch.randn(60, 4).double().numpy(), np.arange(60) % 3
-    flow = {"damping": "flow", "horizon": 40, "learning_rate": 0.1, "kept_trace": 1.0}
-    scorer = InfluenceScorer(module, **flow).fit(X[:50], y[:50])
+    flow = {"damping": "flow", "horizon": 40, "learning_rate": 0.1}
+    scorer = InfluenceScorer(module, method=GGN(kept_trace=1.0), **flow).fit(X[:50], y[:50])
     middle = mlp(4, 6, 3)
-    middle.load_state_dict(scorer.ahead_[0])
+    middle.load_state_dict(scorer._learned.stages[0].state)
     moved = sum(
         float((a - b).detach().norm())
         for a, b in zip(module.parameters(), middle.parameters(), strict=True)
@@ -102,15 +100,17 @@ def test_the_flow_is_linearised_half_way_along_the_horizon():
     assert moved > 0.1
     there = InfluenceScorer(middle, method="exact", **flow).fit(X[:50], y[:50])
     # at its own middle the second one has moved on: put it back to compare at the same weights
-    there.ahead_ = None
-    there.fits_ = [METHODS["exact"](problem) for problem, _ in linearised(there)]
+    learned = there._learned
+    problem = learned.problem(learned.network(), learned.stages[0].plan)
+    stage = replace(learned.stages[0], state=None, fit=exact(problem))
+    there._show(replace(learned, stages=(stage,)))
     expected = there.influence(X[50:], y[50:])
     np.testing.assert_allclose(scorer.influence(X[50:], y[50:]), expected, rtol=1e-3, atol=1e-6)
-    later = InfluenceScorer(module, damping=0.1, learning_rate=0.1, kept_trace=1.0)
+    later = InfluenceScorer(module, method=GGN(1.0), damping=0.1, learning_rate=0.1)
     later.fit(X[:50], y[:50])
     again = later.with_damping("flow", horizon=40)
     np.testing.assert_allclose(again.influence(X[50:], y[50:]), expected, rtol=1e-3, atol=1e-6)
-    assert again.with_damping(0.1).ahead_ is None
+    assert again.with_damping(0.1)._learned.stages[0].state is None
     np.testing.assert_allclose(
         again.with_damping(0.1).influence(X[50:], y[50:]), later.influence(X[50:], y[50:])
     )
@@ -147,14 +147,14 @@ def test_damping_tied_to_the_horizon_fades_later_than_gradient_dot():
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(module(rows), codes).backward()
         optimizer.step()
-    options = {"steps": (1, 10, 300), "n_train": 24, "learning_rate": 0.03}
+    options = {"steps": (1, 10, 300), "n_train": 24, "learning_rate": 0.03, "batch_size": 300}
     curves = {}
     for name, params in {
         "dot": {"method": "gradient_dot"},
         "horizon": {"damping": "horizon", "horizon": 1, "learning_rate": 0.03},
         "flow": {"damping": "flow", "horizon": 1, "learning_rate": 0.03},
     }.items():
-        scorer = InfluenceScorer(module, random_state=0, max_rows=400, **params)
+        scorer = InfluenceScorer(module, random_state=0, **params)
         curves[name] = scorer.fit(X[:300], y[:300]).fading(X[300:], y[300:400], **options)
     assert min(curve.pearson[0] for curve in curves.values()) > 0.99
     assert curves["dot"].pearson[2] < curves["horizon"].pearson[2] - 0.05

@@ -3,6 +3,7 @@ import torch
 from influence_nets import cases
 
 from skperf.backbone.parameters import select_parameters
+from skperf.backbone.rows import Rows
 from skperf.influence.captures import record, recording
 from skperf.influence.gradients import Outer, inner, written_out
 from skperf.influence.kronecker import kronecker_basis, separable
@@ -14,7 +15,8 @@ def pulled(name, n_rows=7):
     layers = find_layers(network.module, select_parameters(network.module))
     cotangents = torch.randn(len(inputs), 3, dtype=torch.float64)
     with recording(network.module):
-        return network, inputs, layers, cotangents, record(network, inputs, layers).pull(cotangents)
+        tape = record(network, Rows(inputs), layers)
+        return network, inputs, layers, cotangents, tape.pull(cotangents)
 
 
 @pytest.mark.parametrize("name", ["mlp", "convolutional", "text"])

@@ -8,12 +8,13 @@ from torch import nn
 
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import loss
+from skperf.backbone.rows import Rows
 from skperf.influence.retraining import (
     Recipe,
     fresh_parameters,
     half_subsets,
-    stacked_logits,
     stacked_outputs,
+    stacked_outputs_of,
     train_subsets,
 )
 
@@ -32,7 +33,7 @@ def test_many_at_once_equal_one_after_another(kind):
     inputs, codes = torch.randn(24, 4, dtype=torch.float64), torch.arange(24) % 3
     subsets = half_subsets(24, 3, torch.Generator().manual_seed(1))
     recipe = Recipe(partial(kind, lr=0.05), n_epochs=3, batch_size=5)
-    stacked = train_subsets(network, inputs, codes, subsets, recipe, seeds=[7, 8, 9])
+    stacked = train_subsets(network, Rows(inputs), codes, subsets, recipe, seeds=[7, 8, 9])
     fresh = fresh_parameters(network, [7, 8, 9])
     generator = torch.Generator().manual_seed(7)
     orders = [torch.rand(3, 12, generator=generator).argsort(1) for _ in range(3)]
@@ -49,7 +50,7 @@ def test_many_at_once_equal_one_after_another(kind):
         for name, parameter in module.named_parameters():
             torch.testing.assert_close(stacked[name][i], parameter.detach())
         own = loss(module(inputs), codes).detach()
-        values = stacked_outputs(network, stacked, inputs, codes, loss, batch_size=10)
+        values = stacked_outputs(network, stacked, Rows(inputs), codes, loss, batch_size=10)
         torch.testing.assert_close(values[i], own)
 
 
@@ -61,8 +62,8 @@ def test_logits_of_many_convolutional_networks():
     }
     own = torch.stack([images, images.flip(0)])
     for inputs, together in (
-        ([images, images], stacked_logits(network, stacked, images)),
-        (own, stacked_logits(network, stacked, own, own=True)),
+        ([images, images], stacked_outputs_of(network, stacked, Rows(images))),
+        (own, stacked_outputs_of(network, stacked, Rows(own), own=True)),
     ):
         for i in range(2):
             one = {name: tensor[i] for name, tensor in stacked.items()}
@@ -85,5 +86,5 @@ def test_subsets_must_be_of_one_size():
     subsets = torch.tensor([[True, False], [True, True]])
     with pytest.raises(ValueError, match="equally many"):
         train_subsets(
-            network, torch.zeros(2, 4), torch.zeros(2).long(), subsets, Recipe(), seeds=[0, 1]
+            network, Rows(torch.zeros(2, 4)), torch.zeros(2).long(), subsets, Recipe(), seeds=[0, 1]
         )

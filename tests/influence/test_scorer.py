@@ -20,7 +20,7 @@ from torch import nn
 from skperf import MLP, Net, from_module
 from skperf.backbone._opening import source_of
 from skperf.backbone.parameters import fingerprint
-from skperf.influence import InfluenceScorer
+from skperf.influence import CG, GGN, InfluenceScorer, LiSSA
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_sample_weights_scale_rows_and_leave_out_zeros(data, net):
     weights = np.random.default_rng(0).random(120)
     weights[:10] = 0
     frozen = FrozenEstimator(net)
-    for method in ("ggn", "ekfac", "exact", "datainf"):
-        params = {"method": method, "damping": 0.1, "kept_trace": 1.0, "max_rows": None}
+    for method in (GGN(kept_trace=1.0, max_rows=None), "ekfac", "exact", "datainf"):
+        params = {"method": method, "damping": 0.1}
         weighted = InfluenceScorer(frozen, **params).fit(X[:120], y[:120], sample_weight=weights)
         scores = weighted.influence(X[120:], y[120:])
         assert (scores[:, :10] == 0).all()
@@ -126,7 +126,7 @@ def test_every_target_is_positive_for_proponents(data, net):
         return -nn.functional.cross_entropy(logits, codes, reduction="none")
 
     scores = {
-        name: InfluenceScorer(FrozenEstimator(net), target=target, damping=0.1)
+        name: InfluenceScorer(FrozenEstimator(net), output=target, damping=0.1)
         .fit(X[:120], y[:120])
         .influence(X[120:], y[120:])
         for name, target in {
@@ -149,10 +149,10 @@ def test_targets_that_mix_rows_are_refused(data, net):
     def mean(logits, codes):
         return nn.functional.cross_entropy(logits, codes, reduction="none") - logits.mean()
 
-    scorer = InfluenceScorer(FrozenEstimator(net), target=mean).fit(X, y)
+    scorer = InfluenceScorer(FrozenEstimator(net), output=mean).fit(X, y)
     with pytest.raises(ValueError, match="not separable"):
         scorer.influence(X[:3], y[:3])
-    scalar = InfluenceScorer(FrozenEstimator(net), target=nn.functional.cross_entropy).fit(X, y)
+    scalar = InfluenceScorer(FrozenEstimator(net), output=nn.functional.cross_entropy).fit(X, y)
     with pytest.raises(ValueError, match="one number for each example"):
         scalar.influence(X[:3], y[:3])
 
@@ -165,7 +165,7 @@ def test_results_do_not_depend_on_how_the_work_is_cut(data, net, method, tmp_pat
     expected = whole.influence(X[120:], y[120:])
     # the least-squares iteration stops at a tolerance, the others are exact up to rounding
     scale = np.abs(expected).max() * (20 if method == "gif" else 1)
-    row = sum(t[0].numel() * 4 for f in whole.fits_[0].train for t in f.tensors)
+    row = sum(t[0].numel() * 4 for f in whole._learned.stages[0].fit.train for t in f.tensors)
     for other in (
         {"batch_size": 13},
         {"memory_budget": 60 * row, "storage": tmp_path},
@@ -200,7 +200,7 @@ def test_a_budget_too_small_for_one_tile_says_which_would_fit(data, net):
     with pytest.raises(ValueError, match=r"smallest budget that fits is ([\d,]+) bytes") as caught:
         scorer.influence(X[120:], y[120:])
     needed = int(str(caught.value).rsplit("is ", 1)[1].removesuffix(" bytes.").replace(",", ""))
-    scorer.set_params(memory_budget=needed)
+    scorer.set_params(memory_budget=needed).fit(X[:120], y[:120])
     assert scorer.influence(X[120:125], y[120:125]).shape == (5, 120)
     with pytest.raises(ValueError, match="not understood"):
         InfluenceScorer(FrozenEstimator(net), memory_budget="plenty").fit(X, y)
@@ -209,7 +209,7 @@ def test_a_budget_too_small_for_one_tile_says_which_would_fit(data, net):
 def test_top_k_streams_what_the_matrix_holds(data, net, scorer):
     X, y = data
     matrix = scorer.influence(X[120:], y[120:])
-    row = sum(t[0].numel() * 4 for f in scorer.fits_[0].train for t in f.tensors)
+    row = sum(t[0].numel() * 4 for f in scorer._learned.stages[0].fit.train for t in f.tensors)
     tiled = InfluenceScorer(FrozenEstimator(net), memory_budget=30 * row).fit(X[:120], y[:120])
     for one in (scorer, tiled):
         for kind, sign in (("proponents", 1), ("opponents", -1)):
@@ -294,7 +294,7 @@ def actions(scorer, X, y):
     yield lambda: scorer.loo_effect(X, y)
     yield lambda: scorer.fading(X, y, steps=(1, 2), n_train=3)
     yield lambda: scorer.repair(X[:2], y[:2], max_steps=2, k=3)
-    yield lambda: scorer.remove([1, 2, 3], n_iterations=3)
+    yield lambda: scorer.remove([1, 2, 3], max_iter=3)
     yield lambda: scorer.detect_mislabels(class_aware=True)
 
 
@@ -350,9 +350,8 @@ def test_the_network_is_left_as_it_was(data):
             assert needs == needs_after
             assert (grad is None) == (grad_after is None)
 
-    for method in ("ggn", "ekfac", "cg", "lissa", "arnoldi", "gif", "trak", "datainf", "exact"):
-        params = {"n_iterations": 5, "damping": 50.0} if method in ("lissa", "cg") else {}
-        scorer = InfluenceScorer(module, method=method, random_state=0, **params)
+    for method in ("ggn", "ekfac", CG(max_iter=50), LiSSA(max_iter=5), "gif", "trak", "exact"):
+        scorer = InfluenceScorer(module, method=method, random_state=0, damping=50.0)
         with np.errstate(all="ignore"):
             scorer.fit(X[:60], codes[:60]).influence(X[60:65], codes[60:65])
         same()
@@ -365,7 +364,7 @@ def test_the_network_is_left_as_it_was(data):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        InfluenceScorer(module, target=broken).fit(X, codes).influence(X[:5], codes[:5])
+        InfluenceScorer(module, output=broken).fit(X, codes).influence(X[:5], codes[:5])
     same()
 
 
@@ -400,7 +399,7 @@ def test_mislabels_are_ranked_by_their_leave_one_out_loss():
 
 def test_scores_that_are_no_losses_give_the_influence_on_itself_alone(data):
     X, y = data
-    for options in ({"method": "gradient_dot"}, {"target": "margin"}):
+    for options in ({"method": "gradient_dot"}, {"output": "margin"}):
         scorer = InfluenceScorer(random_state=0, **options).fit(X[:60], y[:60])
         np.testing.assert_array_equal(scorer.detect_mislabels(), scorer.self_influence_)
 
