@@ -189,8 +189,23 @@ def _single_precision(tensor: Tensor) -> Tensor:
 
 
 def _switch_off_fast_paths(part: nn.Module) -> None:
-    # both give padded positions other values, and hooks inside are not called
-    if isinstance(part, nn.TransformerEncoder):
+    # Hooks inside are not called on them, and whether they are taken depends on the batch.
+    if isinstance(part, nn.TransformerEncoder) and part.use_nested_tensor:
         part.use_nested_tensor = False
+        part.layers[-1].register_forward_hook(_zero_where_padded, with_kwargs=True)
     elif isinstance(part, nn.TransformerEncoderLayer):
         part.activation_relu_or_gelu = 0
+
+
+def _zero_where_padded(
+    layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor
+) -> Tensor:
+    """Give padded positions zeros, as torch's nested tensors do: output (n, L, d) -> (n, L, d)."""
+    padding = named.get("src_key_padding_mask")
+    if layer.training or padding is None or named.get("src_mask") is not None:
+        return output
+    padded = padding if padding.dtype == torch.bool else padding == -torch.inf
+    # nested tensors are made of rows whose padding stands behind all else, or not at all
+    if bool((padded[:, :-1] & ~padded[:, 1:]).any()):
+        return output
+    return output.masked_fill(padded[:, :, None], 0.0)

@@ -15,6 +15,7 @@ from skperf.backbone.views import own_copy, view
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning"),
 ]
 
 
@@ -207,14 +208,19 @@ def test_what_cannot_be_viewed_is_named():
     assert all(p.requires_grad for p in scripted.parameters())
 
 
-def test_padded_positions_do_not_depend_on_the_fast_path():
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(8)])
+def test_padded_positions_are_what_the_network_gives_when_it_is_used(norm):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-    module = nn.TransformerEncoder(layer, 2)
+    module = nn.TransformerEncoder(layer, 2, norm).eval()
     rows = torch.randn(3, 5, 8)
-    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
-    with torch.no_grad():
-        # in training mode torch takes no fast path
-        expected = module.train()(rows, src_key_padding_mask=padded)
-        actual = view(module)(rows, src_key_padding_mask=padded)
-    torch.testing.assert_close(actual, expected)
+    behind = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    before = behind.flip(1)
+    opened = view(module)
+    for padded in (behind, before, None):
+        with torch.no_grad():
+            expected = module(rows, src_key_padding_mask=padded)
+            actual = opened(rows, src_key_padding_mask=padded)
+            torch.testing.assert_close(actual, expected)
+        # the same with gradients, where torch takes another path
+        torch.testing.assert_close(opened(rows, src_key_padding_mask=padded), expected)
