@@ -23,6 +23,12 @@ class Drawing(TorchDispatchMode):
         self.first = generator
         self.drawn = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # else the first operator imports the compiler, which takes a second and more; views are
+        # never compiled
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
