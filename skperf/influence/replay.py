@@ -1,0 +1,575 @@
+"""Influence through a training run: the derivative of the whole run, by going back through it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skperf.backbone.parameters import substituted
+from skperf.backbone.progress import track
+from skperf.backbone.rows import Rows
+from skperf.backbone.training_run import (
+    Run,
+    Step,
+    Trainer,
+    floating_buffers,
+    split_state,
+    states_between,
+)
+from skperf.backbone.views import own_copy
+from skperf.influence.replay_products import BATCH_NORM, Differentiator
+from skperf.influence.replay_steps import (
+    BACK,
+    HYPERPARAMETERS,
+    Adjoint,
+    Moment,
+    back_through_clipping,
+    dot,
+)
+from skperf.influence.replay_store import Shelf
+
+Value = Callable[[Tensor, Tensor], Tensor]
+Visited = tuple[int, Tensor, Tensor]  # a step, the state before it and the state after it
+_COPIES = 6  # of an adjoint that are alive at once while a step is gone back through
+_CACHED = 2**20  # bytes of adjoints that are worked on together
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What going back may use."""
+
+    memory: int = 2**30  # bytes
+    tolerance: float = 0.05  # relative error of each query's gradient in the common basis
+    folder: str | None = None  # where checkpoints are kept, if not in memory
+    verbose: int = 0
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """Derivatives of what was asked about, for each of m directions or queries."""
+
+    rows: Tensor  # (m, n), by the weights of the training rows
+    hyperparameters: dict[str, Tensor]  # (m,) each
+    labels: Tensor | None = None  # (m, n, K), by the shares of their labels
+
+    def combined(self, coefficients: Tensor) -> "Derivative":
+        """Give queries their sums of directions: coefficients (q, m)."""
+        labels = self.labels
+        if labels is not None:
+            labels = torch.tensordot(coefficients, labels, dims=1)
+        named = {name: coefficients @ value for name, value in self.hyperparameters.items()}
+        return Derivative(coefficients @ self.rows, named, labels)
+
+
+# The way back ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Pass:
+    """How far the way back has come, for each of m directions; the tensors change in place."""
+
+    adjoints: list[Adjoint]  # the directions in pieces, each small enough for the cache
+    rows: Tensor  # (n, m)
+    hyperparameters: dict[str, Tensor]  # (m,) each; empty where not asked about
+    labels: Tensor | None = None  # (n, m, K)
+
+    @classmethod
+    def start(
+        cls, run: Run, directions: Tensor, *, hyperparameters: bool, n_labels: int | None
+    ) -> "Pass":
+        """Start from gradients by the last weights and buffers: directions (m, p)."""
+        assert run.data is not None
+        n, m = len(run.data), len(directions)
+        size = max(4, _CACHED // (directions.shape[1] * directions.element_size()))
+        pieces = [adjoint_of(run, part) for part in directions.split(size)]
+        named = {name: directions.new_zeros(m) for name in HYPERPARAMETERS if hyperparameters}
+        labels = None if n_labels is None else directions.new_zeros(n, m, n_labels)
+        return cls(pieces, directions.new_zeros(n, m), named, labels)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, by name, to be kept or restored."""
+        adjoints = {
+            f"adjoint.{k}.{i}": tensor
+            for k, adjoint in enumerate(self.adjoints)
+            for i, tensor in enumerate(adjoint.tensors)
+        }
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return {**adjoints, "rows": self.rows, **self.hyperparameters, **labels}
+
+    def derivative(self) -> Derivative:
+        """What the steps gone back through give."""
+        labels = None if self.labels is None else self.labels.transpose(0, 1)
+        return Derivative(self.rows.T, self.hyperparameters, labels)
+
+
+def go_back(run: Run, state: Pass, visited: Iterator[Visited]) -> Iterator[int]:
+    """Go back step by step, adding each one's share; gives the step's number once it is done."""
+    assert run.data is not None
+    module = own_copy(run.module)
+    differentiator = Differentiator(run, module, labels=state.labels is not None)
+    masks = [run.masks.get(name) for name in run.names]
+    for t, first, last in visited:
+        step = run.steps[t]
+        before, after = split_state(run, module, first), split_state(run, module, last)
+        taken = differentiator.take(step, before.parameters, before.buffers, run.data.weights)
+        raw = [
+            gradient.detach() if mask is None else gradient.detach() * mask
+            for gradient, mask in zip(taken.gradients, masks, strict=True)
+        ]
+        moment = Moment(before, after, _clipped(raw, run.max_norm), t + 1)
+        rows, start = step.rows.long(), 0
+        for adjoint in state.adjoints:
+            part = slice(start, start + len(adjoint.parameters[0]))
+            start = part.stop
+            _mask(adjoint.parameters, masks)
+            towards = _towards(run, step, adjoint, moment, state.hyperparameters, part)
+            if run.max_norm is not None:
+                towards = back_through_clipping(towards, raw, run.max_norm)
+            _mask(towards, masks)
+            pulled = taken.pull(towards, adjoint.buffers)
+            torch._foreach_add_(adjoint.parameters, pulled.parameters)
+            if pulled.buffers:
+                torch._foreach_copy_(adjoint.buffers, pulled.buffers)
+            state.rows[:, part].index_add_(0, rows, pulled.rows.T)
+            if state.labels is not None and pulled.labels is not None:
+                state.labels[:, part].index_add_(0, rows, pulled.labels.transpose(0, 1))
+        yield t
+
+
+def _towards(
+    run: Run,
+    step: Step,
+    adjoint: Adjoint,
+    moment: Moment,
+    named: dict[str, Tensor],
+    part: slice,
+) -> list[Tensor]:
+    """Go back through the optimizer, to the gradients it took: (m, ...) each."""
+    towards = list(adjoint.parameters)
+    places = {name: i for i, name in enumerate(run.names)}
+    for names, settings, base in zip(run.groups, step.settings, run.base_lr, strict=True):
+        group = [places[name] for name in names]
+        if named and settings["lr"] and base:
+            # every rule moves the weights in proportion to the rate, and schedules scale its base
+            moves = [moment.after.parameters[i] - moment.before.parameters[i] for i in group]
+            named["lr"][part] += dot([adjoint.parameters[i] for i in group], moves) / base
+        back, along = BACK[run.optimizer](adjoint, group, settings, moment, bool(named))
+        if along is not None:
+            named["weight_decay"][part] += along
+        for i, toward in zip(group, back, strict=True):
+            towards[i] = toward
+    return towards
+
+
+def _mask(tensors: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
+    for tensor, mask in zip(tensors, masks, strict=True):
+        if mask is not None:
+            tensor.mul_(mask)
+
+
+def _clipped(gradients: Sequence[Tensor], max_norm: float | None) -> list[Tensor]:
+    if max_norm is None:
+        return list(gradients)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [gradient * factor for gradient in gradients]
+
+
+# States on the way ------------------------------------------------------------------------------
+
+
+def visit_backwards(run: Run, budget: Budget, shelf: Shelf | None = None, last: int | None = None
+) -> Iterator[Visited]:
+    """Give the states around every step, last step first, within a budget of memory."""
+    n_steps = len(run.steps) if last is None else last
+    if run.states is not None:
+        for t in range(n_steps - 1, -1, -1):
+            yield t, run.states[t], run.states[t + 1]
+        return
+    trainer = Trainer(run)
+    start = trainer.state()
+    size = start.numel() * start.element_size()
+    n_slots = max(0, budget.memory // 2 // size)
+    if n_slots < 4:
+        raise ValueError(
+            f"memory_budget={budget.memory} is too small: one state of this run (weights, "
+            f"optimizer, buffers) has {size} bytes and at least 4 must fit into half of it; "
+            f"needed are {8 * size} bytes."
+        )
+    yield from _between(trainer, start, 0, n_steps, n_slots, shelf)
+
+
+def _between(
+    trainer: Trainer, start: Tensor, first: int, last: int, n_slots: int, shelf: Shelf | None
+) -> Iterator[Visited]:
+    if last - first < n_slots:
+        states = list(states_between(trainer, start, first, last))
+        while len(states) > 1:
+            after = states.pop()
+            yield first + len(states) - 1, states[-1], after
+        return
+    length, left = _segment(last - first, n_slots, on_disk=shelf is not None)
+    starts = list(range(first, last, length))
+    kept: Any = {} if shelf is None else shelf
+    missing = [t for t in starts if t not in kept]
+    if missing:
+        known = [t for t in starts if t < missing[0]]
+        at, state = (known[-1], kept[known[-1]]) if known else (first, start)
+        wanted = set(missing)
+        for t, one in enumerate(states_between(trainer, state, at, missing[-1]), at):
+            if t in wanted:
+                kept[t] = one
+    for at in reversed(starts):
+        # only the outermost checkpoints are worth a place on disk
+        yield from _between(trainer, kept[at], at, min(at + length, last), left, None)
+        del kept[at]
+
+
+def _segment(n_steps: int, n_slots: int, *, on_disk: bool) -> tuple[int, int]:
+    """Length of the segments between checkpoints, and the slots left inside one."""
+    if on_disk:
+        return max(1, min(n_slots - 1, round(n_steps**0.5))), n_slots
+    for n_pieces in range(2, n_slots):
+        length = -(-n_steps // n_pieces)
+        if length + 1 + n_pieces <= n_slots:
+            return length, n_slots - n_pieces
+    # one more pass over the steps for every level of checkpoints within checkpoints
+    n_pieces = max(2, n_slots // 2)
+    return -(-n_steps // n_pieces), max(2, n_slots - n_pieces)
+
+
+# What is asked about ----------------------------------------------------------------------------
+
+
+def query_gradients(
+    run: Run, end: Tensor, inputs: Rows, targets: Tensor, value: Value | None = None
+) -> Tensor:
+    """Gradients of each query's value at the end of the run: (q, ...), (q, ...) -> (q, p)."""
+    module = _at_end(run, end)
+    state = split_state(run, module, end)
+    names = run.names
+    leaves = [*state.parameters, *state.buffers]
+    of = run.loss.value if value is None else value
+
+    def one(tensors: list[Tensor], row: Any, target: Tensor) -> Tensor:
+        given = dict(zip(names, tensors, strict=False))
+        with _with_statistics(module, tensors[len(names) :]), substituted(module, given):
+            outputs = run.compute(module, Rows.of(row))
+        return of(outputs, target)[0]
+
+    rows = inputs.load()
+    pieces = []
+    for start in range(0, len(rows), 64):
+        part = slice(start, start + 64)
+        pieces.append(_each(one, leaves, rows[part].map(lambda leaf: leaf[:, None]), targets[part]))
+    return torch.cat(pieces)
+
+
+def _each(one: Callable[..., Tensor], leaves: list[Tensor], rows: Rows, targets: Tensor) -> Tensor:
+    try:
+        per_row = torch.func.vmap(torch.func.grad(one), (None, 0, 0))
+        gradients = per_row(leaves, rows.tree, targets[:, None])
+        return torch.cat([gradient.reshape(len(targets), -1) for gradient in gradients], 1)
+    except RuntimeError:  # layers that vmap has no rule for
+        results = []
+        for i in range(len(targets)):
+            own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+            with torch.enable_grad():
+                value = one(own, rows.map(lambda leaf, i=i: leaf[i]).tree, targets[i : i + 1])
+            found = torch.autograd.grad(value, own, materialize_grads=True, allow_unused=True)
+            results.append(torch.cat([gradient.reshape(-1) for gradient in found]))
+        return torch.stack(results)
+
+
+def mean_gradient(
+    run: Run, end: Tensor, inputs: Rows, targets: Tensor, value: Value | None = None
+) -> Tensor:
+    """Gradient of the queries' mean value at the end of the run: -> (1, p)."""
+    module = _at_end(run, end)
+    state = split_state(run, module, end)
+    leaves = [t.detach().clone().requires_grad_() for t in [*state.parameters, *state.buffers]]
+    of = run.loss.value if value is None else value
+    given = dict(zip(run.names, leaves, strict=False))
+    total = torch.zeros_like(leaves[0].flatten()[:1])
+    for start in range(0, len(inputs), 256):
+        part = slice(start, start + 256)
+        with (
+            torch.enable_grad(),
+            _with_statistics(module, leaves[len(run.names) :]),
+            substituted(module, given),
+        ):
+            values = of(run.compute(module, inputs[part].load()), targets[part])
+        found = torch.autograd.grad(
+            values.sum() / len(inputs), leaves, materialize_grads=True, allow_unused=True
+        )
+        total = total + torch.cat([gradient.reshape(-1) for gradient in found])
+    return total[None]
+
+
+def _at_end(run: Run, end: Tensor) -> nn.Module:
+    module = own_copy(run.module)
+    state = split_state(run, module, end)
+    for own, value in zip(floating_buffers(module).values(), state.buffers, strict=True):
+        own.copy_(value)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval()
+
+
+class _with_statistics:
+    """Let batch normalisation in evaluation mode be differentiable by its running statistics."""
+
+    def __init__(self, module: nn.Module, buffers: Sequence[Tensor]) -> None:
+        where = {id(own): i for i, own in enumerate(floating_buffers(module).values())}
+        self.parts = [
+            (part, buffers[where[id(part.running_mean)]], buffers[where[id(part.running_var)]])
+            for part in module.modules()
+            if isinstance(part, BATCH_NORM) and part.running_mean is not None
+        ]
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for part, mean, variance in self.parts:
+
+            def normalised(
+                part: Any, args: Any, output: Tensor, mean: Tensor = mean, var: Tensor = variance
+            ) -> Tensor:
+                shape = (1, -1, *[1] * (output.ndim - 2))
+                result = (args[0] - mean.view(shape)) / (var.view(shape) + part.eps).sqrt()
+                if part.weight is not None:
+                    result = result * part.weight.view(shape) + part.bias.view(shape)
+                return result
+
+            self.handles.append(part.register_forward_hook(normalised))
+
+    def __exit__(self, *raised: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A few directions that the gradients of many queries lie in."""
+
+    directions: Tensor  # (m, p)
+    coefficients: Tensor  # (q, m)
+    error: float  # largest relative error of a query's gradient
+
+
+def basis_of(gradients: Tensor, tolerance: float) -> Basis:
+    """Find the fewest directions that leave no query a larger relative error: (q, p)."""
+    norms = gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
+    # every query counts alike, however small its gradient: its scores are read by themselves
+    unit = gradients / norms[:, None]
+    gram = (unit @ unit.T).double()
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    left = (gram.diagonal()[:, None] - (vectors.square() * values).cumsum(1)).clamp_min(0)
+    errors = left.sqrt().amax(0)
+    enough = (errors <= tolerance).nonzero()
+    m = int(enough[0]) + 1 if len(enough) else len(values)
+    if tolerance == 0 or m >= len(gradients):
+        eye = torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device)
+        return Basis(unit, eye * norms[:, None], 0.0)
+    roots = values[:m].sqrt()
+    directions = (vectors[:, :m] / roots).T.to(unit) @ unit
+    coefficients = (vectors[:, :m] * roots).to(unit) * norms[:, None]
+    return Basis(directions, coefficients, float(errors[m - 1]))
+
+
+def adjoint_of(run: Run, directions: Tensor) -> Adjoint:
+    """Start the way back from gradients by the last weights and buffers: (m, p)."""
+    module = run.module
+    named = dict(module.named_parameters())
+    own = [named[name] for name in run.names]
+    like = [*own, *floating_buffers(module).values()]
+    pieces = directions.split([tensor.numel() for tensor in like], 1)
+    shaped = [
+        piece.reshape(len(directions), *tensor.shape).clone()
+        for piece, tensor in zip(pieces, like, strict=True)
+    ]
+    parameters, buffers = shaped[: len(own)], shaped[len(own) :]
+    slots = [[torch.zeros_like(p) for p in parameters] for _ in run.slots]
+    return Adjoint(parameters, slots, buffers)
+
+
+# The fitted record --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """A run that has been held against its end, ready to be gone back through."""
+
+    run: Run
+    end: Tensor  # the last state (n_values,)
+    budget: Budget = Budget()
+    unit: str = "loss"
+
+    @property
+    def n_train(self) -> int:
+        """Number of training rows."""
+        assert self.run.data is not None
+        return len(self.run.data)
+
+    def influence(
+        self,
+        inputs: Rows,
+        targets: Tensor,
+        *,
+        value: Value | None = None,
+        aggregate: bool = False,
+    ) -> Tensor:
+        """How much each query's loss would rise without each training row: -> (q, n)."""
+        found = self.derivative(inputs, targets, value=value, aggregate=aggregate)
+        assert self.run.data is not None
+        weights = self.run.data.weights
+        return -found.rows if weights is None else -found.rows * weights.to(found.rows)
+
+    def label_influence(self, inputs: Rows, targets: Tensor, n_classes: int) -> Tensor:
+        """How much each query's loss would rise if a row had another label: -> (q, n, K)."""
+        found = self.derivative(inputs, targets, n_labels=n_classes)
+        assert found.labels is not None
+        return found.labels
+
+    def hyperparameter_gradient(self, inputs: Rows, targets: Tensor) -> dict[str, Tensor]:
+        """Derivatives of each query's loss by the run's settings: -> (q,) each."""
+        return self.derivative(inputs, targets, hyperparameters=True).hyperparameters
+
+    def derivative(
+        self,
+        inputs: Rows,
+        targets: Tensor,
+        *,
+        value: Value | None = None,
+        hyperparameters: bool = False,
+        n_labels: int | None = None,
+        aggregate: bool = False,
+    ) -> Derivative:
+        """Everything that is asked of one pass back: inputs (q, ...), targets (q, ...)."""
+        basis = self.basis(inputs, targets, value=value, aggregate=aggregate)
+        asked = {"hyperparameters": hyperparameters, "n_labels": n_labels}
+        parts = [
+            self.back(directions, **asked) for directions in basis.directions.split(self.at_once)
+        ]
+        return _joined(parts).combined(basis.coefficients)
+
+    def basis(
+        self, inputs: Rows, targets: Tensor, *, value: Value | None = None, aggregate: bool = False
+    ) -> "Basis":
+        """Gradients of the queries in a few directions: inputs (q, ...), targets (q, ...)."""
+        gradients = mean_gradient if aggregate else query_gradients
+        found = gradients(self.run, self.end, inputs, targets, value)
+        return basis_of(found, self.budget.tolerance)
+
+    @property
+    def at_once(self) -> int:
+        """Directions whose adjoints fit the memory together."""
+        one = self.end.numel() * self.end.element_size() * _COPIES
+        return max(1, self.budget.memory // 2 // one)
+
+    def back(
+        self, directions: Tensor, *, hyperparameters: bool = False, n_labels: int | None = None
+    ) -> Derivative:
+        """Go back from directions at the end: (m, p)."""
+        run, budget = self.run, self.budget
+        state = Pass.start(run, directions, hyperparameters=hyperparameters, n_labels=n_labels)
+        shelf, last = None, len(run.steps)
+        if budget.folder is not None:
+            shelf = Shelf(budget.folder, self.end, directions)
+            last = shelf.resume(state.tensors, last)
+        steps = go_back(run, state, visit_backwards(run, budget, shelf, last))
+        for t in track(steps, description="going back", total=last, verbose=budget.verbose):
+            if shelf is not None and t in shelf:
+                shelf.save_progress(t, state.tensors)
+        if shelf is not None:
+            shelf.clear()
+        return state.derivative()
+
+
+def _joined(parts: Sequence[Derivative]) -> Derivative:
+    names = parts[0].hyperparameters
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Derivative(
+        torch.cat([part.rows for part in parts]),
+        {name: torch.cat([part.hyperparameters[name] for part in parts]) for name in names},
+        torch.cat(labels) if labels else None,
+    )
+
+
+def replayed(run: Run, budget: Budget | None = None, *, check: bool = True) -> Replayed:
+    """Hold a run against its end: trained again, it must arrive where it did."""
+    budget = Budget() if budget is None else budget
+    if run.states is not None:
+        return Replayed(run, run.states[-1], budget)
+    if run.end is not None and not check:
+        return Replayed(run, run.end, budget)
+    trainer = Trainer(run)
+    assert run.data is not None
+    for _ in track(run.steps, description="replaying", verbose=budget.verbose):
+        trainer.step(run.data.weights)
+    end = trainer.state()
+    if run.end is not None and not _reproduces(end, run.end):
+        worst = float((end - run.end).abs().max())
+        raise ValueError(
+            f"run does not reproduce its end: trained again it arrives {worst:.3g} away from the "
+            "fitted weights. Its rows, their order, the initial weights, the loss or the "
+            "optimizer differ from what was recorded, gradients were changed between backward "
+            "and step (clipping is given as max_norm=...), or a layer is not deterministic."
+        )
+    return Replayed(run, end, budget)
+
+
+def _reproduces(end: Tensor, recorded: Tensor) -> bool:
+    return torch.equal(end, recorded)
+
+
+def smoothness(
+    fitted: Replayed,
+    inputs: Rows,
+    targets: Tensor,
+    *,
+    n_directions: int = 2,
+    size: float = 0.1,
+    seed: int = 0,
+) -> float:
+    """Cosine between predicted and actual changes of the queries when rows are reweighted.
+
+    Shapes: inputs (q, ...), targets (q, ...).
+    """
+    run = fitted.run
+    assert run.data is not None
+    n = len(run.data)
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (n_directions, n), generator=generator) * 2 - 1
+    like = fitted.end.new_ones(n) if run.data.weights is None else run.data.weights.to(fitted.end)
+    moves = signs.to(like) * like * size
+    predicted = fitted.derivative(inputs, targets).rows @ moves.T
+    actual = torch.stack(
+        [
+            (_retrained(run, like + move, inputs, targets) - _retrained(run, like - move, inputs, targets)) / 2
+            for move in moves
+        ],
+        1,
+    )
+    return float(torch.nn.functional.cosine_similarity(predicted.flatten(), actual.flatten(), 0))
+
+
+def _retrained(run: Run, weights: Tensor, inputs: Rows, targets: Tensor) -> Tensor:
+    trainer = Trainer(run)
+    for _ in run.steps:
+        trainer.step(weights)
+    return losses_at(run, trainer.module, inputs, targets)
+
+
+def losses_at(run: Run, module: nn.Module, inputs: Rows, targets: Tensor) -> Tensor:
+    """Plain losses of rows, the module in evaluation mode: (q, ...), (q, ...) -> (q,)."""
+    module.eval()
+    with torch.no_grad():
+        parts = [
+            run.loss.value(run.compute(module, inputs[i : i + 256].load()), targets[i : i + 256])
+            for i in range(0, len(inputs), 256)
+        ]
+    return torch.cat(parts)

@@ -1,0 +1,498 @@
+"""Second derivatives of one step's loss, along many directions at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from skperf.backbone.losses import CrossEntropy, Loss
+from skperf.backbone.parameters import substituted
+from skperf.backbone.rows import Rows
+from skperf.backbone.training_run import Run, Step, drawing, floating_buffers
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What comes back through the gradient of a step's loss, for each of m directions."""
+
+    parameters: list[Tensor]  # (m, ...) each, Hessian times direction
+    rows: Tensor  # (m, b), by the weights of the batch's rows
+    buffers: list[Tensor]  # (m, ...) each
+    labels: Tensor | None = None  # (m, b, K), by the shares of the labels
+
+
+class Taken(Protocol):
+    """A step's loss, differentiated once."""
+
+    gradients: list[Tensor]
+
+    def pull(self, towards: Sequence[Tensor], buffers: Sequence[Tensor]) -> Pulled:
+        """Differentiate the gradients and new buffers along directions (m, ...)."""
+
+
+class Differentiator:
+    """Differentiates the steps of a run in a copy of its network that is ours alone."""
+
+    def __init__(self, run: Run, module: nn.Module, *, labels: bool = False) -> None:
+        self.run, self.module, self.labels = run, module, labels
+        module.train()
+        named = dict(module.named_parameters())
+        for parameter in named.values():
+            parameter.requires_grad_(False)
+        self.own_buffers = list(floating_buffers(module).values())
+        self.norms = [
+            part
+            for part in module.modules()
+            if isinstance(part, BATCH_NORM) and part.running_mean is not None
+        ]
+        convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
+        # batched convolution kernels are slower than one direction after another
+        self.one_by_one = convolves
+        self.chain: Chain | None = None
+        self.tried = False
+
+    def take(
+        self,
+        step: Step,
+        parameters: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        weights: Tensor | None,
+    ) -> Taken:
+        """Differentiate a step's loss at given weights, once: weights (n,)."""
+        run = self.run
+        assert run.data is not None
+        inputs, targets = run.data.batch(step)
+        shares = torch.ones(len(targets), dtype=parameters[0].dtype, device=targets.device)
+        if weights is not None:
+            shares = weights[step.rows.long()].to(shares)
+        if not self.tried:
+            self.tried = True
+            self.chain = self._checked_chain(step, inputs, targets, parameters, shares)
+        # after the trial, whose forwards write to them
+        for own, value in zip(self.own_buffers, buffers, strict=True):
+            own.copy_(value)
+        if self.chain is not None:
+            with drawing(step.stream):
+                return self.chain.take(inputs, targets, parameters, shares)
+        return self._twice(step, inputs, targets, parameters, shares)
+
+    def _twice(
+        self,
+        step: Step,
+        inputs: Rows,
+        targets: Tensor,
+        parameters: Sequence[Tensor],
+        shares: Tensor,
+    ) -> "Twice":
+        run = self.run
+        leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+        shares = shares.detach().requires_grad_()
+        seen: dict[nn.Module, Tensor] = {}
+        handles = [
+            norm.register_forward_pre_hook(lambda part, args: seen.update({part: args[0]}))
+            for norm in self.norms
+        ]
+        try:
+            with (
+                torch.enable_grad(),
+                drawing(step.stream),
+                # fused attention has no second derivative
+                sdpa_kernel(SDPBackend.MATH),
+                substituted(self.module, dict(zip(run.names, leaves, strict=True))),
+            ):
+                momenta = [_momentum(norm) for norm in self.norms]
+                outputs = run.compute(self.module, inputs)
+                losses = _weighted(run.loss, outputs, targets)
+                relabelled = None
+                if self.labels:
+                    relabelled = losses.new_zeros(*outputs.shape).requires_grad_()
+                    losses = losses + _of_other_labels(run.loss, outputs, losses, relabelled)
+                total = (losses * shares).mean()
+                gradients = torch.autograd.grad(
+                    total, leaves, create_graph=True, materialize_grads=True
+                )
+                statistics = [
+                    (momentum, *_batch_statistics(seen[norm]))
+                    for norm, momentum in zip(self.norms, momenta, strict=True)
+                ]
+        finally:
+            for handle in handles:
+                handle.remove()
+        sources = [*leaves, shares] + ([] if relabelled is None else [relabelled])
+        return Twice(
+            list(gradients), sources, statistics, self._places(), len(leaves), self.one_by_one
+        )
+
+    def _places(self) -> list[tuple[int, int]]:
+        where = {id(buffer): i for i, buffer in enumerate(self.own_buffers)}
+        return [(where[id(n.running_mean)], where[id(n.running_var)]) for n in self.norms]
+
+    def _checked_chain(
+        self,
+        step: Step,
+        inputs: Rows,
+        targets: Tensor,
+        parameters: Sequence[Tensor],
+        shares: Tensor,
+    ) -> "Chain | None":
+        """Find a plain chain of layers, and hold its products against autograd's."""
+        if self.labels and not isinstance(self.run.loss, CrossEntropy):
+            return None
+        with drawing(step.stream):
+            links = find_chain(self.module, inputs, self.run)
+        if links is None:
+            return None
+        chain = Chain(links, self.module, self.run, labels=self.labels)
+        generator = torch.Generator().manual_seed(0)
+        towards = [
+            torch.randn(2, *p.shape, generator=generator, dtype=p.dtype).to(p) for p in parameters
+        ]
+        with drawing(step.stream):
+            quick = chain.take(inputs, targets, parameters, shares)
+        slow = self._twice(step, inputs, targets, parameters, shares)
+        ours, theirs = quick.pull(towards, []), slow.pull(towards, [])
+        pairs = [
+            *zip(quick.gradients, slow.gradients, strict=True),
+            *zip(ours.parameters, theirs.parameters, strict=True),
+            (ours.rows, theirs.rows),
+        ]
+        tolerance = 1e-3 if shares.dtype == torch.float32 else 1e-8
+        same = all(
+            _close(a.detach(), b.detach(), tolerance)
+            for a, b in pairs
+        )
+        return chain if same else None
+
+
+@dataclass(frozen=True)
+class Twice:
+    """A step's loss with the graph of its gradient."""
+
+    gradients: list[Tensor]
+    sources: list[Tensor]  # parameters, shares and, where asked for, shares of labels
+    statistics: list[tuple[float, Tensor, Tensor]]  # momentum, mean and variance of each norm
+    places: list[tuple[int, int]]  # of running mean and variance among the buffers
+    n_parameters: int
+    one_by_one: bool
+
+    def pull(self, towards: Sequence[Tensor], buffers: Sequence[Tensor]) -> Pulled:
+        """Differentiate the gradients and new buffers along directions (m, ...)."""
+        outputs, directions = list(self.gradients), list(towards)
+        before = [buffer.clone() for buffer in buffers]
+        for (momentum, mean, variance), (at_mean, at_variance) in zip(
+            self.statistics, self.places, strict=True
+        ):
+            outputs += [mean, variance]
+            directions += [momentum * buffers[at_mean], momentum * buffers[at_variance]]
+            before[at_mean] *= 1 - momentum
+            before[at_variance] *= 1 - momentum
+        kept = [i for i, output in enumerate(outputs) if output.requires_grad]
+        pull = partial(
+            torch.autograd.grad,
+            [outputs[i] for i in kept],
+            self.sources,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        directions = [directions[i] for i in kept]
+        m = len(towards[0])
+        if m == 1 or self.one_by_one:
+            parts = [pull(grad_outputs=[d[k] for d in directions]) for k in range(m)]
+            pulled = [torch.stack(column) for column in zip(*parts, strict=True)]
+        else:
+            pulled = list(pull(grad_outputs=directions, is_grads_batched=True))
+        n = self.n_parameters
+        return Pulled(
+            pulled[:n], pulled[n], before, pulled[n + 1] if len(pulled) > n + 1 else None
+        )
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    largest = float(theirs.abs().max())
+    return float((ours - theirs).abs().max()) <= tolerance * (largest + 1e-6)
+
+
+def _momentum(norm: Any) -> float:
+    if norm.momentum is not None:
+        return float(norm.momentum)
+    return 1.0 / (float(norm.num_batches_tracked) + 1)
+
+
+def _batch_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance as batch normalisation keeps them: inputs (n, c, ...) -> (c,), (c,)."""
+    axes = [axis for axis in range(inputs.ndim) if axis != 1]
+    return inputs.mean(axes), inputs.var(axes, unbiased=True)
+
+
+def _weighted(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    losses, own = loss.value(outputs, targets), loss.weights(targets)
+    return losses if own is None else losses * own
+
+
+def _of_other_labels(loss: Loss, outputs: Tensor, losses: Tensor, relabelled: Tensor) -> Tensor:
+    """What shares of other labels would add: outputs (n, K), relabelled (n, K) -> (n,)."""
+    n, k = outputs.shape
+    every = [
+        _weighted(loss, outputs, torch.full((n,), label, device=outputs.device))
+        for label in range(k)
+    ]
+    return ((torch.stack(every, 1) - losses[:, None]) * relabelled).sum(1)
+
+
+# Chains of layers -----------------------------------------------------------------------------
+
+Link = tuple[str, Any]
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.GELU,
+    nn.SiLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.Mish,
+    nn.Softplus,
+    nn.LeakyReLU,
+    nn.Softsign,
+    nn.LogSigmoid,
+    nn.Hardtanh,
+    nn.ReLU6,
+)
+
+
+def find_chain(module: nn.Module, inputs: Rows, run: Run) -> list[Link] | None:
+    """Watch one forward: linear layers and entrywise functions, each fed by the one before."""
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def seen(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append((part, args[0] if args else None, output))
+
+    leaves = [part for part in module.modules() if not list(part.children())]
+    handles = [part.register_forward_hook(seen) for part in leaves]
+    try:
+        with torch.no_grad():
+            outputs = run.compute(module, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not inputs.single or not calls or outputs.ndim != 2 or calls[-1][2] is not outputs:
+        return None
+    at, links = inputs.array, []
+    for part, own, output in calls:
+        same_values = (
+            isinstance(own, Tensor)
+            and own.data_ptr() == at.data_ptr()
+            and own.numel() == at.numel()
+            and own.ndim == 2
+            and own.is_contiguous()
+        )
+        if not isinstance(output, Tensor) or not same_values:
+            return None
+        if type(part) is nn.Linear:
+            links.append(("linear", part))
+        elif isinstance(part, nn.modules.dropout._DropoutNd) and type(part) is nn.Dropout:
+            links.append(("dropout", part))
+        elif type(part) in _ELEMENTWISE and not getattr(part, "inplace", False):
+            links.append(("entrywise", part))
+        elif type(part) not in (nn.Identity, nn.Flatten):
+            return None
+        at = output
+    linear = [part for kind, part in links if kind == "linear"]
+    names = {name for name, parameter in module.named_parameters()}
+    trained = {id(module.get_parameter(name)) for name in run.names}
+    covered = {id(p) for part in linear for p in part.parameters()}
+    # every parameter of every layer trains, and none twice
+    whole = len(set(map(id, linear))) == len(linear) and covered == trained
+    return links if whole and len(names) == len(run.names) and linear else None
+
+
+class Chain:
+    """Products with the Hessian of a chain: a few matrix products a layer for all directions."""
+
+    # Directions stand beside one another as (b, m, width), so that every product is one large
+    # matrix product, never a batch of small ones.
+    def __init__(
+        self, links: Sequence[Link], module: nn.Module, run: Run, *, labels: bool = False
+    ) -> None:
+        self.links, self.loss, self.labels = list(links), run.loss, labels
+        self.place = {id(module.get_parameter(name)): i for i, name in enumerate(run.names)}
+        self.first = next(i for i, (kind, _) in enumerate(links) if kind == "linear")
+
+    def indices(self, linear: nn.Linear) -> tuple[int, int | None]:
+        """Where a layer's weight and bias stand among the parameters."""
+        bias = None if linear.bias is None else self.place[id(linear.bias)]
+        return self.place[id(linear.weight)], bias
+
+    def take(
+        self, inputs: Rows, targets: Tensor, parameters: Sequence[Tensor], shares: Tensor
+    ) -> "ChainTaken":
+        """Run forwards and back once."""
+        at = inputs.array.flatten(1)
+        passed: list[tuple[Tensor, Tensor | None]] = []
+        for kind, part in self.links:
+            if kind == "linear":
+                weight, bias = self.indices(part)
+                passed.append((at, None))
+                offset = None if bias is None else parameters[bias]
+                at = functional.linear(at, parameters[weight], offset)
+            elif kind == "dropout":
+                kept = functional.dropout(torch.ones_like(at), part.p)
+                passed.append((kept, None))
+                at = at * kept
+            else:
+                at, first, second = _entrywise(part, at)
+                passed.append((first, second))
+        own = self.loss.weights(targets)
+        unit = torch.full_like(shares, 1 / len(shares)) if own is None else own / len(shares)
+        slope = self.loss.slope(at, targets)
+        slopes: list[Tensor] = [at] * len(self.links)
+        gradients = [torch.empty(0)] * len(parameters)
+        back = slope * (unit * shares)[:, None]
+        for i in range(len(self.links) - 1, self.first - 1, -1):
+            kind, part = self.links[i]
+            slopes[i] = back  # by what this link returns
+            if kind == "linear":
+                weight, bias = self.indices(part)
+                gradients[weight] = back.T @ passed[i][0]
+                if bias is not None:
+                    gradients[bias] = back.sum(0)
+                if i > self.first:
+                    back = back @ parameters[weight]
+            else:
+                back = back * passed[i][0]
+        return ChainTaken(
+            gradients, self, parameters, passed, slopes, at, targets, unit, shares, slope
+        )
+
+
+@dataclass(frozen=True)
+class ChainTaken:
+    """A step's loss with what its chain passed on and handed back."""
+
+    gradients: list[Tensor]
+    chain: Chain
+    weights: Sequence[Tensor]
+    passed: list[tuple[Tensor, Tensor | None]]  # inputs, or first and second derivatives
+    slopes: list[Tensor]  # (b, width), by what each link returns
+    outputs: Tensor  # (b, K)
+    targets: Tensor
+    unit: Tensor  # (b,), of a row of weight 1 in the loss
+    shares: Tensor  # (b,), the rows' weights
+    slope: Tensor  # (b, K), of each row's own loss
+
+    def pull(self, towards: Sequence[Tensor], buffers: Sequence[Tensor]) -> Pulled:
+        """Differentiate the gradients along directions (m, ...)."""
+        moved, through = self._forwards(towards)
+        curved = self._curved(moved)
+        result = self._backwards(towards, curved, through)
+        rows = torch.bmm(moved, (self.slope * self.unit[:, None])[:, :, None])[:, :, 0].T
+        labels = self._labels(moved) if self.chain.labels else None
+        return Pulled(result, rows, [], labels)
+
+    def _forwards(self, towards: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Move the outputs along the directions: -> (b, m, K), and what reached each link."""
+        moving: Tensor | None = None
+        through: list[Tensor | None] = []
+        m = len(towards[0])
+        for (kind, part), (own, second) in zip(self.chain.links, self.passed, strict=True):
+            through.append(moving)
+            if kind == "linear":
+                weight, bias = self.chain.indices(part)
+                flat = towards[weight].reshape(-1, own.shape[1])  # (m * out, in)
+                if bias is None:
+                    moved = own @ flat.T
+                else:
+                    moved = torch.addmm(towards[bias].reshape(-1), own, flat.T)
+                if moving is not None:
+                    moved = moved.view(-1, part.out_features)
+                    moved.addmm_(moving.view(-1, part.in_features), self.weights[weight].T)
+                moving = moved.view(len(own), m, -1)
+            elif moving is not None:
+                # kept where a second derivative will ask for it
+                moving = moving.mul_(own[:, None]) if second is None else moving * own[:, None]
+        assert moving is not None
+        return moving, through
+
+    def _curved(self, moved: Tensor) -> Tensor:
+        """Multiply by the loss's Hessian at the outputs: (b, m, K) -> (b, m, K)."""
+        scale = self.unit * self.shares
+        loss = self.chain.loss
+        if isinstance(loss, CrossEntropy) and not self.targets.is_floating_point():
+            share = self.outputs.softmax(1)
+            if bool((self.targets == loss.ignore_index).any()):
+                scale = scale * (self.targets != loss.ignore_index)
+            centred = moved - torch.bmm(moved, share[:, :, None])
+            return centred * (share * scale[:, None])[:, None]
+        hessian = loss.hessian(self.outputs, self.targets) * scale[:, None, None]
+        return moved @ hessian
+
+    def _backwards(
+        self, towards: Sequence[Tensor], back: Tensor, through: list[Tensor | None]
+    ) -> list[Tensor]:
+        chain, m = self.chain, len(towards[0])
+        result = [torch.empty(0)] * len(towards)
+        for i in range(len(chain.links) - 1, chain.first - 1, -1):
+            (kind, part), (own, second), moving = chain.links[i], self.passed[i], through[i]
+            if kind != "linear":
+                back.mul_(own[:, None])
+                if second is not None and moving is not None:
+                    back.addcmul_(moving, (self.slopes[i] * second)[:, None])
+                continue
+            weight, bias = chain.indices(part)
+            b, slopes = len(own), self.slopes[i]
+            product = (back.view(b, -1).T @ own).view(m, part.out_features, -1)
+            if moving is not None:
+                product += (slopes.T @ moving.view(b, -1)).view(part.out_features, m, -1).transpose(0, 1)
+            result[weight] = product
+            if bias is not None:
+                result[bias] = back.sum(0)
+            if i > chain.first:
+                turned = towards[weight].transpose(0, 1).reshape(part.out_features, -1)
+                further = (slopes @ turned).view(-1, part.in_features)
+                further.addmm_(back.view(-1, part.out_features), self.weights[weight])
+                back = further.view(b, m, -1)
+        return result
+
+    def _labels(self, moved: Tensor) -> Tensor:
+        loss = self.chain.loss
+        assert isinstance(loss, CrossEntropy)
+        k = self.outputs.shape[1]
+        share = self.outputs.softmax(1) - loss.label_smoothing / k
+        every = torch.bmm(moved, share[:, :, None]) - (1 - loss.label_smoothing) * moved
+        weight = None if loss.weight is None else loss.weight.to(every)
+        if weight is not None:
+            every = every * weight
+        own = every.gather(2, self.targets[:, None, None].expand(-1, every.shape[1], 1))
+        # the class weight of the row's own label is in `every` already
+        return ((every - own) * (self.shares / len(self.shares))[:, None, None]).transpose(0, 1)
+
+
+def _entrywise(part: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Apply an entrywise function: -> its values, first and second derivatives (None for zero)."""
+    if type(part) is nn.ReLU:
+        outputs = inputs.relu()
+        return outputs, (outputs > 0).to(inputs), None
+    if type(part) is nn.Tanh:
+        outputs = inputs.tanh()
+        first = 1 - outputs * outputs
+        return outputs, first, -2 * outputs * first
+    if type(part) is nn.Sigmoid:
+        outputs = inputs.sigmoid()
+        first = outputs * (1 - outputs)
+        return outputs, first, first * (1 - 2 * outputs)
+    with torch.enable_grad():
+        leaf = inputs.detach().requires_grad_()
+        outputs = part(leaf)
+        (first,) = torch.autograd.grad(outputs.sum(), leaf, create_graph=True)
+        if not first.requires_grad:
+            return outputs.detach(), first, None
+        (second,) = torch.autograd.grad(first.sum(), leaf)
+    return outputs.detach(), first.detach(), second

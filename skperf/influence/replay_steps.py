@@ -1,0 +1,146 @@
+"""Steps of optimizers, gone back through by hand.
+
+An adjoint is the derivative of what is asked about by a state of the run; there are as many as
+there are directions asked about, stacked along the first axis.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skperf.backbone.training_run import Settings, State
+
+# what a row's hyper-parameters' gradient is reported for
+HYPERPARAMETERS = ("lr", "weight_decay")
+
+
+@dataclass
+class Adjoint:
+    """Derivatives by the state after a step; each tensor (m, ...) has the state's own shape."""
+
+    parameters: list[Tensor]
+    slots: list[list[Tensor]]
+    buffers: list[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        return [*self.parameters, *(t for slot in self.slots for t in slot), *self.buffers]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the way back through one step reads of the way there."""
+
+    before: State
+    after: State
+    gradients: list[Tensor]  # as the optimizer took them
+    count: int  # steps taken, this one included
+
+    def slopes(self, i: int, rate: float, correction: float, eps: float) -> tuple[Tensor, Tensor]:
+        """Derivatives of one weight's move by Adam's two averages: each as the weight (...)."""
+        mean, square = self.after.slots[0][i], self.after.slots[1][i]
+        root = square.sqrt()
+        denominator = root / correction + eps
+        # where the square is zero so is the mean, and the weight has not moved
+        slope = torch.where(root > 0, mean / (denominator.square() * root), 0.0)
+        return -rate / denominator, slope * (rate / (2 * correction))
+
+
+def dot(adjoints: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Inner products of stacked tensors with single ones: (m, ...), (...) -> (m,)."""
+    products = [a.flatten(1) @ v.reshape(-1) for a, v in zip(adjoints, values, strict=True)]
+    return torch.stack(products).sum(0)
+
+
+def back_through_sgd(
+    adjoint: Adjoint, which: Sequence[int], settings: Settings, moment: Moment, by_decay: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    """Derivatives by the gradients of some parameters and, where asked for, by the weight decay.
+
+    The adjoint becomes that of the state before, up to what goes through the gradients.
+    """
+    lr, momentum, decay = settings["lr"], settings["momentum"], settings["weight_decay"]
+    damped = 1.0 if moment.count == 1 else 1 - settings["dampening"]
+    own = [adjoint.parameters[i] for i in which]
+    if momentum:
+        buffers = [adjoint.slots[0][i] for i in which]
+        scale = -lr * (momentum if settings["nesterov"] else 1.0)
+        torch._foreach_add_(buffers, own, alpha=scale)
+        towards = torch._foreach_mul(buffers, damped)
+        if settings["nesterov"]:
+            torch._foreach_add_(towards, own, alpha=-lr)
+        torch._foreach_mul_(buffers, 0.0 if moment.count == 1 else momentum)
+    else:
+        towards = torch._foreach_mul(own, -lr)
+    along = dot(towards, [moment.before.parameters[i] for i in which]) if by_decay else None
+    if decay:
+        torch._foreach_add_(own, towards, alpha=decay)
+    if settings["maximize"]:
+        torch._foreach_neg_(towards)
+    return list(towards), along
+
+
+def back_through_adam(
+    adjoint: Adjoint, which: Sequence[int], settings: Settings, moment: Moment, by_decay: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    """Derivatives by the gradients of some parameters and, where asked for, by the weight decay.
+
+    The adjoint becomes that of the state before, up to what goes through the gradients.
+    """
+    lr, decay, (beta1, beta2) = settings["lr"], settings["weight_decay"], settings["betas"]
+    decoupled = bool(settings.get("decoupled_weight_decay", False))
+    sign = -1.0 if settings["maximize"] else 1.0
+    rate = lr / (1 - beta1**moment.count)
+    root_of_correction = (1 - beta2**moment.count) ** 0.5
+    towards, along = [], []
+    for i in which:
+        own = adjoint.parameters[i]
+        first, second = adjoint.slots[0][i], adjoint.slots[1][i]
+        value = moment.before.parameters[i]
+        by_first, by_second = moment.slopes(i, rate, root_of_correction, settings["eps"])
+        first.addcmul_(own, by_first)
+        second.addcmul_(own, by_second)
+        gradient = moment.gradients[i] * sign
+        if decay and not decoupled:
+            gradient = gradient + decay * value
+        toward = first * (1 - beta1)
+        toward.addcmul_(second, gradient * (2 * (1 - beta2)))
+        first.mul_(beta1)
+        second.mul_(beta2)
+        if by_decay:
+            along.append(-lr * dot([own], [value]) if decoupled else dot([toward], [value]))
+        if decay and decoupled:
+            own.mul_(1 - lr * decay)
+        elif decay:
+            own.add_(toward, alpha=decay)
+        towards.append(toward if sign > 0 else toward.neg_())
+    return towards, torch.stack(along).sum(0) if by_decay else None
+
+
+Back = Callable[
+    [Adjoint, Sequence[int], Settings, Moment, bool], tuple[list[Tensor], Tensor | None]
+]
+BACK: dict[Any, Back] = {
+    torch.optim.SGD: back_through_sgd,
+    torch.optim.Adam: back_through_adam,
+    torch.optim.AdamW: back_through_adam,
+}
+
+
+def back_through_clipping(
+    towards: Sequence[Tensor], gradients: Sequence[Tensor], max_norm: float
+) -> list[Tensor]:
+    """Derivatives by the gradients before they were clipped to a norm: (m, ...) each."""
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    factor = max_norm / (norm + 1e-6)
+    if factor >= 1:
+        return list(towards)
+    along = dot(towards, gradients) * (-factor / (norm + 1e-6) / norm)
+    return [
+        toward * factor + along.view(-1, *[1] * gradient.ndim) * gradient
+        for toward, gradient in zip(towards, gradients, strict=True)
+    ]
