@@ -1,5 +1,6 @@
 """Second derivatives of one step's loss, along many directions at once."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -325,6 +326,15 @@ class Chain:
         self.links, self.loss, self.labels = list(links), run.loss, labels
         self.place = {id(module.get_parameter(name)): i for i, name in enumerate(run.names)}
         self.first = next(i for i, (kind, _) in enumerate(links) if kind == "linear")
+        self.rooms: dict[Any, Tensor] = {}
+
+    def room(self, name: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Give memory for a result, the same at every step: -> shape."""
+        # fresh pages for every product would cost more than the product
+        size = math.prod(shape)
+        if name not in self.rooms or len(self.rooms[name]) < size:
+            self.rooms[name] = like.new_empty(size)
+        return self.rooms[name][:size].view(shape)
 
     def indices(self, linear: nn.Linear) -> tuple[int, int | None]:
         """Where a layer's weight and bias stand among the parameters."""
@@ -401,23 +411,28 @@ class ChainTaken:
         """Move the outputs along the directions: -> (b, m, K), and what reached each link."""
         moving: Tensor | None = None
         through: list[Tensor | None] = []
-        m = len(towards[0])
-        for (kind, part), (own, second) in zip(self.chain.links, self.passed, strict=True):
+        b, m = len(self.outputs), len(towards[0])
+        for i, (kind, part) in enumerate(self.chain.links):
+            own, second = self.passed[i]
             through.append(moving)
             if kind == "linear":
                 weight, bias = self.chain.indices(part)
-                flat = towards[weight].reshape(-1, own.shape[1])  # (m * out, in)
+                flat = towards[weight].reshape(-1, part.in_features)  # (m * out, in)
+                moved = self.chain.room(("moved", i), (b, len(flat)), own)
                 if bias is None:
-                    moved = own @ flat.T
+                    torch.mm(own, flat.T, out=moved)
                 else:
-                    moved = torch.addmm(towards[bias].reshape(-1), own, flat.T)
+                    torch.addmm(towards[bias].reshape(-1), own, flat.T, out=moved)
                 if moving is not None:
-                    moved = moved.view(-1, part.out_features)
-                    moved.addmm_(moving.view(-1, part.in_features), self.weights[weight].T)
-                moving = moved.view(len(own), m, -1)
+                    moved = moved.view(b * m, part.out_features)
+                    moved.addmm_(moving.view(b * m, -1), self.weights[weight].T)
+                moving = moved.view(b, m, -1)
+            elif moving is not None and second is None:
+                moving.mul_(own[:, None])
             elif moving is not None:
-                # kept where a second derivative will ask for it
-                moving = moving.mul_(own[:, None]) if second is None else moving * own[:, None]
+                # kept as it was, too: the second derivative will ask for it
+                room = self.chain.room(("passed", i), tuple(moving.shape), own)
+                moving = torch.mul(moving, own[:, None], out=room)
         assert moving is not None
         return moving, through
 
@@ -437,28 +452,35 @@ class ChainTaken:
     def _backwards(
         self, towards: Sequence[Tensor], back: Tensor, through: list[Tensor | None]
     ) -> list[Tensor]:
-        chain, m = self.chain, len(towards[0])
+        chain, m, b = self.chain, len(towards[0]), len(self.outputs)
         result = [torch.empty(0)] * len(towards)
         for i in range(len(chain.links) - 1, chain.first - 1, -1):
             (kind, part), (own, second), moving = chain.links[i], self.passed[i], through[i]
+            slopes = self.slopes[i]
             if kind != "linear":
                 back.mul_(own[:, None])
                 if second is not None and moving is not None:
-                    back.addcmul_(moving, (self.slopes[i] * second)[:, None])
+                    back.addcmul_(moving, (slopes * second)[:, None])
                 continue
             weight, bias = chain.indices(part)
-            b, slopes = len(own), self.slopes[i]
-            product = (back.view(b, -1).T @ own).view(m, part.out_features, -1)
+            n_out, n_in = part.out_features, part.in_features
+            product = chain.room(("product", i), (m * n_out, n_in), own)
+            torch.mm(back.view(b, -1).T, own, out=product)
+            result[weight] = product.view(m, n_out, n_in)
             if moving is not None:
-                product += (slopes.T @ moving.view(b, -1)).view(part.out_features, m, -1).transpose(0, 1)
-            result[weight] = product
+                crossed = chain.room(("crossed", i), (n_out, m * n_in), own)
+                torch.mm(slopes.T, moving.view(b, -1), out=crossed)
+                result[weight] += crossed.view(n_out, m, n_in).transpose(0, 1)
             if bias is not None:
                 result[bias] = back.sum(0)
             if i > chain.first:
-                turned = towards[weight].transpose(0, 1).reshape(part.out_features, -1)
-                further = (slopes @ turned).view(-1, part.in_features)
-                further.addmm_(back.view(-1, part.out_features), self.weights[weight])
-                back = further.view(b, m, -1)
+                turned = chain.room(("turned", i), (n_out, m, n_in), own)
+                turned.copy_(towards[weight].transpose(0, 1))
+                further = chain.room(("further", i), (b, m * n_in), own)
+                torch.mm(slopes, turned.view(n_out, -1), out=further)
+                further = further.view(b * m, n_in)
+                further.addmm_(back.view(b * m, n_out), self.weights[weight])
+                back = further.view(b, m, n_in)
         return result
 
     def _labels(self, moved: Tensor) -> Tensor:

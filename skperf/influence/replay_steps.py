@@ -5,7 +5,7 @@ there are directions asked about, stacked along the first axis.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class Adjoint:
     parameters: list[Tensor]
     slots: list[list[Tensor]]
     buffers: list[Tensor]
+    towards: list[Tensor] = field(init=False)  # room for the derivatives by the gradients
+
+    def __post_init__(self) -> None:
+        self.towards = [torch.empty_like(tensor) for tensor in self.parameters]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -66,22 +70,25 @@ def back_through_sgd(
     lr, momentum, decay = settings["lr"], settings["momentum"], settings["weight_decay"]
     damped = 1.0 if moment.count == 1 else 1 - settings["dampening"]
     own = [adjoint.parameters[i] for i in which]
+    towards = [adjoint.towards[i] for i in which]
     if momentum:
         buffers = [adjoint.slots[0][i] for i in which]
         scale = -lr * (momentum if settings["nesterov"] else 1.0)
         torch._foreach_add_(buffers, own, alpha=scale)
-        towards = torch._foreach_mul(buffers, damped)
+        for toward, buffer in zip(towards, buffers, strict=True):
+            torch.mul(buffer, damped, out=toward)
         if settings["nesterov"]:
             torch._foreach_add_(towards, own, alpha=-lr)
         torch._foreach_mul_(buffers, 0.0 if moment.count == 1 else momentum)
     else:
-        towards = torch._foreach_mul(own, -lr)
+        for toward, weight in zip(towards, own, strict=True):
+            torch.mul(weight, -lr, out=toward)
     along = dot(towards, [moment.before.parameters[i] for i in which]) if by_decay else None
     if decay:
         torch._foreach_add_(own, towards, alpha=decay)
     if settings["maximize"]:
         torch._foreach_neg_(towards)
-    return list(towards), along
+    return towards, along
 
 
 def back_through_adam(
@@ -107,7 +114,7 @@ def back_through_adam(
         gradient = moment.gradients[i] * sign
         if decay and not decoupled:
             gradient = gradient + decay * value
-        toward = first * (1 - beta1)
+        toward = torch.mul(first, 1 - beta1, out=adjoint.towards[i])
         toward.addcmul_(second, gradient * (2 * (1 - beta2)))
         first.mul_(beta1)
         second.mul_(beta2)
