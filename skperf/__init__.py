@@ -3,7 +3,9 @@
 from skperf.backbone._edited import EditedClassifier
 from skperf.backbone._modules import from_module
 from skperf.backbone._nets import Net, default_net
+from skperf.backbone._training import TrainingRun
 from skperf.backbone.architectures import MLP
+from skperf.backbone.sparse import Sparse
 from skperf.components import (
     Component,
     ComponentAttributor,
@@ -48,6 +50,8 @@ __all__ = [
     "ProgramDisplay",
     "Recipe",
     "Reprogrammer",
+    "Sparse",
+    "TrainingRun",
     "TrajectoryDisplay",
     "default_net",
     "from_module",

@@ -1,79 +1,91 @@
 """Our skorch net: plain supervised training without skorch's surprises."""
 
 import inspect
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, column_or_1d
-from skorch import NeuralNetClassifier
-from skorch.callbacks import EpochTimer, PassthroughScoring, PrintLog
-from torch import nn
+from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier
+from skorch.callbacks import EpochTimer, GradientNormClipping, PassthroughScoring, PrintLog
+from skorch.callbacks.scoring import ScoringBase
+from skorch.dataset import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from skperf.backbone._batches import LabelledRows, TensorBatches
 from skperf.backbone._sklearn import check_sample_weight
-from skperf.backbone._validation import as_array
+from skperf.backbone._training import TrainingRun
+from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.backbone.architectures import MLP
-from skperf.backbone.losses import resolve_loss
-from skperf.backbone.network import Network, first_column
+from skperf.backbone.losses import Loss, Own, resolve_loss
+from skperf.backbone.network import (
+    Network,
+    first_column,
+    log_odds_of_probability,
+    log_of_probabilities,
+    two_logits,
+)
 from skperf.backbone.randomness import drawing_from
 from skperf.backbone.rows import Rows
-from skperf.backbone.views import view
+from skperf.backbone.sparse import chosen_entries
+from skperf.backbone.training_run import (
+    SLOTS,
+    Data,
+    Recording,
+    Streams,
+    mask_gradients,
+    mean_loss,
+    outputs_of,
+    restore_masked,
+    tensor_of,
+)
+from skperf.backbone.views import own_copy, view
+
+_KEPT = 2**28  # bytes of states that a recorded run keeps, to be gone back through at once
+# what a net that takes over trained weights must know besides
+_LEARNED = (
+    "classes_inferred_",
+    "module_widths_",
+    "n_features_in_",
+    "feature_names_in_",
+    "seed_",
+    "drawn_state_",
+)
 
 
 class _StopTraining(Exception):
     """A callback asks for the end of training."""
 
 
-def seed_of(random_state):
+def seed_of(random_state: Any) -> int:
     """Draw one seed."""
     if random_state is None:
         return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
     return int(check_random_state(random_state).randint(2**31 - 1))
 
 
-class TensorBatches:
-    """Slices of tensors, in place of a DataLoader that collates row by row."""
+@dataclass(frozen=True)
+class OfProbabilities:
+    """A criterion that takes probabilities, row by row."""
 
-    def __init__(self, dataset, batch_size=128, shuffle=False, generator=None):
-        indices = getattr(dataset, "indices", None)
-        if indices is not None:
-            dataset = dataset.dataset
-        rows = slice(None) if indices is None else np.asarray(indices)
-        self.X = _map_tensors(dataset.X, rows)
-        # skorch stands a float 0 in for a missing y
-        self.y = _map_tensors(dataset.y, rows) if dataset.y is not None else None
-        self.n_rows = len(_first(self.X))
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.generator = generator
+    criterion: nn.Module
 
-    def __len__(self):
-        return -(-self.n_rows // self.batch_size)
-
-    def __iter__(self):
-        order = torch.randperm(self.n_rows, generator=self.generator) if self.shuffle else None
-        for start in range(0, self.n_rows, self.batch_size):
-            stop = start + self.batch_size
-            rows = slice(start, stop) if order is None else order[start:stop]
-            y = torch.zeros(1) if self.y is None else _map_tensors(self.y, rows)
-            yield _map_tensors(self.X, rows), y
-
-
-def _map_tensors(values, rows):
-    if isinstance(values, tuple | list):
-        return tuple(_map_tensors(value, rows) for value in values)
-    if isinstance(values, dict):
-        return {name: _map_tensors(value, rows) for name, value in values.items()}
-    return torch.as_tensor(values)[rows]
-
-
-def _first(values):
-    while isinstance(values, tuple | dict):
-        values = next(iter(values.values() if isinstance(values, dict) else values))
-    return values
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each row: outputs (n, K), targets (n,) -> (n,)."""
+        each = deepcopy(self.criterion)
+        each.reduction = "none"  # type: ignore[assignment]
+        if isinstance(each, nn.NLLLoss):
+            # as skorch does
+            outputs = (outputs + torch.finfo(outputs.dtype).eps).log()
+        else:
+            targets = targets.to(outputs.dtype).reshape(outputs.shape)
+        losses: Tensor = each(outputs, targets)
+        return losses
 
 
 class Net(NeuralNetClassifier):
@@ -84,14 +96,17 @@ class Net(NeuralNetClassifier):
     no rows are held out unless `train_split` says so; labels may be anything; rows come in
     any numeric type; the module's ``n_features`` and ``n_classes`` are filled in; training
     is seeded without touching torch's global stream; a keyboard interrupt ends `fit`;
-    batches are slices, which makes small networks train several times faster.
+    rows are validated as by scikit-learn's own estimators; batches are slices, which makes
+    small networks train several times faster; a step takes the weighted sum of the rows'
+    losses over their number.
 
     Parameters
     ----------
     module : nn.Module class, instance or factory
         Returns logits, one column for each class.
     criterion : torch criterion class, default=torch.nn.CrossEntropyLoss
-        Must take logits and codes. Sample weights need ``reduction="none"`` support.
+        Takes logits and codes; `NLLLoss` and `BCELoss` take probabilities, as in skorch.
+        Sample weights need ``reduction="none"`` support.
     optimizer : torch optimizer class, default=torch.optim.Adam
         As in skorch.
     lr : float, default=0.001
@@ -104,8 +119,15 @@ class Net(NeuralNetClassifier):
         As in skorch.
     iterator_train__shuffle : bool, default=True
         Whether each epoch has its own order.
+    train_only : str, list of str, dict or Sparse, optional
+        Which parameters train, where not all of them should: patterns of their names, boolean
+        masks by name, or the entries of largest saliency, ``skperf.Sparse(ratio=0.05)``. What
+        does not train stays as it was, whatever the optimizer's weight decay.
+    record_run : bool, default=False
+        Whether `fit` leaves a :class:`TrainingRun` in ``run_``.
     random_state : int, RandomState or None, default=None
-        Seeds initial weights, orders and dropout.
+        Seeds initial weights, orders and dropout. A clone of a fitted net repeats its run,
+        also where the seed was drawn.
     **kwargs : dict
         Everything else that skorch takes: ``module__...``, ``callbacks``, ``device``, ...
 
@@ -117,6 +139,12 @@ class Net(NeuralNetClassifier):
         The trained module.
     history_ : skorch.History
         Losses by epoch and batch.
+    n_features_in_ : int
+        Width of a table of rows.
+    feature_names_in_ : ndarray of str
+        Names of a DataFrame's columns.
+    run_ : TrainingRun
+        The run, with ``record_run=True``.
 
     Examples
     --------
@@ -128,23 +156,33 @@ class Net(NeuralNetClassifier):
     True
     """
 
+    # while `fit` runs
+    streams_: Streams | None = None
+    recording_: Recording | None = None
+    iterator_: Any = None
+    n_steps_ = 0
+
     def __init__(
         self,
-        module,
+        module: Any,
         *,
-        criterion=nn.CrossEntropyLoss,
-        optimizer=torch.optim.Adam,
-        lr=1e-3,
-        max_epochs=10,
-        train_split=None,
-        iterator_train=TensorBatches,
-        iterator_valid=TensorBatches,
-        iterator_train__shuffle=True,
-        random_state=None,
-        verbose=0,
-        **kwargs,
-    ):
+        criterion: Any = nn.CrossEntropyLoss,
+        optimizer: Any = torch.optim.Adam,
+        lr: float = 1e-3,
+        max_epochs: int = 10,
+        train_split: Any = None,
+        iterator_train: Any = TensorBatches,
+        iterator_valid: Any = TensorBatches,
+        iterator_train__shuffle: bool = True,
+        train_only: Any = None,
+        record_run: bool = False,
+        random_state: Any = None,
+        verbose: int = 0,
+        **kwargs: Any,
+    ) -> None:
         self.random_state = random_state
+        self.train_only = train_only
+        self.record_run = record_run
         super().__init__(
             module,
             criterion=criterion,
@@ -160,7 +198,7 @@ class Net(NeuralNetClassifier):
         )
 
     @property
-    def _default_callbacks(self):
+    def _default_callbacks(self) -> list[tuple[str, Any]]:
         return [
             ("epoch_timer", EpochTimer()),
             ("train_loss", PassthroughScoring(name="train_loss", on_train=True)),
@@ -168,7 +206,33 @@ class Net(NeuralNetClassifier):
             ("print_log", PrintLog()),
         ]
 
-    def fit(self, X, y, sample_weight=None):
+    def __sklearn_clone__(self) -> Self:
+        copied: Self = super().__sklearn_clone__()
+        if not isinstance(self.random_state, int) and hasattr(self, "drawn_state_"):
+            # so that a clone of a fitted net repeats its run
+            copied.random_state = self.drawn_state_
+        return copied
+
+    def set_params(self, **kwargs: Any) -> Self:
+        """Set parameters.
+
+        Parameters
+        ----------
+        **kwargs : dict
+            By name.
+
+        Returns
+        -------
+        Net
+            Itself.
+        """
+        if not self.initialized_ and "callbacks" in kwargs:
+            # skorch would build, and so validate, them before fit
+            self.callbacks = kwargs.pop("callbacks")
+        super().set_params(**kwargs)
+        return self
+
+    def fit(self, X: Any, y: Any = None, sample_weight: ArrayLike | None = None) -> Self:
         """Train from the start.
 
         Parameters
@@ -178,17 +242,25 @@ class Net(NeuralNetClassifier):
         y : array-like of shape (n,)
             Labels of any kind.
         sample_weight : array-like of shape (n,), optional
-            Weights of the rows' losses.
+            Weights of the rows' losses: a step takes the weighted sum over the number of
+            rows in its batch, in which a row of weight 0 counts too.
 
         Returns
         -------
         Net
             Itself.
         """
-        self._begin(X, y)
-        return self.partial_fit(X, y, sample_weight=sample_weight)
+        rows, labels = check_labelled_rows(self, *_parts(X, y), reset=True)
+        self._begin(rows, labels)
+        return self._learn(rows, labels, sample_weight, record=self.record_run)
 
-    def partial_fit(self, X, y, classes=None, sample_weight=None):
+    def partial_fit(
+        self,
+        X: Any,
+        y: Any = None,
+        classes: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> Self:
         """Train on, without starting anew.
 
         Parameters
@@ -207,25 +279,63 @@ class Net(NeuralNetClassifier):
         Net
             Itself.
         """
-        if not self.initialized_ or not hasattr(self, "generator_"):
-            self._begin(X, y, classes)
-        network = self.to_network()
-        inputs, targets = network.inputs(as_array(X)).tree, network.codes(as_array(y)).cpu()
-        check_consistent_length(inputs, targets)
-        if sample_weight is not None:
-            weight = check_sample_weight(sample_weight, inputs, dtype=np.float64)
-            targets = (targets, torch.as_tensor(weight).to(network.dtype))
-        dropout = torch.Generator().manual_seed(
-            int(torch.randint(2**31, (), generator=self.generator_))
-        )
-        with drawing_from(dropout):
-            self.notify("on_train_begin", X=inputs, y=targets)
-            with suppress(_StopTraining):
-                self.fit_loop(inputs, targets)
-            self.notify("on_train_end", X=inputs, y=targets)
+        begun = self.initialized_ and hasattr(self, "generator_")
+        rows, labels = check_labelled_rows(self, *_parts(X, y), reset=not begun)
+        if not begun:
+            self._begin(rows, labels, classes)
+        return self._learn(rows, labels, sample_weight, record=False)
+
+    def _begin(self, X: Any, y: Any, classes: ArrayLike | None = None) -> None:
+        # a generator as random_state gives another seed at every fit
+        whole = isinstance(self.random_state, int | np.integer)
+        self.drawn_state_ = self.random_state if whole else seed_of(self.random_state)
+        self.seed_ = seed_of(self.drawn_state_)
+        self.classes_inferred_ = np.unique(np.asarray(y if classes is None else classes))
+        self.module_widths_ = {
+            "n_features": int(np.prod(Rows.of(X).shape[1:])),
+            "n_classes": max(2, len(self.classes_inferred_)),
+        }
+        self.generator_ = torch.Generator().manual_seed(self.seed_)
+        self.n_steps_ = 0
+        for name in ("run_", "train_masks_", "train_initial_"):
+            self.__dict__.pop(name, None)
+        with drawing_from(torch.Generator().manual_seed(self.seed_)):
+            self.initialize()
+
+    def _learn(
+        self, rows: Rows, labels: np.ndarray, sample_weight: ArrayLike | None, *, record: bool
+    ) -> Self:
+        data = self.labelled(rows, labels, sample_weight)
+        self.__dict__.pop("run_", None)
+        self._choose_entries(data)
+        recording = self._recording(record)
+        with Streams(self.module_, self.seed_) as self.streams_:
+            self.recording_ = recording
+            try:
+                self.notify("on_train_begin", X=data, y=labels)
+                with suppress(_StopTraining):
+                    self.fit_loop(data)
+                self.notify("on_train_end", X=data, y=labels)
+            finally:
+                for name in ("streams_", "recording_", "iterator_"):
+                    self.__dict__.pop(name, None)
+        if recording is not None:
+            self._keep(recording, data)
         return self
 
-    def notify(self, method_name, **cb_kwargs):
+    def labelled(
+        self, rows: Rows, labels: np.ndarray, sample_weight: ArrayLike | None = None
+    ) -> LabelledRows:
+        """Bring validated rows into the form that training takes: (n, ...), (n,), (n,)."""
+        network = self.to_network()
+        codes = network.codes(labels).cpu()
+        targets: Any = codes.to(network.dtype) if self._takes_numbers() else codes
+        if sample_weight is not None:
+            weight = check_sample_weight(sample_weight, range(len(rows)), dtype=np.float64)
+            targets = (targets, torch.as_tensor(weight).to(network.dtype))
+        return LabelledRows(rows, labels, targets, network.inputs)
+
+    def notify(self, method_name: str, **cb_kwargs: Any) -> None:
         """Call the callbacks.
 
         Parameters
@@ -235,13 +345,182 @@ class Net(NeuralNetClassifier):
         **cb_kwargs : dict
             What they get.
         """
+        if method_name == "on_batch_end" and self._scores():
+            # scorers hold predictions against labels, not against codes and weights
+            inputs, targets = cb_kwargs["batch"]
+            codes = targets[0] if isinstance(targets, tuple | list) else targets
+            cb_kwargs["batch"] = inputs, self.classes_[codes.cpu().long().numpy()]
         try:
             super().notify(method_name, **cb_kwargs)
         except KeyboardInterrupt:
             # skorch's way for a callback to end training; anywhere else it is the user
             raise _StopTraining from None
 
-    def predict_proba(self, X):
+    def _scores(self) -> bool:
+        return any(isinstance(callback, ScoringBase) for _, callback in self.callbacks_)
+
+    def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Tensor]:
+        """Differentiate the loss of a batch.
+
+        Parameters
+        ----------
+        batch : tuple
+            Inputs, and targets or a pair of targets and weights.
+        **fit_params : dict
+            Passed to the module.
+
+        Returns
+        -------
+        dict
+            ``loss`` and ``y_pred``.
+        """
+        self._set_training(True)
+        inputs, targets = batch
+        streams = self.streams_
+        with nullcontext() if streams is None else streams.step(self.n_steps_):
+            outputs = self.infer(inputs, **fit_params)
+        loss = self.get_loss(outputs, targets, X=inputs, training=True)
+        loss.backward()
+        mask_gradients(self.module_, vars(self).get("train_masks_", {}))
+        return {"loss": loss, "y_pred": outputs}
+
+    def train_step(self, batch: Any, **fit_params: Any) -> Any:
+        """Take a step.
+
+        Parameters
+        ----------
+        batch : tuple
+            Inputs, and targets or a pair of targets and weights.
+        **fit_params : dict
+            Passed to the module.
+
+        Returns
+        -------
+        dict
+            ``loss`` and ``y_pred``.
+        """
+        recording = self.recording_
+        taken = super().train_step(batch, **fit_params)
+        if "train_masks_" in vars(self):
+            restore_masked(self.module_, self.train_masks_, self.train_initial_)
+        if recording is not None:
+            recording.after_step()
+        self.n_steps_ += 1
+        return taken
+
+    def _step_optimizer(self, step_fn: Any) -> None:
+        if self.recording_ is None:
+            super()._step_optimizer(step_fn)
+            return
+        # settings may be changed by callbacks up to here; the batch is known to the iterator
+        rows, noted, streams = self.iterator_.positions(), self.recording_, self.streams_
+
+        def noting() -> Any:
+            loss = step_fn()
+            noted.before_step(rows, None if streams is None else streams.latest)
+            return loss
+
+        super()._step_optimizer(noting)
+
+    def _choose_entries(self, data: LabelledRows) -> None:
+        if self.train_only is None or hasattr(self, "train_masks_"):
+            return
+        where = torch.linspace(0, len(data) - 1, min(256, len(data))).long()
+        some = Rows(data.gather(where))
+        codes = data.targets[0] if isinstance(data.targets, tuple) else data.targets
+        chosen = chosen_entries(
+            self.train_only, self.module_, self.loss_, outputs_of, some, codes[where]
+        )
+        initial = {}
+        for name, parameter in self.module_.named_parameters():
+            parameter.requires_grad_(name in chosen)
+            if name in chosen and not bool(chosen[name].all()):
+                initial[name] = parameter.detach().clone()
+        self.train_masks_ = {name: chosen[name] for name in initial}
+        self.train_initial_ = initial
+
+    def _recording(self, record: bool) -> Recording | None:
+        if not record:
+            return None
+        if self.optimizer not in SLOTS:
+            raise ValueError(
+                f"record_run=True: a run of {getattr(self.optimizer, '__name__', self.optimizer)} "
+                "can't be gone back through; use torch.optim.SGD, Adam or AdamW."
+            )
+        if not isinstance(self.iterator_train, type) or not issubclass(
+            self.iterator_train, TensorBatches
+        ):
+            raise ValueError(
+                "record_run=True needs iterator_train=TensorBatches (the default), which knows "
+                "which rows a batch holds."
+            )
+        masks = vars(self).get("train_masks_")
+        return Recording(self.module_, self.optimizer_, masks=masks, keep=_KEPT)
+
+    def _keep(self, recording: Recording, data: LabelledRows) -> None:
+        clippings = [c for _, c in self.callbacks_ if isinstance(c, GradientNormClipping)]
+        if any(c.gradient_clip_norm_type != 2 for c in clippings) or len(clippings) > 1:
+            raise ValueError(
+                "record_run=True: of GradientNormClipping one callback of the 2-norm can be gone "
+                "back through."
+            )
+        norms = [c.gradient_clip_value for c in clippings if c.gradient_clip_value is not None]
+        run = recording.finish(
+            self.loss_, outputs_of, self._as_data(data), norms[0] if norms else None
+        )
+        learned = {name: vars(self)[name] for name in _LEARNED if name in vars(self)}
+        self.run_ = TrainingRun(run, self.__sklearn_clone__(), learned)
+
+    def _as_data(self, data: LabelledRows) -> Data:
+        targets, weights = data.targets if isinstance(data.targets, tuple) else (data.targets, None)
+        # rows of a data set stay where they are; they must come out as the module takes them
+        rows = Rows(data.rows.tree) if not data.stays else data.rows
+        return Data(rows, targets, weights, data.convert if data.stays else None)
+
+    def training_data(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Data:
+        """Bring rows and labels into the form that a recorded run trains on.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        y : array-like of shape (n,)
+            Labels.
+        sample_weight : array-like of shape (n,), optional
+            Weights of the rows' losses.
+
+        Returns
+        -------
+        Data
+            Inputs, targets and weights as tensors.
+        """
+        rows, labels = check_labelled_rows(self, X, y)
+        return self._as_data(self.labelled(rows, labels, sample_weight))
+
+    def adopt(self, module: nn.Module, learned: dict[str, Any]) -> Self:
+        """Become a fitted net around weights that were trained elsewhere.
+
+        Parameters
+        ----------
+        module : nn.Module
+            Of the net's own architecture; its weights and buffers are copied.
+        learned : dict
+            What `fit` would have learned of the rows, such as ``classes_inferred_``.
+
+        Returns
+        -------
+        Net
+            Itself.
+        """
+        self.__dict__.update(learned)
+        self.generator_ = torch.Generator().manual_seed(0)
+        with drawing_from(self.generator_):
+            self.initialize()
+        self.module_.load_state_dict(module.state_dict())
+        self.module_.eval()
+        return self
+
+    def predict_proba(self, X: Any) -> np.ndarray:
         """Compute class probabilities.
 
         Parameters
@@ -254,9 +533,9 @@ class Net(NeuralNetClassifier):
         ndarray of shape (n, n_classes)
             The softmax of the logits.
         """
-        return self._logits(X).softmax(1).numpy()
+        return np.asarray(self._logits(X).softmax(1).numpy())
 
-    def predict(self, X):
+    def predict(self, X: Any) -> np.ndarray:
         """Predict labels.
 
         Parameters
@@ -270,26 +549,38 @@ class Net(NeuralNetClassifier):
             The label with the largest logit.
         """
         codes = self._logits(X).argmax(1).numpy()
-        return self.classes_[codes]
+        return np.asarray(self.classes_[codes])
 
-    def to_network(self):
+    def to_network(self) -> Network:
         """Open the trained module.
 
         Returns
         -------
         Network
-            The module itself, not a copy.
+            A view of its own around the module's weights.
         """
         self.check_is_fitted()
         return Network(
             view(self.module_),
             self.classes_,
             batch_size=max(256, self.batch_size),
-            readout=first_column if len(self.classes_) == 1 else None,
+            readout=self._readout(),
             loss=resolve_loss(self.criterion_),
         )
 
-    def initialize_module(self):
+    def _readout(self) -> Any:
+        if isinstance(self.criterion_, nn.NLLLoss):
+            return log_of_probabilities
+        if isinstance(self.criterion_, nn.BCELoss):
+            return log_odds_of_probability
+        if isinstance(self.criterion_, nn.BCEWithLogitsLoss):
+            return two_logits
+        return first_column if len(self.classes_) == 1 else None
+
+    def _takes_numbers(self) -> bool:
+        return isinstance(self.criterion_, nn.BCELoss | nn.BCEWithLogitsLoss)
+
+    def initialize_module(self) -> Self:
         """Build the module, or copy the one that was given.
 
         Returns
@@ -311,17 +602,35 @@ class Net(NeuralNetClassifier):
                     f"{sorted('module__' + name for name in given)} would rebuild it without them. "
                     "Give the class instead, or leave these parameters out."
                 )
-            self.module_ = deepcopy(self.module)
+            self.module_ = own_copy(self.module)
             return self
         accepted = inspect.signature(self.module).parameters
         widths = getattr(self, "module_widths_", {})
         self.module_ = self.module(**{n: w for n, w in widths.items() if n in accepted} | given)
         return self
 
-    def check_data(self, X, y):
+    def initialize_criterion(self) -> Self:
+        """Build the criterion, and the loss of single rows that goes with it.
+
+        Returns
+        -------
+        Net
+            Itself.
+        """
+        super().initialize_criterion()
+        criterion = self.criterion_
+        if isinstance(criterion, nn.NLLLoss | nn.BCELoss):
+            self.loss_: Loss = Own(OfProbabilities(deepcopy(criterion)), type(criterion).__name__)
+        else:
+            self.loss_ = resolve_loss(criterion)
+        # a criterion of the user's own may know the mean of a batch only
+        self.per_row_ = None if isinstance(self.loss_, Own) else True
+        return self
+
+    def check_data(self, X: Any, y: Any = None) -> None:
         """Accept what `fit` has validated."""
 
-    def get_loss(self, y_pred, y_true, X=None, training=False):
+    def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
         """Compute the loss of a batch.
 
         Parameters
@@ -338,24 +647,86 @@ class Net(NeuralNetClassifier):
         Returns
         -------
         Tensor
-            Mean loss; with weights the weighted sum over the sum of weights.
+            Weighted sum of the rows' losses over the number of rows.
         """
-        if not isinstance(y_true, tuple | list):
-            return self.criterion_(y_pred, y_true.to(y_pred.device))
-        codes, weight = y_true
-        weight = weight.to(y_pred.device)
-        reduction, self.criterion_.reduction = self.criterion_.reduction, "none"
-        try:
-            losses = self.criterion_(y_pred, codes.to(y_pred.device))
-        finally:
-            self.criterion_.reduction = reduction
-        return (losses * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+        targets, weight = y_true if isinstance(y_true, tuple | list) else (y_true, None)
+        outputs = tensor_of(y_pred)
+        targets = targets.to(outputs.device)
+        if self.per_row_ is None:
+            self.per_row_ = _is_per_row(self.loss_, outputs, targets)
+        if weight is None and not self.per_row_:
+            loss: Tensor = self.criterion_(outputs, targets)
+            return loss
+        return mean_loss(
+            self.loss_, outputs, targets, None if weight is None else weight.to(outputs.device)
+        )
 
-    def _get_param_names(self):
+    def infer(self, x: Any, **fit_params: Any) -> Any:
+        """Run the module on a batch.
+
+        Parameters
+        ----------
+        x : Tensor, dict or tuple
+            Inputs; a tuple is taken apart.
+        **fit_params : dict
+            Passed to the module.
+
+        Returns
+        -------
+        object
+            What the module returns.
+        """
+        if isinstance(x, tuple):
+            return self.module_(*(part.to(self.device) for part in x), **fit_params)
+        return super().infer(x, **fit_params)
+
+    def _get_param_names(self) -> list[str]:
         # skorch keeps a note for its own checks among them
         return [name for name in super()._get_param_names() if name != "_params_to_validate"]
 
-    def get_iterator(self, dataset, training=False):
+    def get_dataset(self, X: Any, y: Any = None) -> Any:
+        """Take rows that are labelled as they are.
+
+        Parameters
+        ----------
+        X : object
+            Rows.
+        y : object, optional
+            Labels.
+
+        Returns
+        -------
+        Dataset
+            Of pairs.
+        """
+        return X if isinstance(X, LabelledRows) else super().get_dataset(X, y)
+
+    def get_split_datasets(self, X: Any, y: Any = None, **fit_params: Any) -> tuple[Any, Any]:
+        """Hold rows out, without a look at their weights.
+
+        Parameters
+        ----------
+        X : object
+            Rows.
+        y : object, optional
+            Labels.
+        **fit_params : dict
+            Passed to `train_split`.
+
+        Returns
+        -------
+        tuple of Dataset
+            For training and for validation, the second may be None.
+        """
+        if not isinstance(X, LabelledRows) or not self.train_split:
+            return super().get_split_datasets(X, y, **fit_params)  # type: ignore[no-any-return]
+        training, held_out = self.train_split(X, X.y, **fit_params)
+        if isinstance(held_out, Dataset) and not isinstance(held_out, LabelledRows):
+            # skorch.helper.predefined_split
+            held_out = self.labelled(*check_labelled_rows(self, held_out.X, held_out.y))
+        return training, held_out
+
+    def get_iterator(self, dataset: Any, training: bool = False) -> Any:
         """Iterate over batches, in orders of the net's own.
 
         Parameters
@@ -371,33 +742,48 @@ class Net(NeuralNetClassifier):
             Of pairs of inputs and targets.
         """
         iterator = super().get_iterator(dataset, training)
-        if isinstance(iterator, TensorBatches) and iterator.generator is None:
+        ordered = isinstance(iterator, TensorBatches | DataLoader)
+        if ordered and iterator.generator is None:
             iterator.generator = self.generator_
+        if training:
+            self.iterator_ = iterator
         return iterator
 
-    def _begin(self, X, y, classes=None):
-        labels = column_or_1d(as_array(y))
-        check_classification_targets(labels)
-        self.classes_inferred_ = np.unique(labels if classes is None else as_array(classes))
-        self.module_widths_ = {
-            "n_features": int(np.prod(Rows.of(as_array(X)).shape[1:])),
-            "n_classes": max(2, len(self.classes_inferred_)),
-        }
-        seed = seed_of(self.random_state)
-        self.generator_ = torch.Generator().manual_seed(seed)
-        with drawing_from(torch.Generator().manual_seed(seed)):
-            self.initialize()
-
-    def _logits(self, X):
-        return self.to_network().logits(as_array(X))
+    def _logits(self, X: Any) -> Tensor:
+        if "forward_iter" in vars(self):
+            # a scorer among the callbacks, which keeps the outputs of the epoch's batches
+            outputs = torch.cat([part.detach() for part in self.forward_iter(X)])
+            readout = self._readout()
+            return (outputs if readout is None else readout(outputs)).cpu()
+        network = self.to_network()
+        if isinstance(X, LabelledRows):
+            X = X.rows
+        # while it trains, its callbacks ask about rows that were validated already
+        fitting = "streams_" in vars(self)
+        return network.logits(Rows.of(X) if fitting else check_rows(self, _parts(X, None)[0]))
 
 
-def default_net(**params):
+def _parts(X: Any, y: Any) -> tuple[Any, Any]:
+    """Take skorch's own data set apart."""
+    if isinstance(X, Dataset):
+        return X.X, X.y if y is None else y
+    return X, y
+
+
+def _is_per_row(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
+    try:
+        loss.value(outputs.detach(), targets)
+    except ValueError:
+        return False
+    return True
+
+
+def default_net(**params: Any) -> Net:
     """Build the small network behind ``estimator=None``.
 
-    It computes in double precision and takes all rows at once, so that a row of weight two
-    counts exactly like the row given twice. For more than some ten thousand rows, set
-    ``batch_size``.
+    It computes in double precision and takes all rows at once by steps of Adam that do not
+    depend on the scale of the loss, so that a row of weight two counts exactly like the row
+    given twice. For more than some ten thousand rows, set ``batch_size``.
 
     Parameters
     ----------
@@ -415,11 +801,89 @@ def default_net(**params):
     >>> default_net(max_epochs=5).max_epochs
     5
     """
-    small = {
+    small: dict[str, Any] = {
         "module__dtype": torch.float64,
         "lr": 0.01,
         "max_epochs": 100,
         "batch_size": -1,
         "iterator_train__shuffle": False,
+        # weights scale the mean over the rows; without a floor Adam's steps do not notice
+        "optimizer__eps": 1e-30,
     }
     return Net(MLP, **(small | params))
+
+
+# of a DataLoader, what changes neither which rows a batch holds nor their order
+_WITHOUT_EFFECT = {
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "prefetch_factor",
+    "timeout",
+    "multiprocessing_context",
+    "pin_memory_device",
+}
+_CARRIED = {"batch_size", "shuffle", "drop_last", "generator"}
+
+
+def net_of(stock: NeuralNet) -> Net:
+    """Turn a skorch classifier into a Net of the same settings, not fitted; or refuse by name."""
+    if isinstance(stock, Net):
+        return stock
+    plain = (NeuralNetClassifier, NeuralNetBinaryClassifier)
+    name = type(stock).__name__
+    if not isinstance(stock, plain):
+        raise TypeError(
+            f"estimator is a {name}, which is no classifier of skorch's and can't be turned into "
+            "a skperf.Net. Fit it yourself and pass FrozenEstimator(net)."
+        )
+    bases = type(stock).__mro__[: type(stock).__mro__.index(NeuralNet)]
+    own = sorted(
+        key
+        for kind in bases
+        if kind not in plain and kind.__module__.partition(".")[0] not in ("skorch", "sklearn")
+        for key in vars(kind)
+        if not key.startswith("__") and not key.endswith("_request")
+    )
+    if own:
+        raise TypeError(
+            f"estimator is a {name}, which can't be turned into a skperf.Net: its own {own} would "
+            "be lost. Derive it from skperf.Net, or fit it yourself and pass FrozenEstimator(net)."
+        )
+    params: dict[str, Any] = {
+        k: v for k, v in stock.get_params(deep=False).items() if not k.startswith("_")
+    }
+    for key, usual in (
+        ("dataset", Dataset),
+        ("predict_nonlinearity", "auto"),
+        ("warm_start", False),
+        ("threshold", 0.5),
+    ):
+        if params.get(key, usual) != usual:
+            raise ValueError(
+                f"{name}({key}={params[key]!r}) can't be turned into a skperf.Net, which knows "
+                f"{key}={usual!r} only."
+            )
+    params.pop("threshold", None)
+    for part in ("iterator_train", "iterator_valid"):
+        if params[part] is DataLoader:
+            params[part] = TensorBatches
+        elif params[part] is not TensorBatches:
+            raise ValueError(f"{name}({part}={params[part]!r}) can't be carried to skperf.Net.")
+        for key in [key for key in params if key.startswith(f"{part}__")]:
+            option = key.removeprefix(f"{part}__")
+            if option in _WITHOUT_EFFECT:
+                del params[key]
+            elif option not in _CARRIED:
+                raise ValueError(f"{name}({key}=...) can't be carried to skperf.Net.")
+        params.setdefault(f"{part}__shuffle", False)
+    if params["callbacks"] not in (None, "disable"):
+        params["callbacks"] = deepcopy(params["callbacks"])
+    known = {"callbacks__epoch_timer", "callbacks__train_loss", "callbacks__valid_loss"}
+    params = {
+        key: value
+        for key, value in params.items()
+        # skorch's own scoring of accuracy, switched off
+        if not (key.startswith("callbacks__valid_acc") and key not in known)
+    }
+    return Net(**params)

@@ -1,7 +1,7 @@
 """A training as a record: what a run again, forwards or backwards, needs to know of it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from skperf.backbone.losses import Loss
-from skperf.backbone.randomness import drawing_from
+from skperf.backbone.randomness import Drawing, drawing_from
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import own_copy
 
@@ -41,6 +41,7 @@ class Data:
     inputs: Rows  # (n, ...), on the device, in the network's types
     targets: Tensor  # (n, ...)
     weights: Tensor | None = None  # (n,), those the run was fitted with
+    convert: Callable[[Rows], Rows] | None = None  # for rows that stay on disk
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -50,7 +51,12 @@ class Data:
         if step.batch is not None:
             return step.batch
         rows = step.rows.long()
-        return self.inputs[rows].load(), self.targets[rows]
+        return self.gather(rows), self.targets[rows]
+
+    def gather(self, rows: Any) -> Rows:
+        """Give rows as the module takes them: -> (b, ...)."""
+        inputs = self.inputs[rows]
+        return inputs.load() if self.convert is None else self.convert(inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +84,7 @@ class Run:
     @property
     def slots(self) -> tuple[str, ...]:
         """What the optimizer keeps beside the weights."""
-        kept = SLOTS[self.optimizer]
-        if self.optimizer is torch.optim.SGD and not any(
-            settings["momentum"] for settings in self.steps[0].settings
-        ):
-            return ()
-        return kept
+        return slots_of(self.optimizer, self.steps[0].settings)
 
     def with_data(self, data: Data) -> "Run":
         """Give the run its rows again."""
@@ -98,6 +99,14 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         # the rows and the kept states are large, and can be had again
         return {**self.__dict__, "data": None, "states": None}
+
+
+def slots_of(optimizer: type[Optimizer], settings: Sequence[Settings]) -> tuple[str, ...]:
+    """Names of what an optimizer keeps beside the weights."""
+    kept = SLOTS.get(optimizer, ())
+    if optimizer is torch.optim.SGD and not any(group["momentum"] for group in settings):
+        return ()
+    return kept
 
 
 def mean_loss(
@@ -118,23 +127,24 @@ def outputs_of(module: nn.Module, inputs: Rows) -> Tensor:
     """Run a module on rows in its own way of taking them: (n, ...) -> (n, ...)."""
     tree = inputs.tree
     if isinstance(tree, dict):
-        returned = module(**tree)
-    else:
-        returned = module(*tree) if isinstance(tree, tuple) else module(tree)
+        return tensor_of(module(**tree))
+    return tensor_of(module(*tree) if isinstance(tree, tuple) else module(tree))
+
+
+def tensor_of(returned: Any) -> Tensor:
+    """Find the outputs in what a module returns: -> (n, ...)."""
     if isinstance(returned, Tensor):
         return returned
-    outputs = returned[0] if isinstance(returned, tuple) else returned["logits"]
+    outputs = returned["logits"] if hasattr(returned, "keys") else returned[0]
     assert isinstance(outputs, Tensor)
     return outputs
 
 
-def seeded(*numbers: int) -> torch.Generator:
-    """Start a stream of its own for every tuple of numbers, such as a seed and a step."""
-    mixed = 0
-    for number in numbers:  # a 64-bit mix, so that neighbours have nothing in common
-        mixed = (mixed ^ number) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 29
-    return torch.Generator().manual_seed(mixed >> 1)
+def stream_of(seed: int, step: int) -> int:
+    """Give every step of a run a seed of its own."""
+    # a 64-bit mix, so that neighbours have nothing in common
+    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ mixed >> 31) * 0x94D049BB133111EB >> 2 & 0x7FFFFFFFFFFFFFFF
 
 
 def drawing(stream: int | Tensor | None) -> AbstractContextManager[Any]:
@@ -153,15 +163,6 @@ def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {n: b for n, b in module.named_buffers() if b.is_floating_point() or b.ndim == 0}
 
 
-def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients down to a norm, in place, as torch's clip_grad_norm_: -> factor ()."""
-    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor)
-    return factor
-
-
 class Trainer:
     """A copy of a run's network, at some step of the run."""
 
@@ -173,10 +174,9 @@ class Trainer:
             )
         self.run = run
         self.module = own_copy(run.module)
-        self.module.train()
         self.taken = 0
         named = dict(self.module.named_parameters())
-        self.parameters = [named[name] for name in run.names]
+        self.parameters: list[Tensor] = [named[name] for name in run.names]
         trained = {id(parameter) for parameter in self.parameters}
         for parameter in named.values():
             parameter.requires_grad_(id(parameter) in trained)
@@ -215,12 +215,7 @@ class Trainer:
 
     def state(self) -> Tensor:
         """Everything that the next step starts from, as one vector (n_values,)."""
-        slots = [
-            self._slot(parameter, name) for name in self.run.slots for parameter in self.parameters
-        ]
-        tensors = [*self.parameters, *slots, *self.buffers]
-        dtype = self.parameters[0].dtype
-        return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
+        return _flat_state(self.parameters, self.optimizer, self.run.slots, self.buffers)
 
     def load(self, state: Tensor, taken: int) -> None:
         """Go to another step: state (n_values,)."""
@@ -240,9 +235,20 @@ class Trainer:
                 kept["step"] = torch.tensor(float(taken))
             self.optimizer.state[parameter] = kept
 
-    def _slot(self, parameter: Tensor, name: str) -> Tensor:
-        kept = self.optimizer.state.get(parameter, {}).get(name)
-        return torch.zeros_like(parameter) if kept is None else kept
+
+def _flat_state(
+    parameters: Sequence[Tensor],
+    optimizer: Optimizer,
+    slots: Sequence[str],
+    buffers: Iterable[Tensor],
+) -> Tensor:
+    tensors = list(parameters)
+    for name in slots:
+        for parameter in parameters:
+            kept = optimizer.state.get(parameter, {}).get(name)
+            tensors.append(torch.zeros_like(parameter) if kept is None else kept)
+    dtype = parameters[0].dtype
+    return torch.cat([t.detach().reshape(-1).to(dtype) for t in [*tensors, *buffers]])
 
 
 @dataclass(frozen=True)
@@ -278,9 +284,7 @@ def mask_gradients(module: nn.Module, masks: dict[str, Tensor]) -> None:
             gradient.mul_(mask)
 
 
-def restore_masked(
-    module: nn.Module, masks: dict[str, Tensor], initial: dict[str, Tensor]
-) -> None:
+def restore_masked(module: nn.Module, masks: dict[str, Tensor], initial: dict[str, Tensor]) -> None:
     """Put entries that do not train back, whatever decay did to them."""
     with torch.no_grad():
         for name, mask in masks.items():
@@ -304,3 +308,172 @@ def states_between(trainer: Trainer, start: Tensor, first: int, last: int) -> It
     for _ in range(first, last):
         trainer.step(trainer.run.data.weights)
         yield trainer.state()
+
+
+# Recording --------------------------------------------------------------------------------------
+
+
+class Recording:
+    """What is noted while a training goes on, by whoever takes its steps."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        masks: dict[str, Tensor] | None = None,
+        keep: int = 0,
+    ) -> None:
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            unknown = [p for p in group["params"] if id(p) not in names]
+            if unknown:
+                raise ValueError(
+                    f"optimizer trains {len(unknown)} tensors that are no parameters of "
+                    f"{type(module).__name__}; a run is recorded of one module."
+                )
+            groups.append(tuple(names[id(p)] for p in group["params"] if p.requires_grad))
+        if optimizer.state:
+            raise ValueError(
+                "optimizer has taken steps already; a run is recorded from its first step on."
+            )
+        self.module, self.optimizer = module, optimizer
+        self.groups = tuple(groups)
+        self.masks = masks or {}
+        self.initial = own_copy(module)
+        self.steps: list[Step] = []
+        self.left = keep  # bytes of states that may still be kept
+        self.states: list[Tensor] | None = None
+        self.base_lr = tuple(
+            float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
+        )
+        if keep:
+            self.states = [self.state()]
+
+    def before_step(
+        self,
+        rows: Tensor,
+        stream: int | Tensor | None = None,
+        batch: tuple[Rows, Tensor] | None = None,
+    ) -> None:
+        """Note the batch and the settings of a step that is about to be taken: rows (b,)."""
+        if not self.steps:
+            for own, theirs in zip(self.initial.modules(), self.module.modules(), strict=True):
+                own.training = theirs.training
+        settings = tuple(
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        )
+        if self.steps and settings == self.steps[-1].settings:
+            settings = self.steps[-1].settings
+        self.steps.append(Step(rows.to("cpu", torch.int32), settings, stream, batch))
+
+    def after_step(self) -> None:
+        """Keep the state after a step, as long as there is room."""
+        if self.states is None:
+            return
+        state = self.state()
+        self.left -= state.numel() * state.element_size()
+        if self.left < 0:
+            self.states = None
+        else:
+            self.states.append(state)
+
+    def state(self) -> Tensor:
+        """Everything that the next step starts from (n_values,)."""
+        named = dict(self.module.named_parameters())
+        parameters = [named[name] for group in self.groups for name in group]
+        settings = tuple(self.optimizer.param_groups)
+        buffers = floating_buffers(self.module).values()
+        return _flat_state(
+            parameters, self.optimizer, slots_of(type(self.optimizer), settings), buffers
+        )
+
+    def finish(
+        self, loss: Loss, compute: Compute, data: Data | None, max_norm: float | None
+    ) -> Run:
+        """Close the record."""
+        if not self.steps:
+            raise ValueError("no step was recorded: the run has none.")
+        return Run(
+            self.initial,
+            loss,
+            type(self.optimizer),
+            self.groups,
+            self.steps,
+            compute,
+            data,
+            max_norm,
+            self.masks,
+            self.states,
+            self.state(),
+            self.base_lr,
+        )
+
+
+class Streams:
+    """Numbers that a module draws while it trains, a stream of its own for every step.
+
+    Only what draws is wrapped, since the wrapping costs time at every operator inside.
+    """
+
+    def __init__(self, module: nn.Module, seed: int) -> None:
+        self.seed = seed
+        self.layers = [
+            part for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd)
+        ]
+        self.others: bool | None = None  # whether anything else draws; not known before a step
+        self.generator = torch.Generator()
+        self.latest: int | None = None
+
+    def __enter__(self) -> "Streams":
+        for layer in self.layers:
+            # the module is ours while it trains, and is given back without the wrapping
+            layer.forward = _Wrapped(layer.forward, self)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for layer in self.layers:
+            layer.__dict__.pop("forward", None)
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Run the forward of one step."""
+        self.latest = None
+        if not self.layers and self.others is False:
+            yield
+            return
+        self.latest = stream_of(self.seed, number)
+        self.generator.manual_seed(self.latest)
+        if self.others is False:
+            yield
+            return
+        with _Others(self.generator) as mode:
+            yield
+        self.others = bool(self.others or mode.others)
+        if not self.layers and not self.others:
+            self.latest = None
+
+
+class _Others(Drawing):
+    """Notices operators that no wrapped layer has given a generator."""
+
+    others = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and not (kwargs or {}).get("generator"):
+            self.others = True
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@dataclass(frozen=True)
+class _Wrapped:
+    forward: Callable[..., Tensor]
+    streams: Streams
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with drawing_from(self.streams.generator):
+            return self.forward(*args, **kwargs)

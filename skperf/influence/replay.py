@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from skperf.backbone.training_run import (
     floating_buffers,
     split_state,
     states_between,
+    train_again,
 )
 from skperf.backbone.views import own_copy
 from skperf.influence.replay_products import BATCH_NORM, Differentiator
@@ -100,7 +103,7 @@ class Pass:
         return {**adjoints, "rows": self.rows, **self.hyperparameters, **labels}
 
     def derivative(self) -> Derivative:
-        """What the steps gone back through give."""
+        """Read off what the steps gone back through give."""
         labels = None if self.labels is None else self.labels.transpose(0, 1)
         return Derivative(self.rows.T, self.hyperparameters, labels)
 
@@ -181,7 +184,8 @@ def _clipped(gradients: Sequence[Tensor], max_norm: float | None) -> list[Tensor
 # States on the way ------------------------------------------------------------------------------
 
 
-def visit_backwards(run: Run, budget: Budget, shelf: Shelf | None = None, last: int | None = None
+def visit_backwards(
+    run: Run, budget: Budget, shelf: Shelf | None = None, last: int | None = None
 ) -> Iterator[Visited]:
     """Give the states around every step, last step first, within a budget of memory."""
     n_steps = len(run.steps) if last is None else last
@@ -278,7 +282,8 @@ def _each(one: Callable[..., Tensor], leaves: list[Tensor], rows: Rows, targets:
         for i in range(len(targets)):
             own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
             with torch.enable_grad():
-                value = one(own, rows.map(lambda leaf, i=i: leaf[i]).tree, targets[i : i + 1])
+                row = rows.map(itemgetter(i)).tree
+                value = one(own, row, targets[i : i + 1])
             found = torch.autograd.grad(value, own, materialize_grads=True, allow_unused=True)
             results.append(torch.cat([gradient.reshape(-1) for gradient in found]))
         return torch.stack(results)
@@ -338,7 +343,7 @@ class _with_statistics:
                 part: Any, args: Any, output: Tensor, mean: Tensor = mean, var: Tensor = variance
             ) -> Tensor:
                 shape = (1, -1, *[1] * (output.ndim - 2))
-                result = (args[0] - mean.view(shape)) / (var.view(shape) + part.eps).sqrt()
+                result: Tensor = (args[0] - mean.view(shape)) / (var.view(shape) + part.eps).sqrt()
                 if part.weight is not None:
                     result = result * part.weight.view(shape) + part.bias.view(shape)
                 return result
@@ -435,7 +440,7 @@ class Replayed:
         return found.labels
 
     def hyperparameter_gradient(self, inputs: Rows, targets: Tensor) -> dict[str, Tensor]:
-        """Derivatives of each query's loss by the run's settings: -> (q,) each."""
+        """Differentiate each query's loss by the run's settings: -> (q,) each."""
         return self.derivative(inputs, targets, hyperparameters=True).hyperparameters
 
     def derivative(
@@ -450,10 +455,8 @@ class Replayed:
     ) -> Derivative:
         """Everything that is asked of one pass back: inputs (q, ...), targets (q, ...)."""
         basis = self.basis(inputs, targets, value=value, aggregate=aggregate)
-        asked = {"hyperparameters": hyperparameters, "n_labels": n_labels}
-        parts = [
-            self.back(directions, **asked) for directions in basis.directions.split(self.at_once)
-        ]
+        asked = partial(self.back, hyperparameters=hyperparameters, n_labels=n_labels)
+        parts = [asked(directions) for directions in basis.directions.split(self.at_once)]
         return _joined(parts).combined(basis.coefficients)
 
     def basis(
@@ -547,21 +550,14 @@ def smoothness(
     like = fitted.end.new_ones(n) if run.data.weights is None else run.data.weights.to(fitted.end)
     moves = signs.to(like) * like * size
     predicted = fitted.derivative(inputs, targets).rows @ moves.T
-    actual = torch.stack(
-        [
-            (_retrained(run, like + move, inputs, targets) - _retrained(run, like - move, inputs, targets)) / 2
-            for move in moves
-        ],
-        1,
-    )
+    actual = torch.stack([_change(run, like, move, inputs, targets) for move in moves], 1)
     return float(torch.nn.functional.cosine_similarity(predicted.flatten(), actual.flatten(), 0))
 
 
-def _retrained(run: Run, weights: Tensor, inputs: Rows, targets: Tensor) -> Tensor:
-    trainer = Trainer(run)
-    for _ in run.steps:
-        trainer.step(weights)
-    return losses_at(run, trainer.module, inputs, targets)
+def _change(run: Run, weights: Tensor, move: Tensor, inputs: Rows, targets: Tensor) -> Tensor:
+    """Half the change of the queries' losses from one side to the other: -> (q,)."""
+    up, down = (train_again(run, weights + sign * move).module for sign in (1, -1))
+    return (losses_at(run, up, inputs, targets) - losses_at(run, down, inputs, targets)) / 2
 
 
 def losses_at(run: Run, module: nn.Module, inputs: Rows, targets: Tensor) -> Tensor:

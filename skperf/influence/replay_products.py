@@ -32,7 +32,9 @@ class Pulled:
 class Taken(Protocol):
     """A step's loss, differentiated once."""
 
-    gradients: list[Tensor]
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Gradients of the loss by each parameter (...)."""
 
     def pull(self, towards: Sequence[Tensor], buffers: Sequence[Tensor]) -> Pulled:
         """Differentiate the gradients and new buffers along directions (m, ...)."""
@@ -43,7 +45,6 @@ class Differentiator:
 
     def __init__(self, run: Run, module: nn.Module, *, labels: bool = False) -> None:
         self.run, self.module, self.labels = run, module, labels
-        module.train()
         named = dict(module.named_parameters())
         for parameter in named.values():
             parameter.requires_grad_(False)
@@ -51,7 +52,7 @@ class Differentiator:
         self.norms = [
             part
             for part in module.modules()
-            if isinstance(part, BATCH_NORM) and part.running_mean is not None
+            if isinstance(part, BATCH_NORM) and part.running_mean is not None and part.training
         ]
         convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
         # batched convolution kernels are slower than one direction after another
@@ -165,10 +166,7 @@ class Differentiator:
             (ours.rows, theirs.rows),
         ]
         tolerance = 1e-3 if shares.dtype == torch.float32 else 1e-8
-        same = all(
-            _close(a.detach(), b.detach(), tolerance)
-            for a, b in pairs
-        )
+        same = all(_close(a.detach(), b.detach(), tolerance) for a, b in pairs)
         return chain if same else None
 
 
@@ -210,9 +208,7 @@ class Twice:
         else:
             pulled = list(pull(grad_outputs=directions, is_grads_batched=True))
         n = self.n_parameters
-        return Pulled(
-            pulled[:n], pulled[n], before, pulled[n + 1] if len(pulled) > n + 1 else None
-        )
+        return Pulled(pulled[:n], pulled[n], before, pulled[n + 1] if len(pulled) > n + 1 else None)
 
 
 def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
@@ -238,7 +234,7 @@ def _weighted(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _of_other_labels(loss: Loss, outputs: Tensor, losses: Tensor, relabelled: Tensor) -> Tensor:
-    """What shares of other labels would add: outputs (n, K), relabelled (n, K) -> (n,)."""
+    """Say what shares of other labels would add: outputs (n, K), relabelled (n, K) -> (n,)."""
     n, k = outputs.shape
     every = [
         _weighted(loss, outputs, torch.full((n,), label, device=outputs.device))
@@ -271,7 +267,7 @@ _ELEMENTWISE = (
 
 def find_chain(module: nn.Module, inputs: Rows, run: Run) -> list[Link] | None:
     """Watch one forward: linear layers and entrywise functions, each fed by the one before."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    calls: list[tuple[nn.Module, Any, Any]] = []
 
     def seen(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls.append((part, args[0] if args else None, output))
@@ -286,7 +282,8 @@ def find_chain(module: nn.Module, inputs: Rows, run: Run) -> list[Link] | None:
             handle.remove()
     if not inputs.single or not calls or outputs.ndim != 2 or calls[-1][2] is not outputs:
         return None
-    at, links = inputs.array, []
+    at: Any = inputs.array
+    links: list[Link] = []
     for part, own, output in calls:
         same_values = (
             isinstance(own, Tensor)

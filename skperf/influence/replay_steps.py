@@ -45,7 +45,7 @@ class Moment:
     count: int  # steps taken, this one included
 
     def slopes(self, i: int, rate: float, correction: float, eps: float) -> tuple[Tensor, Tensor]:
-        """Derivatives of one weight's move by Adam's two averages: each as the weight (...)."""
+        """Differentiate one weight's move by Adam's two averages: each as the weight (...)."""
         mean, square = self.after.slots[0][i], self.after.slots[1][i]
         root = square.sqrt()
         denominator = root / correction + eps
@@ -63,7 +63,7 @@ def dot(adjoints: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 def back_through_sgd(
     adjoint: Adjoint, which: Sequence[int], settings: Settings, moment: Moment, by_decay: bool
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Derivatives by the gradients of some parameters and, where asked for, by the weight decay.
+    """Differentiate by the gradients of some parameters and, where asked for, by the weight decay.
 
     The adjoint becomes that of the state before, up to what goes through the gradients.
     """
@@ -94,7 +94,7 @@ def back_through_sgd(
 def back_through_adam(
     adjoint: Adjoint, which: Sequence[int], settings: Settings, moment: Moment, by_decay: bool
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Derivatives by the gradients of some parameters and, where asked for, by the weight decay.
+    """Differentiate by the gradients of some parameters and, where asked for, by the weight decay.
 
     The adjoint becomes that of the state before, up to what goes through the gradients.
     """
@@ -141,7 +141,7 @@ BACK: dict[Any, Back] = {
 def back_through_clipping(
     towards: Sequence[Tensor], gradients: Sequence[Tensor], max_norm: float
 ) -> list[Tensor]:
-    """Derivatives by the gradients before they were clipped to a norm: (m, ...) each."""
+    """Differentiate by the gradients before they were clipped to a norm: (m, ...) each."""
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     factor = max_norm / (norm + 1e-6)
     if factor >= 1:

@@ -8,7 +8,7 @@ import torch
 from skorch import NeuralNet
 from torch import nn
 
-from skperf.backbone._nets import TensorBatches
+from skperf.backbone._batches import TensorBatches
 from skperf.backbone.architectures import MLP
 from skperf.backbone.modes import preserved_rng
 
