@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.utils import check_random_state
-from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier
+from skorch import NeuralNetClassifier
 from skorch.callbacks import EpochTimer, GradientNormClipping, PassthroughScoring, PrintLog
 from skorch.callbacks.scoring import ScoringBase
 from skorch.dataset import Dataset
@@ -811,79 +811,3 @@ def default_net(**params: Any) -> Net:
         "optimizer__eps": 1e-30,
     }
     return Net(MLP, **(small | params))
-
-
-# of a DataLoader, what changes neither which rows a batch holds nor their order
-_WITHOUT_EFFECT = {
-    "num_workers",
-    "pin_memory",
-    "persistent_workers",
-    "prefetch_factor",
-    "timeout",
-    "multiprocessing_context",
-    "pin_memory_device",
-}
-_CARRIED = {"batch_size", "shuffle", "drop_last", "generator"}
-
-
-def net_of(stock: NeuralNet) -> Net:
-    """Turn a skorch classifier into a Net of the same settings, not fitted; or refuse by name."""
-    if isinstance(stock, Net):
-        return stock
-    plain = (NeuralNetClassifier, NeuralNetBinaryClassifier)
-    name = type(stock).__name__
-    if not isinstance(stock, plain):
-        raise TypeError(
-            f"estimator is a {name}, which is no classifier of skorch's and can't be turned into "
-            "a skperf.Net. Fit it yourself and pass FrozenEstimator(net)."
-        )
-    bases = type(stock).__mro__[: type(stock).__mro__.index(NeuralNet)]
-    own = sorted(
-        key
-        for kind in bases
-        if kind not in plain and kind.__module__.partition(".")[0] not in ("skorch", "sklearn")
-        for key in vars(kind)
-        if not key.startswith("__") and not key.endswith("_request")
-    )
-    if own:
-        raise TypeError(
-            f"estimator is a {name}, which can't be turned into a skperf.Net: its own {own} would "
-            "be lost. Derive it from skperf.Net, or fit it yourself and pass FrozenEstimator(net)."
-        )
-    params: dict[str, Any] = {
-        k: v for k, v in stock.get_params(deep=False).items() if not k.startswith("_")
-    }
-    for key, usual in (
-        ("dataset", Dataset),
-        ("predict_nonlinearity", "auto"),
-        ("warm_start", False),
-        ("threshold", 0.5),
-    ):
-        if params.get(key, usual) != usual:
-            raise ValueError(
-                f"{name}({key}={params[key]!r}) can't be turned into a skperf.Net, which knows "
-                f"{key}={usual!r} only."
-            )
-    params.pop("threshold", None)
-    for part in ("iterator_train", "iterator_valid"):
-        if params[part] is DataLoader:
-            params[part] = TensorBatches
-        elif params[part] is not TensorBatches:
-            raise ValueError(f"{name}({part}={params[part]!r}) can't be carried to skperf.Net.")
-        for key in [key for key in params if key.startswith(f"{part}__")]:
-            option = key.removeprefix(f"{part}__")
-            if option in _WITHOUT_EFFECT:
-                del params[key]
-            elif option not in _CARRIED:
-                raise ValueError(f"{name}({key}=...) can't be carried to skperf.Net.")
-        params.setdefault(f"{part}__shuffle", False)
-    if params["callbacks"] not in (None, "disable"):
-        params["callbacks"] = deepcopy(params["callbacks"])
-    known = {"callbacks__epoch_timer", "callbacks__train_loss", "callbacks__valid_loss"}
-    params = {
-        key: value
-        for key, value in params.items()
-        # skorch's own scoring of accuracy, switched off
-        if not (key.startswith("callbacks__valid_acc") and key not in known)
-    }
-    return Net(**params)

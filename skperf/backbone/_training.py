@@ -25,6 +25,15 @@ class TrainingRun:
     at every step; ``Net(record_run=True)`` leaves one in ``run_``, and :meth:`record` makes
     one of a training loop of your own. The rows themselves are left out when it is pickled.
 
+    Parameters
+    ----------
+    recorded : Run or None
+        The record itself; None as long as the training goes on.
+    like : Net
+        Not fitted; what trains again becomes a clone of it.
+    learned : dict
+        What a fitted net knows besides its weights.
+
     Attributes
     ----------
     n_steps : int

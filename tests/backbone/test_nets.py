@@ -19,7 +19,8 @@ from torch.utils.data import TensorDataset
 
 from skperf import MLP, Net, default_net
 from skperf.backbone._batches import TensorBatches
-from skperf.backbone._nets import net_of, seed_of
+from skperf.backbone._nets import seed_of
+from skperf.backbone._stock import net_of
 from skperf.backbone.sparse import Sparse
 
 X, y = load_iris(return_X_y=True)
