@@ -745,7 +745,7 @@ class Net(NeuralNetClassifier):
         ordered = isinstance(iterator, TensorBatches | DataLoader)
         if ordered and iterator.generator is None:
             iterator.generator = self.generator_
-        if training:
+        if training and self.recording_ is not None:
             self.iterator_ = iterator
         return iterator
 

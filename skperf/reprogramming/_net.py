@@ -167,11 +167,13 @@ class ProgramNet(Net):
         self.counts_ = counts if previous is None else previous + counts
 
     def _mean_loss(self, logits, targets):
-        if isinstance(targets, torch.Tensor):
-            targets = targets.to(logits.device)
+        # a program is trained on weighted means: a row of weight 0 is as good as absent
+        weight = targets[1] if isinstance(targets, tuple | list) else None
+        scale = 1.0 if weight is None else len(weight) / weight.sum().clamp_min(1e-30)
         if logits.ndim == 2:
-            return super().get_loss(logits, targets)
-        return sum(super(ProgramNet, self).get_loss(mix, targets) for mix in logits) / len(logits)
+            return super().get_loss(logits, targets) * scale
+        each = [super(ProgramNet, self).get_loss(mix, targets) for mix in logits]
+        return sum(each) / len(logits) * scale
 
     def _estimate_gradient(self, inputs, targets, base):
         module = self.module_
