@@ -24,18 +24,13 @@ ESTIMATOR_FILES = {
 ESTIMATOR_NAMES = {"scorer", "attributor", "adapter", "reprogrammer", "editor"}
 # Offenders that wait for their turn: entries are removed as they are mended, none is added.
 TAKE_AN_ESTIMATOR = {
-    "influence/_actions.py",
-    "influence/_members.py",
-    "influence/_rows.py",
-    "influence/_scoring.py",
-    "influence/_trust.py",
     "performative/_learning.py",
     "performative/_outlook.py",
     "performative/_rounds.py",
 }
-MANY_PARAMETERS = {"InfluenceScorer": 28, "Reprogrammer": 51}
+MANY_PARAMETERS = {"Reprogrammer": 51}
 LONG_FILES: dict[str, int] = {}
-LEAST_SHARE_OF_COMMENTS = 0.016  # to be 0.02
+LEAST_SHARE_OF_COMMENTS = 0.0185  # to be 0.02
 
 
 def test_every_file_of_mathematics_is_linted_as_such():

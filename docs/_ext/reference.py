@@ -43,6 +43,7 @@ UNFINISHED = (
     "skperf.InfluenceDisplay",
     "skperf.FadingDisplay",
     "skperf.ComponentDisplay",
+    "skperf.influence.",
 )
 
 
