@@ -44,6 +44,13 @@ WORKLOADS = (
         ("backbone.json",),
         "benchmarks",
     ),
+    Workload(
+        "growth",
+        "How time and memory grow with each size",
+        "growth",
+        ("growth.json",),
+        "benchmarks",
+    ),
     Workload("cluster", "A dask cluster", "cluster", ("cluster.json",), "guide/clusters"),
     Workload(
         "performative",
