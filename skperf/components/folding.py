@@ -1,106 +1,90 @@
-"""A private copy of a network that runs faster and computes the same."""
+"""Merge batch normalisations into the layers before them, in a view of ours."""
 
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from skperf.backbone.modes import forward_hooks, untouched
 from skperf.backbone.network import Network
+from skperf.backbone.rows import Rows
 
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMALISERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_MOST_BYTES = 64 * 2**20
+"""Larger networks keep the weights that they share with the user's own."""
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What happened during one forward pass."""
-
-    order: list[nn.Module]
-    followers: dict[nn.Module, nn.Module]
-    floats: int
-
-
-def trace(network: Network, inputs: Tensor) -> Trace:
-    """Watch one forward pass: inputs (n, ...)."""
-    order: list[nn.Module] = []
-    made: dict[int, nn.Module] = {}
-    kept: list[Tensor] = []
-    pairs: dict[nn.Module, nn.Module] = {}
-
-    def record(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(part, _NORMALISERS) and id(args[0]) in made:
-            pairs[made[id(args[0])]] = part
-        order.append(part)
-        if isinstance(output, Tensor):
-            made[id(output)] = part
-            kept.append(output)
-
-    leaves = [part for part in network.module.modules() if not list(part.children())]
-    with untouched(network.module), torch.no_grad(), forward_hooks(dict.fromkeys(leaves, record)):
-        network(inputs)
-    followers = {
-        layer: norm
-        for layer, norm in pairs.items()
-        if order.count(layer) == 1 and order.count(norm) == 1
-    }
-    return Trace(order, followers, sum(output.numel() for output in kept) // max(len(inputs), 1))
-
-
-def private_copy(network: Network, inputs: Tensor) -> tuple[Network, bool]:
-    """Copy a network for work on its weights: inputs (n, ...)."""
-    try:
-        module = deepcopy(network.module)
-    except (RuntimeError, TypeError):
-        return network, False
-    module.eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
+def followers_of(
+    module: nn.Module, pairs: Mapping[str, str], n_calls: Mapping[str, int]
+) -> dict[str, str]:
+    """Layers and the batch normalisations that take their outputs, where nobody shares either."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    holders: dict[int, int] = {}
     for part in module.modules():
-        if getattr(part, "inplace", False) is True:
-            part.inplace = False  # type: ignore[assignment]
-    if any(isinstance(part, nn.Conv2d) for part in module.modules()):
-        _reorder(module, torch.channels_last)
-        try:
-            with untouched(module), torch.no_grad():
-                replace(network, module=module)(inputs)
-        except RuntimeError:  # its own Tensor.view insists on the usual order
-            _reorder(module, torch.contiguous_format)
-    return replace(network, module=module), True
+        for parameter in part._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    followers = {}
+    for layer, norm in pairs.items():
+        one, other = parts[layer], parts[norm]
+        if not isinstance(one, _FOLDABLE) or not isinstance(other, _NORMALISERS):
+            continue
+        tensors = [one._parameters.get("weight"), one._parameters.get("bias")]
+        tensors += list(other._parameters.values())
+        shared = any(tensor is not None and holders[id(tensor)] > 1 for tensor in tensors)
+        known = tensors[0] is not None and other.running_mean is not None
+        if known and not shared and n_calls[layer] == 1 and n_calls[norm] == 1:
+            followers[layer] = norm
+    return followers
+
+
+def is_small(module: nn.Module) -> bool:
+    """Whether faster copies of the weights may be held beside the shared ones."""
+    return sum(p.numel() * p.element_size() for p in module.parameters()) <= _MOST_BYTES
+
+
+def in_image_order(network: Network, few: Rows) -> None:
+    """Keep the weights of convolutions in the order that is fastest on a CPU: few (n, ...)."""
+    module = network.module
+    if not any(isinstance(part, nn.Conv2d) for part in module.modules()):
+        return
+    _reorder(module, torch.channels_last)
+    try:
+        with torch.no_grad():
+            network(few)
+    except RuntimeError:  # its own Tensor.view insists on the usual order
+        _reorder(module, torch.contiguous_format)
 
 
 def _reorder(module: nn.Module, order: torch.memory_format) -> None:
-    module.to(memory_format=order)  # type: ignore[call-overload]
+    done: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, own in part._parameters.items():
+            if own is not None and own.ndim == 4:
+                copy = own.detach().contiguous(memory_format=order)
+                part._parameters[name] = done.setdefault(
+                    id(own), nn.Parameter(copy, requires_grad=False)
+                )
 
 
-def fold(network: Network, followers: dict[nn.Module, nn.Module]) -> None:
-    """Merge batch normalisations into the layers before them, in place."""
+def fold(module: nn.Module, followers: Mapping[str, str]) -> None:
+    """Merge batch normalisations into the layers before them; no weight is written to."""
     # With `y = gamma (w x + b - mean) / sd + beta` the rows of `w` are scaled by `gamma / sd`,
     # so zeroing a row before or after folding leaves the same constant.
-    parents = {
-        child: (parent, name)
-        for parent in network.module.modules()
-        for name, child in parent.named_children()
-    }
-    for layer, norm in followers.items():
-        if not isinstance(layer, _FOLDABLE) or not isinstance(norm, _NORMALISERS):
-            continue
-        if (
-            norm.running_mean is None
-            or norm.running_var is None
-            or "weight" not in layer._parameters
-        ):
-            continue
+    for layer_name, norm_name in followers.items():
+        layer, norm = module.get_submodule(layer_name), module.get_submodule(norm_name)
+        assert isinstance(norm, _NORMALISERS)
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
         scale = (norm.running_var + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight
-        bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+        weight, own = layer._parameters["weight"], layer._parameters.get("bias")
+        assert isinstance(weight, Tensor)
+        bias = -norm.running_mean if own is None else own - norm.running_mean
         shift = 0 if norm.bias is None else norm.bias
-        weight = layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1))
-        layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        layer.bias = nn.Parameter((bias * scale + shift).detach(), requires_grad=False)
-        parent, name = parents[norm]
-        setattr(parent, name, nn.Identity())
+        scaled = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        layer._parameters["weight"] = nn.Parameter(scaled.detach(), requires_grad=False)
+        folded = (bias * scale + shift).detach()
+        layer._parameters["bias"] = nn.Parameter(folded, requires_grad=False)
+        parent, _, child = norm_name.rpartition(".")
+        module.get_submodule(parent)._modules[child] = nn.Identity()

@@ -1,26 +1,30 @@
 """Gates on the components of a network: ablate, and differentiate.
 
 A gate of 1 keeps a component and a gate of 0 ablates it; in between, what comes out is
-``replacement + gate * (output - replacement)``. What replaces an ablated component is the
-layer's bias (weight rows zeroed, as released), zero, a mean, the value on another
-example, or whatever a function makes of the output.
+``instead + gate * (output - instead)``. What stands in for an ablated component is the
+layer's bias (weight rows zeroed, as released), zero, a mean, the value on another row, or
+whatever a function makes of the output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skperf.backbone.modes import forward_hooks, untouched
 from skperf.backbone.network import Network
-from skperf.backbone.outputs import Output
-from skperf.components.folding import Trace, fold, private_copy, trace
-from skperf.components.taps import Tap, make_taps, scale_weights, tapped
-from skperf.components.units import Component
+from skperf.backbone.parameters import Parameters, substituted
+from skperf.backbone.rows import Rows
+from skperf.backbone.views import view
+from skperf.components.folding import fold, is_small
+from skperf.components.measures import Measure
+from skperf.components.taps import opened_attention, tapped
+from skperf.components.units import Site, Spot
+from skperf.components.wiring import Layout, Wiring
 
 Ablation = str | float | Callable[[Tensor], Tensor]
 ABLATIONS = ("zero", "zero_output", "mean", "resample")
@@ -29,267 +33,342 @@ _SMALL_BATCH = 32
 _GRADIENT_FLOATS = 60_000_000
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What stands in for what is ablated, and where."""
+
+    kind: Ablation = "zero"
+    per: str = "all"  # what a mean is over: "all", "position", "class"; "row": each its own donor
+    positions: tuple[int, ...] | None = None
+    donors: Rows | None = None  # (n_donors, ...), on the network's device
+    labels: Tensor | None = None  # (n_donors,), for means of classes
+
+    @property
+    def replaces(self) -> bool:
+        """Whether outputs themselves are replaced, not the weights behind them zeroed."""
+        return not (self.kind == "zero" or isinstance(self.kind, float | int))
+
+    @property
+    def scales(self) -> bool:
+        """Whether it can be had by scaling weights."""
+        return not self.replaces and self.positions is None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows, their targets, and the donors that belong to them, of one pass."""
+
+    rows: Rows  # (n, ...)
+    targets: Tensor | None  # (n, ...)
+    donors: Rows | None = None  # (n, ...)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, where: Any) -> "Asked":
+        return Asked(
+            self.rows[where],
+            None if self.targets is None else self.targets[where],
+            None if self.donors is None else self.donors[where],
+        )
+
+    def repeat(self, times: int) -> "Asked":
+        """Stack the whole batch so many times."""
+        if times == 1:
+            return self
+        targets = self.targets
+        if targets is not None:
+            targets = targets.repeat(times, *[1] * (targets.ndim - 1))
+        donors = None if self.donors is None else self.donors.repeat(times)
+        return Asked(self.rows.repeat(times), targets, donors)
+
+
+@dataclass(eq=False)
+class Tap:
+    """A tensor with gates on it."""
+
+    spot: Spot
+    channels: Tensor  # (n_channels,): which gate
+    bias: Tensor | None = None  # (n_channels,)
+
+
 class Circuit:
-    """A network with a gate on every chosen component."""
+    """A network, a view of ours, with a gate on every chosen component."""
 
-    # The user's module is copied, batch normalisations are folded into the layers before them
-    # where that changes nothing, and all work is done on the copy.
-
-    def __init__(
-        self,
-        network: Network,
-        components: Sequence[Component],
-        examples: Tensor,
-        *,
-        ablation: Ablation = "zero",
-        accelerate: bool = True,
-    ) -> None:
-        if isinstance(ablation, str) and ablation not in ABLATIONS:
+    def __init__(self, network: Network, wiring: Wiring, rule: Rule | None = None) -> None:
+        rule = Rule() if rule is None else rule
+        if isinstance(rule.kind, str) and rule.kind not in ABLATIONS:
             raise ValueError(
-                f"ablation={ablation!r} is unknown; use one of {ABLATIONS}, a scale or a function."
+                f"ablation={rule.kind!r} is unknown; use one of {ABLATIONS}, a scale or a function."
             )
-        self.components = list(components)
-        self.ablation = ablation
-        self.examples = examples[:256]
-        self.network, self.copied = private_copy(network, examples[:2])
-        seen = trace(self.network, examples[:2])
-        self._build(seen)
-        if self.copied and accelerate and seen.followers:
-            seen = self._fold_if_nothing_changes(network, seen)
-        self._folded = any(isinstance(part, nn.Identity) for part in self.network.module.modules())
-        self._floats_per_row = seen.floats
-        self._prefix = self._before_the_gates(seen) if self.copied and accelerate else []
+        self.network, self.wiring, self.rule = network, wiring, rule
+        self.by_weights = wiring.plain and rule.scales
+        if not self.by_weights:
+            opened_attention(network.module)
+        for part in network.module.modules():
+            if getattr(part, "inplace", False) is True:
+                part.inplace = False  # type: ignore[assignment]
+        if not wiring.plain and not rule.replaces and is_small(network.module):
+            fold(network.module, wiring.followers)
+        self.taps = self._taps()
+        # (r, inner, ...) with rows first, or (n_channels,), for each tensor
+        self.instead: dict[tuple[Spot, int], Tensor] = {}
+        self._means: dict[tuple[Spot, int], Tensor] = {}
+        if rule.kind == "mean":
+            self.instead = self._means = self._averages()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Circuit":
+        """Give another thread hooks of its own around the same weights."""
+        other = copy(self)
+        other.network = replace(self.network, module=view(self.network.module))
+        return other
 
     @property
     def n_components(self) -> int:
         """Number of gates."""
-        return len(self.components)
+        return len(self.wiring.components)
 
-    @property
-    def scales_weights(self) -> bool:
-        """Whether ablating the same components in every row is scaling some weights."""
-        local = self.ablation in ("mean", "resample") or callable(self.ablation)
-        return self.copied and not local and all(tap.scaled for tap in self._taps)
-
-    def outputs(
-        self, inputs: Tensor, codes: Tensor, output: Output, masks: Tensor, *, first: int = 0
-    ) -> Tensor:
-        """Compute true outputs under ablation.
-
-        Shapes: inputs (n, ...), codes (n,), masks (m, n_components) -> (n, m).
-        """
-        values = self._values(masks)
+    def outputs(self, asked: Asked, measure: Measure, masks: Tensor, *, first: int = 0) -> Tensor:
+        """Compute true outputs under ablation: n rows, masks (m, n_components) -> (n, ..., m)."""
+        values = self.values(masks)
         size = min(self.network.batch_size, _ROWS_PER_PASS)
-        parts = []
-        with untouched(self.network.module):
-            for start in range(0, len(inputs), size):
-                rows, labels = inputs[start : start + size], codes[start : start + size]
-                parts.append(self._batch(rows, labels, output, values, first))
-        return torch.cat(parts)
+        starts = range(0, len(asked), size)
+        return torch.cat(
+            [self._batch(asked[start : start + size], measure, values, first) for start in starts]
+        )
 
     def gradients(
-        self, inputs: Tensor, codes: Tensor, output: Output, gates: Tensor, *, first: int = 0
+        self, asked: Asked, measure: Measure, gates: Tensor, *, first: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Compute outputs and their derivatives with respect to every gate.
 
-        Shapes: inputs (n, ...), codes (n,), gates (n_components,) or (n, n_components) -> values
-        (n,), gradients (n, n_components).
+        Shapes: n rows, gates (n_components,) or (n, n_components) -> values (n,), gradients (n,
+        n_components).
         """
-        size = max(1, min(_ROWS_PER_PASS, _GRADIENT_FLOATS // max(self._floats_per_row, 1)))
+        size = max(1, min(_ROWS_PER_PASS, _GRADIENT_FLOATS // max(self.wiring.floats_per_row, 1)))
+        size = size if self.wiring.knows_rows else 1
         values, gradients = [], []
-        with untouched(self.network.module):
-            self._replace_by(range(first, first + 1))
-            for start in range(0, len(inputs), size):
-                rows, labels = inputs[start : start + size], codes[start : start + size]
-                here = gates if gates.ndim == 1 else gates[start : start + size]
-                leaf = here.to(rows.device, self.network.dtype).expand(len(rows), -1).clone()
-                leaf.requires_grad_(True)
-                with torch.enable_grad(), self._gated(self._values(leaf)):
-                    result = output(self.network(rows), labels)
-                    (gradient,) = torch.autograd.grad(result.sum(), leaf)
-                values.append(result.detach().cpu())
-                gradients.append(gradient.cpu())
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
+            here = gates if gates.ndim == 1 else gates[start : start + size]
+            leaf = here.to(self.network.device, self.network.dtype).expand(len(part), -1).clone()
+            leaf.requires_grad_(True)
+            self.replace_by(part, range(first, first + 1))
+            with torch.enable_grad(), self.gated(self.values(leaf), part):
+                result = measure(self.network(part.rows), part)
+                (gradient,) = torch.autograd.grad(result.sum(), leaf)
+            values.append(result.detach().cpu())
+            gradients.append(gradient.cpu())
         return torch.cat(values), torch.cat(gradients)
 
-    def edited_module(self, module: nn.Module, mask: Tensor) -> nn.Module:
-        """Copy a network with an ablation made permanent: mask (n_components,)."""
-        values = self._values(mask[None])
-        if self.scales_weights and not (self._folded and self.ablation == "zero_output"):
-            changed = deepcopy(module)
-            with_bias = self.ablation == "zero_output"
-            scale_weights(make_taps(changed, self.components, with_bias=with_bias), values[0])
-            return changed
-        return Gated(self, values)
-
-    def _values(self, masks: Tensor) -> Tensor:
+    def values(self, masks: Tensor) -> Tensor:
         """Gate values and one more that is always open, (m, n_components + 1)."""
         values = masks.to(self.network.device, self.network.dtype)
-        if isinstance(self.ablation, float | int):
-            values = self.ablation + (1 - self.ablation) * values
+        if isinstance(self.rule.kind, float | int):
+            values = self.rule.kind + (1 - self.rule.kind) * values
         return functional.pad(values, (0, 1), value=1.0)
 
-    def _build(self, seen: Trace) -> None:
-        output_itself = self.ablation not in ("zero",) and not isinstance(
-            self.ablation, float | int
-        )
-        module = self.network.module
-        self._taps = make_taps(module, self.components, with_bias=self.ablation == "zero_output")
-        for tap in self._taps:
-            follower = seen.followers.get(tap.part)
-            if not output_itself:
-                tap.replacement = tap.bias
-            elif follower is not None:
-                tap.part, tap.scaled = follower, []
-        if self.ablation == "mean":
-            means = self._captured(self.examples, along_channels=True)
-            for tap in self._taps:
-                tap.replacement = means[tap]
-
-    def _fold_if_nothing_changes(self, network: Network, seen: Trace) -> Trace:
-        """Fold, and go back to a plain copy if an output were to differ."""
-        mask = (torch.arange(self.n_components) % 7 != 3).float()
-        before = [self._probe(torch.ones_like(mask)), self._probe(mask)]
-        fold(self.network, seen.followers)
-        folded = trace(self.network, self.examples[:2])
-        self._build(folded)
-        after = [self._probe(torch.ones_like(mask)), self._probe(mask)]
-        scale = max(float(logits.abs().max()) for logits in before)
-        if all(
-            torch.allclose(a, b, rtol=1e-4, atol=1e-4 * scale)
-            for a, b in zip(before, after, strict=True)
-        ):
-            return folded
-        self.network, self.copied = private_copy(network, self.examples[:2])
-        seen = trace(self.network, self.examples[:2])
-        self._build(seen)
-        return seen
-
-    def _probe(self, mask: Tensor) -> Tensor:
-        with untouched(self.network.module), torch.inference_mode():
-            self._replace_by(range(1))
-            with self._gated(self._values(mask[None])):
-                return self.network(self.examples[:2])
-
-    def _before_the_gates(self, seen: Trace) -> list[nn.Module]:
-        """Modules called once, before anything gated: their outputs never change."""
-        gated = {part for tap in self._taps for part in tap.part.modules()}
-        ends = [position for position, part in enumerate(seen.order) if part in gated]
-        before = seen.order[: ends[0]] if ends else []
-        return [part for part in before if seen.order.count(part) == 1]
-
-    def _batch(
-        self, rows: Tensor, codes: Tensor, output: Output, values: Tensor, first: int
-    ) -> Tensor:
-        together = min(len(values), max(1, _SMALL_BATCH // len(rows)))
-        if self.scales_weights and together == 1:
-            return self._by_weights(rows, codes, output, values)
-        columns = []
-        with self._remembering(rows, together, len(values)):
-            for start in range(0, len(values), together):
-                part = values[start : start + together]
-                self._replace_by(range(first + start, first + start + together))
-                # A last group that is too small is filled up: what is remembered has its size.
-                filled = torch.cat([part, part[:1].expand(together - len(part), -1)])
-                with torch.inference_mode(), self._gated(filled):
-                    logits = self.network(_repeat(rows, together))
-                    result = output(logits, codes.repeat(together))
-                columns.append(result.view(together, len(rows)).T[:, : len(part)].cpu())
-        return torch.cat(columns, 1)
-
-    def _by_weights(self, rows: Tensor, codes: Tensor, output: Output, values: Tensor) -> Tensor:
-        columns = []
-        try:
-            with self._remembering(rows, 1, len(values)):
-                for value in values:
-                    scale_weights(self._taps, value)
-                    with torch.inference_mode():
-                        columns.append(output(self.network(rows), codes).cpu())
-        finally:
-            scale_weights(self._taps, torch.ones_like(values[0]))
-        return torch.stack(columns, 1)
-
     @contextmanager
-    def _remembering(self, rows: Tensor, together: int, n_masks: int) -> Iterator[None]:
-        """Compute what comes before the first gate once for all masks of a batch."""
-        if not self._prefix or n_masks <= 2 * together:
-            yield
-            return
-        made: dict[nn.Module, Tensor] = {}
-
-        def keep(part: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                made[part] = output
-
-        with torch.no_grad(), forward_hooks(dict.fromkeys(self._prefix, keep)):
-            self.network(_repeat(rows, together))
-        # What was changed in place afterwards must be computed anew.
-        usable = {part: output for part, output in made.items() if output._version == 0}
-        with ExitStack() as stack:
-            for part, output in usable.items():
-                part.__dict__["forward"] = _Recall(output)
-                stack.callback(part.__dict__.pop, "forward")
+    def gated(self, values: Tensor, asked: Asked) -> Iterator[None]:
+        """Close gates for a while: values (1, n_gates), one for each mask or one for each row."""
+        functions: dict[Spot, list[Callable[[Tensor, int], Tensor]]] = {}
+        weights: Parameters = {}
+        for tap in self.taps:
+            if tap.spot.is_activation:
+                functions.setdefault(tap.spot, []).append(self._gate(tap, values, asked))
+            else:
+                assert len(values) == 1
+                name = f"{tap.spot.module}.{tap.spot.side}".lstrip(".")
+                own = weights.get(name, self.network.module.get_parameter(name))
+                factors = _padded(values[0].index_select(0, tap.channels), own.shape[tap.spot.dim])
+                weights[name] = own * _along(factors[None], tap.spot.dim, own.ndim)
+        with substituted(self.network.module, weights), tapped(self.network.module, functions):
             yield
 
-    @contextmanager
-    def _gated(self, values: Tensor) -> Iterator[None]:
-        with tapped({tap: self._gate(tap, values) for tap in self._taps}):
-            yield
+    def replace_by(self, asked: Asked, numbers: range) -> None:
+        """Capture what stands in: with "resample" one donor for each mask or for each row."""
+        rule = self.rule
+        if rule.kind == "resample":
+            if asked.donors is not None:
+                donors = asked.donors
+            else:
+                assert rule.donors is not None
+                donors = rule.donors[[number % len(rule.donors) for number in numbers]]
+            captured = self.captured(donors)
+            self.instead = {key: self._split(key, t, len(donors)) for key, t in captured.items()}
+        elif rule.per == "class":
+            assert asked.targets is not None
+            codes = asked.targets
+            self.instead = {key: mean[codes] for key, mean in self._means.items()}
 
-    def _gate(self, tap: Tap, values: Tensor) -> Callable[[Tensor], Tensor]:
-        gates = values.index_select(1, tap.channels)
+    def captured(self, inputs: Rows) -> dict[tuple[Spot, int], Tensor]:
+        """Activations at all taps."""
+        made: dict[tuple[Spot, int], Tensor] = {}
 
-        def mix(output: Tensor) -> Tensor:
-            weights = _along(_per_row(gates, len(output)), tap.dim, output.ndim)
-            if callable(self.ablation):
-                return torch.lerp(self.ablation(output), output, weights)
-            if tap.replacement is None:
-                return output * weights
-            instead = tap.replacement
-            if instead.ndim == 1:
-                instead = _along(instead[None], tap.dim, output.ndim)
-            return torch.lerp(_per_row(instead, len(output)), output, weights)
+        def keep(spot: Spot) -> Callable[[Tensor, int], None]:
+            return lambda tensor, call: made.__setitem__((spot, call), tensor.detach())
 
-        return mix
-
-    def _replace_by(self, numbers: range) -> None:
-        """With "resample", capture the activations of one donor for each mask."""
-        if self.ablation == "resample":
-            donors = self.examples[[number % len(self.examples) for number in numbers]]
-            for tap, activations in self._captured(donors).items():
-                tap.replacement = activations
-
-    def _captured(self, inputs: Tensor, *, along_channels: bool = False) -> dict[Tap, Tensor]:
-        made: dict[Tap, Tensor] = {}
-
-        def watch(tap: Tap) -> Callable[[Tensor], None]:
-            def keep(output: Tensor) -> None:
-                flat = (
-                    output.movedim(tap.dim, -1).flatten(0, -2).mean(0) if along_channels else output
-                )
-                made[tap] = flat
-
-            return keep
-
-        watchers = {tap: watch(tap) for tap in self._taps}
-        with untouched(self.network.module), torch.no_grad(), tapped(watchers):
+        watched = {tap.spot: [keep(tap.spot)] for tap in self.taps if tap.spot.is_activation}
+        with torch.no_grad(), tapped(self.network.module, watched):
             self.network(inputs)
         return made
 
+    def _taps(self) -> list[Tap]:
+        groups: dict[tuple[Site, bool], list[int]] = {}
+        for position, component in enumerate(self.wiring.components):
+            site = next(site for site in self.wiring.sites if site.holds(component))
+            groups.setdefault((site, component.kind == "layer"), []).append(position)
+        taps = []
+        for (site, whole), positions in groups.items():
+            units = [-1 if whole else self.wiring.components[p].unit for p in positions]
+            channels = _channels(site, units, positions, self.n_components)
+            channels = channels.to(self.network.device)
+            spots = site.weights if self.by_weights and site.weights else site.spots
+            for spot in spots:
+                part = self.network.module.get_submodule(spot.module)
+                bias = part._parameters.get("bias") if site.keeps_bias else None
+                if self.rule.replaces or not spot.is_activation:
+                    bias = None
+                taps.append(Tap(spot, channels, None if bias is None else bias.detach()))
+                if self.rule.replaces and not spot.is_activation:
+                    raise ValueError(
+                        f"ablation={self.rule.kind!r} replaces activations, but "
+                        f"{site.module!r} is reached by its parameter {spot.side!r} alone; use "
+                        "'zero'."
+                    )
+        return taps
 
-class Gated(nn.Module):
-    """A network with some components ablated for good."""
+    def _batch(self, asked: Asked, measure: Measure, values: Tensor, first: int) -> Tensor:
+        together = min(len(values), max(1, _SMALL_BATCH // len(asked)))
+        together = together if self.wiring.knows_rows else 1
+        columns = []
+        with self._remembering(asked, together, len(values)):
+            stacked = asked.repeat(together)
+            for start in range(0, len(values), together):
+                part = values[start : start + together]
+                # A last group that is too small is filled up: what is remembered has its size.
+                filled = torch.cat([part, part[:1].expand(together - len(part), -1)])
+                numbers = range(first + start, first + start + together)
+                self.replace_by(stacked, numbers)
+                with torch.inference_mode(), self.gated(filled, stacked):
+                    result = measure(self.network(stacked.rows), stacked)
+                result = result.unflatten(0, (together, len(asked))).movedim(0, -1)
+                columns.append(result[..., : len(part)].cpu())
+        return torch.cat(columns, -1)
 
-    def __init__(self, circuit: Circuit, values: Tensor) -> None:
-        super().__init__()
-        self.circuit = deepcopy(circuit)
-        self.inner = self.circuit.network.module
-        self.register_buffer("values", values.clone())
-        self.circuit._replace_by(range(1))
+    @contextmanager
+    def _remembering(self, asked: Asked, together: int, n_masks: int) -> Iterator[None]:
+        """Compute what comes before the first gate once for all masks of a batch."""
+        if not self.wiring.prefix or n_masks <= 2 * together or self.rule.kind == "resample":
+            yield
+            return
+        parts = [self.network.module.get_submodule(name) for name in self.wiring.prefix]
+        made: dict[nn.Module, Tensor] = {}
+        handles = [
+            part.register_forward_hook(lambda part, _, output: made.__setitem__(part, output))
+            for part in parts
+        ]
+        try:
+            with torch.no_grad():
+                self.network(asked.repeat(together).rows)
+        finally:
+            for handle in handles:
+                handle.remove()
+        with ExitStack() as stack:
+            for part, output in made.items():
+                # What was changed in place afterwards must be computed anew.
+                if isinstance(output, Tensor) and output._version == 0:
+                    own = part.__dict__.get("forward")
+                    part.__dict__["forward"] = _Recall(output)
+                    stack.callback(_put_back, part, own)
+            yield
 
-    def forward(self, inputs: Tensor) -> Any:
-        """Run the gated network: inputs (n, ...)."""
-        with self.circuit._gated(self.get_buffer("values")):
-            return self.inner(inputs)
+    def _gate(
+        self, tap: Tap, values: Tensor, asked: Asked
+    ) -> Callable[[Tensor, int], Tensor]:
+        gates = values.index_select(1, tap.channels)
+
+        def mix(output: Tensor, call: int) -> Tensor:
+            layout = self.wiring.layouts.get((tap.spot, call))
+            dim = tap.spot.dim % output.ndim
+            weights = _spread(gates, layout, dim, output, len(asked))
+            weights = self._at_positions(weights, layout, dim, output, tap)
+            if callable(self.rule.kind):
+                return torch.lerp(self.rule.kind(output), output, weights)
+            instead = self._stand_in(tap, call, layout, dim, output, len(asked))
+            return output * weights if instead is None else torch.lerp(instead, output, weights)
+
+        return mix
+
+    def _stand_in(
+        self, tap: Tap, call: int, layout: Layout | None, dim: int, output: Tensor, n_rows: int
+    ) -> Tensor | None:
+        instead = self.instead.get((tap.spot, call), tap.bias)
+        if instead is None:
+            return None
+        if instead.ndim == 1:
+            return _along(_padded(instead, output.shape[dim])[None], dim, output.ndim).to(output)
+        if layout is None:  # one donor, and one row of its shape
+            return instead[0].to(output).expand_as(output)
+        whole = layout.split(output, n_rows).shape
+        rows = instead if len(instead) == n_rows else _for_each(instead, n_rows)
+        return layout.join(rows.expand(whole)).to(output)
+
+    def _at_positions(
+        self, weights: Tensor, layout: Layout | None, dim: int, output: Tensor, tap: Tap
+    ) -> Tensor:
+        if self.rule.positions is None:
+            return weights
+        others = [a for a in range(output.ndim) if a != dim and (layout is None or a != layout.axis)]
+        if layout is None or len(others) != 1:
+            raise ValueError(
+                f"positions={self.rule.positions} need tensors of rows, positions and channels; "
+                f"at {tap.spot.module!r} the tensor has shape {tuple(output.shape)}."
+            )
+        chosen = torch.zeros(output.shape[others[0]], dtype=output.dtype, device=output.device)
+        chosen[list(self.rule.positions)] = 1
+        return 1 - _along(chosen[None], others[0], output.ndim) * (1 - weights)
+
+    def _averages(self) -> dict[tuple[Spot, int], Tensor]:
+        """Means of the donors' activations, one for each channel, position or class."""
+        donors, labels = self.rule.donors, self.rule.labels
+        assert donors is not None
+        sums: dict[tuple[Spot, int], Tensor] = {}
+        codes = torch.zeros(len(donors), dtype=torch.long, device=self.network.device)
+        if self.rule.per == "class":
+            if labels is None:
+                raise ValueError("means per='class' need labels y.")
+            codes = labels
+        n_groups = int(codes.max()) + 1
+        counts = torch.bincount(codes, minlength=n_groups)
+        for start in range(0, len(donors), _ROWS_PER_PASS):
+            part, here = donors[start : start + _ROWS_PER_PASS], codes[start : start + _ROWS_PER_PASS]
+            for key, tensor in self.captured(part).items():
+                if self.rule.per == "all":
+                    flat = tensor.movedim(key[0].dim, -1).flatten(0, -2).mean(0) * len(part)
+                    sums[key] = sums.get(key, torch.zeros_like(flat)) + flat
+                    continue
+                rows = self._split(key, tensor, len(part))
+                total = sums.setdefault(key, rows.new_zeros(n_groups, *rows.shape[1:]))
+                total.index_add_(0, here, rows)
+        if self.rule.per == "all":
+            return {key: total / len(donors) for key, total in sums.items()}
+        shape = (-1, *[1] * 9)
+        present = counts.clamp_min(1).to(self.network.dtype)
+        return {
+            key: total / present.view(shape[: total.ndim]) for key, total in sums.items()
+        }
+
+    def _split(self, key: tuple[Spot, int], tensor: Tensor, n_rows: int) -> Tensor:
+        layout = self.wiring.layouts.get(key)
+        if layout is None:
+            if n_rows == 1:
+                return tensor[None]
+            raise ValueError(
+                f"ablation={self.rule.kind!r} needs to know which part of the tensor at "
+                f"{key[0].module!r} belongs to which row, and cannot: use 'zero' or 'mean'."
+            )
+        return layout.split(tensor, n_rows)
 
 
 class _Recall:
@@ -302,18 +381,57 @@ class _Recall:
         return self.output
 
 
-def _repeat(rows: Tensor, times: int) -> Tensor:
-    return rows if times == 1 else rows.repeat(times, *[1] * (rows.ndim - 1))
+def _put_back(part: nn.Module, own: Any) -> None:
+    part.__dict__.pop("forward", None)
+    if own is not None:
+        part.__dict__["forward"] = own
 
 
-def _per_row(table: Tensor, n_rows: int) -> Tensor:
-    """One entry for each row of an output, given one for each mask or example."""
+def _channels(
+    site: Site, units: Sequence[int], positions: Sequence[int], n_components: int
+) -> Tensor:
+    n_channels = site.start + site.n_units * site.width
+    channels = torch.full((n_channels,), n_components)
+    for unit, position in zip(units, positions, strict=True):
+        start = site.start + max(unit, 0) * site.width
+        stop = n_channels if unit < 0 else start + site.width
+        channels[start:stop] = position
+    return channels
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    return functional.pad(values, (0, size - values.shape[-1]), value=1.0)
+
+
+def _for_each(table: Tensor, n_rows: int) -> Tensor:
+    """One entry for each row of a stacked batch, given one for all, each mask or each row."""
     if len(table) in (1, n_rows):
         return table
     return table.repeat_interleave(n_rows // len(table), 0)
 
 
+def _spread(
+    gates: Tensor, layout: Layout | None, dim: int, output: Tensor, n_rows: int
+) -> Tensor:
+    """Lay gates over an output: gates (r, n_channels) -> something that broadcasts with it."""
+    gates = _padded(gates, output.shape[dim])
+    if len(gates) == 1:
+        return _along(gates, dim, output.ndim)
+    assert layout is not None
+    rows = _for_each(gates, n_rows)
+    inner = output.shape[layout.axis] // n_rows
+    rows = rows.repeat(inner, 1) if layout.in_turn else rows.repeat_interleave(inner, 0)
+    shape = [1] * output.ndim
+    shape[layout.axis], shape[dim] = rows.shape
+    return (rows if layout.axis < dim else rows.T).reshape(shape)
+
+
 def _along(table: Tensor, dim: int, ndim: int) -> Tensor:
-    shape = [len(table), *[1] * (ndim - 1)]
+    shape = [1] * ndim
     shape[dim] = table.shape[1]
-    return table.view(shape)
+    return table.reshape(shape)
+
+
+def with_donors(rule: Rule, donors: Rows, labels: Tensor | None) -> Rule:
+    """Let rows of `fit` stand in where the user gave none."""
+    return rule if rule.donors is not None else replace(rule, donors=donors, labels=labels)

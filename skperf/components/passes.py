@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from skperf.backbone._workers import spread
-from skperf.backbone.outputs import Output
 from skperf.backbone.progress import track
 from skperf.components.designs import GRADIENT_COST, Plan, bernoulli_masks, path_gates
 from skperf.components.estimation import Moments
-from skperf.components.gates import Circuit
+from skperf.components.gates import Asked, Circuit
+from skperf.components.measures import Measure
 from skperf.components.priors import PathSums
 
 Array = NDArray[np.float64]
@@ -27,17 +26,16 @@ class Question:
     """What is measured: a circuit, examples and an output."""
 
     circuit: Circuit
-    inputs: Tensor  # (n, ...)
-    codes: Tensor  # (n,)
-    output: Output
+    asked: Asked  # (n_rows, ...)
+    measure: Measure
     seed: int
     fraction: float
     alike: bool = False
 
     @property
-    def n_examples(self) -> int:
-        """Number of examples."""
-        return len(self.inputs)
+    def n_rows(self) -> int:
+        """Number of rows; each may give several numbers, which count as examples."""
+        return len(self.asked)
 
     @property
     def n_components(self) -> int:
@@ -52,29 +50,26 @@ class Question:
     def gates(self, number: int) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
         """Gates of one gradient pass, and which are under test.
 
-        Shapes: -> gates, tested (n_examples, n_components).
+        Shapes: -> gates, tested (n_rows, n_components).
         """
-        rows = range(1) if self.alike else range(self.n_examples)
+        rows = range(1) if self.alike else range(self.n_rows)
         gates, tested = path_gates(self.seed, number, rows, self.n_components, self.n_groups)
-        shape = (self.n_examples, self.n_components)
+        shape = (self.n_rows, self.n_components)
         return np.broadcast_to(gates, shape), np.broadcast_to(tested, shape)
 
     def outcomes(self, masks: NDArray[Any], first: int = 0) -> Array:
         """Compute true outputs under masks: masks (m, n_components) -> (m, n_examples)."""
         tensor = torch.as_tensor(np.asarray(masks, np.float32))
-        values = self.circuit.outputs(self.inputs, self.codes, self.output, tensor, first=first)
-        outcomes = values.T.double().numpy()
+        values = self.circuit.outputs(self.asked, self.measure, tensor, first=first)
+        outcomes: Array = values.flatten(0, -2).T.double().numpy()
         if not np.isfinite(outcomes).all():
             mask, row = np.argwhere(~np.isfinite(outcomes))[0]
             ablated = np.flatnonzero(np.asarray(masks)[mask] == 0)
+            names = [self.circuit.wiring.components[i].name for i in ablated[:1]]
             raise ValueError(
                 f"the output of example {row} is not finite under mask {first + mask} "
                 f"(seed {self.seed}), which ablates {len(ablated)} components"
-                + (
-                    f", the first {self.circuit.components[ablated[0]].name}."
-                    if len(ablated)
-                    else "."
-                )
+                + (f", the first {names[0]}." if names else ".")
             )
         return outcomes
 
@@ -151,7 +146,7 @@ def spend(
     done = measured.done
     if plan.gradients:
         if measured.paths is None:
-            measured.paths = PathSums(question.n_components, question.n_examples)
+            measured.paths = PathSums(question.n_components, question.n_rows)
         pieces = _pieces(done.gradients, plan.gradients, _PATHS)
         for piece, values in _run(_paths, question, pieces, n_jobs, "gradients", verbose):
             measured.paths.merge(piece)
@@ -185,9 +180,7 @@ def intact_gradients(question: Question) -> Array:
     Shapes: -> (n_examples, n_components).
     """
     ones = torch.ones(question.n_components)
-    _, gradients = question.circuit.gradients(
-        question.inputs, question.codes, question.output, ones
-    )
+    _, gradients = question.circuit.gradients(question.asked, question.measure, ones)
     return gradients.double().numpy()
 
 
@@ -203,21 +196,19 @@ def _run(
     what: str,
     verbose: int,
 ) -> Iterator[Any]:
-    # threads would share the circuit, whose weights a pass changes
-    own = question.circuit.copied
-    results = spread(task, question, pieces, n_jobs=n_jobs, own=own)
+    # threads would share the circuit, whose hooks a pass sets
+    results = spread(task, question, pieces, n_jobs=n_jobs, own=True)
     return track(results, description=what, total=len(pieces), verbose=verbose)
 
 
 def _paths(question: Question, numbers: range) -> tuple[PathSums, Array]:
-    sums = PathSums(question.n_components, question.n_examples)
+    sums = PathSums(question.n_components, question.n_rows)
     values = []
     for number in numbers:
         gates, tested = question.gates(number)
         outputs, gradients = question.circuit.gradients(
-            question.inputs,
-            question.codes,
-            question.output,
+            question.asked,
+            question.measure,
             torch.as_tensor(np.array(gates)),
             first=number,
         )

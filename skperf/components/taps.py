@@ -1,175 +1,173 @@
-"""Get at the outputs of components: watch them, replace them, scale the weights behind them."""
+"""Get at activations and parameters of a network of ours: watch them, put others in their place."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from skperf.backbone.modes import forward_hooks
-from skperf.components.units import Component, Place, find_places, place_of
+from skperf.components.units import Spot
 
-Tapping = Callable[[Tensor], Tensor | None]
-
-
-@dataclass(eq=False)
-class Tap:
-    """A module whose output carries components."""
-
-    part: nn.Module
-    place: Place
-    channels: Tensor  # (n_channels,)
-    scaled: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
-    bias: Tensor | None = None  # (n_channels,)
-    replacement: Tensor | None = None
-
-    @property
-    def dim(self) -> int:
-        """Dimension of the channels in the output."""
-        return self.place.dim
-
-
-def make_taps(
-    module: nn.Module, components: Sequence[Component], *, with_bias: bool = False
-) -> list[Tap]:
-    """Find the modules that carry components."""
-    places = find_places(module)
-    groups: dict[tuple[Place, bool], list[int]] = {}
-    for position, component in enumerate(components):
-        whole = component.kind == "layer"
-        groups.setdefault((place_of(places, component), whole), []).append(position)
-    taps = []
-    for (place, whole), positions in groups.items():
-        units = [-1 if whole else components[position].unit for position in positions]
-        channels = _channels(place, units, positions, len(components)).to(_device(module))
-        for name in place.acts_on:
-            part = module.get_submodule(name)
-            taps.append(
-                Tap(part, place, channels, _scaled(part, place, with_bias), _bias(part, place))
-            )
-    return taps
-
-
-def scale_weights(taps: Sequence[Tap], values: Tensor) -> None:
-    """Set the weights behind taps to their original values times the gates, in place.
-
-    Shapes: values (n_components + 1,).
-    """
-    done: set[int] = set()
-    applied: set[tuple[int, int]] = set()
-    for tap in taps:
-        factors = values.index_select(0, tap.channels)
-        for tensor, original, dim in tap.scaled:
-            key = (id(tensor), id(tap.channels))
-            if key in applied:
-                continue
-            shape = [1] * tensor.ndim
-            shape[dim] = len(factors)
-            start = original if id(tensor) not in done else tensor
-            torch.mul(start, factors.view(shape), out=tensor.data)
-            done.add(id(tensor))
-            applied.add(key)
+Tapping = Callable[[Tensor, int], Tensor | None]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @contextmanager
-def tapped(functions: Mapping[Tap, Tapping]) -> Iterator[None]:
-    """Pass the outputs of taps through functions for a while."""
-    heads: dict[int, Tapping] = {}
-    with ExitStack() as stack:
-        for tap, function in functions.items():
-            if isinstance(tap.part, nn.MultiheadAttention):
-                heads[id(tap.part.out_proj.weight)] = _both(
-                    heads.get(id(tap.part.out_proj.weight)), function
-                )
+def tapped(module: nn.Module, functions: Mapping[Spot, Sequence[Tapping]]) -> Iterator[None]:
+    """Pass activations through functions of the tensor and the number of the call in this pass."""
+    handles = []
+    calls: dict[Spot, int] = {}
+
+    def apply(spot: Spot, tensor: Tensor) -> Tensor:
+        number = calls.get(spot, 0)
+        calls[spot] = number + 1
+        for function in functions[spot]:
+            changed = function(tensor, number)
+            tensor = tensor if changed is None else changed
+        return tensor
+
+    def after(spot: Spot) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            return with_first(output, lambda tensor: apply(spot, tensor))
+
+        return hook
+
+    def before(spot: Spot) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            args, kwargs = with_first((args, kwargs), lambda tensor: apply(spot, tensor))
+            return args, kwargs
+
+        return hook
+
+    def anew(_: nn.Module, args: Any) -> None:
+        calls.clear()
+
+    try:
+        handles.append(module.register_forward_pre_hook(anew, prepend=True))
+        for spot in functions:
+            part = module.get_submodule(spot.module)
+            if spot.side == "input":
+                handles.append(part.register_forward_pre_hook(before(spot), with_kwargs=True))
             else:
-                stack.enter_context(forward_hooks({tap.part: _hook(function)}))
-        if heads:
-            stack.enter_context(_TappedHeads(heads))
+                handles.append(part.register_forward_hook(after(spot)))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-class _TappedHeads(TorchFunctionMode):
-    """Reach the heads of ``nn.MultiheadAttention`` before its output projection."""
+def with_first(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Change the first floating tensor in what a module takes or returns."""
+    done = False
 
-    # Its `out_proj` is never called as a module, so no hook fires. Here the attention function
-    # runs with the identity in place of that projection, which gives the heads side by side, and
-    # the projection follows.
+    def walk(item: Any) -> Any:
+        nonlocal done
+        if done:
+            return item
+        if isinstance(item, Tensor):
+            if not item.is_floating_point():
+                return item
+            done = True
+            return function(item)
+        if isinstance(item, dict):
+            changed = {name: walk(entry) for name, entry in item.items()}
+            if type(item) is dict or not done:
+                return changed if type(item) is dict else item
+            for name, entry in changed.items():
+                item[name] = entry
+            return item
+        if isinstance(item, tuple | list):
+            entries = [walk(entry) for entry in item]
+            named = hasattr(item, "_fields")
+            return type(item)(*entries) if named else type(item)(entries)
+        return item
 
-    def __init__(self, functions: Mapping[int, Tapping]) -> None:
-        super().__init__()
-        self.functions = functions
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        attention: Any = functional.multi_head_attention_forward
-        if func is not attention or id(args[11]) not in self.functions:
-            return func(*args, **kwargs)
-        weight, bias = args[11], args[12]
-        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        heads, attention_weights = func(*args[:11], identity, None, *args[13:], **kwargs)
-        examples_first = heads.transpose(0, 1) if heads.ndim == 3 else heads[None]
-        changed = self.functions[id(weight)](examples_first)
-        if changed is not None:
-            heads = changed.transpose(0, 1) if heads.ndim == 3 else changed[0]
-        return functional.linear(heads, weight, bias), attention_weights
-
-
-def _both(first: Tapping | None, second: Tapping) -> Tapping:
-    if first is None:
-        return second
-
-    def one_after_the_other(output: Tensor) -> Tensor | None:
-        between = first(output)
-        return second(output if between is None else between)
-
-    return one_after_the_other
+    return walk(value)
 
 
-def _hook(function: Tapping) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return function(output)
+def first_tensor(value: Any) -> Tensor | None:
+    """Find the first floating tensor in what a module takes or returns."""
+    found: list[Tensor] = []
 
-    return hook
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
 
-
-def _channels(place: Place, units: list[int], positions: list[int], n_components: int) -> Tensor:
-    n_channels = place.offset + place.n_units * place.width
-    channels = torch.full((n_channels,), n_components)
-    for unit, position in zip(units, positions, strict=True):
-        start = place.offset + max(unit, 0) * place.width
-        stop = n_channels if unit < 0 else start + place.width
-        channels[start:stop] = position
-    return channels
+    with_first(value, keep)
+    return found[0] if found else None
 
 
-def _scaled(part: nn.Module, place: Place, with_bias: bool) -> list[tuple[Tensor, Tensor, int]]:
-    if isinstance(part, nn.MultiheadAttention):
-        weight = part.out_proj._parameters.get("weight")
-        return [] if weight is None else [(weight, weight.detach().clone(), 1)]
-    weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
-    if weight is None:
-        return []
-    transposed = type(part).__name__ == "Conv1D" or type(part).__name__.startswith("ConvTranspose")
-    if transposed and getattr(part, "groups", 1) > 1:
-        return []
-    found: list[tuple[Tensor, Tensor, int]] = [
-        (weight, weight.detach().clone(), 1 if transposed else 0)
-    ]
-    if bias is not None and (with_bias or place.kind == "attention_head"):
-        found.append((bias, bias.detach().clone(), 0))
-    return found
+class OpenAttention(nn.MultiheadAttention):
+    """Torch's attention that calls its output projection as a module, so that hooks fire."""
+
+    # What is projected are the heads side by side: torch's own code runs with the identity in
+    # place of the projection, which then follows.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Attend as the parent does."""
+        projection = self._modules["out_proj"]
+        assert projection is not None
+        self._modules["out_proj"] = self.__dict__["_identity"]
+        try:
+            heads, weights = super().forward(*args, **kwargs)
+        finally:
+            self._modules["out_proj"] = projection
+        return projection(heads), weights
 
 
-def _bias(part: nn.Module, place: Place) -> Tensor | None:
-    bias = part._parameters.get("bias")
-    return None if bias is None or place.kind == "attention_head" else bias.detach()
+def opened_attention(module: nn.Module) -> nn.Module:
+    """Let the torch attention in a view of ours call its projections."""
+    for part in module.modules():
+        if type(part) is nn.MultiheadAttention:
+            like = part.out_proj.weight
+            identity = nn.Linear(len(like), len(like), dtype=like.dtype, device="meta")
+            identity.weight = nn.Parameter(
+                torch.eye(len(like), dtype=like.dtype, device=like.device), requires_grad=False
+            )
+            identity.bias = nn.Parameter(torch.zeros_like(like[0]), requires_grad=False)
+            part.__dict__["_identity"] = identity
+            part.__class__ = OpenAttention
+    return module
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(iter(module.parameters())).device
+def row_layer(part: nn.Module) -> tuple[str, int, int, int] | None:
+    """Kind, number of outputs, number of inputs and channel dimension of a layer with rows."""
+    if isinstance(part, CONVOLUTIONS + TRANSPOSED):
+        return "conv_filter", part.out_channels, part.in_channels, 1
+    if isinstance(part, nn.Linear) or _is_linear(part):
+        return "neuron", int(part.out_features), int(part.in_features), -1  # type: ignore[arg-type]
+    if is_transposed_linear(part):
+        weight = part._parameters["weight"]
+        assert weight is not None
+        return "neuron", int(weight.shape[1]), int(weight.shape[0]), -1
+    return None
+
+
+def _is_linear(part: nn.Module) -> bool:
+    """Whether a layer of another class holds the weight of a linear map and calls it that."""
+    weight = part._parameters.get("weight")
+    shape = (getattr(part, "out_features", None), getattr(part, "in_features", None))
+    return weight is not None and tuple(weight.shape) == shape
+
+
+def is_transposed_linear(part: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2, whose weight has a column for each output."""
+    return type(part).__name__ == "Conv1D" and hasattr(part, "nf")
+
+
+def weight_rows(part: nn.Module, name: str) -> Spot | None:
+    """Slices of a layer's weight that make its outputs, if it has such."""
+    if part._parameters.get("weight") is None:
+        return None
+    if isinstance(part, TRANSPOSED):
+        return Spot(name, "weight", 1) if part.groups == 1 else None
+    return Spot(name, "weight", 1 if is_transposed_linear(part) else 0)
+
+
+def weight_columns(part: nn.Module, name: str) -> Spot | None:
+    """Slices of a layer's weight that read its inputs, if it has such."""
+    if part._parameters.get("weight") is None or getattr(part, "groups", 1) > 1:
+        return None
+    transposed = is_transposed_linear(part) or isinstance(part, TRANSPOSED)
+    return Spot(name, "weight", 0 if transposed else 1)

@@ -1,25 +1,11 @@
-"""Find the parts of a network that can be ablated, and name them."""
+"""Name the parts of a network that can be ablated, and pick them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_VALUE_NAMES = ("value", "v_proj", "v_lin", "to_v", "v")
-_QUERY_NAMES = ("query", "q_proj", "q_lin", "to_q", "q")
-_FUSED_NAMES = ("qkv", "c_attn", "query_key_value", "in_proj", "Wqkv")
-_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
-_HEAD_SIZES = ("head_dim", "attention_head_size")
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -30,8 +16,10 @@ class Component:
     ----------
     module : str
         Dotted name of the module in the network.
-    kind : {"conv_filter", "neuron", "mlp_neuron", "attention_head", "layer"}
-        What the part is.
+    kind : str
+        What the part is: ``"conv_filter"``, ``"neuron"``, ``"mlp_neuron"``,
+        ``"attention_head"``, ``"key_value_group"``, ``"expert"``, ``"layer"``, or the name of
+        a `Place`.
     unit : int
         The filter, row or head in it; 0 for a whole layer.
     """
@@ -43,271 +31,268 @@ class Component:
     @property
     def name(self) -> str:
         """A readable name such as ``layer1.0.conv2[7]``."""
-        return self.module if self.kind == "layer" else f"{self.module}[{self.unit}]"
+        if self.kind == "layer":
+            return self.module
+        if self.kind in _SHOWN_BY_MODULE:
+            return f"{self.module}[{self.unit}]"
+        named = self.kind.startswith(f"{self.module}:")
+        return f"{self.kind if named else f'{self.module}:{self.kind}'}[{self.unit}]"
 
 
-Selection = str | Sequence["str | Component"] | Callable[[nn.Module], Sequence[Component]]
+_SHOWN_BY_MODULE = ("conv_filter", "neuron", "mlp_neuron", "attention_head", "expert")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A module whose output, cut along one dimension, is a row of components."""
+    """A slice of an activation or of a weight, cut into units, each a component.
+
+    Ablating a unit sets its slice to zero, or to what `ablation` says.
+
+    Parameters
+    ----------
+    module : str
+        Dotted name of the module in the network.
+    side : str, default="output"
+        ``"output"`` or ``"input"`` of the module (of several tensors the first), or the name
+        of one of its parameters, such as ``"weight"``.
+    dim : int, default=1
+        Dimension that is cut into units.
+    start : int, default=0
+        Where the first unit begins.
+    width : int or None, default=1
+        Entries of a unit; None means all that there are.
+    n_units : int or None, default=None
+        How many units; None means as many as fit.
+    name : str or None, default=None
+        What its components are called, also their `kind`; by default module and side.
+
+    Examples
+    --------
+    >>> from skperf.components import Place
+    >>> Place("lstm", dim=2, name="lstm unit").side
+    'output'
+    """
+
+    module: str
+    side: str = "output"
+    dim: int = 1
+    start: int = 0
+    width: int | None = 1
+    n_units: int | None = None
+    name: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What its components are called."""
+        return self.name or f"{self.module}:{self.side}"
+
+
+Selection = str | Sequence["str | Component | Place"] | Callable[[nn.Module], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A tensor that a pass makes or uses: an activation of a module, or a parameter."""
+
+    module: str
+    side: str  # "output", "input" or the name of a parameter
+    dim: int
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether every pass makes it anew."""
+        return self.side in ("output", "input")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A row of components: one slice of some tensors each."""
 
     module: str
     kind: str
     n_units: int
-    acts_on: tuple[str, ...]
+    spots: tuple[Spot, ...]
     width: int = 1
-    offset: int = 0
-    dim: int = -1
+    start: int = 0
     aliases: tuple[str, ...] = ()
+    weights: tuple[Spot, ...] = ()  # zeroing these slices is the same as ablating
+    keeps_bias: bool = False
+    hidden: bool = True  # whether more of the network comes behind
 
     def components(self) -> list[Component]:
-        """All components of this place."""
+        """All components of this site."""
         return [Component(self.module, self.kind, unit) for unit in range(self.n_units)]
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob matches one of the module's names."""
         return any(fnmatchcase(name, pattern) for name in (self.module, *self.aliases))
 
-
-def find_places(module: nn.Module) -> list[Place]:
-    """Everything in a network that can be gated."""
-    # A module, or a weight shared by several modules, gives one place however many names it has.
-    # Layers whose weight is shared with something that is no layer of its own kind (an
-    # embedding, say) give none, because zeroing rows would change that too.
-    names = _names_of_modules(module)
-    places = list(_rows_of_layers(module, names)) + list(_heads(module, names))
-    order = {name: position for position, name in enumerate(n for n, _ in module.named_modules())}
-    places.sort(key=lambda place: order[place.module])
-    return places
-
-
-def find_components(module: nn.Module, selection: Selection = "auto") -> list[Component]:
-    """Name the components that a selection means."""
-    places = find_places(module)
-    if callable(selection):
-        chosen = list(selection(module))
-    elif isinstance(selection, str):
-        chosen = _by_word(places, selection, module)
-    elif isinstance(selection, Sequence):
-        chosen = [c for item in selection for c in _one_item(places, item, module)]
-    else:
-        raise TypeError(
-            "components must be a word, a glob, a list of these or of Component, or a function "
-            f"of the module; it is {type(selection).__name__}."
-        )
-    _check_exist(places, chosen)
-    if not chosen:
-        raise ValueError("components selects nothing: " + _listing(places))
-    return list(dict.fromkeys(chosen))
-
-
-def place_of(places: Sequence[Place], component: Component) -> Place:
-    """Where a component lives."""
-    for place in places:
-        named = component.module == place.module or component.module in place.aliases
-        if named and component.kind == "layer" and component.unit == 0:
-            return place
-        alike = component.kind == place.kind or {component.kind, place.kind} <= {
+    def holds(self, component: Component) -> bool:
+        """Whether a component is one of this site's."""
+        if component.module != self.module and component.module not in self.aliases:
+            return False
+        if component.kind == "layer":
+            return self.keeps_bias and component.unit == 0
+        alike = component.kind == self.kind or {component.kind, self.kind} == {
             "neuron",
             "mlp_neuron",
         }
-        if named and alike and 0 <= component.unit < place.n_units:
-            return place
-    raise ValueError(f"the network has no component {component}: " + _listing(places))
+        return alike and 0 <= component.unit < self.n_units
 
 
-def _check_exist(places: Sequence[Place], chosen: Sequence[Any]) -> None:
-    for component in chosen:
-        if not isinstance(component, Component):
-            raise TypeError(
-                f"components must be Component records, got {type(component).__name__}."
-            )
-        place_of(places, component)
+@dataclass(frozen=True)
+class Found:
+    """What one pass has shown of a network."""
 
+    sites: tuple[Site, ...]
+    attention_layers: frozenset[str] = frozenset()  # make queries, keys, values or take heads
+    fans_in: dict[str, int] = field(default_factory=dict)  # of the row layers
+    looks_around: frozenset[str] = frozenset()  # convolutions of more than one position
+    unrecognised: tuple[str, ...] = ()  # attend, but no heads were found
+    fused: tuple[str, ...] = ()  # parameters that no layer of a known kind holds
 
-def _one_item(places: list[Place], item: str | Component, module: nn.Module) -> list[Component]:
-    return [item] if isinstance(item, Component) else _by_word(places, item, module)
+    def of_kind(self, *kinds: str) -> list[Site]:
+        """Sites of some kinds."""
+        return [site for site in self.sites if site.kind in kinds]
 
-
-def _by_word(places: list[Place], word: str, module: nn.Module) -> list[Component]:
-    if word == "auto":
-        word = _automatic(places)
-    if word == "layers":
-        kept = [place for place in places if not _is_readout(place, places)]
-        chosen = [Component(place.module, "layer", 0) for place in kept]
-    elif word == "mlp_neurons":
-        chosen = [
-            Component(place.module, "mlp_neuron", unit)
-            for place in _feed_forward(places, module)
-            for unit in range(place.n_units)
+    def feed_forward(self) -> list[Site]:
+        """Hidden linear layers; in a transformer only those that widen, outside attention."""
+        linear = [site for site in self.of_kind("neuron") if site.hidden]
+        if not self.of_kind("attention_head"):
+            return linear
+        outside = [
+            site
+            for site in [*linear, *(s for s in self.of_kind("conv_filter") if s.hidden)]
+            if site.module not in self.looks_around
+            and not {site.module, *(spot.module for spot in site.spots)} & self.attention_layers
         ]
-    elif word in _WORDS:
-        kept = [place for place in places if place.kind == _WORDS[word]]
-        hidden = [place for place in kept if not _is_readout(place, places)]
-        chosen = [component for place in hidden or kept for component in place.components()]
+        return [site for site in outside if site.n_units > self.fans_in[site.module]]
+
+
+def select(
+    found: Found, selection: Selection, module: nn.Module, sizes: Callable[[Place], int]
+) -> tuple[list[Component], list[Site]]:
+    """Name the components that a selection means, and the sites they live in."""
+    sites = list(found.sites)
+    if isinstance(selection, str):
+        items: Iterable[Any] = [selection]
+    elif callable(selection):
+        items = list(selection(module))
+        wrong = [item for item in items if not isinstance(item, Component | Place)]
+        if wrong:
+            raise TypeError(
+                "components must return Component or Place records, got "
+                f"{type(wrong[0]).__name__}."
+            )
+    elif isinstance(selection, Sequence):
+        items = selection
     else:
-        chosen = [c for place in places if place.matches(word) for c in place.components()]
+        raise TypeError(
+            "components must be a word, a glob, a list of these, of Component or of Place, or a "
+            f"function of the module; it is {type(selection).__name__}."
+        )
+    chosen: list[Component] = []
+    for item in items:
+        if isinstance(item, Place):
+            site = site_of_place(item, module, sizes)
+            if site not in sites:
+                sites.append(site)
+            chosen += site.components()
+        elif isinstance(item, str):
+            chosen += _by_word(found, item)
+        elif isinstance(item, Component):
+            site_of(sites, item)
+            chosen.append(item)
+        else:
+            raise TypeError(
+                f"components must hold words, globs, Component or Place, got {type(item).__name__}."
+            )
     if not chosen:
-        raise ValueError(f"components={word!r} matches nothing: " + _listing(places))
-    return chosen
+        raise ValueError("components selects nothing: " + _listing(found.sites))
+    chosen = list(dict.fromkeys(chosen))
+    used = {site_of(sites, component): None for component in chosen}
+    return chosen, list(used)
 
 
-_WORDS = {
+def site_of(sites: Sequence[Site], component: Component) -> Site:
+    """Where a component lives."""
+    for site in sites:
+        if site.holds(component):
+            return site
+    raise ValueError(f"the network has no component {component}: " + _listing(sites))
+
+
+def site_of_place(place: Place, module: nn.Module, sizes: Callable[[Place], int]) -> Site:
+    """Lay a declared place over the network."""
+    parts = dict(module.named_modules())
+    if place.module not in parts:
+        raise ValueError(f"Place names the module {place.module!r}; the network has {list(parts)[:20]}.")
+    spot = Spot(place.module, place.side, place.dim)
+    if not spot.is_activation and parts[place.module]._parameters.get(place.side) is None:
+        raise ValueError(
+            f"side={place.side!r} of {place!r} must be 'output', 'input' or a parameter of "
+            f"{place.module!r}: {[name for name, _ in parts[place.module].named_parameters()]}."
+        )
+    size = sizes(place)
+    width = size - place.start if place.width is None else place.width
+    n_units = (size - place.start) // max(width, 1) if place.n_units is None else place.n_units
+    if width < 1 or n_units < 1 or place.start < 0 or place.start + n_units * width > size:
+        raise ValueError(
+            f"{place!r} needs {place.start} + {n_units} x {width} entries of dimension "
+            f"{place.dim}, which has {size}."
+        )
+    return Site(place.module, place.kind, n_units, (spot,), width, place.start)
+
+
+WORDS = {
     "conv_filters": "conv_filter",
     "neurons": "neuron",
     "attention_heads": "attention_head",
+    "key_value_groups": "key_value_group",
+    "experts": "expert",
 }
 
 
-def _automatic(places: list[Place]) -> str:
-    kinds = {place.kind for place in places}
-    for word, kind in (("attention_heads", "attention_head"), ("conv_filters", "conv_filter")):
-        if kind in kinds:
-            return word
-    return "neurons"
+def _by_word(found: Found, word: str) -> list[Component]:
+    if word == "auto":
+        chosen = _automatic(found)
+    elif word == "layers":
+        kept = [site for site in found.sites if site.keeps_bias]
+        hidden = [site for site in kept if site.hidden]
+        chosen = [Component(site.module, "layer", 0) for site in hidden or kept]
+    elif word == "mlp_neurons":
+        chosen = _mlp_neurons(found)
+    elif word in WORDS:
+        kept = found.of_kind(WORDS[word])
+        hidden = [site for site in kept if site.hidden]
+        chosen = [component for site in hidden or kept for component in site.components()]
+    else:
+        matching = [site for site in found.sites if site.matches(word)]
+        # a group is the sum of its heads, which stand beside it under the same name
+        if any(site.kind != "key_value_group" for site in matching):
+            matching = [site for site in matching if site.kind != "key_value_group"]
+        chosen = [c for site in matching for c in site.components()]
+    if not chosen:
+        raise ValueError(f"components={word!r} matches nothing: " + _listing(found.sites))
+    return chosen
 
 
-def _is_readout(place: Place, places: list[Place]) -> bool:
-    linear = [other for other in places if other.kind == "neuron"]
-    return bool(linear) and place == linear[-1]
+def _automatic(found: Found) -> list[Component]:
+    if found.of_kind("attention_head"):
+        heads = found.of_kind("attention_head") + found.of_kind("expert")
+        return [c for site in heads for c in site.components()] + _mlp_neurons(found)
+    return _by_word(found, "conv_filters" if found.of_kind("conv_filter") else "neurons")
 
 
-def _feed_forward(places: list[Place], module: nn.Module) -> list[Place]:
-    """Hidden linear layers; in a transformer only those that widen, outside attention."""
-    linear = [p for p in places if p.kind == "neuron" and not _is_readout(p, places)]
-    if not any(place.kind == "attention_head" for place in places):
-        return linear
-    parts = dict(module.named_modules())
-    blocks = {place.module for place in places if place.kind == "attention_head"}
-    return [
-        place
-        for place in linear
-        if not any(place.module.startswith(block + ".") for block in blocks)
-        and place.n_units > _fan_in(parts[place.module])
-    ]
+def _mlp_neurons(found: Found) -> list[Component]:
+    sites = [replace(site, kind="mlp_neuron") for site in found.feed_forward() if site.kind == "neuron"]
+    filters = [site for site in found.feed_forward() if site.kind == "conv_filter"]
+    return [component for site in [*sites, *filters] for component in site.components()]
 
 
-def _fan_in(layer: Any) -> int:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features
-    weight = layer._parameters["weight"]
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[0])
-
-
-def _names_of_modules(module: nn.Module) -> dict[nn.Module, list[str]]:
-    names: dict[nn.Module, list[str]] = {}
-    for name, part in module.named_modules(remove_duplicate=False):
-        names.setdefault(part, []).append(name)
-    return names
-
-
-def _rows_of_layers(module: nn.Module, names: dict[nn.Module, list[str]]) -> Iterator[Place]:
-    owners = _owners_of_weights(module)
-    seen: set[int] = set()
-    for part, part_names in names.items():
-        described = _rows(part)
-        if described is None or _inside_attention(part_names[0], module):
-            continue
-        kind, n_units, dim = described
-        weight = part._parameters.get("weight")
-        sharing = owners.get(id(weight), [part]) if weight is not None else [part]
-        if id(weight) in seen or any(_rows(other) is None for other in sharing):
-            continue
-        if weight is not None:
-            seen.add(id(weight))
-        acts_on = tuple(names[other][0] for other in sharing)
-        aliases = tuple(n for other in sharing for n in names[other] if n != part_names[0])
-        yield Place(part_names[0], kind, n_units, acts_on, dim=dim, aliases=aliases)
-
-
-def _inside_attention(name: str, module: nn.Module) -> bool:
-    """``out_proj`` of torch's attention is never called: its rows cannot be gated."""
-    parent = module.get_submodule(name.rpartition(".")[0])
-    return name != "" and isinstance(parent, nn.MultiheadAttention)
-
-
-def _owners_of_weights(module: nn.Module) -> dict[int, list[nn.Module]]:
-    owners: dict[int, list[nn.Module]] = {}
-    for part in module.modules():
-        for parameter in part._parameters.values():
-            if isinstance(parameter, Tensor) and part not in owners.get(id(parameter), []):
-                owners.setdefault(id(parameter), []).append(part)
-    return owners
-
-
-def _rows(part: nn.Module) -> tuple[str, int, int] | None:
-    if isinstance(part, _CONVOLUTIONS):
-        return "conv_filter", part.out_channels, 1
-    if isinstance(part, nn.Linear):
-        return "neuron", part.out_features, -1
-    if type(part).__name__ == "Conv1D" and hasattr(part, "nf"):  # the transposed linear of GPT-2
-        n_units: Any = part.nf
-        return "neuron", int(n_units), -1
-    return None
-
-
-def _heads(module: nn.Module, names: dict[nn.Module, list[str]]) -> Iterator[Place]:
-    for part, (name, *aliases) in names.items():
-        if isinstance(part, nn.MultiheadAttention):
-            place = Place(name, "attention_head", part.num_heads, (name,), part.head_dim)
-        else:
-            found = _separate_heads(part, name) or _fused_heads(part, name)
-            if found is None:
-                continue
-            place = found
-        yield Place(**{**vars(place), "aliases": tuple(aliases)})
-
-
-def _separate_heads(part: nn.Module, name: str) -> Place | None:
-    """Query, key and value projections of their own, as in Hugging Face encoders."""
-    children = dict(part.named_children())
-    value = next((n for n in _VALUE_NAMES if isinstance(children.get(n), nn.Linear)), None)
-    if value is None or not any(query in children for query in _QUERY_NAMES):
-        return None
-    layer = children[value]
-    assert isinstance(layer, nn.Linear)
-    size = _attribute(part, _HEAD_SIZES)
-    count = _attribute(part, _HEAD_COUNTS)
-    if size is None and count is not None:
-        size = layer.out_features // count
-    if size is None or layer.out_features % size:
-        return None
-    return Place(
-        name, "attention_head", layer.out_features // size, (_join(name, value),), width=size
-    )
-
-
-def _fused_heads(part: nn.Module, name: str) -> Place | None:
-    """One projection for query, key and value, the value last, as in timm and GPT-2."""
-    children = dict(part.named_children())
-    fused = next((n for n in _FUSED_NAMES if _rows(children.get(n, part)) is not None), None)
-    count = _attribute(part, _HEAD_COUNTS)
-    if fused is None or count is None:
-        return None
-    described = _rows(children[fused])
-    if described is None or described[1] % (3 * count):
-        return None
-    third = described[1] // 3
-    acts_on = (_join(name, fused),)
-    return Place(name, "attention_head", count, acts_on, third // count, offset=2 * third)
-
-
-def _attribute(part: nn.Module, candidates: Sequence[str]) -> int | None:
-    owners = (part, getattr(part, "config", None))
-    values = (getattr(owner, name, None) for owner in owners for name in candidates)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
-
-
-def _join(parent: str, child: str) -> str:
-    return f"{parent}.{child}" if parent else child
-
-
-def _listing(places: Sequence[Place], most: int = 12) -> str:
-    if not places:
+def _listing(sites: Sequence[Site], most: int = 12) -> str:
+    if not sites:
         return "the network has no convolution, linear layer or attention block."
-    shown = [f"{place.module!r} ({place.n_units} x {place.kind})" for place in places[:most]]
-    more = f" and {len(places) - most} more" if len(places) > most else ""
+    shown = [f"{site.module!r} ({site.n_units} x {site.kind})" for site in sites[:most]]
+    more = f" and {len(sites) - most} more" if len(sites) > most else ""
     return "it can be ablated in " + ", ".join(shown) + more + "."

@@ -1,0 +1,97 @@
+"""Numbers read from a network's outputs: one for each row, or several."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from skperf.backbone.losses import Loss
+from skperf.backbone.outputs import OUTPUTS
+from skperf.backbone.rows import Rows
+
+
+class HasRows(Protocol):
+    """Rows and their targets."""
+
+    @property
+    def rows(self) -> Rows:
+        """Inputs (n, ...)."""
+
+    @property
+    def targets(self) -> Tensor | None:
+        """Targets (n, ...)."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """An output by name, or a function of outputs, of outputs and targets, or of rows as well."""
+
+    output: str | Callable[..., Tensor]
+    loss: Loss
+
+    @property
+    def n_arguments(self) -> int:
+        """How many of outputs, targets and rows it takes."""
+        return 2 if isinstance(self.output, str) else _n_arguments(self.output)
+
+    @property
+    def by_class(self) -> bool:
+        """Whether targets must be labels of classes."""
+        return isinstance(self.output, str) and self.output not in ("loss", "value")
+
+    def __call__(self, outputs: Tensor, asked: HasRows) -> Tensor:
+        """Read the numbers: outputs (n, ...) -> (n,) or (n, n_numbers)."""
+        targets = asked.targets
+        if isinstance(self.output, str):
+            if self.output == "value":
+                return _guarded(outputs if outputs.ndim == 1 else outputs[:, 0], len(outputs))
+            assert targets is not None
+            if self.output == "loss":
+                return self.loss.value(outputs, targets)
+            return OUTPUTS[self.output](outputs, targets)
+        tree: Any = asked.rows.tree
+        given = (outputs, targets, tree)[: self.n_arguments]
+        return _guarded(self.output(*given), len(outputs))
+
+
+def checked_output(output: Any) -> None:
+    """Refuse the name of an output that there is not."""
+    if isinstance(output, str) and output not in NAMES:
+        raise ValueError(
+            f"output={output!r} is unknown; use one of {sorted(NAMES)} or a function of the "
+            "outputs, of (outputs, y) or of (outputs, y, X)."
+        )
+
+
+NAMES = (*OUTPUTS, "value")
+
+
+def _guarded(values: Any, n_rows: int) -> Tensor:
+    if not isinstance(values, Tensor) or values.ndim not in (1, 2) or len(values) != n_rows:
+        seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            "output must return one number for each example, or a row of numbers: a tensor of "
+            f"shape ({n_rows},) or ({n_rows}, t); it returned {seen}."
+        )
+    if not torch.isfinite(values).all():
+        row = int((~torch.isfinite(values)).nonzero()[0, 0])
+        raise ValueError(f"output returned a value that is not finite, first at row {row}.")
+    return values
+
+
+def _n_arguments(function: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature
+        return 2
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 3
+    taken = [
+        p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    return min(len(taken), 3)
