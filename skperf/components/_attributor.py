@@ -1,24 +1,50 @@
 """Attribute the outputs of a trained network to its parts."""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral, Real
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, TransformerMixin
+from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
+from skperf.backbone._edited import EditedClassifier, edited
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import array_rows as check_rows
-from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
-from skperf.backbone.outputs import resolve_output
-from skperf.components._actions import ablate, edit, top_components
-from skperf.components._study import DEFAULT_FRACTION, Study, checked_fraction, checked_masks
-from skperf.components.units import find_components
+from skperf.backbone._validation import check_labelled_rows, check_rows, check_targets
+from skperf.backbone.network import Network
+from skperf.backbone.parameters import checksum
+from skperf.backbone.rows import Rows
+from skperf.components._ablation import Ablation
+from skperf.components._study import (
+    DEFAULT_FRACTION,
+    Settings,
+    Study,
+    checked_masks,
+    predicted_targets,
+    study_of,
+    table_of,
+)
+from skperf.components.edits import (
+    Guarded,
+    Outcomes,
+    edit,
+    rows_of,
+    wish_of,
+    worst_then_mean,
+)
+from skperf.components.gates import Asked
+from skperf.components.lasting import make_lasting
+from skperf.components.measures import Measure, checked_output
+from skperf.components.pairs import pair_effects
 from skperf.metrics import counterfactual_correlation
 
 
@@ -39,16 +65,21 @@ class ComponentAttributor(
         a module and an edited classifier are used as they are; None means a small network.
     components : str, list or callable, default="auto"
         ``"conv_filters"``, ``"neurons"``, ``"mlp_neurons"``, ``"attention_heads"``,
-        ``"layers"``, globs of module names, a list of these or of `Component`, or a function
-        of the module. ``"auto"``: heads, else filters, else neurons.
-    ablation : {"zero", "zero_output", "mean", "resample"}, float or callable, default="zero"
+        ``"key_value_groups"``, ``"experts"``, ``"layers"``, globs of module names, a list of
+        these, of `Component` or of `Place`, or a function of the module. ``"auto"``: where
+        there is attention its heads, experts and feed-forward neurons; else filters, else
+        neurons.
+    ablation : str, float, callable or Ablation, default="zero"
         ``"zero"`` zeroes weight rows, biases and batch normalisation stay; ``"zero_output"``
         makes the output zero; ``"mean"`` puts its mean over the examples, ``"resample"``
         its value on another example; a float scales the rows; a function of the layer's
-        output returns what stands in for it.
+        output returns what stands in for it. `Ablation` says more: positions, donors, means
+        of classes.
     output : str or callable, default="margin"
-        ``"margin"``, ``"log_odds"``, ``"logit"``, ``"loss"``, ``"proba"`` of the label, or
-        ``output(logits, codes) -> (n,)``.
+        ``"margin"``, ``"log_odds"``, ``"logit"``, ``"proba"`` of the label, ``"loss"`` that the
+        network was trained on, ``"value"`` of a network with one output, or a function of the
+        outputs, of (outputs, y) or of (outputs, y, X) that returns one number a row, (n,), or
+        several, (n, t).
     fraction : float, default=0.05
         Probability with which a random mask ablates a component. For networks of fewer than
         20 components the default is raised to one component a mask.
@@ -76,7 +107,7 @@ class ComponentAttributor(
 
     Attributes
     ----------
-    attributions_ : ndarray of shape (n_examples, n_components)
+    attributions_ : ndarray of shape (n_examples, n_components) or (n_examples, t, n_components)
         Fall of the output on ablation.
     intercept_ : ndarray of shape (n_examples,)
         Of the linear models: everything ablated.
@@ -100,6 +131,14 @@ class ComponentAttributor(
         Its labels.
     n_components_ : int
         Number of components.
+    verified_ : float
+        Largest difference, on random masks and row counts, between gating the network and
+        zeroing weights of a copy, one mask at a time.
+    path_ : {"gates", "plain"}
+        How masks are run; "plain" where the difference is more than rounding.
+    coverage_ : dict
+        ``kinds`` (number of components of each), ``share`` of the parameters in what they act
+        on, ``left_out`` (modules), ``attention_not_recognised``, ``fused_parameters``.
     n_features_in_ : int
         Number of features, or of channels.
     regressor_ : estimator
@@ -112,7 +151,12 @@ class ComponentAttributor(
         "estimator": "no_validation",
         "components": "no_validation",
         "regressor": "no_validation",
-        "ablation": [StrOptions({"zero", "zero_output", "mean", "resample"}), Real, callable],
+        "ablation": [
+            StrOptions({"zero", "zero_output", "mean", "resample"}),
+            Real,
+            callable,
+            Ablation,
+        ],
         "output": [str, callable],
         "fraction": [Interval(Real, 0, 1, closed="neither")],
         "method": [StrOptions({"auto", "regression", "path_gradient", "loo", "gradient"})],
@@ -126,21 +170,21 @@ class ComponentAttributor(
 
     def __init__(
         self,
-        estimator=None,
+        estimator: Any = None,
         *,
-        components="auto",
-        ablation="zero",
-        output="margin",
-        fraction=DEFAULT_FRACTION,
-        method="auto",
-        budget=512,
-        regressor="ridge",
-        tol=None,
-        warm_start=False,
-        random_state=None,
-        n_jobs=None,
-        verbose=0,
-    ):
+        components: Any = "auto",
+        ablation: Any = "zero",
+        output: str | Callable[..., torch.Tensor] = "margin",
+        fraction: float = DEFAULT_FRACTION,
+        method: str = "auto",
+        budget: int = 512,
+        regressor: Any = "ridge",
+        tol: float | None = None,
+        warm_start: bool = False,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
         self.estimator = estimator
         self.components = components
         self.ablation = ablation
@@ -157,44 +201,15 @@ class ComponentAttributor(
 
     @fit_context(prefer_skip_nested_validation=False)
     @tells_callbacks
-    def fit(self, X, y):
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Attribute the outputs of some examples.
 
         Parameters
         ----------
-        X : array-like of shape (n_examples, ...)
+        X : array-like of shape (n_examples, ...), dict, tuple or Dataset
             Rows; also what a classifier that is no network yet is fitted on.
-        y : array-like of shape (n_examples,)
-            Labels the output refers to.
-
-        Returns
-        -------
-        self : ComponentAttributor
-            Fitted.
-        """
-        with unchanged_on_error(self):
-            X, y = check_labelled_rows(self, X, y, reset=True)
-            goes_on = self.warm_start and hasattr(self, "_study") and self._study.is_about(X, y)
-            if not goes_on:
-                self._begin(X, y)
-        missing = self.budget - self._study.cost + 1 if goes_on else self.budget
-        if missing > 1 or not goes_on:
-            self._spend(missing)
-        return self
-
-    def __sklearn_is_fitted__(self):
-        return hasattr(self, "attributions_")
-
-    @fit_context(prefer_skip_nested_validation=False)
-    def partial_fit(self, X, y):
-        """Add another `budget` of passes on the same examples.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_examples, ...)
-            The rows given to `fit`; the first call is a fit.
-        y : array-like of shape (n_examples,)
-            Their labels.
+        y : array-like of shape (n_examples, ...), optional
+            Labels or targets that the output refers to; not needed by an output that reads none.
 
         Returns
         -------
@@ -204,20 +219,59 @@ class ComponentAttributor(
         Raises
         ------
         ValueError
-            If the rows are not those of `fit`.
+            If an option, the rows or the targets do not fit the network.
+        """
+        with unchanged_on_error(self):
+            checked_output(self.output)
+            rows, y = self._checked(X, y, reset=True)
+            study = getattr(self, "_study", None)
+            goes_on = self.warm_start and study is not None and study.is_about(rows, y)
+            if goes_on:
+                self._check_same_question(study)
+            else:
+                self._begin(rows, y)
+        missing = self.budget - self._study.cost + 1 if goes_on else self.budget
+        if missing > 1 or not goes_on:
+            self._spend(missing)
+        return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "attributions_")
+
+    @fit_context(prefer_skip_nested_validation=False)
+    def partial_fit(self, X: Any, y: Any = None) -> Self:
+        """Add another `budget` of passes on the same examples.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_examples, ...)
+            The rows given to `fit`; the first call is a fit.
+        y : array-like of shape (n_examples, ...), optional
+            Their targets.
+
+        Returns
+        -------
+        self : ComponentAttributor
+            Fitted.
+
+        Raises
+        ------
+        ValueError
+            If the rows are not those of `fit`, or parameters have changed.
         """
         if not hasattr(self, "_study"):
             return self.fit(X, y)
-        X, y = check_labelled_rows(self, X, y)
-        if not self._study.is_about(X, y):
+        rows, y = self._checked(X, y)
+        if not self._study.is_about(rows, y):
             raise ValueError(
                 "partial_fit adds passes on the examples given to fit; these rows or labels "
                 "are others. Call fit for new examples, or attribute(X, y) to keep the model."
             )
+        self._check_same_question(self._study)
         self._spend(self.budget + 1)
         return self
 
-    def transform(self, X):
+    def transform(self, X: Any) -> np.ndarray:
         """Attribute other examples at their predicted labels.
 
         Parameters
@@ -231,9 +285,9 @@ class ComponentAttributor(
             Attributions, by the passes that `fit` used.
         """
         check_is_fitted(self)
-        return self._model_of(X, None).coefficients
+        return self._coefficients(X, None)
 
-    def attribute(self, X, y):
+    def attribute(self, X: Any, y: Any = None) -> np.ndarray:
         """Attribute other examples at given labels.
 
         Parameters
@@ -249,9 +303,9 @@ class ComponentAttributor(
             Attributions.
         """
         check_is_fitted(self)
-        return self._model_of(X, y).coefficients
+        return self._coefficients(X, y)
 
-    def predict_counterfactual(self, masks, X=None, y=None):
+    def predict_counterfactual(self, masks: Any, X: Any = None, y: Any = None) -> np.ndarray:
         """Estimate outputs under ablations, without running the network on them.
 
         Parameters
@@ -260,8 +314,8 @@ class ComponentAttributor(
             1 = kept, 0 = ablated.
         X : array-like of shape (n, ...), optional
             Other rows than those of `fit`; they are attributed first.
-        y : array-like of shape (n,), optional
-            Their labels; by default the predicted ones.
+        y : array-like of shape (n, ...), optional
+            Their targets; by default the predicted ones.
 
         Returns
         -------
@@ -270,15 +324,18 @@ class ComponentAttributor(
         """
         check_is_fitted(self)
         masks = checked_masks(masks, self.n_components_)
+        study = self._study
         if X is None:
-            if hasattr(self, "regressor_"):
-                return np.asarray(self.regressor_.predict(masks)).reshape(len(masks), -1).T
-            return self.attributions_ @ masks.T + self.intercept_[:, None]
-        fit = self._model_of(X, y)
-        return fit.coefficients @ masks.T + fit.intercept[:, None]
+            if study.regressor is not None:
+                outcomes = np.asarray(study.regressor.predict(masks)).reshape(len(masks), -1)
+                return study.shaped(outcomes.T)
+            return self.attributions_ @ masks.T + self.intercept_[..., None]
+        rows, y = self._others(X, y)
+        fit = study.about_others(self._network(), rows, y)
+        return study.shaped(fit.coefficients @ masks.T + fit.intercept[:, None], len(rows))
 
-    def counterfactual(self, masks, X=None, y=None):
-        """Compute true outputs under ablations.
+    def counterfactual(self, masks: Any, X: Any = None, y: Any = None) -> np.ndarray:
+        """Compute outputs under ablations by running the network.
 
         Parameters
         ----------
@@ -286,8 +343,8 @@ class ComponentAttributor(
             1 = kept, 0 = ablated.
         X : array-like of shape (n, ...), optional
             Other rows than those of `fit`.
-        y : array-like of shape (n,), optional
-            Their labels; by default the predicted ones.
+        y : array-like of shape (n, ...), optional
+            Their targets; by default the predicted ones.
 
         Returns
         -------
@@ -295,15 +352,14 @@ class ComponentAttributor(
             Outputs.
         """
         check_is_fitted(self)
-        masks = checked_masks(masks, self.n_components_)
-        network = self._network()
-        codes = None
-        if X is not None:
-            X, codes = self._rows_and_codes(network, X, y)
-        return self._study.question(network, X, codes).outcomes(masks).T
+        return self._outcomes(checked_masks(masks, self.n_components_), X, y)
 
-    def score(self, X=None, y=None, *, n_masks=100, fraction=None):
+    def score(
+        self, X: Any = None, y: Any = None, *, n_masks: int = 100, fraction: float | None = None
+    ) -> float:
         """Correlation of predicted and true outputs under fresh random ablations.
+
+        The truth comes from the plain path: weights zeroed, one mask at a time.
 
         Parameters
         ----------
@@ -325,13 +381,13 @@ class ComponentAttributor(
         fraction = self.fraction_ if fraction is None else fraction
         if not 0 < fraction < 1:
             raise ValueError(f"fraction={fraction} must lie between 0 and 1.")
-        masks = self._study.fresh_masks(n_masks, fraction)
+        masks = self._study.fresh_masks(n_masks, fraction).astype(float)
         if X is not None and y is not None:
-            rows, labels = check_labelled_rows(self, X, y)
-            if self._study.is_about(rows, labels):
+            rows, targets = self._checked(X, y)
+            if self._study.is_about(rows, targets):
                 X = y = None
-        predicted = self.predict_counterfactual(masks, X, y)
-        actual = self.counterfactual(masks, X, y)
+        predicted = self.predict_counterfactual(masks, X, y).reshape(-1, n_masks)
+        actual = self._outcomes(masks, X, y, plain=True).reshape(-1, n_masks)
         constant = int((np.ptp(actual, axis=1) == 0).sum())
         if constant:
             warnings.warn(
@@ -340,13 +396,223 @@ class ComponentAttributor(
                 UserWarning,
                 stacklevel=2,
             )
-        return counterfactual_correlation(predicted, actual)
+        return float(counterfactual_correlation(predicted, actual))
 
-    top_components = top_components
-    ablate = ablate
-    edit = edit
+    def top_components(
+        self, k: int = 10, *, examples: Any = None, lowest: bool = False
+    ) -> np.recarray:
+        """Name the components an output depends on most.
 
-    def get_feature_names_out(self, input_features=None):
+        Parameters
+        ----------
+        k : int, default=10
+            How many.
+        examples : array-like, optional
+            Indices of, or a boolean mask over, the rows of `fit`; the mean over them counts.
+            By default all.
+        lowest : bool, default=False
+            Instead those whose ablation raises the output most.
+
+        Returns
+        -------
+        recarray of shape (k,)
+            index, module, kind, unit and attribution, strongest first.
+        """
+        check_is_fitted(self)
+        self._check_k(k)
+        rows = rows_of(examples, len(self.attributions_), "examples")
+        mean = self.attributions_[rows].reshape(-1, self.n_components_).mean(0)
+        order = np.argsort(mean if lowest else -mean, kind="stable")[:k]
+        names = [*self.components_.dtype.names, "attribution"]
+        columns = [self.components_[order][name] for name in self.components_.dtype.names]
+        return np.rec.fromarrays([*columns, mean[order]], names=",".join(names))
+
+    def interactions(self, k: int = 10) -> Bunch:
+        """Estimate what pairs of the strongest components do together, from masks already drawn.
+
+        Parameters
+        ----------
+        k : int, default=10
+            How many of the strongest components (in mean absolute attribution) are paired.
+
+        Returns
+        -------
+        Bunch
+            ``pairs`` (P, 2), indices of components; ``values`` (n_examples, P), by how much more
+            the output falls when both go than the two falls together; ``stderr`` of the same
+            shape; ``together`` (P,), in how many masks both are gone.
+
+        Raises
+        ------
+        ValueError
+            If no masks were drawn, or their outcomes are no longer kept.
+        """
+        check_is_fitted(self)
+        self._check_k(k)
+        study = self._study
+        outcomes = study.known.outcomes
+        if len(outcomes) < 8 or study.fit is None:
+            raise ValueError(
+                f"interactions need outcomes of random masks, and fit has drawn {len(outcomes)}: "
+                "use method='regression' or 'auto', with a larger budget."
+            )
+        strength = np.abs(study.fit.coefficients).mean(0)
+        strongest = np.sort(np.argsort(-strength, kind="stable")[:k])
+        found = pair_effects(study.known_masks(), outcomes, study.fit, strongest)
+        return Bunch(
+            pairs=found.pairs,
+            values=study.shaped(found.values),
+            stderr=study.shaped(found.stderr),
+            together=found.together,
+        )
+
+    def ablate(self, mask: Any) -> EditedClassifier:
+        """Make a classifier with some components gone.
+
+        Ablated weights are zero, and stay so when the copy is trained on.
+
+        Parameters
+        ----------
+        mask : array-like of shape (n_components,)
+            1 = kept, 0 = ablated.
+
+        Returns
+        -------
+        EditedClassifier
+            The original is left as it is.
+        """
+        check_is_fitted(self)
+        mask = checked_masks(mask, self.n_components_)
+        if len(mask) != 1:
+            raise ValueError(f"ablate takes one mask, got {len(mask)}.")
+        return self._edited(mask[0], {"k": int((mask[0] == 0).sum()), "path": []})
+
+    def edit(
+        self,
+        target: Any,
+        reference: Any = None,
+        *,
+        k: int | str = "auto",
+        direction: str = "increase",
+        criterion: str = "budgeted",
+        guard: Any = None,
+        max_drop: float = 0.01,
+    ) -> EditedClassifier:
+        """Ablate what stands in the way of some examples and matters little to others.
+
+        Parameters
+        ----------
+        target : array-like
+            Indices of, or a boolean mask over, the rows of `fit` to change.
+        reference : array-like, optional
+            Rows to spare; by default all others.
+        k : int or "auto", default="auto"
+            How many components to ablate; "auto" tries numbers by true passes and keeps the
+            one best for the targets.
+        direction : {"increase", "decrease"}, default="increase"
+            Raise or lower the targets' output.
+        criterion : {"budgeted", "welch"}, default="budgeted"
+            Gain over loss, or the released t statistic.
+        guard : tuple, optional
+            Rows (X, y), or (X, y, groups), on which the accuracy, with groups that of the worst
+            of them, may fall by `max_drop`; where outputs are no classes the mean output
+            counts. By default the reference.
+        max_drop : float, default=0.01
+            How far that may fall.
+
+        Returns
+        -------
+        EditedClassifier
+            Its ``edit_report_`` holds ``k``, the ablated ``components``, the ``path`` of
+            outcomes over k, and with groups a line for each.
+        """
+        check_is_fitted(self)
+        if k != "auto":
+            self._check_k(k)
+        study, network = self._study, self._network()
+        wish = wish_of(
+            target,
+            reference,
+            len(study.rows),
+            direction=direction,
+            criterion=criterion,
+            k=k,
+            max_drop=max_drop,
+        )
+        question = study.question(network)
+        outcomes = Outcomes(
+            question.circuit, study.measure, question.asked, wish, self._guarded(guard, network)
+        )
+        fit = study.row_fit()
+        mask, report = edit(outcomes, fit.coefficients, fit.stderr)
+        return self._edited(mask, report)
+
+    def _edit_groups(
+        self, groups: np.ndarray, guard: Any, *, max_rounds: int, **options: Any
+    ) -> EditedClassifier:
+        """Raise the worst group, then whichever is the worst, as long as that helps.
+
+        groups (n_examples,) are those of the rows of fit; guard is (X, y, groups).
+        """
+        network = self._network()
+        study, guarded = self._study, self._guarded(guard, network)
+        question = study.question(network)
+        mask, report, rounds = np.ones(self.n_components_, bool), {}, []
+        for turn in range(max_rounds):
+            if turn:
+                study = self._study.around(mask).begun(network)
+                study, broken_off = study.spent(network, self.budget)
+                if broken_off is not None:
+                    raise broken_off
+            fit = study.row_fit()
+            wish = wish_of(np.array([0]), None, len(study.rows), **options)
+            outcomes = Outcomes(question.circuit, study.measure, question.asked, wish, guarded)
+            now = outcomes(mask)["groups"]
+            worst = min(now, key=lambda name: now[name])
+            wish = wish_of(groups == worst, None, len(study.rows), **options)
+            found, line = edit(
+                replace(outcomes, wish=wish),
+                fit.coefficients,
+                fit.stderr,
+                aim=worst_then_mean if options["direction"] == "increase" else None,
+                base=mask,
+            )
+            line["target_group"] = worst
+            rounds.append(line)
+            if not report:
+                report = {**line, "rounds": rounds}
+            if line["k"] == 0:
+                break
+            mask = found
+            before = report["groups"]
+            report["groups"] = {
+                name: {"before": before[name]["before"], "after": line["groups"][name]["after"]}
+                for name in before
+            }
+        report["k"] = int((~mask).sum())
+        return self._edited(mask, report)
+
+    def save_attributions(self, path: Any) -> None:
+        """Write attributions with the names of components, without the network.
+
+        Parameters
+        ----------
+        path : str or Path
+            A file ``.npz``; :func:`load_attributions` reads it.
+        """
+        check_is_fitted(self)
+        table = {name: np.asarray(self.components_[name]) for name in ("module", "kind", "unit")}
+        np.savez_compressed(
+            Path(path).with_suffix(".npz"),
+            attributions=self.attributions_,
+            intercept=self.intercept_,
+            stderr=self.stderr_,
+            baseline_output=self.baseline_output_,
+            names=self.get_feature_names_out().astype(str),
+            **table,
+        )
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Names of the components.
 
         Parameters
@@ -369,9 +635,9 @@ class ComponentAttributor(
                     "input_features should have length equal to number of features "
                     f"({self.n_features_in_}), got {len(input_features)}"
                 )
-        return np.array([component.name for component in self._study.components], dtype=object)
+        return np.array([c.name for c in self._study.wiring.components], dtype=object)
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         tags.target_tags.one_d_labels = True
@@ -379,73 +645,202 @@ class ComponentAttributor(
         return tags
 
     @property
-    def _n_features_out(self):
-        return self.n_components_
+    def _n_features_out(self) -> int:
+        return int(self.n_components_)
 
-    def _network(self):
-        return open_network(self.estimator_)
-
-    def _begin(self, X, y):
-        self.estimator_ = fit_estimator(self.estimator, X, y, random_state=self.random_state)
-        vars(self).pop("attributions_", None)
-        network = self._network()
-        self.classes_ = network.classes
-        if self.output in ("margin", "log_odds") and network.n_classes < 2:
+    def _network(self) -> Network:
+        network = open_network(self.estimator_)
+        if checksum(network.module) != self._study.weights:
             raise ValueError(
-                f"output={self.output!r} needs two classes or more; the estimator knows 1 class."
+                "the weights of the network are not those that fit has seen: attributions of one "
+                "go with no outputs of the other. Call fit again."
             )
-        resolve_output(self.output)
-        components = find_components(network.module, self.components)
-        own = ("estimator", "components", "random_state")
-        settings = {k: v for k, v in self.get_params(deep=False).items() if k not in own}
-        self._study = Study(
-            X,
+        return network
+
+    def _checked(self, X: Any, y: Any, *, reset: bool = False) -> tuple[Rows, Any]:
+        """Rows, and targets of the kind that the output reads."""
+        reads_none = self._reads_none()
+        if y is None and reads_none:
+            return check_rows(self, X, reset=reset), None
+        by_class = isinstance(self.output, str) and self.output not in ("loss", "value")
+        if by_class or self.estimator is None:
+            return check_labelled_rows(self, X, y, reset=reset)
+        return check_targets(self, X, y, reset=reset)
+
+    def _reads_none(self) -> bool:
+        return self.output == "value" or (
+            callable(self.output) and Measure(self.output, None).n_arguments < 2  # type: ignore[arg-type]
+        )
+
+    def _settings(self) -> Settings:
+        return Settings(
+            self.output, self.method, self.regressor, self.tol, self.n_jobs, self.verbose
+        )
+
+    def _question_params(self) -> dict[str, Any]:
+        """Parameters that measurements depend on; the rest may change between them."""
+        free = ("budget", "tol", "n_jobs", "verbose", "warm_start")
+        params = self.get_params(deep=False)
+        return {
+            name: value.get_params() if isinstance(value, Ablation) else value
+            for name, value in params.items()
+            if name not in free
+        }
+
+    def _check_same_question(self, study: Study) -> None:
+        now, then = self._question_params(), self._asked_with
+        changed = [name for name in now if not _same(now[name], then[name])]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} changed since fit: passes made with other parameters do "
+                "not add up. Set warm_start=False to fit anew."
+            )
+        if checksum(open_network(self.estimator_).module) != study.weights:
+            raise ValueError(
+                "the weights of the network changed since fit: set warm_start=False to fit anew."
+            )
+        self._study = replace(study, settings=self._settings())
+
+    def _begin(self, rows: Rows, y: Any) -> None:
+        self.estimator_ = fit_estimator(self.estimator, rows, y, random_state=self.random_state)
+        vars(self).pop("attributions_", None)
+        network = open_network(self.estimator_)
+        if network.classes is not None:
+            self.classes_ = network.classes
+            if self.output in ("margin", "log_odds") and network.n_classes < 2:
+                raise ValueError(
+                    f"output={self.output!r} needs two classes or more; the estimator knows 1 "
+                    "class."
+                )
+        self._asked_with = self._question_params()
+        self._study = study_of(
+            network,
+            rows,
             y,
-            network.codes(y).cpu(),
-            components,
-            settings,
-            seed_of(self.random_state),
-            checked_fraction(self.fraction, len(components)),
-        )
-        self._study.begin(network)
-        self.n_components_ = len(components)
-        self.fraction_ = self._study.fraction
-        self.components_ = np.rec.fromarrays(
-            [
-                np.arange(len(components)),
-                np.array([component.module for component in components]),
-                np.array([component.kind for component in components]),
-                np.array([component.unit for component in components]),
-            ],
-            names="index,module,kind,unit",
-        )
-
-    def _spend(self, budget):
-        """Add passes; what an interrupted run has learned is kept."""
+            components=self.components,
+            ablation=self.ablation,
+            fraction=self.fraction,
+            seed=seed_of(self.random_state),
+            settings=self._settings(),
+        ).begun(network)
         study = self._study
-        try:
-            study.add(self._network(), budget)
-        finally:
-            if study.fit is not None:
-                self.attributions_ = study.fit.coefficients
-                self.intercept_ = study.fit.intercept
-                self.stderr_ = study.fit.stderr
-                self.oob_score_ = study.fit.oob_score
-                self.penalty_ = study.fit.penalty
-                self.baseline_output_ = study.measured.baseline
-                self.n_forward_equivalents_ = study.cost
-                if study.regressor is not None:
-                    self.regressor_ = study.regressor
+        self.n_components_ = study.n_components
+        self.fraction_ = study.fraction
+        self.components_ = table_of(study.wiring.components)
+        self.verified_ = study.verified
+        self.path_ = "plain" if study.wiring.plain else "gates"
+        self.coverage_ = dict(study.coverage)
 
-    def _model_of(self, X, y):
-        """Linear models of other rows, at predicted labels where there are none."""
-        network = self._network()
-        X, codes = self._rows_and_codes(network, X, y)
-        return self._study.about_others(network, X, codes)
+    def _spend(self, budget: int) -> None:
+        """Add passes; what an interrupted run has learned is kept."""
+        study, broken_off = self._study.spent(self._network(), budget)
+        self._study = study
+        if study.fit is not None:
+            self.attributions_ = study.shaped(study.fit.coefficients)
+            self.intercept_ = study.shaped(study.fit.intercept)
+            self.stderr_ = study.shaped(study.fit.stderr)
+            self.oob_score_ = study.fit.oob_score
+            self.penalty_ = study.fit.penalty
+            self.baseline_output_ = study.shaped(study.known.baseline)
+            self.n_forward_equivalents_ = study.cost
+            if study.regressor is not None:
+                self.regressor_ = study.regressor
+        if broken_off is not None:
+            raise broken_off
 
-    def _rows_and_codes(self, network, X, y):
-        if y is None:
-            X = check_rows(self, X)
-            return X, network.logits(X).argmax(1)
-        X, y = check_labelled_rows(self, X, y)
-        return X, network.codes(y)
+    def _others(self, X: Any, y: Any) -> tuple[Rows, Any]:
+        """Other rows, at predicted targets where there are none."""
+        if y is not None:
+            return self._checked(X, y)
+        rows = check_rows(self, X)
+        return rows, predicted_targets(self._network(), self._study.measure, rows)
+
+    def _coefficients(self, X: Any, y: Any) -> np.ndarray:
+        rows, y = self._others(X, y)
+        fit = self._study.about_others(self._network(), rows, y)
+        return self._study.shaped(fit.coefficients, len(rows))
+
+    def _outcomes(self, masks: np.ndarray, X: Any, y: Any, *, plain: bool = False) -> np.ndarray:
+        rows = None
+        if X is not None:
+            rows, y = self._others(X, y)
+        question = self._study.question(self._network(), rows, y, plain=plain)
+        return self._study.shaped(question.outcomes(masks).T, question.n_rows)
+
+    def _guarded(self, guard: Any, network: Network) -> Guarded | None:
+        if guard is None:
+            return None
+        if not isinstance(guard, tuple) or len(guard) not in (2, 3):
+            raise ValueError(
+                f"guard must be a pair (X, y), or (X, y, groups); got {type(guard).__name__}"
+                + (f" of {len(guard)}." if isinstance(guard, tuple) else ".")
+            )
+        rows, y = self._checked(*guard[:2])
+        groups = np.asarray(guard[2]) if len(guard) == 3 else None
+        if groups is not None and groups.shape != (len(rows),):
+            raise ValueError(
+                f"guard has groups of shape {groups.shape} for {len(rows)} rows; one a row."
+            )
+        asked: Asked = self._study.question(network, rows, y).asked
+        return Guarded(asked, groups)
+
+    def _check_k(self, k: Any) -> None:
+        if isinstance(k, str):
+            raise ValueError(f"k={k!r} must be a number or 'auto'.")
+        if not isinstance(k, Integral) or not 0 <= k <= self.n_components_:
+            raise ValueError(
+                f"k={k!r} must be a whole number from 0 to {self.n_components_}, the number of "
+                "components."
+            )
+
+    def _edited(self, mask: np.ndarray, report: dict[str, Any]) -> EditedClassifier:
+        study, network = self._study, self._network()
+        if study.rule.per in ("class", "row"):
+            raise ValueError(
+                f"ablation per={study.rule.per!r} goes by the label or number of a row, which a "
+                "lasting edit does not know; use per='all' or 'position'."
+            )
+        changed = network.copy()
+        make_lasting(changed.module, study.first_circuit(network), torch.as_tensor(mask))
+        ablated = np.flatnonzero(mask == 0)
+        names = [study.wiring.components[position].name for position in ablated]
+        report = {**report, "components": names, "mask": np.asarray(mask, bool)}
+        return edited(
+            self.estimator_,
+            changed,
+            report,
+            width=getattr(self, "n_features_in_", None),
+            names=getattr(self, "feature_names_in_", None),
+        )
+
+
+def load_attributions(path: Any) -> Bunch:
+    """Read attributions that :meth:`ComponentAttributor.save_attributions` has written.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    Bunch
+        ``attributions``, ``intercept``, ``stderr``, ``baseline_output``, ``names`` and
+        ``components`` (recarray: index, module, kind, unit).
+    """
+    with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as stored:
+        held = {name: stored[name] for name in stored.files}
+    columns = [np.arange(len(held["unit"])), *(held.pop(n) for n in ("module", "kind", "unit"))]
+    table = np.rec.fromarrays(columns, names="index,module,kind,unit")
+    return Bunch(components=table, **held)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    try:
+        return bool(np.all(one == other)) and type(one) is type(other)
+    except (ValueError, TypeError):
+        return False

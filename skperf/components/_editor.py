@@ -1,20 +1,23 @@
 """Fit a classifier, attribute it and edit it, in one estimator."""
 
+from collections.abc import Callable
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
+from torch import nn
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
-from skperf.backbone._edited import EditedClassifier
+from skperf.backbone._edited import EditedClassifier, edited
 from skperf.backbone._nets import seed_of
-from skperf.backbone._opening import fit_estimator
+from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
-from skperf.backbone._validation import array_rows as check_rows
-from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
+from skperf.backbone._state import unchanged_on_error
+from skperf.backbone._validation import check_labelled_rows, check_rows
+from skperf.backbone.rows import Rows
 from skperf.components._attributor import ComponentAttributor
 
 
@@ -40,7 +43,10 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
     criterion : {"budgeted", "welch"}, default="budgeted"
         As in :meth:`ComponentAttributor.edit`.
     max_drop : float, default=0.01
-        How far the accuracy on the other rows may fall with ``k="auto"``.
+        How far the accuracy on the guarded rows may fall with ``k="auto"``.
+    max_rounds : int, default=3
+        With ``target="worst_group"`` and ``k="auto"`` the edited network is attributed anew, for
+        the group that is then the worst, as long as that raises the lowest accuracy.
     n_examples : int, default=200
         Most rows to attribute, half of them targets where there are so many.
     random_state : int, RandomState or None, default=None
@@ -55,7 +61,7 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
     edited_ : EditedClassifier
         What predicts.
     edit_report_ : dict
-        Of the edit.
+        Of the edit; with groups, ``groups`` has a line for each, before and after.
     classes_ : ndarray of shape (n_classes,)
         Labels.
     n_features_in_ : int
@@ -72,23 +78,25 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
         "direction": [StrOptions({"increase", "decrease"})],
         "criterion": [StrOptions({"budgeted", "welch"})],
         "max_drop": [Interval(Real, 0, None, closed="left")],
+        "max_rounds": [Interval(Integral, 1, None, closed="left")],
         "n_examples": [Interval(Integral, 2, None, closed="left")],
         "random_state": ["random_state"],
     }
 
     def __init__(
         self,
-        estimator=None,
-        attributor=None,
+        estimator: Any = None,
+        attributor: ComponentAttributor | None = None,
         *,
-        target="errors",
-        k="auto",
-        direction="increase",
-        criterion="budgeted",
-        max_drop=0.01,
-        n_examples=200,
-        random_state=None,
-    ):
+        target: str | Callable[..., Any] = "errors",
+        k: int | str = "auto",
+        direction: str = "increase",
+        criterion: str = "budgeted",
+        max_drop: float = 0.01,
+        max_rounds: int = 3,
+        n_examples: int = 200,
+        random_state: Any = None,
+    ) -> None:
         self.estimator = estimator
         self.attributor = attributor
         self.target = target
@@ -96,12 +104,13 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
         self.direction = direction
         self.criterion = criterion
         self.max_drop = max_drop
+        self.max_rounds = max_rounds
         self.n_examples = n_examples
         self.random_state = random_state
 
     @fit_context(prefer_skip_nested_validation=False)
     @tells_callbacks
-    def fit(self, X, y, groups=None):
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Fit, attribute, edit.
 
         Parameters
@@ -118,36 +127,29 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
         -------
         self : ComponentEditor
             Fitted.
+
+        Raises
+        ------
+        ValueError
+            If the rows or the target do not fit.
         """
-        X, y = check_labelled_rows(self, X, y, reset=True)
-        seed = seed_of(self.random_state)
-        self.estimator_ = fit_estimator(self.estimator, X, y, random_state=seed)
-        self.classes_ = self.estimator_.classes_
-        target = self._target(X, y, self.estimator_.predict(X), groups)
-        if not target.any() or self.k == 0:
-            self.edited_ = self.estimator_
-            self.edit_report_ = {"k": 0, "path": []}
-            return self
-        rows = _some_of_both(target, self.n_examples, np.random.default_rng(seed))
-        base = ComponentAttributor() if self.attributor is None else self.attributor
-        attributor = clone(base).set_params(estimator=_as_it_is(self.estimator_))
-        if attributor.random_state is None:
-            attributor.set_params(random_state=seed)
-        self.attributor_ = attributor.fit(X[rows], y[rows])
-        others = ~target if not target.all() else target
-        self.edited_ = self.attributor_.edit(
-            target[rows],
-            k=self.k,
-            direction=self.direction,
-            criterion=self.criterion,
-            max_drop=self.max_drop,
-            X_val=X[others],
-            y_val=y[others],
-        )
-        self.edit_report_ = self.edited_.edit_report_
+        with unchanged_on_error(self):
+            rows, y = check_labelled_rows(self, X, y, reset=True)
+            seed = seed_of(self.random_state)
+            self.estimator_ = fit_estimator(self.estimator, rows, y, random_state=seed)
+            self.classes_ = self.estimator_.classes_
+            given = rows.tree if rows.indices is None else rows.dataset
+            predicted = self.estimator_.predict(given)
+            target = self._target(given, y, predicted, groups)
+            vars(self).pop("attributor_", None)
+            if not target.any() or self.k == 0:
+                self.edited_ = self._unchanged()
+            else:
+                self._edit(rows, y, target, groups, seed)
+            self.edit_report_ = self.edited_.edit_report_
         return self
 
-    def predict(self, X):
+    def predict(self, X: Any) -> np.ndarray:
         """Labels by the edited network.
 
         Parameters
@@ -161,9 +163,9 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
             Labels.
         """
         check_is_fitted(self)
-        return self.edited_.predict(check_rows(self, X))
+        return np.asarray(self.edited_.predict(check_rows(self, X)))
 
-    def predict_proba(self, X):
+    def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities by the edited network.
 
         Parameters
@@ -177,9 +179,9 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
             Columns in the order of ``classes_``.
         """
         check_is_fitted(self)
-        return self.edited_.predict_proba(check_rows(self, X))
+        return np.asarray(self.edited_.predict_proba(check_rows(self, X)))
 
-    def to_module(self):
+    def to_module(self) -> nn.Module:
         """Give the edited network.
 
         Returns
@@ -190,7 +192,46 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
         check_is_fitted(self)
         return self.edited_.to_module()
 
-    def _target(self, X, y, predicted, groups):
+    def _unchanged(self) -> EditedClassifier:
+        """Give a classifier like any other edit, but with nothing gone."""
+        network = open_network(self.estimator_)
+        report = {"k": 0, "path": [], "components": []}
+        return edited(
+            self.estimator_,
+            network.copy(),
+            report,
+            width=getattr(self, "n_features_in_", None),
+            names=getattr(self, "feature_names_in_", None),
+        )
+
+    def _edit(self, rows: Rows, y: np.ndarray, target: np.ndarray, groups: Any, seed: int) -> None:
+        by_group = self.target == "worst_group"
+        strata = np.asarray(groups) if by_group else target
+        chosen = _of_each(strata, self.n_examples, np.random.default_rng(seed))
+        base = ComponentAttributor() if self.attributor is None else self.attributor
+        attributor = clone(base).set_params(estimator=_as_it_is(self.estimator_))
+        if attributor.random_state is None:
+            attributor.set_params(random_state=seed)
+        self.attributor_ = attributor.fit(rows[chosen], y[chosen])
+        options = {
+            "k": self.k,
+            "direction": self.direction,
+            "criterion": self.criterion,
+            "max_drop": self.max_drop,
+        }
+        if by_group:
+            self.edited_ = attributor._edit_groups(
+                strata[chosen],
+                (rows, y, strata),
+                max_rounds=self.max_rounds if self.k == "auto" else 1,
+                **options,
+            )
+            return
+        others = ~target if not target.all() else target
+        guard = (rows[np.flatnonzero(others)], y[others])
+        self.edited_ = attributor.edit(target[chosen], guard=guard, **options)
+
+    def _target(self, X: Any, y: np.ndarray, predicted: np.ndarray, groups: Any) -> np.ndarray:
         if callable(self.target):
             target = np.asarray(self.target(X, y, predicted, groups))
             if target.dtype != bool or target.shape != (len(y),):
@@ -200,30 +241,32 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
                 )
             return target
         if self.target == "errors":
-            return predicted != y
+            return np.asarray(predicted != y)
         if groups is None:
             raise ValueError(
                 "target='worst_group' needs groups: pass groups= to fit, inside other "
                 "estimators after set_fit_request(groups=True)."
             )
         groups = np.asarray(groups)
+        if groups.shape != (len(y),):
+            raise ValueError(f"groups has shape {groups.shape}; one a row of X, ({len(y)},).")
         names = np.unique(groups)
         accuracy = [(predicted == y)[groups == name].mean() for name in names]
-        return groups == names[int(np.argmin(accuracy))]
+        return np.asarray(groups == names[int(np.argmin(accuracy))])
 
 
-def _as_it_is(classifier):
+def _as_it_is(classifier: Any) -> Any:
     """Wrap a fitted classifier so that it is not fitted again."""
-    return classifier if isinstance(classifier, EditedClassifier) else FrozenEstimator(classifier)
+    frozen = isinstance(classifier, EditedClassifier | FrozenEstimator)
+    return classifier if frozen else FrozenEstimator(classifier)
 
 
-def _some_of_both(target, most, rng):
-    """Rows to attribute: half of them targets, if there are enough of both."""
-    inside, outside = np.flatnonzero(target), np.flatnonzero(~target)
-    n_inside = min(len(inside), max(most // 2, most - len(outside)))
-    n_outside = min(len(outside), most - n_inside)
-    chosen = [
-        rng.choice(inside, n_inside, replace=False),
-        rng.choice(outside, n_outside, replace=False),
-    ]
+def _of_each(strata: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows to attribute: as many of each stratum, if there are enough."""
+    members = [rng.permutation(np.flatnonzero(strata == value)) for value in np.unique(strata)]
+    members.sort(key=len)
+    chosen: list[np.ndarray] = []
+    for position, rows in enumerate(members):
+        left = most - sum(len(part) for part in chosen)
+        chosen.append(rows[: max(left // (len(members) - position), 0)])
     return np.sort(np.concatenate(chosen))

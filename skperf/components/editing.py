@@ -72,7 +72,7 @@ def choose_k(
     candidates: Sequence[int],
     measure: Callable[[NDArray[np.bool_]], dict[str, Any]],
     *,
-    increase: bool,
+    aim: Callable[[dict[str, Any]], float],
     max_drop: float,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Try numbers of components by true passes and keep the best that is harmless enough.
@@ -84,13 +84,9 @@ def choose_k(
         mask = np.ones(len(order), bool)
         mask[order[:k]] = False
         path.append({"k": int(k), **measure(mask)})
-        if path[-1]["reference_score"] < path[0]["reference_score"] - 4 * max_drop - 0.05:
+        if path[-1]["guard_score"] < path[0]["guard_score"] - 4 * max_drop - 0.05:
             break
-    sign = 1 if increase else -1
-    allowed = [
-        step
-        for step in path
-        if step["reference_score"] >= path[0]["reference_score"] - max_drop - 1e-12
-    ]
-    best = max(allowed, key=lambda step: (sign * step["target_output"], -step["k"]))
+    least = path[0]["guard_score"] - max_drop - 1e-12
+    allowed = [step for step in path if step["guard_score"] >= least]
+    best = max(allowed, key=lambda step: (aim(step), -step["k"]))
     return int(best["k"]), path

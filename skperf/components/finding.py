@@ -46,8 +46,12 @@ def find(network: Network, row: Any) -> Found:
     for name, part in network.module.named_modules(remove_duplicate=False):
         names.setdefault(part, []).append(name)
     rows = list(_rows_of_layers(network.module, names, watcher, readout))
-    heads = [replace(s, aliases=tuple(_other_names(names, network.module, s))) for s in watcher.heads]
-    order = {name: position for position, name in enumerate(n for n, _ in network.module.named_modules())}
+    heads = [
+        replace(s, aliases=tuple(_other_names(names, network.module, s))) for s in watcher.heads
+    ]
+    order = {
+        name: position for position, name in enumerate(n for n, _ in network.module.named_modules())
+    }
     sites = sorted([*rows, *heads, *watcher.experts()], key=lambda site: order[site.module])
     fans_in = {
         name: described[2]
@@ -91,7 +95,9 @@ def size_at(network: Network, row: Any, place: Place) -> int:
             raise ValueError(f"{place!r}: {place.module!r} is never called, or has no such tensor.")
         shape = tuple(seen[0].shape)
     if not -len(shape) <= place.dim < len(shape):
-        raise ValueError(f"{place!r}: the tensor there has shape {shape}, no dimension {place.dim}.")
+        raise ValueError(
+            f"{place!r}: the tensor there has shape {shape}, no dimension {place.dim}."
+        )
     return int(shape[place.dim])
 
 
@@ -155,7 +161,9 @@ class _Watcher(TorchFunctionMode):
                 self._feeds_attention(tensor)
             # only the values keep their past: who makes them decides which heads share them
             args = tuple(_cut(a) if i < 2 else a for i, a in enumerate(args))
-            kwargs = {name: _cut(a) if name in ("query", "key") else a for name, a in kwargs.items()}
+            kwargs = {
+                name: _cut(a) if name in ("query", "key") else a for name, a in kwargs.items()
+            }
             result = func(*args, **kwargs)
             self._feeds_attention(kwargs.get("value", args[2] if len(args) > 2 else None))
             leaf = self._mixing(result, range(result.ndim - 2), attends=True)
@@ -196,7 +204,9 @@ class _Watcher(TorchFunctionMode):
         grads = torch.autograd.grad(
             outputs.sum(), [made.leaf for made in self.made], allow_unused=True
         )
-        last = {made.module for made, grad in zip(self.made, grads, strict=True) if grad is not None}
+        last = {
+            made.module for made, grad in zip(self.made, grads, strict=True) if grad is not None
+        }
         name = last.pop() if len(last) == 1 else None
         described = None if name is None else row_layer(self.module.get_submodule(name))
         width = outputs.shape[1] if outputs.ndim > 1 else 1
@@ -370,7 +380,10 @@ class _Watcher(TorchFunctionMode):
         columns = weight_columns(part, name)
         for position, other in enumerate(self.heads):
             if (other.kind, other.n_units, other.width, other.start) != (
-                site.kind, site.n_units, site.width, site.start
+                site.kind,
+                site.n_units,
+                site.width,
+                site.start,
             ):
                 continue
             if spot in other.spots:  # the inner of two modules may have seen the same heads
@@ -410,7 +423,9 @@ class _Watcher(TorchFunctionMode):
             sets = []
             for head in range(n_heads):
                 block = tensor.narrow(dim, start + head * width, width).sum()
-                (grad,) = torch.autograd.grad(block, made.leaf, retain_graph=True, allow_unused=True)
+                (grad,) = torch.autograd.grad(
+                    block, made.leaf, retain_graph=True, allow_unused=True
+                )
                 if grad is None:
                     return
                 sets.append(grad.movedim(made.dim, -1).flatten(0, -2).abs().sum(0) > 0)
@@ -429,7 +444,7 @@ class _Watcher(TorchFunctionMode):
 
 
 def _blocks(tensor: Tensor, dim: int, mixing: _Mixing) -> tuple[int, int, int] | None:
-    """Number, start and width of blocks along a dimension that one entry of a mixing makes each."""
+    """Find blocks that one entry of a mixing makes each: their number, start and width."""
     leaf = mixing.leaf
     # J v by two backward passes: J' u is linear in u, and its derivative along v is J v
     u = torch.rand_like(tensor).add_(0.5).requires_grad_(True)

@@ -1,12 +1,14 @@
 """Merge batch normalisations into the layers before them, in a view of ours."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
+from skperf.backbone.views import view
 
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMALISERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -31,10 +33,21 @@ def followers_of(
         tensors = [one._parameters.get("weight"), one._parameters.get("bias")]
         tensors += list(other._parameters.values())
         shared = any(tensor is not None and holders[id(tensor)] > 1 for tensor in tensors)
+        # hooks are part of the network, and would go with the normalisation
+        shared |= any(part._forward_hooks or part._forward_pre_hooks for part in (one, other))
         known = tensors[0] is not None and other.running_mean is not None
         if known and not shared and n_calls[layer] == 1 and n_calls[norm] == 1:
             followers[layer] = norm
     return followers
+
+
+def folds_exactly(network: Network, followers: Mapping[str, str], few: Rows) -> bool:
+    """Whether folding changes nothing: a layer's output may be used beside its normalisation."""
+    folded = view(network.module)
+    fold(folded, followers)
+    with torch.no_grad():
+        before, after = network(few), replace(network, module=folded)(few)
+    return bool(((before - after).abs() <= 1e-4 * before.abs().max()).all())
 
 
 def is_small(module: nn.Module) -> bool:

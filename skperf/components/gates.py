@@ -61,6 +61,7 @@ class Asked:
     rows: Rows  # (n, ...)
     targets: Tensor | None  # (n, ...)
     donors: Rows | None = None  # (n, ...)
+    raw: bool = False  # rows as the user gave them, not yet on the network's device
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,7 +71,12 @@ class Asked:
             self.rows[where],
             None if self.targets is None else self.targets[where],
             None if self.donors is None else self.donors[where],
+            self.raw,
         )
+
+    def ready(self, network: Network) -> "Asked":
+        """Bring what is still as the user gave it to the network's device."""
+        return replace(self, rows=network.inputs(self.rows), raw=False) if self.raw else self
 
     def repeat(self, times: int) -> "Asked":
         """Stack the whole batch so many times."""
@@ -80,7 +86,7 @@ class Asked:
         if targets is not None:
             targets = targets.repeat(times, *[1] * (targets.ndim - 1))
         donors = None if self.donors is None else self.donors.repeat(times)
-        return Asked(self.rows.repeat(times), targets, donors)
+        return Asked(self.rows.repeat(times), targets, donors, self.raw)
 
 
 @dataclass(eq=False)
@@ -95,8 +101,15 @@ class Tap:
 class Circuit:
     """A network, a view of ours, with a gate on every chosen component."""
 
-    def __init__(self, network: Network, wiring: Wiring, rule: Rule | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        wiring: Wiring,
+        rule: Rule | None = None,
+        base: Tensor | None = None,
+    ) -> None:
         rule = Rule() if rule is None else rule
+        self.base = base  # (n_components,): gates that are closed already
         if isinstance(rule.kind, str) and rule.kind not in ABLATIONS:
             raise ValueError(
                 f"ablation={rule.kind!r} is unknown; use one of {ABLATIONS}, a scale or a function."
@@ -149,7 +162,7 @@ class Circuit:
         size = size if self.wiring.knows_rows else 1
         values, gradients = [], []
         for start in range(0, len(asked), size):
-            part = asked[start : start + size]
+            part = asked[start : start + size].ready(self.network)
             here = gates if gates.ndim == 1 else gates[start : start + size]
             leaf = here.to(self.network.device, self.network.dtype).expand(len(part), -1).clone()
             leaf.requires_grad_(True)
@@ -164,6 +177,8 @@ class Circuit:
     def values(self, masks: Tensor) -> Tensor:
         """Gate values and one more that is always open, (m, n_components + 1)."""
         values = masks.to(self.network.device, self.network.dtype)
+        if self.base is not None:
+            values = values * self.base.to(values)
         if isinstance(self.rule.kind, float | int):
             values = self.rule.kind + (1 - self.rule.kind) * values
         return functional.pad(values, (0, 1), value=1.0)
@@ -239,6 +254,7 @@ class Circuit:
         return taps
 
     def _batch(self, asked: Asked, measure: Measure, values: Tensor, first: int) -> Tensor:
+        asked = asked.ready(self.network)
         together = min(len(values), max(1, _SMALL_BATCH // len(asked)))
         together = together if self.wiring.knows_rows else 1
         columns = []
@@ -283,9 +299,7 @@ class Circuit:
                     stack.callback(_put_back, part, own)
             yield
 
-    def _gate(
-        self, tap: Tap, values: Tensor, asked: Asked
-    ) -> Callable[[Tensor, int], Tensor]:
+    def _gate(self, tap: Tap, values: Tensor, asked: Asked) -> Callable[[Tensor, int], Tensor]:
         gates = values.index_select(1, tap.channels)
 
         def mix(output: Tensor, call: int) -> Tensor:
@@ -319,7 +333,9 @@ class Circuit:
     ) -> Tensor:
         if self.rule.positions is None:
             return weights
-        others = [a for a in range(output.ndim) if a != dim and (layout is None or a != layout.axis)]
+        others = [
+            a for a in range(output.ndim) if a != dim and (layout is None or a != layout.axis)
+        ]
         if layout is None or len(others) != 1:
             raise ValueError(
                 f"positions={self.rule.positions} need tensors of rows, positions and channels; "
@@ -342,7 +358,10 @@ class Circuit:
         n_groups = int(codes.max()) + 1
         counts = torch.bincount(codes, minlength=n_groups)
         for start in range(0, len(donors), _ROWS_PER_PASS):
-            part, here = donors[start : start + _ROWS_PER_PASS], codes[start : start + _ROWS_PER_PASS]
+            part, here = (
+                donors[start : start + _ROWS_PER_PASS],
+                codes[start : start + _ROWS_PER_PASS],
+            )
             for key, tensor in self.captured(part).items():
                 if self.rule.per == "all":
                     flat = tensor.movedim(key[0].dim, -1).flatten(0, -2).mean(0) * len(part)
@@ -355,9 +374,7 @@ class Circuit:
             return {key: total / len(donors) for key, total in sums.items()}
         shape = (-1, *[1] * 9)
         present = counts.clamp_min(1).to(self.network.dtype)
-        return {
-            key: total / present.view(shape[: total.ndim]) for key, total in sums.items()
-        }
+        return {key: total / present.view(shape[: total.ndim]) for key, total in sums.items()}
 
     def _split(self, key: tuple[Spot, int], tensor: Tensor, n_rows: int) -> Tensor:
         layout = self.wiring.layouts.get(key)
@@ -410,9 +427,7 @@ def _for_each(table: Tensor, n_rows: int) -> Tensor:
     return table.repeat_interleave(n_rows // len(table), 0)
 
 
-def _spread(
-    gates: Tensor, layout: Layout | None, dim: int, output: Tensor, n_rows: int
-) -> Tensor:
+def _spread(gates: Tensor, layout: Layout | None, dim: int, output: Tensor, n_rows: int) -> Tensor:
     """Lay gates over an output: gates (r, n_channels) -> something that broadcasts with it."""
     gates = _padded(gates, output.shape[dim])
     if len(gates) == 1:
@@ -430,8 +445,3 @@ def _along(table: Tensor, dim: int, ndim: int) -> Tensor:
     shape = [1] * ndim
     shape[dim] = table.shape[1]
     return table.reshape(shape)
-
-
-def with_donors(rule: Rule, donors: Rows, labels: Tensor | None) -> Rule:
-    """Let rows of `fit` stand in where the user gave none."""
-    return rule if rule.donors is not None else replace(rule, donors=donors, labels=labels)

@@ -181,8 +181,7 @@ def select(
         wrong = [item for item in items if not isinstance(item, Component | Place)]
         if wrong:
             raise TypeError(
-                "components must return Component or Place records, got "
-                f"{type(wrong[0]).__name__}."
+                f"components must return Component or Place records, got {type(wrong[0]).__name__}."
             )
     elif isinstance(selection, Sequence):
         items = selection
@@ -226,7 +225,9 @@ def site_of_place(place: Place, module: nn.Module, sizes: Callable[[Place], int]
     """Lay a declared place over the network."""
     parts = dict(module.named_modules())
     if place.module not in parts:
-        raise ValueError(f"Place names the module {place.module!r}; the network has {list(parts)[:20]}.")
+        raise ValueError(
+            f"Place names the module {place.module!r}; the network has {list(parts)[:20]}."
+        )
     spot = Spot(place.module, place.side, place.dim)
     if not spot.is_activation and parts[place.module]._parameters.get(place.side) is None:
         raise ValueError(
@@ -285,7 +286,9 @@ def _automatic(found: Found) -> list[Component]:
 
 
 def _mlp_neurons(found: Found) -> list[Component]:
-    sites = [replace(site, kind="mlp_neuron") for site in found.feed_forward() if site.kind == "neuron"]
+    sites = [
+        replace(site, kind="mlp_neuron") for site in found.feed_forward() if site.kind == "neuron"
+    ]
     filters = [site for site in found.feed_forward() if site.kind == "conv_filter"]
     return [component for site in [*sites, *filters] for component in site.components()]
 

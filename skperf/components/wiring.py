@@ -1,4 +1,4 @@
-"""How gates are laid into a network: where rows are in every tensor, and what need not run again."""
+"""How gates are laid into a network: where rows are in a tensor, what need not run again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
-from skperf.components.folding import followers_of
+from skperf.components.folding import followers_of, folds_exactly
 from skperf.components.taps import tapped
 from skperf.components.units import Component, Site, Spot
 
@@ -79,6 +79,8 @@ def wire(
     followers = followers_of(network.module, seen.pairs, seen.n_calls)
     if outputs_themselves:  # what stands in comes out of the batch normalisation
         sites = [_behind(site, followers) for site in sites]
+        followers = {}
+    elif followers and not folds_exactly(network, followers, few):
         followers = {}
     spots = {spot for site in sites for spot in site.spots}
     together = _activations(network, few, spots)
@@ -226,4 +228,3 @@ def _layout(together: Tensor, alone: list[Tensor]) -> Layout | None:
             if bool(((split - rows).abs() <= 1e-4 * scale).all()):
                 return layout
     return None
-

@@ -344,7 +344,7 @@ def test_edits_realise_what_they_promise_and_leave_the_original():
     margins = label - logits.max(1)
     step = next(s for s in report["path"] if s["k"] == report["k"])
     assert margins[:4].mean() == pytest.approx(step["target_output"])
-    assert step["reference_score"] >= report["path"][0]["reference_score"] - 0.1
+    assert step["guard_score"] >= report["path"][0]["guard_score"] - 0.1
     assert edited.revert() is model.estimator_
     np.testing.assert_array_equal(edited.predict(X), model.ablate(report["mask"]).predict(X))
 

@@ -7,6 +7,10 @@ from skperf.components.editing import budgeted_order, choose_k, grid_of_k, welch
 rng = np.random.default_rng(0)
 
 
+def output(step):
+    return step["target_output"]
+
+
 def test_welch_equals_its_formula():
     target, reference = rng.normal(size=(6, 9)), rng.normal(size=(20, 9))
     error = np.sqrt(target.var(0) / 6 + reference.var(0) / 20)
@@ -40,19 +44,19 @@ def test_the_search_keeps_the_best_that_is_allowed():
     outcomes = {0: (0.0, 0.9), 1: (1.0, 0.9), 2: (2.0, 0.895), 3: (3.0, 0.8), 4: (9.0, 0.5)}
 
     def measure(mask):
-        output, score = outcomes[int((~mask).sum())]
-        return {"target_output": output, "reference_score": score}
+        value, score = outcomes[int((~mask).sum())]
+        return {"target_output": value, "guard_score": score}
 
-    k, path = choose_k(np.arange(6), [0, 1, 2, 3, 4], measure, increase=True, max_drop=0.01)
+    k, path = choose_k(np.arange(6), [0, 1, 2, 3, 4], measure, aim=output, max_drop=0.01)
     assert k == 2
     assert [step["k"] for step in path] == [0, 1, 2, 3]
 
 
 def test_nothing_is_ablated_where_nothing_helps():
     def measure(mask):
-        return {"target_output": float(mask.sum()), "reference_score": 1.0}
+        return {"target_output": float(mask.sum()), "guard_score": 1.0}
 
-    assert choose_k(np.arange(4), [0, 1, 2], measure, increase=True, max_drop=0.1)[0] == 0
+    assert choose_k(np.arange(4), [0, 1, 2], measure, aim=output, max_drop=0.1)[0] == 0
 
 
 def test_the_grid_starts_at_zero_and_ends_where_asked():
