@@ -39,9 +39,9 @@ from skperf.components.edits import (
     edit,
     rows_of,
     wish_of,
-    worst_then_mean,
 )
 from skperf.components.gates import Asked
+from skperf.components.groups import WorstGroup
 from skperf.components.lasting import make_lasting
 from skperf.components.measures import Measure, checked_output
 from skperf.components.pairs import pair_effects
@@ -97,7 +97,7 @@ class ComponentAttributor(
     tol : float or None, default=None
         Stop adding masks when the out-of-bag score has risen by less.
     warm_start : bool, default=False
-        Let `fit` on the same rows add passes up to `budget`.
+        Let `fit` on the same rows, with the same parameters, add passes up to `budget`.
     random_state : int, RandomState or None, default=None
         Seed of all draws; the seed of a mask depends on it and the mask's number alone.
     n_jobs : int or None, default=None
@@ -145,6 +145,8 @@ class ComponentAttributor(
         Only with a regressor of one's own.
     """
 
+    _study: Study
+    attributions_: np.ndarray
     _doc_link_module = "skperf"
     _doc_link_template = DOC_LINK
     _parameter_constraints: ClassVar = {
@@ -224,10 +226,10 @@ class ComponentAttributor(
         with unchanged_on_error(self):
             checked_output(self.output)
             rows, y = self._checked(X, y, reset=True)
-            study = getattr(self, "_study", None)
-            goes_on = self.warm_start and study is not None and study.is_about(rows, y)
+            goes_on = self.warm_start and hasattr(self, "_study")
+            goes_on = goes_on and self._study.is_about(rows, y) and not self._changed()
             if goes_on:
-                self._check_same_question(study)
+                self._study = replace(self._study, settings=self._settings())
             else:
                 self._begin(rows, y)
         missing = self.budget - self._study.cost + 1 if goes_on else self.budget
@@ -260,14 +262,21 @@ class ComponentAttributor(
             If the rows are not those of `fit`, or parameters have changed.
         """
         if not hasattr(self, "_study"):
-            return self.fit(X, y)
+            self.fit(X, y)
+            return self
         rows, y = self._checked(X, y)
         if not self._study.is_about(rows, y):
             raise ValueError(
                 "partial_fit adds passes on the examples given to fit; these rows or labels "
                 "are others. Call fit for new examples, or attribute(X, y) to keep the model."
             )
-        self._check_same_question(self._study)
+        changed = self._changed()
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} changed since fit: passes made before and after do not "
+                "add up. Call fit to start anew."
+            )
+        self._study = replace(self._study, settings=self._settings())
         self._spend(self.budget + 1)
         return self
 
@@ -329,7 +338,8 @@ class ComponentAttributor(
             if study.regressor is not None:
                 outcomes = np.asarray(study.regressor.predict(masks)).reshape(len(masks), -1)
                 return study.shaped(outcomes.T)
-            return self.attributions_ @ masks.T + self.intercept_[..., None]
+            outcomes = self.attributions_ @ masks.T + self.intercept_[..., None]
+            return np.asarray(outcomes)
         rows, y = self._others(X, y)
         fit = study.about_others(self._network(), rows, y)
         return study.shaped(fit.coefficients @ masks.T + fit.intercept[:, None], len(rows))
@@ -425,7 +435,10 @@ class ComponentAttributor(
         order = np.argsort(mean if lowest else -mean, kind="stable")[:k]
         names = [*self.components_.dtype.names, "attribution"]
         columns = [self.components_[order][name] for name in self.components_.dtype.names]
-        return np.rec.fromarrays([*columns, mean[order]], names=",".join(names))
+        found: np.recarray = np.rec.fromarrays(  # type: ignore[call-overload]
+            [*columns, mean[order]], names=",".join(names)
+        )
+        return found
 
     def interactions(self, k: int = 10) -> Bunch:
         """Estimate what pairs of the strongest components do together, from masks already drawn.
@@ -548,49 +561,28 @@ class ComponentAttributor(
         return self._edited(mask, report)
 
     def _edit_groups(
-        self, groups: np.ndarray, guard: Any, *, max_rounds: int, **options: Any
+        self, groups: np.ndarray, guard: Any, *, max_rounds: int, k: int | str, max_drop: float
     ) -> EditedClassifier:
-        """Raise the worst group, then whichever is the worst, as long as that helps.
-
-        groups (n_examples,) are those of the rows of fit; guard is (X, y, groups).
-        """
+        """Raise the worst group of guarded rows (X, y, groups): groups (n_examples,) of fit."""
         network = self._network()
         study, guarded = self._study, self._guarded(guard, network)
-        question = study.question(network)
-        mask, report, rounds = np.ones(self.n_components_, bool), {}, []
-        for turn in range(max_rounds):
-            if turn:
-                study = self._study.around(mask).begun(network)
-                study, broken_off = study.spent(network, self.budget)
+        assert guarded is not None
+        margins = Measure("margin", network.loss)
+        most = self.n_components_ if k == "auto" else int(k)
+        search = WorstGroup(study.question(network).circuit, margins, guarded, max_drop)
+        for turn in range(max_rounds if k == "auto" else max(most, 1)):
+            if turn:  # attributions move with what is gone
+                study, broken_off = (
+                    study.around(search.mask).begun(network).spent(network, self.budget)
+                )
                 if broken_off is not None:
                     raise broken_off
             fit = study.row_fit()
-            wish = wish_of(np.array([0]), None, len(study.rows), **options)
-            outcomes = Outcomes(question.circuit, study.measure, question.asked, wish, guarded)
-            now = outcomes(mask)["groups"]
-            worst = min(now, key=lambda name: now[name])
-            wish = wish_of(groups == worst, None, len(study.rows), **options)
-            found, line = edit(
-                replace(outcomes, wish=wish),
-                fit.coefficients,
-                fit.stderr,
-                aim=worst_then_mean if options["direction"] == "increase" else None,
-                base=mask,
-            )
-            line["target_group"] = worst
-            rounds.append(line)
-            if not report:
-                report = {**line, "rounds": rounds}
-            if line["k"] == 0:
+            outputs = study.known.baseline.reshape(len(study.rows), -1).mean(1)
+            found = search.go_on(fit.coefficients, outputs, groups, most, forced=k != "auto")
+            if not found or search.k >= most:
                 break
-            mask = found
-            before = report["groups"]
-            report["groups"] = {
-                name: {"before": before[name]["before"], "after": line["groups"][name]["after"]}
-                for name in before
-            }
-        report["k"] = int((~mask).sum())
-        return self._edited(mask, report)
+        return self._edited(search.mask, search.report())
 
     def save_attributions(self, path: Any) -> None:
         """Write attributions with the names of components, without the network.
@@ -601,7 +593,7 @@ class ComponentAttributor(
             A file ``.npz``; :func:`load_attributions` reads it.
         """
         check_is_fitted(self)
-        table = {name: np.asarray(self.components_[name]) for name in ("module", "kind", "unit")}
+        table: dict[str, Any] = {n: np.asarray(self.components_[n]) for n in _COLUMNS}
         np.savez_compressed(
             Path(path).with_suffix(".npz"),
             attributions=self.attributions_,
@@ -659,18 +651,12 @@ class ComponentAttributor(
 
     def _checked(self, X: Any, y: Any, *, reset: bool = False) -> tuple[Rows, Any]:
         """Rows, and targets of the kind that the output reads."""
-        reads_none = self._reads_none()
-        if y is None and reads_none:
+        if y is None and (self.output == "value" or callable(self.output)):
             return check_rows(self, X, reset=reset), None
         by_class = isinstance(self.output, str) and self.output not in ("loss", "value")
         if by_class or self.estimator is None:
             return check_labelled_rows(self, X, y, reset=reset)
         return check_targets(self, X, y, reset=reset)
-
-    def _reads_none(self) -> bool:
-        return self.output == "value" or (
-            callable(self.output) and Measure(self.output, None).n_arguments < 2  # type: ignore[arg-type]
-        )
 
     def _settings(self) -> Settings:
         return Settings(
@@ -687,23 +673,18 @@ class ComponentAttributor(
             if name not in free
         }
 
-    def _check_same_question(self, study: Study) -> None:
+    def _changed(self) -> list[str]:
+        """Name what measurements depend on and is not as `fit` has seen it."""
         now, then = self._question_params(), self._asked_with
         changed = [name for name in now if not _same(now[name], then[name])]
-        if changed:
-            raise ValueError(
-                f"{', '.join(changed)} changed since fit: passes made with other parameters do "
-                "not add up. Set warm_start=False to fit anew."
-            )
-        if checksum(open_network(self.estimator_).module) != study.weights:
-            raise ValueError(
-                "the weights of the network changed since fit: set warm_start=False to fit anew."
-            )
-        self._study = replace(study, settings=self._settings())
+        if checksum(open_network(self.estimator_).module) != self._study.weights:
+            changed.append("the weights of the network")
+        return changed
 
     def _begin(self, rows: Rows, y: Any) -> None:
         self.estimator_ = fit_estimator(self.estimator, rows, y, random_state=self.random_state)
-        vars(self).pop("attributions_", None)
+        if hasattr(self, "attributions_"):
+            del self.attributions_
         network = open_network(self.estimator_)
         if network.classes is not None:
             self.classes_ = network.classes
@@ -787,7 +768,7 @@ class ComponentAttributor(
     def _check_k(self, k: Any) -> None:
         if isinstance(k, str):
             raise ValueError(f"k={k!r} must be a number or 'auto'.")
-        if not isinstance(k, Integral) or not 0 <= k <= self.n_components_:
+        if not isinstance(k, Integral) or not 0 <= int(k) <= self.n_components_:
             raise ValueError(
                 f"k={k!r} must be a whole number from 0 to {self.n_components_}, the number of "
                 "components."
@@ -814,6 +795,9 @@ class ComponentAttributor(
         )
 
 
+_COLUMNS = ("module", "kind", "unit")
+
+
 def load_attributions(path: Any) -> Bunch:
     """Read attributions that :meth:`ComponentAttributor.save_attributions` has written.
 
@@ -830,8 +814,8 @@ def load_attributions(path: Any) -> Bunch:
     """
     with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as stored:
         held = {name: stored[name] for name in stored.files}
-    columns = [np.arange(len(held["unit"])), *(held.pop(n) for n in ("module", "kind", "unit"))]
-    table = np.rec.fromarrays(columns, names="index,module,kind,unit")
+    columns = [np.arange(len(held["unit"])), *(held.pop(n) for n in _COLUMNS)]
+    table = np.rec.fromarrays(columns, names="index,module,kind,unit")  # type: ignore[call-overload]
     return Bunch(components=table, **held)
 
 

@@ -11,9 +11,9 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
-from skperf.backbone._edited import EditedClassifier, edited
+from skperf.backbone._edited import EditedClassifier
 from skperf.backbone._nets import seed_of
-from skperf.backbone._opening import fit_estimator, open_network
+from skperf.backbone._opening import fit_estimator
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_labelled_rows, check_rows
@@ -41,7 +41,8 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
     direction : {"increase", "decrease"}, default="increase"
         Raise or lower the targets' output.
     criterion : {"budgeted", "welch"}, default="budgeted"
-        As in :meth:`ComponentAttributor.edit`.
+        As in :meth:`ComponentAttributor.edit`; to raise the worst group, components go one by one,
+        each the best of those tried by true passes.
     max_drop : float, default=0.01
         How far the accuracy on the guarded rows may fall with ``k="auto"``.
     max_rounds : int, default=3
@@ -141,11 +142,8 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
             given = rows.tree if rows.indices is None else rows.dataset
             predicted = self.estimator_.predict(given)
             target = self._target(given, y, predicted, groups)
-            vars(self).pop("attributor_", None)
-            if not target.any() or self.k == 0:
-                self.edited_ = self._unchanged()
-            else:
-                self._edit(rows, y, target, groups, seed)
+            self._edit(rows, y, target, groups, seed)
+            self.edited_.set_params(estimator=self.estimator_)
             self.edit_report_ = self.edited_.edit_report_
         return self
 
@@ -190,19 +188,8 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
             Returns logits.
         """
         check_is_fitted(self)
-        return self.edited_.to_module()
-
-    def _unchanged(self) -> EditedClassifier:
-        """Give a classifier like any other edit, but with nothing gone."""
-        network = open_network(self.estimator_)
-        report = {"k": 0, "path": [], "components": []}
-        return edited(
-            self.estimator_,
-            network.copy(),
-            report,
-            width=getattr(self, "n_features_in_", None),
-            names=getattr(self, "feature_names_in_", None),
-        )
+        module: nn.Module = self.edited_.to_module()
+        return module
 
     def _edit(self, rows: Rows, y: np.ndarray, target: np.ndarray, groups: Any, seed: int) -> None:
         by_group = self.target == "worst_group"
@@ -213,23 +200,26 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
         if attributor.random_state is None:
             attributor.set_params(random_state=seed)
         self.attributor_ = attributor.fit(rows[chosen], y[chosen])
-        options = {
-            "k": self.k,
-            "direction": self.direction,
-            "criterion": self.criterion,
-            "max_drop": self.max_drop,
-        }
-        if by_group:
+        if not target.any() or self.k == 0:  # an edit like any other, of nothing
+            self.edited_ = attributor.ablate(np.ones(attributor.n_components_))
+        elif by_group and self.direction == "increase":
             self.edited_ = attributor._edit_groups(
                 strata[chosen],
                 (rows, y, strata),
-                max_rounds=self.max_rounds if self.k == "auto" else 1,
-                **options,
+                max_rounds=self.max_rounds,
+                k=self.k,
+                max_drop=self.max_drop,
             )
-            return
-        others = ~target if not target.all() else target
-        guard = (rows[np.flatnonzero(others)], y[others])
-        self.edited_ = attributor.edit(target[chosen], guard=guard, **options)
+        else:
+            others = ~target if not target.all() else target
+            self.edited_ = attributor.edit(
+                target[chosen],
+                k=self.k,
+                direction=self.direction,
+                criterion=self.criterion,
+                guard=(rows[np.flatnonzero(others)], y[others]),
+                max_drop=self.max_drop,
+            )
 
     def _target(self, X: Any, y: np.ndarray, predicted: np.ndarray, groups: Any) -> np.ndarray:
         if callable(self.target):

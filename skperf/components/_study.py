@@ -103,7 +103,7 @@ class Study:
 
     def is_about(self, rows: Rows, y: Any) -> bool:
         """Whether these are the rows of `fit`."""
-        same = (y is None) == (self.y is None) and (y is None or np.array_equal(self.y, y))
+        same = y is self.y if self.y is None or y is None else np.array_equal(self.y, y)
         return same and len(rows) == len(self.rows) and rows.key() == self.key
 
     def question(
@@ -433,6 +433,11 @@ def targets_of(network: Network, measure: Measure, y: Any) -> torch.Tensor | Non
             )
         return network.codes(values)
     if isinstance(measure.output, str):
+        if network.loss.kind == "classes" and values.ndim == 2 and values.dtype.kind in "biu":
+            raise ValueError(
+                f"y has shape {values.shape}, several labels a row, but the network is taken to be "
+                "trained on one: say so, from_module(module, loss='binary_cross_entropy')."
+            )
         return network.targets(values)
     if network.classes is not None and values.ndim == 1 and np.isin(values, network.classes).all():
         return network.codes(values)
@@ -445,6 +450,8 @@ def predicted_targets(network: Network, measure: Measure, rows: Rows) -> torch.T
     """Targets as the network predicts them, None where the output reads none: rows (n, ...)."""
     if measure.n_arguments < 2 or measure.output == "value":
         return None
+    if network.classes is None and callable(measure.output):
+        return None  # it may do without
     if network.classes is None:
         raise ValueError(
             "the output reads targets, and this estimator predicts no labels: pass y, "
@@ -486,7 +493,7 @@ def checked_masks(masks: Any, n_components: int) -> Array:
 
 def table_of(components: tuple[Component, ...]) -> Any:
     """Lay components out as a record array: index, module, kind, unit."""
-    return np.rec.fromarrays(
+    return np.rec.fromarrays(  # type: ignore[call-overload]
         [
             np.arange(len(components)),
             np.array([component.module for component in components]),

@@ -1,7 +1,6 @@
 """Carry an edit out: who is to change, who is to be spared, how many components."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,17 +112,11 @@ def edit(
     outcomes: Outcomes,
     attributions: Array,
     stderr: Array,
-    *,
-    aim: Callable[[dict[str, Any]], float] | None = None,
-    base: Mask | None = None,
 ) -> tuple[Mask, dict[str, Any]]:
-    """Choose what to ablate, beside what is gone already: -> mask (n_components,)."""
+    """Choose what to ablate: -> mask (n_components,)."""
     wish = outcomes.wish
     order = wish.order(attributions, stderr)
     n_components = attributions.shape[1]
-    if base is not None:
-        order = order[base[order]]
-        n_components = len(order)
     if wish.k == "auto":
         candidates, drop = grid_of_k(n_components), wish.max_drop
     else:
@@ -131,35 +124,24 @@ def edit(
         steps = [step for step in grid_of_k(max(k, 1), k) if step < k] if k else []
         candidates, drop = sorted({0, *steps, k}), np.inf
     sign = 1 if wish.increases else -1
-
-    def whole(mask: Mask) -> Mask:
-        if base is None:
-            return mask
-        kept = base.copy()
-        kept[order[~mask]] = False
-        return kept
-
-    positions = np.arange(n_components) if base is not None else order
     best, path = choose_k(
-        positions,
+        order,
         candidates,
-        lambda mask: outcomes(whole(mask)),
-        aim=aim or (lambda step: sign * step["target_output"]),
+        outcomes,
+        aim=lambda step: sign * step["target_output"],
         max_drop=drop,
     )
     chosen = best if wish.k == "auto" else int(wish.k)
-    small = np.ones(n_components, bool)
-    small[positions[:chosen]] = False
-    mask = whole(small)
+    mask = np.ones(n_components, bool)
+    mask[order[:chosen]] = False
     here = next(step for step in path if step["k"] == chosen)
-    gone = ~mask if base is None else base & ~mask
     report = {
         "k": chosen,
         "path": path,
         "order": order,
         "direction": wish.direction,
         "criterion": wish.criterion,
-        "predicted_change": float(-attributions[wish.targets][:, gone].sum(1).mean()),
+        "predicted_change": float(-attributions[wish.targets][:, ~mask].sum(1).mean()),
         "realised_change": float(here["target_output"] - path[0]["target_output"]),
     }
     if "groups" in here:
@@ -168,11 +150,6 @@ def edit(
             for name in here["groups"]
         }
     return mask, report
-
-
-def worst_then_mean(step: dict[str, Any]) -> float:
-    """Value of an outcome: accuracy of the worst group, and a little for the mean of all."""
-    return float(step["guard_score"] + 0.1 * step["guard_mean"])
 
 
 def rows_of(selection: Any, n_rows: int, name: str) -> NDArray[np.intp]:
@@ -219,7 +196,7 @@ class _Noting:
     def __call__(self, outputs: Tensor, asked: HasRows) -> Tensor:
         targets = asked.targets
         labelled = targets is not None and not targets.is_floating_point() and targets.ndim == 1
-        if labelled and outputs.ndim == 2 and outputs.shape[1] > 1:
-            hits = outputs.argmax(1) == targets
+        if labelled and targets is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
+            hits = outputs.argmax(1).eq(targets)
             self.right.append(hits.double().cpu().numpy())
         return self.measure(outputs, asked)

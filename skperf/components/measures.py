@@ -54,7 +54,16 @@ class Measure:
             return OUTPUTS[self.output](outputs, targets)
         tree: Any = asked.rows.tree
         given = (outputs, targets, tree)[: self.n_arguments]
-        return _guarded(self.output(*given), len(outputs))
+        try:
+            values = self.output(*given)
+        except (TypeError, AttributeError) as error:
+            if targets is not None or self.n_arguments < 2:
+                raise
+            raise ValueError(
+                f"output reads y, which was not given ({error}): pass y, or let it take the "
+                "outputs alone."
+            ) from error
+        return _guarded(values, len(outputs))
 
 
 def checked_output(output: Any) -> None:

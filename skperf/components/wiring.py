@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
-from skperf.components.folding import followers_of, folds_exactly
+from skperf.components.folding import folds_exactly, followers_of
 from skperf.components.taps import tapped
 from skperf.components.units import Component, Site, Spot
 
@@ -26,9 +26,10 @@ class Layout:
     def split(self, tensor: Tensor, n_rows: int) -> Tensor:
         """Bring rows to the front: (.., n_rows * inner, ..) -> (n_rows, inner, ..)."""
         front = tensor.movedim(self.axis, 0)
+        rest = front.shape[1:]
         if self.in_turn:
-            return front.unflatten(0, (-1, n_rows)).transpose(0, 1)
-        return front.unflatten(0, (n_rows, -1))
+            return front.reshape(-1, n_rows, *rest).transpose(0, 1)
+        return front.reshape(n_rows, -1, *rest)
 
     def join(self, split: Tensor) -> Tensor:
         """Undo `split`."""

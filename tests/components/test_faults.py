@@ -41,7 +41,10 @@ FAULTS = {
     "budget": ({"budget": 2}, "budget=2 is too small"),
     "budget for masks": ({"method": "regression", "budget": 1}, "budget=1 is too small"),
     "output name": ({"output": "margins"}, "output='margins' is unknown"),
-    "output shape": ({"output": lambda logits, codes: logits[:, :, None]}, "one number for each example"),
+    "output shape": (
+        {"output": lambda logits, codes: logits[:, :, None]},
+        "one number for each example",
+    ),
     "output nan": (
         {"output": lambda logits, codes: logits[:, 0] * torch.nan},
         "not finite",
