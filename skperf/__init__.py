@@ -7,11 +7,14 @@ from skperf.backbone._training import TrainingRun
 from skperf.backbone.architectures import MLP
 from skperf.backbone.sparse import Sparse
 from skperf.components import (
+    Ablation,
     Component,
     ComponentAttributor,
     ComponentDisplay,
     ComponentEditor,
     EditPathDisplay,
+    Place,
+    load_attributions,
 )
 from skperf.influence import FadingDisplay, InfluenceDisplay, InfluenceScorer, Recipe
 from skperf.performative import PerformativeAdapter, PerformativeWarning, TrajectoryDisplay
@@ -31,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "RELEASED_SETTINGS",
+    "Ablation",
     "AlphaPathDisplay",
     "Component",
     "ComponentAttributor",
@@ -47,6 +51,7 @@ __all__ = [
     "OODScoreDisplay",
     "PerformativeAdapter",
     "PerformativeWarning",
+    "Place",
     "ProgramDisplay",
     "Recipe",
     "Reprogrammer",
@@ -55,5 +60,6 @@ __all__ = [
     "TrajectoryDisplay",
     "default_net",
     "from_module",
+    "load_attributions",
     "open_encoder",
 ]

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -24,12 +23,14 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import checksum
 from skperf.backbone.rows import Rows
 from skperf.components._ablation import Ablation
+from skperf.components._saving import write_attributions
 from skperf.components._study import (
     DEFAULT_FRACTION,
     Settings,
     Study,
     checked_masks,
     predicted_targets,
+    same,
     study_of,
     table_of,
 )
@@ -593,15 +594,14 @@ class ComponentAttributor(
             A file ``.npz``; :func:`load_attributions` reads it.
         """
         check_is_fitted(self)
-        table: dict[str, Any] = {n: np.asarray(self.components_[n]) for n in _COLUMNS}
-        np.savez_compressed(
-            Path(path).with_suffix(".npz"),
+        write_attributions(
+            path,
+            self.components_,
             attributions=self.attributions_,
             intercept=self.intercept_,
             stderr=self.stderr_,
             baseline_output=self.baseline_output_,
             names=self.get_feature_names_out().astype(str),
-            **table,
         )
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -676,7 +676,7 @@ class ComponentAttributor(
     def _changed(self) -> list[str]:
         """Name what measurements depend on and is not as `fit` has seen it."""
         now, then = self._question_params(), self._asked_with
-        changed = [name for name in now if not _same(now[name], then[name])]
+        changed = [name for name in now if not same(now[name], then[name])]
         if checksum(open_network(self.estimator_).module) != self._study.weights:
             changed.append("the weights of the network")
         return changed
@@ -793,38 +793,3 @@ class ComponentAttributor(
             width=getattr(self, "n_features_in_", None),
             names=getattr(self, "feature_names_in_", None),
         )
-
-
-_COLUMNS = ("module", "kind", "unit")
-
-
-def load_attributions(path: Any) -> Bunch:
-    """Read attributions that :meth:`ComponentAttributor.save_attributions` has written.
-
-    Parameters
-    ----------
-    path : str or Path
-        The file.
-
-    Returns
-    -------
-    Bunch
-        ``attributions``, ``intercept``, ``stderr``, ``baseline_output``, ``names`` and
-        ``components`` (recarray: index, module, kind, unit).
-    """
-    with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as stored:
-        held = {name: stored[name] for name in stored.files}
-    columns = [np.arange(len(held["unit"])), *(held.pop(n) for n in _COLUMNS)]
-    table = np.rec.fromarrays(columns, names="index,module,kind,unit")  # type: ignore[call-overload]
-    return Bunch(components=table, **held)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    try:
-        return bool(np.all(one == other)) and type(one) is type(other)
-    except (ValueError, TypeError):
-        return False

@@ -504,6 +504,18 @@ def table_of(components: tuple[Component, ...]) -> Any:
     )
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of parameters say the same."""
+    if one is other:
+        return True
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    try:
+        return bool(np.all(one == other)) and type(one) is type(other)
+    except (ValueError, TypeError):
+        return False
+
+
 def _another(network: Network) -> Network:
     """Give hooks and modes of its own to a second pass through the same weights."""
     return replace(network, module=view(network.module))

@@ -1,0 +1,37 @@
+"""Attributions on disk, with the names of components and without the network."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.utils import Bunch
+
+_COLUMNS = ("module", "kind", "unit")
+
+
+def write_attributions(path: Any, components: np.recarray, **arrays: np.ndarray) -> None:
+    """Write arrays beside the table of components to a file ``.npz``."""
+    table: dict[str, Any] = {name: np.asarray(components[name]) for name in _COLUMNS}
+    table.update(arrays)
+    np.savez_compressed(Path(path).with_suffix(".npz"), **table)
+
+
+def load_attributions(path: Any) -> Bunch:
+    """Read attributions that :meth:`ComponentAttributor.save_attributions` has written.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    Bunch
+        ``attributions``, ``intercept``, ``stderr``, ``baseline_output``, ``names`` and
+        ``components`` (recarray: index, module, kind, unit).
+    """
+    with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as stored:
+        held = {name: stored[name] for name in stored.files}
+    columns = [np.arange(len(held["unit"])), *(held.pop(n) for n in _COLUMNS)]
+    table = np.rec.fromarrays(columns, names="index,module,kind,unit")  # type: ignore[call-overload]
+    return Bunch(components=table, **held)
