@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def influence_findings(figures: Path) -> list[Finding]:
     )
     display.figure_.savefig(figures / "influence.png", dpi=110)
 
-    def outcome(each):
+    def outcome(each: list[dict[str, Any]]) -> str:
         repaired = sum(bool(report["flipped"].all()) for report in each)
         cost = 100 * np.mean([report["guard_after"] - report["guard_before"] for report in each])
         return f"{repaired} of {len(each)} corrected, accuracy elsewhere {cost:+.2f} points"
@@ -219,7 +220,7 @@ def component_findings(figures: Path) -> list[Finding]:
     test = np.setdiff1d(np.arange(len(y)), rows)[:600]
     gone, kept = test[y[test] == forgotten], test[y[test] != forgotten]
 
-    def accuracies(classifier):
+    def accuracies(classifier: Any) -> list[str]:
         return [f"{(classifier.predict(X[part]) == y[part]).mean():.0%}" for part in (gone, kept)]
 
     before, after = accuracies(module), accuracies(edited)

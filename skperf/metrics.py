@@ -289,4 +289,7 @@ def _row_correlations(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray
     b = b - b.mean(1, keepdims=True)
     norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     products = (a * b).sum(1)
-    return np.divide(products, norm, out=np.zeros_like(products), where=norm > 0)
+    found: NDArray[np.float64] = np.divide(
+        products, norm, out=np.zeros_like(products), where=norm > 0
+    )
+    return found

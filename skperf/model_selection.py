@@ -1,7 +1,9 @@
 """Split and score along rounds of deployment, forward in time."""
 
+from collections.abc import Iterator
 from copy import copy
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import log_loss
@@ -42,13 +44,20 @@ class RoundForwardSplit(BaseCrossValidator):
 
     __metadata_request__split = {"groups": True}  # noqa: RUF012
 
-    def __init__(self, min_train_rounds=3, test_rounds=1, gap=0, *, max_train_rounds=None):
+    def __init__(
+        self,
+        min_train_rounds: int = 3,
+        test_rounds: int = 1,
+        gap: int = 0,
+        *,
+        max_train_rounds: int | None = None,
+    ) -> None:
         self.min_train_rounds = min_train_rounds
         self.test_rounds = test_rounds
         self.gap = gap
         self.max_train_rounds = max_train_rounds
 
-    def get_n_splits(self, X=None, y=None, groups=None):
+    def get_n_splits(self, X: Any = None, y: Any = None, groups: Any = None) -> int:
         """Count the splits.
 
         Parameters
@@ -67,7 +76,9 @@ class RoundForwardSplit(BaseCrossValidator):
         """
         return len(self._starts(_rounds(groups)))
 
-    def split(self, X, y=None, groups=None):
+    def split(
+        self, X: Any, y: Any = None, groups: Any = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Go forward in rounds.
 
         Parameters
@@ -99,7 +110,7 @@ class RoundForwardSplit(BaseCrossValidator):
             test = (codes >= start) & (codes < start + self.test_rounds)
             yield np.flatnonzero(train), np.flatnonzero(test)
 
-    def _starts(self, numbers):
+    def _starts(self, numbers: np.ndarray) -> range:
         """Positions of the first test rounds."""
         for name, least in (("min_train_rounds", 1), ("test_rounds", 1), ("gap", 0)):
             value = getattr(self, name)
@@ -116,7 +127,7 @@ class RoundForwardSplit(BaseCrossValidator):
         return starts
 
 
-def _rounds(groups):
+def _rounds(groups: Any) -> np.ndarray:
     if groups is None:
         raise ValueError("The 'groups' parameter should not be None: it holds every row's round.")
     rounds = np.asarray(groups)
@@ -132,7 +143,7 @@ class OneStepScorer(MetadataRequester):
     ``one_step_scorer.set_score_request(rounds="groups")``.
     """
 
-    def set_score_request(self, *, rounds):
+    def set_score_request(self, *, rounds: str | bool | None) -> "OneStepScorer":
         """Ask for the rounds under metadata routing.
 
         Parameters
@@ -151,7 +162,7 @@ class OneStepScorer(MetadataRequester):
         asking._metadata_request = requests
         return asking
 
-    def __call__(self, estimator, X, y, rounds=None):
+    def __call__(self, estimator: Any, X: Any, y: Any, rounds: Any = None) -> float:
         """Compute the mean log likelihood of labels, higher is better.
 
         Shapes: X (n, ...), y (n,), rounds (n,).
@@ -167,9 +178,9 @@ class OneStepScorer(MetadataRequester):
             )
         numbers = np.zeros(len(y), dtype=int) if rounds is None else rounds
         proba = estimator.replay(X, y, rounds=numbers)
-        return -log_loss(y, proba, labels=estimator.classes_)
+        return -float(log_loss(y, proba, labels=estimator.classes_))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "one_step_scorer"
 
 
