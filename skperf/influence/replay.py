@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skperf.backbone.parameters import substituted
 from skperf.backbone.progress import track
@@ -260,7 +261,9 @@ def query_gradients(
 
     def one(tensors: list[Tensor], row: Any, target: Tensor) -> Tensor:
         given = dict(zip(names, tensors, strict=False))
-        with _with_statistics(module, tensors[len(names) :]), substituted(module, given):
+        statistics = _with_statistics(module, tensors[len(names) :])
+        # fused attention has no rule for many rows at once
+        with statistics, substituted(module, given), sdpa_kernel(SDPBackend.MATH):
             outputs = run.compute(module, Rows.of(row))
         return of(outputs, target)[0]
 
@@ -505,16 +508,17 @@ def _joined(parts: Sequence[Derivative]) -> Derivative:
 def replayed(run: Run, budget: Budget | None = None, *, check: bool = True) -> Replayed:
     """Hold a run against its end: trained again, it must arrive where it did."""
     budget = Budget() if budget is None else budget
+    _check_reversible(run)
     if run.states is not None:
         return Replayed(run, run.states[-1], budget)
     if run.end is not None and not check:
         return Replayed(run, run.end, budget)
     trainer = Trainer(run)
-    assert run.data is not None
+    weights = None if run.data is None else run.data.weights
     for _ in track(run.steps, description="replaying", verbose=budget.verbose):
-        trainer.step(run.data.weights)
+        trainer.step(weights)
     end = trainer.state()
-    if run.end is not None and not _reproduces(end, run.end):
+    if run.end is not None and not torch.equal(end, run.end):
         worst = float((end - run.end).abs().max())
         raise ValueError(
             f"run does not reproduce its end: trained again it arrives {worst:.3g} away from the "
@@ -525,8 +529,17 @@ def replayed(run: Run, budget: Budget | None = None, *, check: bool = True) -> R
     return Replayed(run, end, budget)
 
 
-def _reproduces(end: Tensor, recorded: Tensor) -> bool:
-    return torch.equal(end, recorded)
+def _check_reversible(run: Run) -> None:
+    name = run.optimizer.__name__
+    if run.optimizer not in BACK:
+        raise ValueError(
+            f"a run of {name} can't be gone back through; "
+            f"{', '.join(sorted(known.__name__ for known in BACK))} can."
+        )
+    if any(settings.get("amsgrad") for settings in run.steps[0].settings):
+        raise ValueError(f"a run of {name} with amsgrad=True can't be gone back through.")
+    if run.data is None:
+        raise ValueError("the run does not hold its rows: give them again, with_data(...).")
 
 
 def smoothness(
