@@ -25,6 +25,7 @@ from torch import nn
 from skperf.backbone._modules import ModuleClassifier, trained_names
 from skperf.backbone._nets import Net, default_net, seed_of
 from skperf.backbone._sklearn import BaseSearchCV
+from skperf.backbone._stock import net_of
 from skperf.backbone.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -93,10 +94,12 @@ def fit_estimator(
             stacklevel=3,
         )
     fresh = clone(estimator)
+    if isinstance(fresh, NeuralNetClassifier | NeuralNetBinaryClassifier):
+        fresh = net_of(fresh)
+    elif isinstance(fresh, NeuralNet):
+        return _fit_other_net(fresh, rows, y, sample_weight, seed_of(random_state))
     if random_state is not None and fresh.get_params(deep=False).get("random_state", 0) is None:
         fresh.set_params(random_state=seed_of(random_state))
-    if isinstance(fresh, NeuralNet) and not isinstance(fresh, Net):
-        return _fit_stock_net(fresh, rows, y, sample_weight, seed_of(random_state))
     if sample_weight is None:
         return fresh.fit(_given(rows, fresh), y)
     if isinstance(fresh, Pipeline):
@@ -264,27 +267,24 @@ def _is_fitted(estimator: Any) -> bool:
     return True
 
 
-def _fit_stock_net(net: Any, rows: Rows, y: Any, sample_weight: Any, seed: int) -> Any:
+def _fit_other_net(net: Any, rows: Rows, y: Any, sample_weight: Any, seed: int) -> Any:
+    """Fit a skorch net that is no classifier: its labels, if it has any, are 0, 1, ..."""
+    name = type(net).__name__
     if sample_weight is not None:
-        raise ValueError(
-            f"{type(net).__name__} takes no sample_weight; skperf.Net does, "
-            "with the same arguments."
-        )
+        raise ValueError(f"{name} takes no sample_weight; leave it out, or use skperf.Net.")
     criterion = net.criterion if isinstance(net.criterion, type) else type(net.criterion)
-    classifies = isinstance(net, NeuralNetClassifier | NeuralNetBinaryClassifier) or issubclass(
-        criterion, nn.CrossEntropyLoss | nn.NLLLoss
-    )
-    labels, codes = np.unique(y, return_inverse=True) if classifies else (None, np.asarray(y))
-    if isinstance(net, NeuralNetBinaryClassifier) or not classifies:
-        codes = codes.astype(np.float32) if codes.dtype.kind in "biuf" else codes
+    labels, targets = None, np.asarray(y)
+    if issubclass(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+        labels, targets = np.unique(targets, return_inverse=True)
+    elif targets.dtype.kind in "biuf":
+        targets = targets.astype(np.float32)
     with drawing_from(torch.Generator().manual_seed(seed)):
         net.initialize()
         inputs = Network(net.module_, None).inputs(rows)
-        net.partial_fit(inputs.map(lambda leaf: leaf.cpu()).tree, codes)
-    known = hasattr(net, "classes_") and np.array_equal(labels, np.arange(len(labels)))
-    if labels is None or known:
+        net.partial_fit(inputs.map(lambda leaf: leaf.cpu()).tree, targets)
+    if labels is None:
         return net
-    network = replace(_of_net(net, labels), module=net.module_, classes=labels)
+    network = replace(_of_net(net, labels), module=net.module_)
     return ModuleClassifier(
         network.to_module(), labels, batch_size=network.batch_size, loss=network.loss
     )

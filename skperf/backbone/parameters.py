@@ -79,6 +79,11 @@ def substituted(module: nn.Module, parameters: Parameters) -> Iterator[None]:
     # torch.func.functional_call would leave them in a layer that is registered twice
     slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{type(part).__name__} is a scripted module, whose parameters can't be varied: "
+                "give the module that it was made from."
+            )
         for name, tensor in part._parameters.items():
             if tensor is not None:
                 slots.setdefault(id(tensor), []).append((part._parameters, name))

@@ -11,7 +11,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neural_network import MLPClassifier
-from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier
+from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 
 from skperf import MLP, EditedClassifier, Net, from_module
@@ -133,7 +133,7 @@ def test_stock_skorch_nets(labels):
         MLP(4, 3),
         criterion=nn.CrossEntropyLoss,
         lr=0.1,
-        max_epochs=60,
+        max_epochs=150,
         train_split=None,
         iterator_train__shuffle=True,
         verbose=0,
@@ -162,10 +162,18 @@ def test_stock_binary_net():
     np.testing.assert_allclose(proba, fitted.predict_proba(X[TWO].astype("f4")), rtol=1e-5)
 
 
-def test_stock_net_refuses_sample_weight():
-    net = NeuralNetClassifier(MLP(4, 3), verbose=0)
-    with pytest.raises(ValueError, match=r"takes no sample_weight; skperf\.Net does"):
-        fit_estimator(net, X, y, sample_weight=np.ones(150))
+def test_stock_nets_take_sample_weight():
+    net = NeuralNetClassifier(
+        MLP(4, 3), criterion=nn.CrossEntropyLoss, lr=0.1, train_split=None, verbose=0
+    )
+    some = np.where(y == 2, 0.0, 1.0)
+    fitted = fit_estimator(net, X, y, sample_weight=some, random_state=0)
+    assert not (fitted.predict(X) == 2).any()
+    numbers = NeuralNetRegressor(nn.Linear(4, 1), train_split=None, verbose=0, max_epochs=1)
+    with pytest.raises(ValueError, match="takes no sample_weight"):
+        fit_estimator(numbers, X, X[:, :1], sample_weight=some)
+    fitted = fit_estimator(numbers, X, X[:, :1], random_state=0)
+    assert open_network(fitted).classes is None
 
 
 def test_what_has_to_module_is_used_as_it_is():
