@@ -219,8 +219,9 @@ def atc_accuracy(
 ) -> float:
     """Predict accuracy on unlabelled rows by Average Thresholded Confidence.
 
-    A threshold is put where the share of source rows that score below it equals the
-    source error; the share of target rows that score at least as high is the estimate.
+    A threshold is put where the share of source rows that score above it equals the source
+    accuracy; the share of target rows that score higher is the estimate. Of the rows that score
+    exactly as high, the share counts that makes the estimate on the source rows exact.
 
     Parameters
     ----------
@@ -253,13 +254,16 @@ def atc_accuracy(
     >>> atc_accuracy([0.2, 0.6, 0.8, 0.9], [False, True, True, True], [0.3, 0.7])
     0.5
     """
-    source = np.sort(_finite(source_scores, "source_scores", 1))
+    source = _finite(source_scores, "source_scores", 1)
     target = _finite(target_scores, "target_scores", 1)
     correct = np.asarray(source_correct).astype(bool)
     check_consistent_length(source, correct)
-    n_wrong = int((~correct).sum())
-    threshold = np.inf if n_wrong == len(source) else source[n_wrong]
-    return float((target >= threshold).mean())
+    n_correct = int(correct.sum())
+    if n_correct == 0:
+        return 0.0
+    threshold = np.sort(source)[len(source) - n_correct]
+    tied = (n_correct - (source > threshold).sum()) / (source == threshold).sum()
+    return float((target > threshold).mean() + tied * (target == threshold).mean())
 
 
 def _finite(values: ArrayLike, name: str, ndim: int) -> NDArray[np.float64]:

@@ -1,5 +1,5 @@
 """The one door to torch: open a classifier as a network, run it, never change it."""
 
-from skperf.backbone.modes import prediction_time_batch_norm
+from skperf.backbone.batch_norm import prediction_time_batch_norm
 
 __all__ = ["prediction_time_batch_norm"]

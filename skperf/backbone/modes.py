@@ -10,8 +10,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from skperf.backbone.views import view
-
 _LOCK = threading.RLock()
 _HOOK_ATTRIBUTES = (
     "_forward_hooks",
@@ -142,50 +140,6 @@ def forward_pre_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator
         for module, hook in hooks.items():
             stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
-
-
-@contextmanager
-def prediction_time_batch_norm(module: nn.Module) -> Iterator[nn.Module]:
-    """Normalise with the statistics of the batch at hand instead of the stored ones.
-
-    Under covariate shift the stored means and variances of batch normalisation no longer
-    fit; those of the test batch often do. The module itself is left alone: call
-    what is yielded.
-
-    Parameters
-    ----------
-    module : nn.Module
-        A network with at least one batch normalisation layer.
-
-    Yields
-    ------
-    nn.Module
-        To be called in place of the module, whose weights it shares.
-
-    Raises
-    ------
-    ValueError
-        If the network has no batch normalisation layer.
-
-    Notes
-    -----
-    Nado et al., "Evaluating Prediction-Time Batch Normalization for Robustness under
-    Covariate Shift" (arXiv 2006.10963). A prediction now depends on the other rows of
-    its batch: use batches of a hundred rows or more, with the class mix to be expected.
-    """
-    opened = view(module)
-    layers = [
-        part for part in opened.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
-    ]
-    if not layers:
-        raise ValueError(
-            f"{type(module).__name__} has no batch normalisation layer: there are no "
-            "statistics to take from the batch."
-        )
-    for layer in layers:
-        # running statistics move too, but the view has its own
-        layer.training = True
-    yield opened
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -6,8 +6,8 @@ from skperf.reprogramming._display import (
     OODScoreDisplay,
     ProgramDisplay,
 )
+from skperf.reprogramming._options import RELEASED_SETTINGS, Pixels, Training
 from skperf.reprogramming._reprogrammer import Reprogrammer
-from skperf.reprogramming._task import RELEASED_SETTINGS
 from skperf.reprogramming.encoders import FrozenEncoder, open_encoder
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
     "FrozenEncoder",
     "LabelMapDisplay",
     "OODScoreDisplay",
+    "Pixels",
     "ProgramDisplay",
     "Reprogrammer",
+    "Training",
     "open_encoder",
 ]

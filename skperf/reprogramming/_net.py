@@ -1,13 +1,13 @@
 """The skorch net that trains programs, and nothing but programs."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
 from skorch.dataset import Dataset, unpack_data
 
-from skperf.backbone._nets import Net, _StopTraining
-from skperf.backbone.modes import preserved_rng
+from skperf.backbone._nets import Net, _StopTraining, seed_of
+from skperf.backbone.randomness import drawing_from
 from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, ESTIMATORS
 from skperf.reprogramming.label_mapping import (
     FROM_COUNTS,
@@ -16,13 +16,19 @@ from skperf.reprogramming.label_mapping import (
     labels_of_interest,
 )
 
+#: Prompts whose gradient one step takes; beyond that, classes that the batch lacks are drawn.
+PROMPTS_IN_A_STEP = 512
+
 
 class QueryBudgetSpentError(Exception):
     """The next step would send more images to the encoder than allowed."""
 
 
 class ProgramNet(Net):
-    """A :class:`~skperf.backbone._nets.Net` over a ProgrammedEncoder."""
+    """A :class:`~skperf.backbone._nets.Net` over a ProgrammedEncoder.
+
+    Its rows are the numbers of pictures, which are read batch by batch.
+    """
 
     def __init__(
         self,
@@ -36,9 +42,11 @@ class ProgramNet(Net):
         mapping=None,
         mapping_per_class=1,
         mapping_smoothing=1.0,
+        augment=None,
         **kwargs,
     ):
         self.held_out = None
+        self.source = None
         self.weight_decay = weight_decay
         self.gradient = gradient
         self.n_directions = n_directions
@@ -47,15 +55,58 @@ class ProgramNet(Net):
         self.mapping = mapping
         self.mapping_per_class = mapping_per_class
         self.mapping_smoothing = mapping_smoothing
+        self.augment = augment
         super().__init__(module, **kwargs)
+
+    def begin(self, n_classes):
+        """Build the module, before any training."""
+        self.classes_inferred_ = np.arange(n_classes)
+        self.module_widths_ = {}
+        self.generator_ = torch.Generator().manual_seed(seed_of(self.random_state))
+        self.initialize()
+        return self
+
+    def learn(self, source, codes, weight, rows, held_out=None, draws=False):
+        """Train until the epochs, the patience or the query budget are over.
+
+        Shapes: codes (n,), weight (n,), rows (m,), held_out (k,), of the pictures in `source`.
+        """
+        module = self.module_
+        self.source = source
+        inputs, targets = self._inputs(rows), torch.as_tensor(codes)[rows]
+        if weight is not None:
+            weight = torch.as_tensor(weight).to(module.image.dtype)[rows]
+            targets = (targets, weight)
+        if module.none_margin is not None and "plain" in inputs and not self.history:
+            module.set_none_level(inputs["plain"], weight)
+        if held_out is not None:
+            held_out = Dataset(self._inputs(held_out), torch.as_tensor(codes)[held_out])
+        self.held_out = held_out
+        # what Net.partial_fit does, with several inputs for each row
+        with drawing_from(self.generator_) if draws else nullcontext():
+            self.notify("on_train_begin", X=inputs, y=targets)
+            with suppress(QueryBudgetSpentError, _StopTraining):
+                self.fit_loop(inputs, targets)
+            self.notify("on_train_end", X=inputs, y=targets)
+        self.held_out = self.source = None
+
+    def infer(self, x, classes=None, **fit_params):
+        """Compute the logits of a batch of picture numbers."""
+        module = self.module_
+        rows, plain = x["rows"], x.get("plain")
+        plain = None if plain is None else plain.to(module.image)
+        if self._cached():
+            return module.logits(self.source.plain[rows].to(module.image), plain, classes)
+        return module(self._placed(rows), plain, classes)
 
     def train_step_single(self, batch, **fit_params):
         """Compute the loss of a batch and all gradients."""
         inputs, targets = unpack_data(batch)
         if self.query_budget is not None:
-            self._check_budget(len(inputs["images"]))
+            self._check_budget(len(inputs["rows"]))
         self._set_training(True)
-        logits = self.infer(inputs)
+        classes, targets = self._classes_of_the_step(targets)
+        logits = self.infer(inputs, classes)
         loss = self.get_loss(logits, targets, training=True)
         if loss.requires_grad:
             loss.backward()
@@ -87,58 +138,20 @@ class ProgramNet(Net):
             self.set_mapping(self.counts_)
         self.counts_ = None
 
-    def begin(self, images, n_classes):
-        """Build the module, before any training: images (n, ...)."""
-        self._begin(images, np.arange(n_classes))
-        return self
-
-    def learn(self, images, codes, weight, held_out=None):
-        """Train until the epochs, the patience or the query budget are over.
-
-        Shapes: images (n, ...), codes (n,), weight (n,).
-        """
-        module = self.module_
-        targets = torch.as_tensor(codes)
-        if weight is not None:
-            weight = torch.as_tensor(weight).to(module.image.dtype)
-            targets = (targets, weight)
-        # what Net.partial_fit does, with several inputs for each row
-        with preserved_rng(module.image.device):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator_)))
-            inputs = self.inputs(images)
-            if module.none_margin is not None and "plain" in inputs and not self.history:
-                module.set_none_level(inputs["plain"], weight)
-            if held_out is not None:
-                held_out = Dataset(self.inputs(held_out[0]), held_out[1])
-            self.held_out = held_out
-            self.notify("on_train_begin", X=inputs, y=targets)
-            with suppress(QueryBudgetSpentError, _StopTraining):
-                self.fit_loop(inputs, targets)
-            self.notify("on_train_end", X=inputs, y=targets)
-        self.held_out = None
-
     def get_split_datasets(self, X, y=None, **fit_params):
         """Give the training rows and those held out."""
         return self.get_dataset(X, y), self.held_out
-
-    def inputs(self, images):
-        """Put the images and, where it is trained with, their zero-shot embeddings together.
-
-        Shapes: images (n, ...).
-        """
-        module = self.module_
-        inputs = {"images": images.to(module.image.dtype)}
-        if module.has_unit_embeddings and module.training_alpha > 0 and self.max_epochs:
-            plain = module.batches(images, self.batch_size, programmed=False)
-            # a copy, since tensors of inference mode take no part in training
-            inputs["plain"] = torch.cat(list(plain)).clone()
-        return inputs
 
     def set_mapping(self, counts):
         """Estimate the label mapping: counts (n_source, n_classes)."""
         estimate = FROM_COUNTS[self.mapping]
         mapping = estimate(counts, self.mapping_per_class, self.mapping_smoothing)
         self.module_.mapping.copy_(mapping)
+
+    def put_encoder(self, encoder):
+        """Say which encoder the module is to use."""
+        self.__dict__["module__encoder"] = encoder
+        self.module_.encoder = encoder
 
     def __getstate__(self):
         # skorch writes module parameters to a stream of their own: keep the encoder out of
@@ -157,6 +170,39 @@ class ProgramNet(Net):
         if hasattr(self, "module_"):
             self.module_.encoder = encoder
 
+    def _inputs(self, rows):
+        inputs = {"rows": torch.as_tensor(rows)}
+        module = self.module_
+        if module.has_unit_embeddings and module.training_alpha > 0 and self.max_epochs:
+            inputs["plain"] = self.source.plain[rows]
+        return inputs
+
+    def _cached(self):
+        # nothing changes the pictures: their outputs are known
+        trains = self.module_.image.numel() or self.augment is not None
+        return not trains and self.source.plain is not None
+
+    def _placed(self, rows):
+        placed = self.source(rows).to(self.module_.image)
+        if self.augment is not None and self.module_.training:
+            placed = self.augment(placed, self.generator_).clamp(0, 1)
+        return placed
+
+    def _classes_of_the_step(self, targets):
+        prompts = self.module_.prompts
+        if self.module_.text is None or len(prompts.tokens) <= PROMPTS_IN_A_STEP:
+            return None, targets
+        codes, weight = targets if isinstance(targets, tuple | list) else (targets, None)
+        present, codes = codes.unique(return_inverse=True)
+        per_class = max(1, len(prompts.tokens) // prompts.n_classes)
+        order = torch.randperm(prompts.n_classes, generator=self.generator_)
+        others = order[~torch.isin(order, present)]
+        classes = torch.cat(
+            [present, others[: max(0, PROMPTS_IN_A_STEP // per_class - len(present))]]
+        )
+        classes = classes.to(self.module_.image.device)
+        return classes, codes if weight is None else (codes, weight)
+
     def _count(self, y_true):
         codes, weight = y_true if isinstance(y_true, tuple | list) else (y_true, None)
         n_classes = self.module_.mapping.shape[1]
@@ -167,24 +213,27 @@ class ProgramNet(Net):
         self.counts_ = counts if previous is None else previous + counts
 
     def _mean_loss(self, logits, targets):
-        # a program is trained on weighted means: a row of weight 0 is as good as absent
-        weight = targets[1] if isinstance(targets, tuple | list) else None
-        scale = 1.0 if weight is None else len(weight) / weight.sum().clamp_min(1e-30)
-        if logits.ndim == 2:
-            return super().get_loss(logits, targets) * scale
-        each = [super(ProgramNet, self).get_loss(mix, targets) for mix in logits]
-        return sum(each) / len(logits) * scale
+        codes, weight = targets if isinstance(targets, tuple | list) else (targets, None)
+        codes = codes.to(logits.device)
+        mixes = logits if logits.ndim == 3 else logits[None]
+        if weight is None:
+            return sum(self.criterion_(mix, codes) for mix in mixes) / len(mixes)
+        reduction, self.criterion_.reduction = self.criterion_.reduction, "none"
+        try:
+            losses = sum(self.criterion_(mix, codes) for mix in mixes) / len(mixes)
+        finally:
+            self.criterion_.reduction = reduction
+        weight = weight.to(losses)
+        return (losses * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
     def _estimate_gradient(self, inputs, targets, base):
         module = self.module_
         outputs = module.outputs
-        images, plain = (
-            None if values is None else values.to(module.image)
-            for values in (inputs["images"], inputs.get("plain"))
-        )
+        placed, plain = self._placed(inputs["rows"]), inputs.get("plain")
+        plain = None if plain is None else plain.to(module.image)
 
         def loss_at(weights):
-            logits = module.logits(module.encode(images, weights), plain)
+            logits = module.logits(module.encode(placed, weights), plain)
             loss = self._mean_loss(logits, targets)
             return loss + self.weight_decay / 2 * weights.square().sum()
 

@@ -1,21 +1,30 @@
 """A fitted program as a small file, for whoever has the same encoder."""
 
 import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from skperf.reprogramming._judging import Choice, assemble
 from skperf.reprogramming._net import ProgramNet
-from skperf.reprogramming._task import settle
-from skperf.reprogramming._training import module_params
-from skperf.reprogramming.programmed import ProgrammedEncoder
+from skperf.reprogramming._options import RECORD_OF, Settings
+from skperf.reprogramming._task import Task, on_device, prepared, settle
+from skperf.reprogramming._training import make_net
+from skperf.reprogramming.encoders import FrozenEncoder, open_encoder
+from skperf.reprogramming.fitted import FittedProgram
+from skperf.reprogramming.heads import rebuilt
+from skperf.reprogramming.judging import Choice
+from skperf.reprogramming.pictures import PictureForm, Pictures
+from skperf.reprogramming.pixels import PixelPipeline
+from skperf.reprogramming.programs import TextProgram
+from skperf.reprogramming.rejection import FEATURE_SCORES
 
+FORMAT = 2
 #: Parameters that give a program its meaning; they travel with it.
 _PARAMETERS = (
-    "prompts",
     "image_shape",
     "channels",
     "input_range",
@@ -23,87 +32,290 @@ _PARAMETERS = (
     "border",
     "bound",
     "clip",
-    "text",
-    "head",
+    "shrink",
     "renormalize",
-    "ood_score",
     "ood_temperature",
     "ood_retention",
 )
 
 
-def write_program(estimator, path):
-    """Write the program, text delta, head and decisions of a fitted estimator."""
-    if estimator.encoder is None:
+@dataclass(frozen=True)
+class ReadProgram:
+    """What a file holds, around the reader's encoder."""
+
+    task: Task
+    fitted: FittedProgram
+    net: ProgramNet
+    classes: np.ndarray
+    n_features: int | None
+
+
+def write_program(
+    fitted: FittedProgram, settings: Settings, task: Task, known: dict[str, Any], path: Any
+) -> None:
+    """Write program, text delta, heads and decisions."""
+    if settings.encoder is None:
         raise ValueError(
             "encoder=None stands for a built-in encoder made from the training rows; there is "
             "nobody to load its program. Use pickle."
         )
-    task = estimator._task
-    description = {
-        "encoder": estimator.encoder_.fingerprint(),
-        "parameters": {name: _plain(getattr(estimator, name)) for name in _PARAMETERS},
-        "classes": estimator.classes_.tolist(),
-        "class_names": estimator.class_names_,
-        "head": task.head,
-        "text": estimator.text if estimator.text != "auto" or task.text is None else "table",
+    choice, module = fitted.choice, fitted.programmed
+    text, canvas = task.text, settings.pixels.canvas
+    description = known | {
+        "format": FORMAT,
+        "encoder": fitted.encoder.fingerprint(),
+        "pipeline": asdict(fitted.encoder.pipeline),
+        "outputs": [fitted.encoder.outputs, fitted.encoder.probabilities],
+        "parameters": {name: _plain(_value(settings, name)) for name in _PARAMETERS},
+        "class_names": task.names,
+        "texts": task.texts,
+        "prompts": _plain(settings.prompts) if _is_text(settings.prompts) else None,
+        "module_head": module.head_kind,
+        "head_kind": settings.head,
+        "text_kind": settings.text,
+        "text": None if text is None else [text.n_positions, text.width, text.first],
+        "set_canvas": None if isinstance(canvas, str) else _plain(np.broadcast_to(canvas, 2)),
         "input_shape": task.image_shape,
-        "n_features": getattr(estimator, "n_features_in_", None),
         "canvas": task.program.canvas,
-        "alpha": estimator.alpha_,
-        "logit_scale": estimator.logit_scale_,
-        "ood_threshold": estimator.ood_threshold_,
+        "choice": {name: getattr(choice, name) for name in _CHOSEN},
+        "class_head": None if fitted.head is None else fitted.head.describe(),
     }
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in estimator.net_.module_.state_dict().items()
-        if name != "zero_shot"
-    }
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if name != "zero_shot"}
+    if text is not None:
+        tensors["used_tokens"] = text.used
+    if fitted.head is not None:
+        tensors |= {f"class_head.{n}": t for n, t in fitted.head.state_dict().items()}
+    if choice.score in fitted.scorers:
+        scorer = vars(fitted.scorers[choice.score])
+        description["scorer"] = {n: v for n, v in scorer.items() if not torch.is_tensor(v)}
+        tensors |= {f"scorer.{n}": v for n, v in scorer.items() if torch.is_tensor(v)}
+    kept = {*_LOGIT_THRESHOLDS, choice.score}
+    thresholds = description["choice"]["thresholds"]
+    description["choice"]["thresholds"] = {n: t for n, t in thresholds.items() if n in kept}
+    tensors = {n: tensor.detach().cpu().contiguous().clone() for n, tensor in tensors.items()}
     save_file(tensors, path, metadata={"skperf_program": json.dumps(description)})
 
 
-def read_program(estimator, path):
-    """Make an estimator fitted from a file."""
+_CHOSEN = ("alpha", "logit_scale", "score", "thresholds", "head")
+_LOGIT_THRESHOLDS = ("mcm", "max_logit", "energy", "entropy", "disagreement")
+
+
+def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
+    """Read a file: the parameters that belong to the program, and the program."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if "skperf_program" not in metadata:
             raise ValueError(f"{path} holds no program of a Reprogrammer.")
-        description = json.loads(metadata["skperf_program"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    reader = type(estimator)(**{**estimator.get_params(deep=False), **description["parameters"]})
-    reader.set_params(class_names=description["class_names"], head=description["head"])
-    reader.set_params(text=description["text"] if description["text"] != "auto" else "none")
-    reader.set_params(canvas=description["canvas"], alpha=description["alpha"])
-    task = _settled(reader, description)
-    exact = reader.gradient == "exact"
-    params = module_params(task, init="zeros", exact=exact)
-    net = ProgramNet(ProgrammedEncoder, device=str(task.encoder.device), **params)
-    images = torch.zeros(1, *description["input_shape"])
-    with task.encoder.open():
-        net.begin(images, task.n_classes)
-        net.module_.load_state_dict(tensors, strict=False)
-        choice = Choice(
-            description["alpha"], description["logit_scale"], description["ood_threshold"], None
-        )
-        classes = np.array(description["classes"])
-        fitted = assemble(reader, net, task, classes, choice)
-    estimator.set_params(**reader.get_params(deep=False))
-    if description["n_features"] is not None:
-        estimator.n_features_in_ = description["n_features"]
-    estimator.__dict__.update(fitted)
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        try:
+            known = json.loads(metadata["skperf_program"])
+            _check(known, shapes, path)
+            encoder, told = _opened(settings, known)
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is damaged or of another version: its description lacks or garbles {error}."
+            ) from error
+        tensors = {name: file.get_tensor(name) for name in names}
+    classes = np.array(known["classes"])
+    params = _parameters(known) | told
+    reader = _reader(settings, known, encoder)
+    first = np.zeros((1, known["input_shape"][0], *known["canvas"]), dtype=np.uint8)
+    form = PictureForm(
+        reader.pixels.channels,
+        *map(float, reader.pixels.input_range),
+        None if reader.pixels.image_shape is None else tuple(reader.pixels.image_shape),
+    )
+    task = settle(reader, Pictures(first, form), classes)
+    text = known["text"]
+    if text is not None:
+        text = TextProgram(tensors.pop("used_tokens"), *text)
+    task = replace(task, text=text, image_shape=tuple(known["input_shape"]))
+    net = make_net(reader, task, 1, 0, 0, reader.max_epochs, False).begin(task.n_classes)
+    parts: dict[str, dict[str, torch.Tensor]] = {"": {}, "class_head": {}, "scorer": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part if part in parts else ""][rest if part in parts else name] = tensor
+    module = net.module_
+    _load(module, parts[""], path)
+    with torch.no_grad():
+        settled = module.embedded_prompts(task.own) if module.has_unit_embeddings else None
+    net.put_encoder(task.encoder)
+    choice = Choice(**known["choice"], curve=None)
+    head, scorers = None, {}
+    try:
+        if known["class_head"] is not None:
+            head = rebuilt(known["class_head"], parts["class_head"])
+            if head(torch.zeros(1, task.n_outputs)).shape != (1, task.n_classes):
+                raise ValueError("class_head")
+        if known.get("scorer") is not None:
+            scorer = FEATURE_SCORES[choice.score](**parts["scorer"], **known["scorer"])
+            scorer.score(torch.zeros(2, task.n_outputs))
+            scorers = {choice.score: scorer}
+    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its head or score does not fit: {error}.") from error
+    fitted = FittedProgram(
+        encoder=task.encoder,
+        programmed=module,
+        checksum=task.encoder.checksum(),
+        settled=settled,
+        head=head,
+        scorers=scorers,
+        choice=choice,
+        renormalize=reader.training.renormalize,
+        temperature=reader.ood_temperature,
+        batch_size=reader.batch_size,
+        image_shape=task.image_shape,
+        form=form,
+        n_queries=1,
+    )
+    return params, ReadProgram(task, fitted, net, classes, known["n_features"])
 
 
-def _settled(reader, description):
-    images = torch.zeros(1, *description["input_shape"])
-    task = settle(reader, images, np.array(description["classes"]))
-    if task.encoder.fingerprint() != description["encoder"]:
+def _check(known: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Any) -> None:
+    """Refuse what no program can be, before anything of its size is made."""
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"{path} is damaged: {what}.")
+
+    if known["format"] != FORMAT:
+        refuse(f"its format is {known['format']}, expected {FORMAT}; save the program anew")
+    classes, canvas, inputs = known["classes"], known["canvas"], known["input_shape"]
+    if len(classes) < 2 or len({*map(str, classes)}) != len(classes):
+        refuse(f"its classes {classes[:20]} are fewer than two or not all different")
+    if len(known["class_names"]) != len(classes):
+        refuse(f"it names {len(known['class_names'])} of {len(classes)} classes")
+    if known["texts"] is not None and len(known["texts"]) != len(classes):
+        refuse(f"it has prompts for {len(known['texts'])} of {len(classes)} classes")
+    sides = [*canvas, *inputs]
+    if len(canvas) != 2 or len(inputs) != 3 or not all(0 < int(side) <= 8192 for side in sides):
+        refuse(f"its canvas {canvas} or the shape of its pictures {inputs} is none")
+    chosen = known["choice"]
+    numbers = [chosen["alpha"], chosen["logit_scale"], *chosen["thresholds"].values()]
+    if not np.isfinite(np.asarray(numbers, dtype=float)).all() or not 0 <= chosen["alpha"] <= 1:
+        refuse("alpha, scale or thresholds are not finite, or alpha is not in [0, 1]")
+    missing = {"image", "mapping", "shift", "stretch", "none_level"} - set(shapes)
+    if missing:
+        refuse(f"it lacks the tensors {sorted(missing)}")
+    if known["text"] is not None and not {"text", "used_tokens"} <= set(shapes):
+        refuse("it lacks the tensors of its text program")
+    (height, width), border = canvas, int(known["parameters"]["border"])
+    inner = max(0, height - 2 * border) * max(0, width - 2 * border)
+    pixels = height * width - inner if known["parameters"]["layout"] != "mask" else None
+    if pixels is not None and shapes["image"][-1:] != (pixels,):
+        refuse(f"a border of {border} on {canvas} has {pixels} pixels, its own {shapes['image']}")
+    if len(shapes["mapping"]) != 2 or shapes["mapping"][1] != len(classes):
+        refuse(f"its {len(classes)} classes do not go with tensors of shape {shapes['mapping']}")
+
+
+def _opened(settings: Settings, known: dict[str, Any]) -> tuple[FrozenEncoder, dict[str, Any]]:
+    """The reader's encoder with the file's pipeline, and what must be told to get it."""
+    encoder = open_encoder(
+        on_device(settings), processor=settings.processor, tokenizer=settings.tokenizer
+    )
+    if encoder.fingerprint() != known["encoder"]:
         raise ValueError(
             "the program was made for another encoder: its fingerprint is "
-            f"{description['encoder'][:16]}..., that of this encoder "
-            f"{task.encoder.fingerprint()[:16]}..."
+            f"{known['encoder'][:16]}..., that of this encoder {encoder.fingerprint()[:16]}..."
         )
-    return task
+    if known["texts"] is not None and encoder.tokenize is None:
+        raise ValueError("the program has prompts, which must be tokenized: give tokenizer=.")
+    stored = known["pipeline"]
+    fields = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    pipeline = PixelPipeline(**fields)
+    own = prepared(settings.pixels, encoder.pipeline)
+    told = settings.processor is not None or own != encoder.pipeline
+    differing = [n for n in fields if getattr(own, n) != fields[n] and n != "shrink"]
+    if told and differing:
+        seen = {name: getattr(own, name) for name in differing}
+        raise ValueError(
+            "the program was made with another preparation of the images: "
+            f"{ {name: fields[name] for name in differing} }; processor or pixels now say {seen}. "
+            "Leave them out, and the program's own is used."
+        )
+    params: dict[str, Any] = {}
+    if differing:
+        statistics = (pipeline.mean, pipeline.std)
+        params["normalize"] = None if pipeline.mean is None else statistics
+        params["interpolation"] = pipeline.interpolation
+        params["resize"] = pipeline.resize if pipeline.resize != "patches" else "auto"
+    outputs, probabilities = known["outputs"]
+    changes = {"outputs": outputs, "probabilities": probabilities, "pipeline": pipeline}
+    return replace(encoder, **changes), params
 
 
-def _plain(value):
-    return np.asarray(value).tolist() if isinstance(value, np.ndarray) else value
+def _parameters(known: dict[str, Any]) -> dict[str, Any]:
+    params = dict(known["parameters"])
+    names = known["class_names"]
+    params["class_names"] = [own[0] if len(own) == 1 else own for own in names]
+    params |= {name: known[name] for name in ("prompts", "text_kind", "head_kind")}
+    params["text"], params["head"] = params.pop("text_kind"), params.pop("head_kind")
+    if params["prompts"] is None:
+        params["prompts"] = dict(zip(known["classes"], known["texts"] or [], strict=False))
+    params["alpha"], params["ood_score"] = known["choice"]["alpha"], known["choice"]["score"]
+    if known["set_canvas"] is not None:
+        params["canvas"] = known["set_canvas"]
+    return params
+
+
+def _reader(settings: Settings, known: dict[str, Any], encoder: FrozenEncoder) -> Settings:
+    """Settings under which the program is put together again."""
+    params = dict(known["parameters"])
+    for record in ("pixels", "training"):
+        own = {name: value for name, value in params.items() if RECORD_OF.get(name) == record}
+        getattr(settings, record).set_params(**own)
+    settings.pixels.set_params(normalize="auto", resize="auto", interpolation="auto", shrink=None)
+    if known["set_canvas"] is not None:
+        settings.pixels.set_params(canvas=known["set_canvas"])
+    own = {name: value for name, value in params.items() if name not in RECORD_OF}
+    texts = known["texts"]
+    prompts = {} if texts is None else dict(zip(known["classes"], texts, strict=True))
+    return replace(
+        settings,
+        **own,
+        encoder=encoder,
+        class_names=[list(names) for names in known["class_names"]],
+        prompts=prompts,
+        text="none" if texts is not None else "auto",
+        head=known["module_head"],
+        alpha=known["choice"]["alpha"],
+        ood_score="mcm",
+    )
+
+
+def _load(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Any) -> None:
+    wanted = {n: t for n, t in module.state_dict().items() if n != "zero_shot"}
+    wrong = {
+        "missing": sorted(set(wanted) - set(tensors)),
+        "unknown": sorted(set(tensors) - set(wanted)),
+        "of another shape": [
+            f"{n} {tuple(tensors[n].shape)} for {tuple(wanted[n].shape)}"
+            for n in sorted(set(wanted) & set(tensors))
+            if tensors[n].shape != wanted[n].shape
+        ],
+    }
+    found = {what: names for what, names in wrong.items() if names}
+    if found:
+        raise ValueError(f"{path} is damaged, or made with other parameters: tensors {found}.")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path} is damaged: tensor {name!r} holds values that are not finite."
+            )
+    module.load_state_dict(tensors, strict=False)
+
+
+def _is_text(prompts: Any) -> bool:
+    many = isinstance(prompts, list | tuple)
+    return isinstance(prompts, str) or (many and all(isinstance(p, str) for p in prompts))
+
+
+def _value(settings: Settings, name: str) -> Any:
+    record = RECORD_OF.get(name)
+    return getattr(settings if record is None else getattr(settings, record), name)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value

@@ -1,338 +1,301 @@
 """What `Reprogrammer` finds out before any training: encoder, images, names, heads."""
 
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from skperf.backbone._sklearn import Interval, Options, StrOptions
+from skperf.backbone.randomness import drawing_from
+from skperf.reprogramming._options import ALPHA_GRID, Settings
 from skperf.reprogramming.encoders import FrozenEncoder, open_encoder
+from skperf.reprogramming.heads import HEADS
+from skperf.reprogramming.masks import MaskProgram
+from skperf.reprogramming.pictures import Pictures
+from skperf.reprogramming.pixels import PixelPipeline
 from skperf.reprogramming.programs import (
-    BOUNDS,
     ImageProgram,
     InputProgram,
+    Prompts,
     TextProgram,
-    filled_prompts,
+    class_prompts,
     text_program,
 )
-from skperf.reprogramming.rejection import SCORES
+from skperf.reprogramming.rejection import FEATURE_SCORES
 from skperf.reprogramming.rows import RowEncoder, RowProgram
 
-ALPHA_GRID = tuple(round(0.1 * step, 1) for step in range(11))
-TEXT_PROGRAMS = ("auto", "none", "bias", "position", "table", "table+position")
-MAPPINGS = ("rlm", "flm", "ilm", "blm", "blm+", "linear")
-
-_POSITIVE = [Interval(Real, 0, None, closed="neither")]
-_NOT_NEGATIVE = [Interval(Real, 0, None, closed="left")]
-_COUNT = [Interval(Integral, 1, None, closed="left")]
-
-CONSTRAINTS = {
-    "encoder": "no_validation",
-    "processor": "no_validation",
-    "tokenizer": "no_validation",
-    "class_names": ["array-like", dict, None],
-    "prompts": [str, list, tuple],
-    "image_shape": ["array-like", None],
-    "channels": [StrOptions({"first", "last"})],
-    "input_range": ["array-like"],
-    "normalize": [StrOptions({"auto"}), "array-like", None],
-    "canvas": [StrOptions({"auto"}), "array-like", *_COUNT],
-    "layout": [StrOptions({"overlay", "pad"})],
-    "border": [Integral],
-    "bound": [StrOptions(set(BOUNDS))],
-    "clip": [StrOptions({"inward", "plain"})],
-    "init": [StrOptions({"zeros", "normal"})],
-    "text": [StrOptions(set(TEXT_PROGRAMS))],
-    "head": [StrOptions({"auto", "prompts", "mapping", "linear"})],
-    "mapping": [StrOptions(set(MAPPINGS)), "array-like"],
-    "mapping_m": _COUNT,
-    "mapping_smoothing": _NOT_NEGATIVE,
-    "objective": [StrOptions({"cross_entropy", "contrastive"})],
-    "focal_gamma": _NOT_NEGATIVE,
-    "focal_alpha": _POSITIVE,
-    "alpha": [StrOptions({"auto"}), Real, "array-like"],
-    "training_alpha": [Interval(Real, 0, 1, closed="left")],
-    "none_margin": [Interval(Real, None, None, closed="neither"), None],
-    "renormalize": ["boolean"],
-    "logit_scale": [StrOptions({"encoder", "calibrated"}), *_POSITIVE],
-    "ood_score": [StrOptions({*SCORES, "disagreement"})],
-    "ood_temperature": _POSITIVE,
-    "ood_retention": [Interval(Real, 0, 1, closed="right")],
-    "lr": [StrOptions({"auto"}), *_POSITIVE],
-    "text_lr": [StrOptions({"auto"}), *_POSITIVE],
-    "head_lr": [StrOptions({"auto"}), *_POSITIVE],
-    "weight_decay": _NOT_NEGATIVE,
-    "text_decay": _NOT_NEGATIVE,
-    "warmup": _NOT_NEGATIVE,
-    "schedule": [StrOptions({"cosine", "constant"})],
-    "max_epochs": [Interval(Integral, 0, None, closed="left")],
-    "batch_size": _COUNT,
-    "validation_fraction": [Interval(Real, 0, 1, closed="left")],
-    "early_stopping": ["boolean"],
-    "n_iter_no_change": _COUNT,
-    "gradient": [Options(str, {"exact", "rge", "spsa"})],
-    "n_directions": _COUNT,
-    "smoothing": _POSITIVE,
-    "query_budget": [*_COUNT, None],
-    "device": [str, torch.device, None],
-    "random_state": ["random_state"],
-    "verbose": ["verbose"],
-    "net_params": [dict, None],
-}
-
-#: What the authors' released code does (github.com/IBM/reprogrammer, commit f107472), as
-#: parameters of `Reprogrammer`. The border is meant for a canvas of 224 pixels and the
-#: warm-up, in steps, for long training.
-RELEASED_SETTINGS = {
-    "layout": "overlay",
-    "border": 16,
-    "bound": "tanh",
-    "clip": "plain",
-    "init": "normal",
-    "text": "table+position",
-    "head": "prompts",
-    "objective": "contrastive",
-    "focal_gamma": 4.0,
-    "focal_alpha": 0.8,
-    "alpha": 0.4,
-    "training_alpha": 0.0,
-    "none_margin": None,
-    "logit_scale": "encoder",
-    "ood_score": "mcm",
-    "ood_temperature": 0.01,
-    "lr": 5e-3,
-    "text_lr": 5e-4,
-    "weight_decay": 0.1,
-    "text_decay": 0.1,
-    "schedule": "cosine",
-    "warmup": 500,
-    "max_epochs": 25,
-    "batch_size": 128,
-    "early_stopping": False,
-}
+#: Prompts up to which each is kept apart, as an attribute of its class.
+MOST_ATTRIBUTES = 5000
 
 
 @dataclass(frozen=True)
 class Task:
     """Everything that is settled before training."""
 
-    encoder: FrozenEncoder
+    encoder: FrozenEncoder  # around the user's own model
+    own: FrozenEncoder  # the same around a private view
     program: InputProgram
     head: str
     n_classes: int
     n_outputs: int
-    names: list[str]
+    names: list[list[str]]
     alphas: tuple[float, ...]
     image_shape: tuple[int, ...] | None
-    ids: torch.Tensor | None
+    prompts: Prompts | None
     text: TextProgram | None
+    zero_shot: Tensor | None  # (n_classes, n_outputs)
+    draws: bool  # whether a forward of the encoder draws random numbers
+    texts: list[list[str]] | None
+    keeps_outputs: bool  # whether the plain outputs of all rows are computed
+    n_queries: int = 1
+
+    def closed(self) -> "Task":
+        """The same without the private view, which belongs to one call."""
+        return replace(self, own=self.encoder)
+
+    def reopened(self) -> "Task":
+        """The same with a private view anew."""
+        return replace(self, own=self.encoder.private())
+
+    def with_names(self, settings: Settings, classes: np.ndarray) -> "Task":
+        """The same for other classes, the text program's rows included: classes (n_classes,)."""
+        names = class_texts(settings.class_names, classes)
+        _, prompts, texts = _texts(replace(settings, text="none"), self.encoder, names, classes)
+        with torch.no_grad():
+            zero_shot = prompts.embeddings(self.own).detach()
+        _warn_of_twins(zero_shot, names)
+        known = {"names": names, "prompts": prompts, "texts": texts, "zero_shot": zero_shot}
+        return replace(self, n_classes=len(names), **known)
 
 
-def settle(estimator, images, classes):
-    """Hold parameters, encoder, images and labels against one another.
-
-    Shapes: images (n, channels, height, width) or (n, n_features), classes (n_classes,).
-    """
-    encoder = _opened(estimator, images)
-    names = class_texts(estimator.class_names, classes)
-    head = _head(estimator, encoder)
-    text, ids = _texts(estimator, encoder, names)
-    program = _program(estimator, encoder, images)
-    n_outputs = _width(encoder, program, images[:1])
-    _check_mapping(estimator, head, n_outputs, len(classes))
-    if estimator.ood_score == "disagreement" and ids is None:
+def settle(settings: Settings, pictures: Pictures, classes: np.ndarray) -> Task:
+    """Hold parameters, encoder, images and labels against one another: classes (n_classes,)."""
+    encoder = _opened(settings, pictures)
+    names = class_texts(settings.class_names, classes)
+    first = pictures.tensors([0])[0]
+    program = _program(settings, encoder, pictures, first)
+    encoder, own, draws = _tried(encoder, program, first)
+    n_outputs = own.width
+    head = _head(settings, encoder)
+    text, prompts, texts = _texts(settings, encoder, names, classes)
+    zero_shot = None
+    if prompts is not None:
+        with torch.no_grad():
+            zero_shot = prompts.embeddings(own).detach()
+        if zero_shot.shape[1] != n_outputs:
+            raise ValueError(
+                f"the encoder {type(settings.encoder).__name__} embeds images in {n_outputs} "
+                f"dimensions and texts in {zero_shot.shape[1]}: they cannot be compared."
+            )
+        _warn_of_twins(zero_shot, names)
+    _check_mapping(settings, head, n_outputs, len(classes))
+    if settings.ood_score == "disagreement" and prompts is None:
         raise ValueError(
             "ood_score='disagreement' compares with the zero-shot representation, which needs an "
             "encoder with a text tower and a tokenizer."
         )
+    if settings.ood_score in FEATURE_SCORES and settings.gradient != "exact":
+        raise ValueError(
+            f"ood_score={settings.ood_score!r} needs the outputs for every training row, more "
+            "queries than an encoder that can only be called is asked; use 'max_logit'."
+        )
     return Task(
         encoder,
+        own,
         program,
         head,
         len(classes),
         n_outputs,
         names,
-        _alphas(estimator.alpha, ids is not None),
-        None if estimator.encoder is None else tuple(images.shape[1:]),
-        ids,
+        _alphas(settings.alpha, prompts is not None),
+        None if settings.encoder is None else tuple(first.shape[1:]),
+        prompts,
         text,
+        zero_shot,
+        draws,
+        texts,
+        settings.gradient == "exact" or zero_shot is not None,
     )
 
 
-def as_images(X, *, image_shape, channels, input_range, any_rows):
-    """Bring validated rows into the form in which the estimator works.
-
-    Shapes: X (n, ...) -> (n, channels, height, width) or (n, n_features).
-    """
-    if any_rows:
-        return _tensor(X, np.float64).flatten(1)
-    if X.ndim == 2:
-        X = X.reshape(len(X), *_row_shape(X.shape[1], image_shape))
-    elif X.ndim == 4:
-        X = X if channels == "first" else np.moveaxis(X, -1, 1)
-    else:
-        raise ValueError(
-            f"X has {X.ndim} dimensions; expected images (n, channels, height, width) or flat "
-            "rows (n, n_features) with image_shape."
-        )
-    if X.shape[1] not in (1, 3):
-        raise ValueError(
-            f"X has {X.shape[1]} channels, expected 1 or 3 (shape {X.shape}); for images "
-            "(n, height, width, channels) set channels='last'."
-        )
-    if X.dtype == np.uint8:
-        return _tensor(X, np.uint8).float() / 255
-    low, high = (float(bound) for bound in input_range)
-    smallest, largest = float(X.min()), float(X.max())
-    slack = 1e-4 * (high - low)
-    if smallest < low - slack or largest > high + slack:
-        raise ValueError(
-            f"X holds values from {smallest:.4g} to {largest:.4g}; expected floats in "
-            f"[{low:g}, {high:g}] or uint8. Already normalised? Give the images as they were: "
-            "the encoder's normalisation is done inside (or set input_range)."
-        )
-    images = _tensor(X, np.float32)
-    return images if (low, high) == (0, 1) else ((images - low) / (high - low)).clamp(0, 1)
-
-
 def class_texts(class_names, classes):
-    """Name every class: classes (n_classes,)."""
+    """Name every class, by one or several synonyms: classes (n_classes,)."""
     labels = classes.tolist()
     if class_names is None:
-        return [str(label).replace("_", " ") for label in labels]
+        return [[str(label).replace("_", " ")] for label in labels]
     if isinstance(class_names, dict):
         missing = [label for label in labels if label not in class_names]
         if missing:
             raise ValueError(f"class_names has no name for the labels {missing[:10]}.")
-        return [str(class_names[label]) for label in labels]
+        return [_synonyms(class_names[label]) for label in labels]
     if len(class_names) != len(labels):
         raise ValueError(
             f"class_names has {len(class_names)} names but y has the {len(labels)} classes "
             f"{labels[:20]}. Where a fold lacks a class, split by class or give class_names as "
             "a dict by label."
         )
-    names = [str(name) for name in class_names]
-    if set(names) == set(map(str, labels)) and names != [str(label) for label in labels]:
+    names = [_synonyms(name) for name in class_names]
+    flat = [known[0] for known in names]
+    if set(flat) == set(map(str, labels)) and flat != [str(label) for label in labels]:
         raise ValueError(f"class_names are the labels in another order than {labels[:20]}.")
     return names
 
 
-def _tensor(X, dtype):
-    # torch takes no array that it may not write to
-    return torch.as_tensor(np.require(X, dtype, ["C", "W"]))
+def _synonyms(name):
+    if isinstance(name, list | tuple | set | np.ndarray):
+        if not len(name):
+            raise ValueError("class_names holds an empty list of names.")
+        return [str(one) for one in name]
+    return [str(name)]
 
 
-def _row_shape(n_features, image_shape):
-    if image_shape is None:
-        raise ValueError(
-            f"X holds flat rows of {n_features} values; say image_shape, such as (1, 28, 28)."
+def _warn_of_twins(zero_shot: Tensor, names: list[list[str]]) -> None:
+    cosines = zero_shot @ zero_shot.T
+    twins = (cosines > 1 - 1e-6).triu(1).nonzero().tolist()
+    if twins:
+        named = [(names[a][0], names[b][0]) for a, b in twins[:3]]
+        warnings.warn(
+            f"the encoder cannot tell the names of some classes apart: {named}. Their prompts "
+            "have the same embedding; are they in a language that the tokenizer knows?",
+            UserWarning,
+            stacklevel=2,
         )
-    shape = tuple(int(side) for side in image_shape)
-    shape = (1, *shape) if len(shape) == 2 else shape
-    if len(shape) != 3 or np.prod(shape) != n_features:
-        raise ValueError(
-            f"image_shape={tuple(image_shape)} does not make {n_features} values, the length "
-            "of the rows of X."
-        )
-    return shape
 
 
-def _opened(estimator, images):
-    if estimator.encoder is None:
-        return _row_encoder(images)
-    model = estimator.encoder
-    if estimator.device is not None and isinstance(model, nn.Module):
-        device = torch.device(estimator.device)
-        if any(tensor.device != device for tensor in model.state_dict().values()):
-            model = deepcopy(model).to(device)
-    encoder = open_encoder(model, processor=estimator.processor, tokenizer=estimator.tokenizer)
-    if estimator.gradient == "exact" and not encoder.differentiable:
+def _opened(settings: Settings, pictures: Pictures) -> FrozenEncoder:
+    if settings.encoder is None:
+        rows = torch.cat(pictures.tensors(np.arange(len(pictures))))
+        return replace(open_encoder(RowEncoder(rows).eval()), outputs="features")
+    model = on_device(settings)
+    encoder = open_encoder(model, processor=settings.processor, tokenizer=settings.tokenizer)
+    if settings.gradient == "exact" and not encoder.differentiable and encoder.text is None:
         raise ValueError(
             "the encoder is a plain callable, which has no gradient; use gradient='spsa' or 'rge'."
         )
-    if estimator.normalize is None:
-        return replace(encoder, mean=None, std=None)
-    if not isinstance(estimator.normalize, str):
-        mean, std = estimator.normalize
-        return replace(encoder, mean=tuple(np.ravel(mean)), std=tuple(np.ravel(std)))
-    return encoder
+    return replace(encoder, pipeline=prepared(settings.pixels, encoder.pipeline))
 
 
-def _row_encoder(rows):
-    model = RowEncoder(rows).eval()
-    return replace(open_encoder(model), outputs="features")
+def on_device(settings: Settings):
+    """The encoder, copied where it is to work if it lives elsewhere."""
+    model = settings.encoder
+    if settings.device is not None and isinstance(model, nn.Module):
+        device = torch.device(settings.device)
+        if any(tensor.device != device for tensor in model.state_dict().values()):
+            return deepcopy(model).to(device)
+    return model
 
 
-def _head(estimator, encoder):
-    trained = isinstance(estimator.mapping, str) and estimator.mapping == "linear"
-    if estimator.head == "auto":
-        heads = {
-            "embeddings": "linear" if estimator.text == "auto" else "prompts",
-            "logits": "linear" if trained else "mapping",
-        }
-        return heads.get(encoder.outputs, "linear")
-    if estimator.head == "prompts" and encoder.text is None:
-        raise ValueError("head='prompts' needs an encoder with a text tower; this one has none.")
-    if estimator.head == "mapping" and encoder.outputs != "logits":
-        raise ValueError(
-            f"head='mapping' needs an encoder that returns logits of source labels; this one "
-            f"returns {encoder.outputs}. Use head='linear'."
-        )
-    return "linear" if estimator.head == "mapping" and trained else estimator.head
+def prepared(pixels, pipeline: PixelPipeline) -> PixelPipeline:
+    """The encoder's own preparation of images, with what the user says of it."""
+    changes = {}
+    if pixels.normalize is None:
+        changes |= {"mean": None, "std": None}
+    elif not isinstance(pixels.normalize, str):
+        mean, std = (tuple(map(float, np.ravel(values))) for values in pixels.normalize)
+        changes |= {"mean": mean, "std": std}
+    if pixels.resize != "auto":
+        changes |= {"resize": pixels.resize, "scaled": None}
+    if pixels.interpolation != "auto":
+        changes["interpolation"] = pixels.interpolation
+    if pixels.shrink is not None:
+        changes["shrink"] = int(pixels.shrink)
+    return replace(pipeline, **changes)
 
 
-def _texts(estimator, encoder, names):
-    kind = estimator.text
-    if kind not in ("auto", "none") and encoder.text is None:
-        raise ValueError(f"text={kind!r} needs an encoder with a text tower; this one has none.")
-    if encoder.text is None or (encoder.tokenize is None and estimator.head == "linear"):
-        return None, None
-    if encoder.tokenize is None:
-        raise ValueError("the prompts must be tokenized: give tokenizer= (or processor=).")
-    prompts = [estimator.prompts] if isinstance(estimator.prompts, str) else estimator.prompts
-    ids = encoder.tokenize(filled_prompts(prompts, names)).to(encoder.device)
-    if kind == "auto":
-        kind = "none" if estimator.head == "linear" else "table"
-    return text_program(kind, encoder, ids), ids
-
-
-def _program(estimator, encoder, images):
-    if estimator.encoder is None:
-        return RowProgram(images.shape[1])
-    n_channels = images.shape[1] if encoder.channels is None else encoder.channels
-    if images.shape[1] not in (1, n_channels):
-        raise ValueError(f"X has {images.shape[1]} channels; the encoder takes {n_channels}.")
-    if isinstance(estimator.canvas, str):
-        canvas = encoder.image_size or tuple(images.shape[-2:])
-    else:
-        canvas = tuple(int(side) for side in np.broadcast_to(estimator.canvas, 2))
-    return ImageProgram(
-        n_channels,
-        canvas,
-        int(estimator.border),
-        layout=estimator.layout,
-        bound=estimator.bound,
-        clip=estimator.clip,
-    )
-
-
-def _width(encoder, program, image):
-    placed = program.place(image.to(encoder.device))
+def _tried(encoder: FrozenEncoder, program: InputProgram, first: Tensor):
+    model = encoder.model
+    own = encoder.private()
+    placed = program.place(first).to(own.device)
     try:
-        with encoder.open(), torch.inference_mode():
-            return encoder.encode_image(placed).shape[1]
-    except RuntimeError as error:
+        with drawing_from(torch.Generator().manual_seed(0)) as drawing:
+            encoder = own.examined(placed)
+    except (RuntimeError, ValueError) as error:
+        if "turned" in str(error):
+            raise
         raise ValueError(
             f"the encoder does not take images of shape {tuple(placed.shape[1:])}; set canvas "
             f"to the size it takes. It says: {error}"
         ) from error
+    return replace(encoder, model=model, mine=False), encoder, drawing.drawn
 
 
-def _check_mapping(estimator, head, n_source, n_classes):
-    mapping = estimator.mapping
+def _head(settings: Settings, encoder: FrozenEncoder) -> str:
+    trained = isinstance(settings.mapping, str) and settings.mapping == "linear"
+    if settings.head == "auto":
+        heads = {
+            "embeddings": "linear" if settings.text == "auto" else "prompts",
+            "logits": "linear" if trained else "mapping",
+        }
+        return heads.get(encoder.outputs, "linear")
+    if settings.head in HEADS:
+        needs_text = settings.head in ("adapter", "attributes")
+        if needs_text and encoder.text is None:
+            raise ValueError(
+                f"head={settings.head!r} needs an encoder with a text tower; this one has none."
+            )
+        return "linear"
+    if settings.head == "prompts" and encoder.text is None:
+        raise ValueError("head='prompts' needs an encoder with a text tower; this one has none.")
+    if settings.head == "mapping" and encoder.outputs != "logits":
+        raise ValueError(
+            f"head='mapping' needs an encoder that returns logits of source labels; this one "
+            f"returns {encoder.outputs}. Use head='linear'."
+        )
+    return "linear" if settings.head == "mapping" and trained else settings.head
+
+
+def _texts(settings: Settings, encoder: FrozenEncoder, names, classes):
+    kind = settings.text
+    if kind not in ("auto", "none") and encoder.text is None:
+        raise ValueError(f"text={kind!r} needs an encoder with a text tower; this one has none.")
+    if encoder.text is None or (encoder.tokenize is None and settings.head == "linear"):
+        return None, None, None
+    if encoder.tokenize is None:
+        raise ValueError("the prompts must be tokenized: give tokenizer= (or processor=).")
+    texts = class_prompts(settings.prompts, names, classes.tolist())
+    tokens = encoder.tokenize([text for own in texts for text in own]).to(encoder.device)
+    groups = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
+    prompts = Prompts(tokens, torch.as_tensor(groups, device=encoder.device), len(texts))
+    if kind == "auto":
+        kind = "table" if settings.head in ("auto", "prompts") else "none"
+    return text_program(kind, encoder, tokens), prompts, texts
+
+
+def _program(
+    settings: Settings, encoder: FrozenEncoder, pictures: Pictures, first: Tensor
+) -> InputProgram:
+    if settings.encoder is None:
+        return RowProgram(first.shape[1])
+    pixels, pipeline = settings.pixels, encoder.pipeline
+    n_channels = first.shape[1] if encoder.channels is None else encoder.channels
+    if first.shape[1] not in (1, n_channels):
+        raise ValueError(f"X has {first.shape[1]} channels; the encoder takes {n_channels}.")
+    source = (int(first.shape[-2]), int(first.shape[-1]))
+    if not isinstance(pixels.canvas, str):
+        canvas = tuple(int(side) for side in np.broadcast_to(pixels.canvas, 2))
+        if pipeline.resize == "patches":
+            pipeline = replace(pipeline, resize="squash")
+    else:
+        canvas = pipeline.canvas(source)
+        ragged = pipeline.size is None and pipeline.resize != "patches"
+        if ragged and not isinstance(pictures.source, np.ndarray):
+            shapes = {tuple(t.shape[-2:]) for t in pictures.tensors(range(min(64, len(pictures))))}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"X holds pictures of different sizes ({sorted(shapes)[:3]}), and the encoder "
+                    "does not say what size it takes; set canvas."
+                )
+    options = {"bound": pixels.bound, "clip": pixels.clip, "pipeline": pipeline}
+    if settings.layout == "mask":
+        return MaskProgram(n_channels, canvas, **options)
+    border = int(settings.border)
+    return ImageProgram(n_channels, canvas, border, layout=settings.layout, **options)
+
+
+def _check_mapping(settings: Settings, head: str, n_source: int, n_classes: int) -> None:
+    mapping, per_class = settings.mapping, settings.training.mapping_m
     if head != "mapping":
         return
     if not isinstance(mapping, str):
@@ -343,15 +306,15 @@ def _check_mapping(estimator, head, n_source, n_classes):
             )
         if not np.isfinite(np.asarray(mapping, dtype=float)).all():
             raise ValueError("mapping holds values that are not finite.")
-    elif mapping in ("rlm", "flm", "ilm") and estimator.mapping_m * n_classes > n_source:
+    elif mapping in ("rlm", "flm", "ilm") and per_class * n_classes > n_source:
         raise ValueError(
-            f"mapping={mapping!r} with mapping_m={estimator.mapping_m} needs "
-            f"{estimator.mapping_m * n_classes} source labels for {n_classes} classes; the "
+            f"mapping={mapping!r} with mapping_m={per_class} needs "
+            f"{per_class * n_classes} source labels for {n_classes} classes; the "
             f"encoder has {n_source}. Use mapping='blm' or head='linear'."
         )
 
 
-def _alphas(alpha, has_zero_shot):
+def _alphas(alpha, has_zero_shot: bool) -> tuple[float, ...]:
     if isinstance(alpha, str):
         return ALPHA_GRID if has_zero_shot else (0.0,)
     alphas = tuple(float(value) for value in np.ravel(alpha))

@@ -1,18 +1,39 @@
-"""From parameters to a net that is ready to train; the rows it is trained and judged on."""
+"""From settings to trained programs, and what rows that they were not trained on decide."""
 
+import copy
 import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from skorch.callbacks import EarlyStopping, LRScheduler, ProgressBar
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from skperf.backbone._nets import seed_of
 from skperf.reprogramming._net import ProgramNet
+from skperf.reprogramming._options import Settings
+from skperf.reprogramming._task import MOST_ATTRIBUTES, Task
 from skperf.reprogramming.black_box import CALLS_PER_DIRECTION
+from skperf.reprogramming.fitted import FittedProgram
+from skperf.reprogramming.heads import (
+    HEADS,
+    MOST_ROWS,
+    MOST_WORK,
+    Cached,
+    Fitted,
+    Folds,
+    candidates,
+    folds_of,
+)
+from skperf.reprogramming.judging import Choice, Judged, choose
 from skperf.reprogramming.label_mapping import cooccurrence, labels_of_interest, random_mapping
 from skperf.reprogramming.objectives import ClassObjective
+from skperf.reprogramming.pictures import Pictures
 from skperf.reprogramming.programmed import ProgrammedEncoder
+from skperf.reprogramming.programs import Prompts
+from skperf.reprogramming.rejection import FEATURE_SCORES
 
 #: Learning rates of the border where texts are trained beside it, and where it is alone.
 BORDER_RATES = {"beside texts": 0.03, "alone": 0.1}
@@ -22,6 +43,29 @@ RELATIVE_TEXT_RATE = 0.02
 
 #: The same of offsets to class embeddings, as a share of the size of their coordinates.
 RELATIVE_HEAD_RATE = 0.15
+
+#: Fewer held-out rows than these are no sample: every row is judged in its turn instead.
+FEW_HELD_OUT, MOST_CROSS_FITTED, N_FOLDS = 20, 1000, 5
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures on the canvas, read by number, their labels and plain outputs."""
+
+    task: Task
+    pictures: Pictures
+    codes: np.ndarray  # (n,)
+    weight: np.ndarray | None  # (n,)
+    plain: Tensor | None  # (n, d)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Read some: rows (m,) -> (m, channels, height, width)."""
+        return self.pictures.placed(rows, self.task.program.place)
+
+    def weights(self, rows: np.ndarray) -> Tensor:
+        """Weights of some rows, ones where there are none: rows (m,) -> (m,)."""
+        weight = np.ones(len(self.codes)) if self.weight is None else self.weight
+        return torch.as_tensor(weight[rows]).float()
 
 
 class WarmupCosine:
@@ -40,142 +84,421 @@ class WarmupCosine:
 
 
 def hold_out(codes, fraction, generator):
-    """Set rows aside, the same share of every class: codes (n,)."""
+    """Set a share of the rows aside, of every class as nearly as possible: codes (n,)."""
+    present, counts = np.unique(codes, return_counts=True)
+    wanted = fraction * counts
+    sizes = np.floor(wanted).astype(int)
+    # the parts of rows that are left go to classes drawn at random; none is held out whole
+    short = min(round(fraction * len(codes)) - sizes.sum(), (counts > sizes + 1).sum())
+    if short > 0:
+        order = np.argsort(-(wanted - sizes) - 1e-6 * generator.random_sample(len(present)))
+        order = [i for i in order if counts[i] > sizes[i] + 1]
+        sizes[order[:short]] += 1
     chosen = [
-        generator.permutation(rows)[: round(fraction * len(rows))]
-        for rows in (np.flatnonzero(codes == code) for code in np.unique(codes))
+        generator.permutation(np.flatnonzero(codes == code))[:size]
+        for code, size in zip(present, sizes, strict=True)
     ]
     held_out = np.sort(np.concatenate(chosen)).astype(int)
     return np.setdiff1d(np.arange(len(codes)), held_out), held_out
 
 
-def make_net(estimator, task, *, n_train, n_held_out):
+def fit_program(
+    settings: Settings, task: Task, pictures: Pictures, codes, weight, generator, seed: int
+) -> tuple[FittedProgram, ProgramNet]:
+    """Train, judge and put together: codes (n,), weight (n,) or None."""
+    every = np.arange(len(codes))
+    exact = settings.gradient == "exact"
+    counted = task.n_queries
+    plain = None
+    if task.keeps_outputs:
+        plain = embed(task, pictures, settings.batch_size)
+        counted += len(pictures)
+    labelled = Labelled(task, pictures, codes, weight, plain)
+    train, held_out = every, every[:0]
+    if settings.max_epochs:
+        train, held_out = hold_out(codes, settings.training.validation_fraction, generator)
+    few = len(held_out) < FEW_HELD_OUT and 1 < len(codes) <= MOST_CROSS_FITTED
+    # the built-in features of flat rows are for scikit-learn's use; they judge as they always did
+    crossed = few and bool(settings.max_epochs) and exact and settings.encoder is not None
+    if crossed:
+        splits = folds_of(codes, min(N_FOLDS, len(codes)), generator)
+        train, held_out = every, every[:0]
+    else:
+        splits = [(train, held_out if len(held_out) else train)]
+    nets, epochs = [], settings.max_epochs
+    if crossed:
+        nets = [trained(settings, labelled, *split, seed) for split in splits]
+        counted += sum(net.module_.n_queries for net in nets)
+        if settings.training.early_stopping:
+            epochs = max(1, round(float(np.median([_best_epoch(net) for net in nets]))))
+    net = trained(settings, labelled, train, held_out, seed, epochs)
+    judged = judge(settings, labelled, splits, nets or [net])
+    if settings.max_epochs and settings.encoder is not None:
+        _warn_of_retention(len(judged.codes), settings.ood_retention)
+    heads = fit_heads(settings, labelled, generator, judged.rows)
+    choice = choose(settings, task, judged, {n: h.logits[judged.rows] for n, h in heads.items()})
+    counted += net.module_.n_queries + (
+        0 if nets else sum(len(test) for _, test in splits if exact is False)
+    )
+    head = heads[choice.head].head if choice.head in heads else None
+    return assemble(settings, labelled, net, choice, head, counted), net
+
+
+def trained(settings, labelled, train, held_out, seed, max_epochs=None) -> ProgramNet:
+    """Train a net: train (m,), held_out (k,), numbers of rows."""
+    task = labelled.task
+    epochs = settings.max_epochs if max_epochs is None else max_epochs
+    stop = settings.training.early_stopping and len(held_out) > 0
+    net = make_net(settings, task, len(train), len(held_out), seed, epochs, stop)
+    net.begin(task.n_classes)
+    prepare_head(net, settings, labelled, train)
+    net.learn(
+        labelled, labelled.codes, labelled.weight, train, held_out if stop else None, task.draws
+    )
+    return net
+
+
+def embed(task: Task, pictures: Pictures, batch_size: int, module=None) -> Tensor:
+    """Encode all pictures, with the program of a module or plain: -> (n, d)."""
+    encoder, program = task.own, task.program
+    pieces = []
+    with torch.inference_mode():
+        for placed in pictures.batches(batch_size, program.place):
+            placed = placed.to(encoder.device, encoder.dtype)
+            if module is not None:
+                outputs = module.encode(placed, module.image)
+            else:
+                outputs = encoder.encode_image(placed)
+                if task.zero_shot is not None:
+                    outputs = torch.nn.functional.normalize(outputs, dim=-1)
+            pieces.append(outputs.cpu())
+    # a copy, since tensors of inference mode take no part in training
+    return torch.cat(pieces).clone()
+
+
+def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[ProgramNet]) -> Judged:
+    """Embed rows by programs that were not trained on them, where there are such."""
+    task, parts = labelled.task, []
+    for (_, test), net in zip(splits, nets, strict=True):
+        module = net.module_
+        unmoved = module.image.numel() == 0 or not settings.max_epochs
+        if unmoved and labelled.plain is not None and settings.training.init == "zeros":
+            outputs = labelled.plain[test]
+        else:
+            outputs = embed(task, labelled.pictures[test], settings.batch_size, module)
+        with torch.no_grad():
+            classes = module.classes().detach().cpu() if module.has_unit_embeddings else None
+            logits = None if classes is not None else module.logits(outputs.to(module.image)).cpu()
+        parts.append((outputs, classes, logits))
+    rows = np.concatenate([test for _, test in splits])
+    plain, full = labelled.plain, labelled.codes
+    scored: dict[str, Tensor] = {}
+    if plain is not None:
+        # a row must not be its own neighbour
+        own = splits if len(splits) > 1 or not np.array_equal(*splits[0]) else None
+        if own is None:
+            own = folds_of(full, min(N_FOLDS, len(full)), np.random.RandomState(0))
+        for name, kind in FEATURE_SCORES.items():
+            values = torch.full((len(full),), torch.nan)
+            for train, test in own:
+                fitted = kind.fit(plain[train], torch.as_tensor(full[train]))
+                values[test] = fitted.score(plain[test]).float()
+            scored[name] = values[rows]
+    return Judged(
+        rows,
+        torch.as_tensor(full[rows]),
+        labelled.weights(rows),
+        [outputs for outputs, _, _ in parts],
+        None if plain is None else [plain[test] for _, test in splits],
+        [classes for _, classes, _ in parts] if task.zero_shot is not None else None,
+        None if task.zero_shot is None else task.zero_shot.cpu(),
+        torch.cat([logits for _, _, logits in parts]) if task.zero_shot is None else None,
+        scored,
+    )
+
+
+def fit_heads(settings, labelled: Labelled, generator, judged_rows) -> dict[str, Fitted]:
+    """Fit the heads that compete, or the one that was asked for."""
+    task = labelled.task
+    wanted = settings.head in HEADS
+    if labelled.plain is None or not (wanted or settings.compares_heads):
+        return {}
+    cached = cached_rows(labelled)
+    names = (settings.head,) if wanted else candidates(cached)
+    heavy = len(cached.codes) > MOST_ROWS or cached.outputs.numel() * cached.n_classes > MOST_WORK
+    rows = np.arange(len(cached.codes))
+    if heavy:
+        others = generator.permutation(np.setdiff1d(rows, judged_rows))[:MOST_ROWS]
+        tested = judged_rows if len(judged_rows) < len(rows) else others[: len(others) // 5]
+        folds: Folds = [(np.setdiff1d(others, tested), tested)]
+    else:
+        folds = folds_of(labelled.codes, min(N_FOLDS, len(rows)), generator)
+    return {name: HEADS[name](cached, folds) for name in names}
+
+
+def cached_rows(labelled: Labelled) -> Cached:
+    """Plain outputs of all rows, in the form that heads take."""
+    task, encoder = labelled.task, labelled.task.own
+    assert labelled.plain is not None
+    unit = task.zero_shot is not None
+    attributes = groups = None
+    prompts = task.prompts
+    if prompts is not None and task.n_classes < len(prompts.tokens) <= MOST_ATTRIBUTES:
+        each = torch.arange(len(prompts.tokens), device=prompts.groups.device)
+        with torch.no_grad():
+            attributes = Prompts(prompts.tokens, each, len(each)).embeddings(encoder).cpu()
+        groups = prompts.groups.cpu()
+    return Cached(
+        labelled.plain,
+        torch.as_tensor(labelled.codes),
+        labelled.weights(np.arange(len(labelled.codes))),
+        task.n_classes,
+        task.zero_shot.cpu() if unit else None,
+        attributes,
+        groups,
+        encoder.logit_scale if unit else 1.0,
+        encoder.logit_bias if unit else 0.0,
+    )
+
+
+def assemble(settings, labelled: Labelled, net, choice: Choice, head, n_queries) -> FittedProgram:
+    """Put the fitted record together."""
+    task, module = labelled.task, net.module_
+    with torch.no_grad():
+        settled = module.embedded_prompts(task.own) if module.has_unit_embeddings else None
+    scorers = {}
+    if labelled.plain is not None:
+        codes = torch.as_tensor(labelled.codes)
+        scorers = {n: kind.fit(labelled.plain, codes) for n, kind in FEATURE_SCORES.items()}
+    net.put_encoder(task.encoder)
+    return FittedProgram(
+        encoder=task.encoder,
+        programmed=module,
+        checksum=task.encoder.checksum(),
+        settled=settled,
+        head=head if head is None else head.requires_grad_(True),
+        scorers=scorers,
+        choice=choice,
+        renormalize=settings.training.renormalize,
+        temperature=settings.ood_temperature,
+        batch_size=settings.batch_size,
+        image_shape=task.image_shape,
+        form=labelled.pictures.form,
+        n_queries=n_queries,
+    )
+
+
+def zero_shot_program(settings, task: Task, pictures: Pictures, seed: int):
+    """Put the classifier of the prompts alone together, thresholds from unlabelled rows."""
+    if task.zero_shot is None:
+        raise ValueError("y is None: zero-shot needs an encoder with a text tower and a tokenizer.")
+    settings = replace(settings, max_epochs=0)
+    plain = embed(task, pictures, settings.batch_size)
+    codes = (plain @ task.zero_shot.cpu().T).argmax(1).numpy()
+    labelled = Labelled(task, pictures, codes, None, plain)
+    net = first_net(settings, labelled, seed)
+    every = np.arange(len(codes))
+    judged = judge(settings, labelled, [(every, every)], [net])
+    # there are no labels that alpha could be chosen by, and nothing for it to mix
+    choice = replace(choose(settings, task, judged, {}), curve=None, losses={})
+    return assemble(settings, labelled, net, choice, None, len(pictures) + 1), net
+
+
+def with_classes(settings, task: Task, fitted: FittedProgram, net: ProgramNet, classes):
+    """Put a program around the prompts of other classes: classes (n_classes,)."""
+    old, known = fitted.programmed, [names[0] for names in task.names]
+    task = task.reopened().with_names(settings, classes)
+    settings = replace(settings, max_epochs=settings.max_epochs)
+    other = make_net(settings, task, 1, 0, 0, settings.max_epochs, False).begin(len(classes))
+    module = other.module_
+    same = [(i, known.index(n[0])) for i, n in enumerate(task.names) if n[0] in known]
+    with torch.no_grad():
+        module.image.copy_(old.image)
+        module.none_level.copy_(old.none_level)
+        if old.text is not None:
+            module.text.copy_(old.text)
+        if old.head is not None:
+            for new, was in same:
+                module.head.weight[new] = old.head.weight[was]
+        settled = module.embedded_prompts(task.own)
+    other.put_encoder(task.encoder)
+    choice = replace(fitted.choice, thresholds={}, curve=None, head=task.head, losses={})
+    fitted = replace(fitted, programmed=module, settled=settled, head=None, choice=choice)
+    return task, fitted, other
+
+
+def train_further(settings, task, labelled, net, first: bool):
+    """Judge new rows by what is there, then train one epoch on them: -> (record, net)."""
+    rows = np.arange(len(labelled.codes))
+    judged = judge(settings, labelled, [(rows, rows)], [net])
+    choice = choose(settings, task, judged, {}, alphas=task.alphas[:1] if first else None)
+    net.set_params(max_epochs=1, callbacks=[])
+    net.learn(labelled, labelled.codes, labelled.weight, rows, draws=task.draws)
+    return assemble(settings, labelled, net, choice, None, net.module_.n_queries + 1), net
+
+
+def first_net(settings, labelled: Labelled, seed: int) -> ProgramNet:
+    """Build the net that `partial_fit` goes on with."""
+    rows = np.arange(len(labelled.codes))
+    task = labelled.task
+    net = make_net(settings, task, len(rows), 0, seed, settings.max_epochs, False)
+    net.begin(task.n_classes)
+    prepare_head(net, settings, labelled, rows)
+    return net
+
+
+def reopened(net: ProgramNet, task: Task) -> ProgramNet:
+    """A copy of a net whose module uses a private view."""
+    net = copy.deepcopy(net)
+    net.put_encoder(task.own)
+    return net
+
+
+def make_net(settings, task, n_train, n_held_out, seed, max_epochs, stop) -> ProgramNet:
     """Assemble the net that trains the programs."""
-    named = isinstance(estimator.mapping, str) and task.head == "mapping"
-    rate = estimator.lr
+    training, pixels = settings.training, settings.pixels
+    named = isinstance(settings.mapping, str) and task.head == "mapping"
+    rate = training.lr
     if rate == "auto":
-        rate = BORDER_RATES["alone" if task.ids is None else "beside texts"]
+        rate = BORDER_RATES["alone" if task.prompts is None else "beside texts"]
+    own = dict(training.net_params or {})
+    callbacks = [*_callbacks(settings, n_train, max_epochs, stop), *own.pop("callbacks", [])]
     params = {
         "criterion": ClassObjective,
-        "criterion__contrastive": estimator.objective == "contrastive",
-        "criterion__gamma": estimator.focal_gamma,
-        "criterion__scale": estimator.focal_alpha,
+        "criterion__contrastive": settings.objective == "contrastive",
+        "criterion__gamma": training.focal_gamma,
+        "criterion__scale": training.focal_alpha,
         "optimizer": torch.optim.AdamW,
         "optimizer__weight_decay": 0.0,
-        "optimizer__param_groups": _parameter_groups(estimator, task),
+        "optimizer__param_groups": _parameter_groups(training, task),
         "lr": rate,
-        "max_epochs": estimator.max_epochs,
-        "batch_size": estimator.batch_size,
-        "callbacks": _callbacks(
-            estimator, n_train, stop=estimator.early_stopping and n_held_out > 0
-        ),
-        "device": str(task.encoder.device),
-        "random_state": seed_of(estimator.random_state),
-        "weight_decay": estimator.weight_decay,
-        "gradient": estimator.gradient,
-        "n_directions": estimator.n_directions,
-        "smoothing": estimator.smoothing,
-        "query_budget": _training_budget(estimator, task, n_train, n_held_out),
-        "mapping": estimator.mapping if named else None,
-        "mapping_per_class": estimator.mapping_m,
-        "mapping_smoothing": estimator.mapping_smoothing,
-        **module_params(task, init=estimator.init, exact=estimator.gradient == "exact"),
-        "module__training_alpha": estimator.training_alpha,
-        "module__none_margin": estimator.none_margin,
+        "max_epochs": max_epochs,
+        "batch_size": settings.batch_size,
+        "callbacks": callbacks,
+        "device": str(task.own.device),
+        "random_state": seed,
+        "weight_decay": training.weight_decay,
+        "gradient": settings.gradient,
+        "n_directions": training.n_directions,
+        "smoothing": training.smoothing,
+        "query_budget": _training_budget(settings, task, n_train, n_held_out),
+        "mapping": settings.mapping if named else None,
+        "mapping_per_class": training.mapping_m,
+        "mapping_smoothing": training.mapping_smoothing,
+        "augment": pixels.augment,
+        **module_params(task, init=training.init, exact=settings.gradient == "exact", seed=seed),
+        "module__training_alpha": training.training_alpha if settings.max_epochs else 0.0,
+        "module__none_margin": training.none_margin if settings.trains_none else None,
     }
-    return ProgramNet(ProgrammedEncoder, **(params | (estimator.net_params or {})))
+    return ProgramNet(ProgrammedEncoder, **(params | own))
 
 
-def module_params(task, *, init, exact):
+def module_params(task, *, init, exact, seed=0):
     """Give the ``module__`` parameters that build the ProgrammedEncoder of a task."""
     values = {
-        "encoder": task.encoder,
+        "encoder": task.own,
         "program": task.program,
         "n_outputs": task.n_outputs,
         "n_classes": task.n_classes,
         "head": task.head,
         "text": task.text,
-        "ids": task.ids,
+        "prompts": task.prompts,
+        "zero_shot": task.zero_shot,
         "init": init,
         "exact": exact,
+        "seed": seed,
     }
     return {f"module__{name}": value for name, value in values.items()}
 
 
-def prepare_head(net, estimator, images, codes, weight):
-    """Set what a head takes from the training images before training.
-
-    Shapes: images (n, ...), codes (n,), weight (n,).
-    """
+def prepare_head(net, settings, labelled: Labelled, rows):
+    """Set what a head takes from the training images before training: rows (m,)."""
     # The linear head on features gets their means and deviations, a label mapping its first
     # estimate. Heads on prompts need nothing.
-    module = net.module_
-    mapping = estimator.mapping
+    module, mapping = net.module_, settings.mapping
     if module.head_kind == "mapping" and not isinstance(mapping, str):
         module.mapping.copy_(torch.as_tensor(np.asarray(mapping), dtype=torch.float32))
     elif module.head_kind == "mapping" and mapping == "rlm":
-        drawn = random_mapping(*module.mapping.shape, estimator.mapping_m, net.generator_)
-        module.mapping.copy_(drawn)
+        per_class = settings.training.mapping_m
+        module.mapping.copy_(random_mapping(*module.mapping.shape, per_class, net.generator_))
     elif module.head_kind == "mapping" or not module.has_unit_embeddings:
-        outputs = torch.cat(list(module.batches(images, net.batch_size, programmed=False)))
+        if labelled.plain is None:
+            outputs = embed(labelled.task, labelled.pictures[rows], settings.batch_size)
+            module.n_queries += len(rows)
+        else:
+            outputs = labelled.plain[rows]
         if module.head_kind == "linear":
             module.standardise(outputs)
             return
         top = labels_of_interest(mapping, module.mapping.shape[1])
-        weight = None if weight is None else torch.as_tensor(weight)
-        codes = torch.as_tensor(codes)
+        weight = None if labelled.weight is None else torch.as_tensor(labelled.weight[rows])
+        codes = torch.as_tensor(labelled.codes[rows])
         net.set_mapping(
             cooccurrence(outputs, codes, module.mapping.shape[1], weight=weight, top=top)
         )
 
 
-def _parameter_groups(estimator, task):
+def _parameter_groups(training, task) -> list[tuple[str, dict]]:
     groups = []
     if task.text is not None:
         # the betas with which text towers are trained, and the released code too
-        rate = estimator.text_lr
-        rate = RELATIVE_TEXT_RATE * task.encoder.token_scale if rate == "auto" else rate
-        text = {"lr": rate, "weight_decay": estimator.text_decay}
+        rate = training.text_lr
+        rate = RELATIVE_TEXT_RATE * task.own.token_scale if rate == "auto" else rate
+        text = {"lr": rate, "weight_decay": training.text_decay}
         groups.append(("text", {**text, "betas": (0.9, 0.98), "eps": 1e-6}))
     if task.head == "linear":
-        rate = estimator.head_lr
+        rate = training.head_lr
         if rate == "auto":
             # coordinates of unit embeddings are of size d ** -0.5, standardised features of 1
-            rate = 0.05 if task.ids is None else RELATIVE_HEAD_RATE * task.n_outputs**-0.5
+            rate = 0.05 if task.prompts is None else RELATIVE_HEAD_RATE * task.n_outputs**-0.5
         groups.append(("head.*", {"lr": rate}))
     return groups
 
 
-def _training_budget(estimator, task, n_train, n_held_out):
-    if estimator.query_budget is None:
+def _training_budget(settings, task, n_train, n_held_out):
+    budget = settings.training.query_budget
+    if budget is None:
         return None
     n_judged = (n_held_out or n_train) * (1 if max(task.alphas) == 0 else 2)
-    left = estimator.query_budget - 1 - n_judged
-    calls = 1 + estimator.n_directions * CALLS_PER_DIRECTION.get(estimator.gradient, 0)
-    first = n_train + calls * min(n_train, estimator.batch_size)
-    if left < first and estimator.max_epochs:
+    left = budget - 1 - n_judged
+    calls = 1 + settings.training.n_directions * CALLS_PER_DIRECTION.get(settings.gradient, 0)
+    first = n_train + calls * min(n_train, settings.batch_size)
+    if left < first and settings.max_epochs:
         raise ValueError(
-            f"query_budget={estimator.query_budget} is spent before the first step: {n_judged + 1} "
+            f"query_budget={budget} is spent before the first step: {n_judged + 1} "
             f"images are needed for checks and {first} for the first step."
         )
     return left
 
 
-def _callbacks(estimator, n_rows, *, stop):
-    callbacks = []
-    n_steps = estimator.max_epochs * -(-n_rows // estimator.batch_size)
-    if estimator.schedule == "cosine" and n_steps:
-        warmup = estimator.warmup
+def _callbacks(settings, n_rows, max_epochs, stop) -> Iterator:
+    n_steps = max_epochs * -(-n_rows // settings.batch_size)
+    training = settings.training
+    if training.schedule == "cosine" and n_steps:
+        warmup = training.warmup
         n_warmup = round(warmup * n_steps) if warmup < 1 else round(warmup)
         policy = {"policy": LambdaLR, "lr_lambda": WarmupCosine(n_steps, n_warmup)}
-        callbacks.append(("schedule", LRScheduler(**policy, step_every="batch")))
+        yield "schedule", LRScheduler(**policy, step_every="batch")
     if stop:
-        patience = estimator.n_iter_no_change
-        stopping = EarlyStopping(patience=patience, load_best=True, sink=_silent)
-        callbacks.append(("early_stopping", stopping))
-    if estimator.verbose:
-        callbacks.append(("progress", ProgressBar()))
-    return callbacks
+        patience = training.n_iter_no_change
+        yield "early_stopping", EarlyStopping(patience=patience, load_best=True, sink=_silent)
+    if settings.verbose:
+        yield "progress", ProgressBar()
+
+
+def _best_epoch(net) -> int:
+    return int(np.argmin(net.history[:, "valid_loss"])) + 1
+
+
+def _warn_of_retention(n_rows: int, retention: float) -> None:
+    if n_rows + 1 < round(1 / max(1 - retention, 1e-9)) and retention < 1:
+        warnings.warn(
+            f"ood_retention={retention:g} needs at least {round(1 / (1 - retention)) - 1} rows "
+            f"that the threshold can be read from; {n_rows} rows support a retention of "
+            f"{n_rows / (n_rows + 1):.2f} at most, which is what predict_inlier keeps.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _silent(*args):

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from skperf.backbone.batch_norm import batch_statistics_wanted
+
 
 class AffineBatchNorm(TorchFunctionMode):
     """Inside, batch normalisation in evaluation mode is one multiplication and addition."""
@@ -25,7 +27,7 @@ class AffineBatchNorm(TorchFunctionMode):
     ) -> Any:
         """Replace ``functional.batch_norm``, and nothing else."""
         kwargs = kwargs or {}
-        if func is functional.batch_norm:
+        if func is functional.batch_norm and not batch_statistics_wanted():
             return _affine(*args, **kwargs)
         return func(*args, **kwargs)
 

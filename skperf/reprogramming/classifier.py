@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skperf.reprogramming.encoders import FrozenEncoder
+from skperf.reprogramming.heads import Head
 from skperf.reprogramming.programmed import ProgrammedEncoder
 from skperf.reprogramming.rejection import agreement
 from skperf.reprogramming.residual import mixed
@@ -15,52 +17,57 @@ from skperf.reprogramming.residual import mixed
 class ReprogrammedClassifier(nn.Module):
     """From images to class logits, the encoder included."""
 
-    # Its parameters are those of the encoder, `model.*`, and of the programs and the head,
-    # `programmed.*`.
+    # Its parameters are those of a view of the encoder, `model.*`, and of the programs and the
+    # head, `programmed.*`.
 
-    prompts: Tensor
-    text: Tensor
+    settled: Tensor | None
+    text: Tensor | None
 
     def __init__(
         self,
         programmed: ProgrammedEncoder,
+        encoder: FrozenEncoder,
         *,
         alpha: float,
         scale: float,
+        settled: Tensor | None = None,
         image_shape: tuple[int, ...] | None = None,
         renormalize: bool = False,
+        head: Head | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = programmed.encoder
-        self.model = self.encoder.model if self.encoder.differentiable else None
-        self.programmed = deepcopy(programmed)
-        self.programmed.encoder = self.encoder
+        self.encoder = encoder
+        self.model = encoder.model if encoder.differentiable else None
+        self.programmed = programmed
         self.alpha = alpha
         self.scale = scale
         self.image_shape = image_shape
         self.renormalize = renormalize
+        self.head = head
         self.unit = programmed.has_unit_embeddings
-        self.bias = self.encoder.logit_bias if self.unit else 0.0
-        with torch.no_grad(), self.encoder.open():
-            prompts = programmed.prompts().clone() if self.unit else None
-        self.register_buffer("prompts", prompts)
-        self.register_buffer(
-            "text", None if programmed.text is None else programmed.text.detach().clone()
-        )
+        self.bias = encoder.logit_bias if self.unit else 0.0
+        text = programmed.text
+        self.register_buffer("settled", settled)
+        self.register_buffer("text", None if text is None else text.detach().clone())
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute class logits.
 
         Shapes: images (n, channels, height, width) or (n, n_features) -> (n, n_classes).
         """
-        return self.scale * self.similarities(self.represent(images)) + self.bias
+        return self.class_logits(self._placed(images))
 
-    def represent(self, images: Tensor) -> Tensor:
-        """Encode images with the programs and the residual.
+    def class_logits(self, placed: Tensor) -> Tensor:
+        """Compute class logits of images on the canvas: placed (n, ...) -> (n, n_classes)."""
+        if self.head is not None:
+            return self.head(self._encode(placed))
+        return self.scale * self.similarities(self.represent(placed)) + self.bias
 
-        Shapes: images (n, channels, height, width) or (n, n_features) -> (n, n_outputs).
+    def represent(self, placed: Tensor) -> Tensor:
+        """Encode images on the canvas with the programs and the residual.
+
+        Shapes: placed (n, channels, height, width) or (n, n_features) -> (n, n_outputs).
         """
-        placed = self._placed(images)
         if self.alpha == 1:
             return self._encode(placed)
         outputs = self._encode(self.programmed.program.add(placed, self.programmed.image))
@@ -71,12 +78,14 @@ class ReprogrammedClassifier(nn.Module):
     def classes(self) -> Tensor | None:
         """Embed the classes, with the programs and the residual: -> (n_classes, n_outputs)."""
         # The text tower runs only where the text program has changed or its gradient is wanted.
-        zero_shot = self.programmed.zero_shot
-        if zero_shot is None:
+        programmed = self.programmed
+        if programmed.zero_shot is None:
             return None
-        prompts = self.prompts if self._text_is_settled() else self.programmed.prompts(self.model)
-        classes = self.programmed.shifted(prompts)
-        return mixed(classes, zero_shot, self.alpha, renormalize=self.renormalize)
+        prompts = self.settled
+        if prompts is None or not self._text_is_settled():
+            prompts = programmed.embedded_prompts(self.encoder, self.model)
+        classes = programmed.shifted(prompts)
+        return mixed(classes, programmed.zero_shot, self.alpha, renormalize=self.renormalize)
 
     def similarities(self, representation: Tensor) -> Tensor:
         """Hold representations against the classes.
@@ -84,27 +93,32 @@ class ReprogrammedClassifier(nn.Module):
         Shapes: representation (n, n_outputs) -> (n, n_classes).
         """
         classes = self.classes()
-        return (
-            self.programmed.logits(representation)
-            if classes is None
-            else representation @ classes.T
+        if classes is None:
+            return self.programmed.logits(representation)
+        return representation @ classes.T
+
+    def reprogram(self, placed: Tensor) -> Tensor:
+        """Add the program: placed (n, ...) -> the same shape."""
+        return self.programmed.program.add(placed, self.programmed.image)
+
+    def agreement(self, placed: Tensor) -> Tensor:
+        """Compare embeddings with and without the program: placed (n, ...) -> (n,)."""
+        return agreement(self._encode(self.reprogram(placed)), self._encode(placed))
+
+    def own(self) -> "ReprogrammedClassifier":
+        """Copy with programs and heads of its own: what `to_module` gives away."""
+        twin = ReprogrammedClassifier(
+            deepcopy(self.programmed),
+            self.encoder,
+            alpha=self.alpha,
+            scale=self.scale,
+            settled=self.settled,
+            image_shape=self.image_shape,
+            renormalize=self.renormalize,
+            head=deepcopy(self.head),
         )
-
-    def reprogram(self, images: Tensor) -> Tensor:
-        """Add the program.
-
-        Shapes: images (n, channels, height, width) or (n, n_features) -> (n, channels, canvas
-        height, canvas width).
-        """
-        return self.programmed.program.add(self._placed(images), self.programmed.image)
-
-    def agreement(self, images: Tensor) -> Tensor:
-        """Compare embeddings with and without the program.
-
-        Shapes: images (n, channels, height, width) or (n, n_features) -> (n,).
-        """
-        programmed = self._encode(self.reprogram(images))
-        return agreement(programmed, self._encode(self._placed(images)))
+        twin.programmed.encoder = self.encoder
+        return twin.eval()
 
     def _text_is_settled(self) -> bool:
         text = self.programmed.text
@@ -113,7 +127,7 @@ class ReprogrammedClassifier(nn.Module):
         # other than a parameter is what torch.func puts in its place
         if not isinstance(text, nn.Parameter) or (torch.is_grad_enabled() and text.requires_grad):
             return False
-        return torch.equal(text, self.text)
+        return self.text is not None and torch.equal(text, self.text)
 
     def _placed(self, images: Tensor) -> Tensor:
         if images.ndim == 2 and self.image_shape is not None:

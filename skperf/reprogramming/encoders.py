@@ -2,28 +2,38 @@
 
 An encoder is asked for few things only: embeddings (or logits) of images, embeddings of
 token ids, the module that looks tokens up, and how it wants its images. The functions
-``_open_*`` find these in the libraries' own objects; nothing here copies or changes one.
+``_open_*`` find these in the libraries' own objects; nothing here changes one: whoever runs
+an encoder runs a private view of it.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skperf.backbone.modes import forward_hooks, untouched
-from skperf.backbone.parameters import fingerprint
+from skperf.backbone.modes import forward_hooks
+from skperf.backbone.parameters import checksum, fingerprint
+from skperf.backbone.views import view
 from skperf.reprogramming.batch_norm import AffineBatchNorm
-from skperf.reprogramming.tokens import TransformersTokens, tokens_for
+from skperf.reprogramming.pixels import (
+    PLAIN,
+    PixelPipeline,
+    pair,
+    read_configuration,
+    read_processor,
+)
+from skperf.reprogramming.tokens import Tokens, tokens_for
 
 Hook = Callable[..., Tensor | None]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_CLIP = PixelPipeline(mean=CLIP_MEAN, std=CLIP_STD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,39 +50,59 @@ class FrozenEncoder:
     image : callable
         ``image(model, pixels) -> (n, d)``: embeddings, features or logits of normalised
         images.
-    outputs : {"embeddings", "logits", "features"}
-        What `image` returns; only embeddings may be held against texts.
+    outputs : {"embeddings", "logits", "features", "unknown"}
+        What `image` returns; only embeddings may be held against texts. What a plain module
+        returns is found out by running one image.
     text : callable, optional
-        ``text(model, ids) -> (k, d)``: embeddings of token ids.
+        ``text(model, tokens) -> (k, d)``: embeddings of token ids and their mask.
     tokenize : callable, optional
-        ``tokenize(texts) -> LongTensor (k, length)``.
-    token_embedding : nn.Module, optional
-        The part of `model` whose output the text program is added to.
-    image_size : tuple of two ints, optional
-        Height and width that the model takes; None where it does not say.
+        ``tokenize(texts) -> Tokens``, ids and mask of shape (k, length).
+    token_embedding : str, optional
+        Name of the part of `model` whose output the text program is added to.
+    pipeline : PixelPipeline
+        Size, resizing, interpolation and normalisation of its images.
     channels : int, optional
         Channels that the model takes; None where it does not say.
-    mean, std : tuple of float, optional
-        What images in [0, 1] are normalised with; None for not at all.
     logit_scale : float, default=1.0
         Factor between cosines and logits.
     logit_bias : float, default=0.0
         Added to the logits.
+    probabilities : bool, default=False
+        Whether it returns probabilities, which are read by their logarithm.
+    width : int, default=0
+        Length of a row of outputs; 0 as long as no image was run.
+    mine : bool, default=False
+        Whether `model` is a private view; where it is not, every call opens one.
     """
 
     model: Any
-    image: Callable[[Any, Tensor], Tensor]
+    image: Callable[[Any, Tensor], Any]
     outputs: str
-    text: Callable[[Any, Tensor], Tensor] | None = None
-    tokenize: Callable[[list[str]], Tensor] | None = None
-    token_embedding: nn.Module | None = None
-    image_size: tuple[int, int] | None = None
+    text: Callable[[Any, Tokens], Tensor] | None = None
+    tokenize: Callable[[list[str]], Tokens] | None = None
+    token_embedding: str | None = None
+    pipeline: PixelPipeline = PLAIN
     channels: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
     logit_scale: float = 1.0
     logit_bias: float = 0.0
-    _cache: dict[str, str] = field(default_factory=dict, repr=False)
+    probabilities: bool = False
+    width: int = 0
+    mine: bool = False
+
+    @property
+    def mean(self) -> tuple[float, ...] | None:
+        """Means that images in [0, 1] are normalised with."""
+        return self.pipeline.mean
+
+    @property
+    def std(self) -> tuple[float, ...] | None:
+        """Deviations that images in [0, 1] are normalised with."""
+        return self.pipeline.std
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width that the model takes; None where it does not say."""
+        return self.pipeline.size
 
     @property
     def differentiable(self) -> bool:
@@ -82,34 +112,74 @@ class FrozenEncoder:
     @property
     def device(self) -> torch.device:
         """Where the model's tensors live."""
-        tensors = [*self.model.parameters(), *self.model.buffers()] if self.differentiable else []
-        return tensors[0].device if tensors else torch.device("cpu")
+        return next((tensor.device for tensor in self._tensors()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating type of the model's tensors."""
-        tensors = [*self.model.parameters(), *self.model.buffers()] if self.differentiable else []
-        return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        """Floating type it computes in: single precision where its weights are of half."""
+        types = [tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()]
+        return torch.float64 if types and types[0] == torch.float64 else torch.float32
 
     @property
     def token_width(self) -> int:
         """Length of a token's embedding, before the text tower."""
-        assert self.token_embedding is not None
-        weight = self.token_embedding.weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[1]
+        return self._token_weight().shape[1]
 
     @property
     def token_scale(self) -> float:
         """Root mean square of the tokens' embeddings."""
-        assert self.token_embedding is not None
-        weight = self.token_embedding.weight
-        assert isinstance(weight, Tensor)
-        return float(weight.detach().float().square().mean().sqrt())
+        return float(self._token_weight().detach().float().square().mean().sqrt())
 
-    def open(self) -> AbstractContextManager[Any]:
-        """Enter to use the model; it is left as it was found."""
-        return untouched(self.model) if self.differentiable else nullcontext()
+    def private(self) -> "FrozenEncoder":
+        """Open the encoder for use: the same around a view of the model.
+
+        Returns
+        -------
+        FrozenEncoder
+            Its modes, hooks and flags are nobody else's; its weights are the user's own.
+        """
+        private = self.differentiable and not self.mine
+        return replace(self, model=view(self.model), mine=True) if private else self
+
+    def examined(self, images: Tensor) -> "FrozenEncoder":
+        """Find out by running images what the model returns.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, channels, height, width)
+            In [0, 1], of the size that the model takes.
+
+        Returns
+        -------
+        FrozenEncoder
+            With `outputs`, `probabilities` and `width` settled.
+        """
+        own = self.private()
+        last: list[tuple[nn.Module, Any]] = []
+        leaves = []
+        if self.differentiable:
+            leaves = [part for part in own.model.modules() if not list(part.children())]
+
+        def remember(module: nn.Module, args: Any, output: Any) -> None:
+            last[:] = [(module, output)]
+
+        with torch.no_grad(), forward_hooks(dict.fromkeys(leaves, remember)):
+            returned = own.image(own.model, self._pixels(images))
+        outputs, kind = _read(returned)
+        # not in inference mode, in which a dropout that is switched off counts as a draw
+        self._check(outputs, len(images))
+        if kind == "unknown":
+            # a layer that is called last and whose output comes back as it is
+            ends = bool(last) and isinstance(last[0][0], nn.Linear) and _same(last[0][1], outputs)
+            kind = "logits" if ends or not self.differentiable else "features"
+            if getattr(self.model, "num_classes", None) == 0:
+                kind = "features"
+        shares = outputs.float()
+        likely = shares.shape[1] > 1 and bool((shares >= 0).all())
+        likely = likely and bool(((shares.sum(1) - 1).abs() < 1e-3).all())
+        kind = self.outputs if self.outputs != "unknown" else "logits" if likely else kind
+        likely = likely and kind == "logits"
+        return replace(self, outputs=kind, probabilities=likely, width=outputs.shape[1])
 
     def encode_image(self, images: Tensor, model: Any = None) -> Tensor:
         """Encode images.
@@ -131,29 +201,22 @@ class FrozenEncoder:
         ValueError
             If the model returns something else than one row for each image.
         """
-        if images.ndim == 4:
-            # channels last in memory, said in a way that torch.func.vmap understands
-            images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        if self.mean is not None and self.std is not None:
-            shape = (1, -1, 1, 1)
-            mean, std = (images.new_tensor(v).view(shape) for v in (self.mean, self.std))
-            images = (images - mean) / std
         with AffineBatchNorm():
-            outputs = self.image(self.model if model is None else model, images.to(self.dtype))
-        if outputs.ndim != 2 or len(outputs) != len(images):
-            raise ValueError(
-                f"the encoder turned {len(images)} images into an array of shape "
-                f"{tuple(outputs.shape)}; expected one row of logits or features for each."
-            )
-        return outputs.to(images.dtype)
+            returned = self.image(self._used(model), self._pixels(images))
+        outputs = _read(returned)[0]
+        self._check(outputs, len(images))
+        outputs = outputs.to(images.dtype)
+        return outputs.clamp_min(1e-12).log() if self.probabilities else outputs
 
-    def encode_text(self, ids: Tensor, hook: Hook | None = None, model: Any = None) -> Tensor:
+    def encode_text(
+        self, tokens: Tokens | Tensor, hook: Hook | None = None, model: Any = None
+    ) -> Tensor:
         """Encode tokenized texts.
 
         Parameters
         ----------
-        ids : LongTensor of shape (k, length)
-            Token ids.
+        tokens : Tokens or LongTensor of shape (k, length)
+            Token ids, and their mask if there is one.
         hook : callable, optional
             Forward hook for the token embedding; registered for this call only.
         model : object, optional
@@ -165,9 +228,12 @@ class FrozenEncoder:
             Embeddings.
         """
         assert self.text is not None
-        model = self.model if model is None else model
-        with forward_hooks({} if hook is None else {self._tokens_of(model): hook}):
-            return self.text(model, ids)
+        model = self._used(model)
+        tokens = Tokens(tokens) if isinstance(tokens, Tensor) else tokens
+        if hook is None:
+            return self.text(model, tokens)
+        with forward_hooks({model.get_submodule(self.token_embedding): hook}):
+            return self.text(model, tokens)
 
     def fingerprint(self) -> str:
         """Digest that tells two encoders apart.
@@ -177,28 +243,52 @@ class FrozenEncoder:
         str
             Of the parameters and buffers; of the qualified name for a callable.
         """
-        if "digest" not in self._cache:
-            name = getattr(self.model, "__qualname__", type(self.model).__qualname__)
-            self._cache["digest"] = (
-                fingerprint(self.model)
-                if self.differentiable
-                else hashlib.sha256(f"{self.model.__module__}.{name}".encode()).hexdigest()
-            )
-        return self._cache["digest"]
+        if self.differentiable:
+            return fingerprint(self.model)
+        name = getattr(self.model, "__qualname__", type(self.model).__qualname__)
+        return hashlib.sha256(f"{self.model.__module__}.{name}".encode()).hexdigest()
 
-    def _tokens_of(self, model: Any) -> nn.Module:
-        names = {part: name for name, part in self.model.named_modules()}
-        tokens: nn.Module = model.get_submodule(names[self.token_embedding])
-        return tokens
+    def checksum(self) -> str:
+        """Digest that is cheap enough for every call.
+
+        Returns
+        -------
+        str
+            Of the parameters and buffers; empty for a callable.
+        """
+        return checksum(self.model) if self.differentiable else ""
+
+    def _used(self, model: Any) -> Any:
+        return self.private().model if model is None else model
+
+    def _check(self, outputs: Tensor, n: int) -> None:
+        if outputs.ndim != 2 or len(outputs) != n:
+            raise ValueError(
+                f"the encoder turned {n} images into an array of shape {tuple(outputs.shape)}; "
+                "expected one row of logits or features for each."
+            )
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        if images.ndim == 4:
+            # channels last in memory, said in a way that torch.func.vmap understands
+            images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            images = self.pipeline.normalise(images)
+        return images.to(self.dtype)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()] if self.differentiable else []
+
+    def _token_weight(self) -> Tensor:
+        assert self.token_embedding is not None
+        weight = self.model.get_submodule(self.token_embedding).weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def __sklearn_clone__(self) -> "FrozenEncoder":
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenEncoder":
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
 
 
 def open_encoder(encoder: Any, *, processor: Any = None, tokenizer: Any = None) -> FrozenEncoder:
@@ -207,11 +297,14 @@ def open_encoder(encoder: Any, *, processor: Any = None, tokenizer: Any = None) 
     Parameters
     ----------
     encoder : object
-        A transformers CLIP or SigLIP model, an object with the methods of open_clip, any
-        :class:`torch.nn.Module` from images to logits or features, a callable from arrays
-        (n, channels, height, width) to scores (n, s), or a :class:`FrozenEncoder`.
+        A transformers text-image model (CLIP, SigLIP and their kin), an object with the
+        methods of open_clip, any :class:`torch.nn.Module` from images to logits or features, a
+        callable from arrays (n, channels, height, width) to scores (n, s), or a
+        :class:`FrozenEncoder`.
     processor : object, optional
-        A transformers processor: holds the image statistics and, maybe, the tokenizer.
+        How images are prepared: a transformers processor, which may hold the tokenizer too; a
+        composition of torchvision's steps; a dict such as open_clip's ``preprocess_cfg`` or
+        timm's ``pretrained_cfg``. By default what the model says of itself.
     tokenizer : callable, optional
         A transformers or open_clip tokenizer, or any function of a list of texts that
         returns token ids.
@@ -228,6 +321,8 @@ def open_encoder(encoder: Any, *, processor: Any = None, tokenizer: Any = None) 
     """
     if isinstance(encoder, FrozenEncoder):
         return encoder
+    if isinstance(encoder, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        encoder = encoder.module
     tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
     for is_one, opener in _OPENERS:
         if is_one(encoder):
@@ -245,38 +340,80 @@ def _has(*names: str) -> Callable[[Any], bool]:
 
 
 def _open_transformers(model: Any, processor: Any, tokenizer: Any) -> FrozenEncoder:
-    text, vision = model.config.text_config, model.config.vision_config
-    # SigLIP pools the last position, so its texts are padded to the full length; CLIP pools
-    # at the end-of-text token, and shorter is cheaper.
-    siglip = "siglip" in model.config.model_type
-    mean, std = _statistics(getattr(processor, "image_processor", processor))
-    if mean is None or std is None:
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if siglip else (CLIP_MEAN, CLIP_STD)
-    length = text.max_position_embeddings
+    config = model.config
+    text = getattr(config, "text_config", None)
+    vision = getattr(config, "vision_config", None) or getattr(config, "image_config", None)
+    tower = getattr(model, "text_model", None)
+    scale = getattr(model, "logit_scale", None)
+    scale = 1.0 if scale is None else _exponential(scale)
+    if hasattr(model, "temperature"):  # of ALIGN
+        scale = 1 / float(model.temperature.detach())
+    accepted = inspect.signature(model.get_image_features).parameters
+    if text is None or vision is None or tower is None or "pixel_values" not in accepted:
+        raise TypeError(
+            f"the text-image model {type(model).__name__} is not known: it has no "
+            "text_config, vision_config and text_model like CLIP. Wrap it in an object with "
+            "encode_image(pixels) and encode_text(ids)."
+        )
+    # SigLIP pools the last position, so its texts are padded to the full length; others pool at
+    # a token of the text's own, and shorter is cheaper.
+    siglip = "siglip" in config.model_type
+    half = ((0.5,) * 3,) * 2
+    guess = PixelPipeline(mean=half[0], std=half[1], resize="squash") if siglip else _CLIP
+    guess = replace(guess, size=pair(getattr(vision, "image_size", None)))
+    if hasattr(vision, "num_patches") and guess.size is None:
+        patches = {"patch": vision.patch_size, "max_patches": vision.num_patches}
+        guess = replace(guess, resize="patches", interpolation="bilinear", **patches)
     return FrozenEncoder(
         model,
-        image=_transformers_image,
+        image=_transformers_patches if guess.resize == "patches" else _transformers_image,
         outputs="embeddings",
         text=_transformers_text,
-        tokenize=tokenizer and TransformersTokens(tokenizer, length, fill=siglip),
-        token_embedding=model.text_model.get_input_embeddings(),
-        image_size=_pair(vision.image_size),
-        channels=vision.num_channels,
-        mean=mean,
-        std=std,
-        logit_scale=_exponential(model.logit_scale),
+        tokenize=tokenizer and tokens_for(tokenizer, _text_length(text, tower), fill=siglip),
+        token_embedding=_name_in(model, tower.get_input_embeddings()),
+        pipeline=guess if processor is None else read_processor(processor, guess),
+        channels=getattr(vision, "num_channels", 3),
+        logit_scale=scale,
         logit_bias=_number(getattr(model, "logit_bias", None)),
     )
 
 
+def _text_length(config: Any, tower: nn.Module) -> int:
+    positions = [
+        part for name, part in tower.named_modules() if name.endswith("position_embeddings")
+    ]
+    # RoBERTa counts its positions from the padding id on
+    offsets = [p.padding_idx + 1 for p in positions if getattr(p, "padding_idx", None) is not None]
+    return int(config.max_position_embeddings) - max(offsets, default=0)
+
+
 def _transformers_image(model: Any, pixels: Tensor) -> Tensor:
-    size = _pair(model.config.vision_config.image_size)
-    more = {} if tuple(pixels.shape[-2:]) == size else {"interpolate_pos_encoding": True}
+    config = getattr(model.config, "vision_config", None) or model.config.image_config
+    size = pair(config.image_size)
+    other = tuple(pixels.shape[-2:]) != size
+    accepts = "interpolate_pos_encoding" in inspect.signature(model.get_image_features).parameters
+    more = {"interpolate_pos_encoding": True} if other and accepts else {}
     return projected(model.get_image_features(pixel_values=pixels, **more))
 
 
-def _transformers_text(model: Any, ids: Tensor) -> Tensor:
-    return projected(model.get_text_features(input_ids=ids))
+def _transformers_patches(model: Any, pixels: Tensor) -> Tensor:
+    side = model.config.vision_config.patch_size
+    n, channels, height, width = pixels.shape
+    grid = height // side, width // side
+    patches = pixels.view(n, channels, grid[0], side, grid[1], side).permute(0, 2, 4, 3, 5, 1)
+    patches = patches.reshape(n, grid[0] * grid[1], side * side * channels)
+    mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)
+    shapes = torch.tensor([grid] * n, device=pixels.device)
+    return projected(
+        model.get_image_features(
+            pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes
+        )
+    )
+
+
+def _transformers_text(model: Any, tokens: Tokens) -> Tensor:
+    more = {} if tokens.mask is None else {"attention_mask": tokens.mask}
+    return projected(model.get_text_features(input_ids=tokens.ids, **more))
 
 
 def projected(output: Any) -> Tensor:
@@ -289,19 +426,25 @@ def projected(output: Any) -> Tensor:
         output = getattr(output, "pooler_output", None)
     if not isinstance(output, Tensor):
         raise TypeError("the encoder returned neither embeddings nor a record that holds them.")
-    return output
+    # FLAVA projects all tokens; its contrast is between the first ones
+    return output[:, 0] if output.ndim == 3 else output
 
 
 def _open_two_towers(model: Any, processor: Any, tokenizer: Any) -> FrozenEncoder:
     visual = getattr(model, "visual", None)
     text = getattr(model, "text", model)
-    mean, std = _statistics(processor)
-    if mean is None or std is None:
-        mean, std = _statistics(model)
-    if mean is None or std is None:
-        mean, std = _statistics(visual)
-    if mean is None or std is None:
-        mean, std = CLIP_MEAN, CLIP_STD
+    text = text if isinstance(text, nn.Module) or not callable(text) else model
+    pipeline = _CLIP
+    for source in (visual, model, getattr(visual, "preprocess_cfg", None)):
+        if source is not None:
+            size = getattr(source, "image_size", getattr(source, "input_resolution", None))
+            pipeline = read_configuration(
+                source, replace(pipeline, size=pair(size) or pipeline.size)
+            )
+    if hasattr(visual, "input_resolution"):  # openai/clip, whose transform is torchvision's
+        pipeline = replace(pipeline, rounded_crop=True)
+    if processor is not None:
+        pipeline = read_processor(processor, pipeline)
     length = getattr(model, "context_length", getattr(text, "context_length", None))
     return FrozenEncoder(
         model,
@@ -309,24 +452,27 @@ def _open_two_towers(model: Any, processor: Any, tokenizer: Any) -> FrozenEncode
         outputs="embeddings",
         text=_two_towers_text,
         tokenize=tokenizer and tokens_for(tokenizer, length),
-        token_embedding=_token_embedding(text),
-        image_size=_pair(getattr(model, "image_size", getattr(visual, "image_size", None))),
+        token_embedding=_name_in(model, _token_embedding(text)),
+        pipeline=pipeline,
         channels=_channels(visual if isinstance(visual, nn.Module) else model),
-        mean=mean,
-        std=std,
         logit_scale=_exponential(getattr(model, "logit_scale", None)),
         logit_bias=_number(getattr(model, "logit_bias", None)),
     )
 
 
-def _two_towers_image(model: Any, pixels: Tensor) -> Tensor:
-    embeddings: Tensor = model.encode_image(pixels)
+def _two_towers_image(model: Any, pixels: Tensor) -> Any:
+    return model.encode_image(pixels)
+
+
+def _two_towers_text(model: Any, tokens: Tokens) -> Tensor:
+    embeddings: Tensor = model.encode_text(tokens.ids)
     return embeddings
 
 
-def _two_towers_text(model: Any, ids: Tensor) -> Tensor:
-    embeddings: Tensor = model.encode_text(ids)
-    return embeddings
+def _name_in(model: Any, part: nn.Module) -> str | None:
+    if not isinstance(model, nn.Module):
+        return None
+    return next((name for name, known in model.named_modules() if known is part), None)
 
 
 def _token_embedding(text: Any) -> nn.Module:
@@ -342,32 +488,60 @@ def _token_embedding(text: Any) -> nn.Module:
 
 
 def _open_module(model: nn.Module, processor: Any, tokenizer: Any) -> FrozenEncoder:
-    mean, std = _statistics(processor)
-    layers = [part for part in model.modules() if not list(part.children())]
-    owners = [part for part in layers if list(part.parameters(recurse=False))]
+    config = getattr(model, "config", None)
+    size = getattr(model, "image_size", getattr(config, "image_size", None))
+    pipeline = PixelPipeline(size=pair(size))
+    for name in ("default_cfg", "pretrained_cfg", "preprocess_cfg"):
+        if getattr(model, name, None) is not None:
+            pipeline = read_configuration(getattr(model, name), pipeline)
+    if processor is not None:
+        pipeline = read_processor(processor, pipeline)
     return FrozenEncoder(
         model,
         image=_module_outputs,
-        outputs="logits" if owners and isinstance(owners[-1], nn.Linear) else "features",
-        image_size=_pair(getattr(model, "image_size", None)),
+        outputs="unknown",
+        pipeline=pipeline,
         channels=_channels(model),
-        mean=mean,
-        std=std,
     )
 
 
-def _module_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
-    outputs = model(pixels)
-    for name in ("logits", "image_embeds", "pooler_output"):
-        outputs = getattr(outputs, name, outputs)
-    if isinstance(outputs, tuple):
-        outputs = outputs[0]
-    flat: Tensor = outputs.flatten(1)
-    return flat
+def _module_outputs(model: nn.Module, pixels: Tensor) -> Any:
+    return model(pixels)
+
+
+def _read(returned: Any) -> tuple[Tensor, str]:
+    """Outputs in what a model returns, and what a record calls them: -> (n, d)."""
+    names = {"logits": "logits", "image_embeds": "features", "pooler_output": "features"}
+    for name, kind in names.items():
+        value = returned.get(name) if isinstance(returned, dict) else getattr(returned, name, None)
+        if isinstance(value, Tensor):
+            return value.flatten(1), kind
+    value = getattr(returned, "last_hidden_state", None)
+    if isinstance(value, Tensor):  # a tower without a pooler: its first token
+        return (value[:, 0] if value.ndim == 3 else value.flatten(1)), "features"
+    if isinstance(returned, tuple):
+        returned = returned[0]
+    if not isinstance(returned, Tensor):
+        raise TypeError(
+            f"the encoder returned a {type(returned).__name__}; expected a tensor, or a record "
+            "with logits, image_embeds, pooler_output or last_hidden_state."
+        )
+    return (returned.flatten(1) if returned.ndim > 1 else returned), "unknown"
+
+
+def _same(output: Any, returned: Tensor) -> bool:
+    return (
+        isinstance(output, Tensor)
+        and output.numel() == returned.numel()
+        and output.data_ptr() == returned.data_ptr()
+    )
 
 
 def _open_callable(model: Any, processor: Any, tokenizer: Any) -> FrozenEncoder:
-    return FrozenEncoder(model, image=_callable_outputs, outputs="logits")
+    pipeline = PixelPipeline()
+    if processor is not None:
+        pipeline = read_processor(processor, pipeline)
+    return FrozenEncoder(model, image=_callable_outputs, outputs="unknown", pipeline=pipeline)
 
 
 def _callable_outputs(model: Any, pixels: Tensor) -> Tensor:
@@ -382,22 +556,6 @@ _OPENERS: tuple[tuple[Callable[[Any], bool], Callable[[Any, Any, Any], FrozenEnc
     (lambda encoder: isinstance(encoder, nn.Module), _open_module),
     (callable, _open_callable),
 )
-
-
-def _statistics(source: Any) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    for names in (("image_mean", "image_std"), ("mean", "std")):
-        values = [getattr(source, name, None) for name in names]
-        if all(isinstance(value, Sequence | np.ndarray | Tensor) for value in values):
-            mean, std = (tuple(float(v) for v in value) for value in values)  # type: ignore[union-attr]
-            return mean, std
-    return None, None
-
-
-def _pair(size: Any) -> tuple[int, int] | None:
-    if size is None or isinstance(size, int):
-        return None if size is None else (size, size)
-    height, width = size
-    return int(height), int(width)
 
 
 def _channels(module: nn.Module) -> int | None:

@@ -1,6 +1,6 @@
 """Programs: what is added to images and to token embeddings before a frozen encoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from skperf.reprogramming.encoders import FrozenEncoder
+from skperf.reprogramming.pixels import PLAIN, PixelPipeline
+from skperf.reprogramming.tokens import Tokens
+
+#: Prompts that go through the text tower at once.
+PROMPTS_AT_ONCE = 256
 
 BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -26,6 +31,10 @@ class InputProgram(Protocol):
         """Shape of its weights."""
         ...
 
+    def start(self, init: str, generator: torch.Generator) -> Tensor:
+        """Weights to start from, which leave inputs as they are unless `init` is "normal"."""
+        ...
+
     def place(self, inputs: Tensor) -> Tensor:
         """Bring inputs to the encoder's size, not yet programmed."""
         ...
@@ -39,9 +48,14 @@ class InputProgram(Protocol):
         ...
 
 
+def start(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
+    """Zeros, or normal draws where `init` says so: -> shape."""
+    return torch.randn(shape, generator=generator) if init == "normal" else torch.zeros(shape)
+
+
 @dataclass(frozen=True)
 class ImageProgram:
-    """A border of learnable pixels."""
+    """A border of learnable pixels; a border of 0 is none."""
 
     # With layout "overlay" the picture fills the canvas and the border lies on its edge,
     # `clip(resize(x) + bound(w))`; with "pad" the picture shrinks into the space inside the
@@ -52,20 +66,20 @@ class ImageProgram:
     border: int
     layout: str = "overlay"
     bound: str = "tanh"
-    resize: str = "bicubic"
+    pipeline: PixelPipeline = PLAIN
     clip: str = "inward"
 
     def __post_init__(self) -> None:
-        if self.border <= 0 or 2 * self.border >= min(self.canvas):
+        if self.border < 0 or 2 * self.border >= min(self.canvas):
             height, width = self.canvas
             most = (min(self.canvas) - 1) // 2
             raise ValueError(
                 f"border={self.border} does not fit a canvas of {height} x {width} pixels: "
-                f"it must be positive and leave some of the picture, so at most {most}."
+                f"it must leave some of the picture, so at most {most}; 0 is no border."
             )
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of the weights: (channels, pixels of the border)."""
         return self.channels, len(self._index)
 
@@ -77,8 +91,13 @@ class ImageProgram:
     @cached_property
     def _index(self) -> Tensor:
         mask = torch.ones(self.canvas, dtype=torch.bool)
-        mask[self.border : -self.border, self.border : -self.border] = False
+        height, width = self.canvas
+        mask[self.border : height - self.border, self.border : width - self.border] = False
         return mask.view(-1).nonzero().view(-1)
+
+    def start(self, init: str, generator: torch.Generator) -> Tensor:
+        """Weights to start from: -> (channels, n_border)."""
+        return start(self.shape, init, generator)
 
     def place(self, inputs: Tensor) -> Tensor:
         """Bring images to the canvas; not yet programmed.
@@ -86,8 +105,7 @@ class ImageProgram:
         Shapes: inputs (n, 1 or channels, height, width) -> (n, channels, canvas height, canvas
         width).
         """
-        size = self.canvas if self.layout == "overlay" else self.inner
-        images = resized(inputs, size, self.resize)
+        images = self.pipeline.place(inputs, self.canvas if self.layout != "pad" else self.inner)
         if self.layout == "pad":
             images = functional.pad(images, (self.border,) * 4)
         return images.expand(-1, self.channels, -1, -1)
@@ -140,37 +158,14 @@ def clamp_inward(values: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     return result
 
 
-def resized(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """Scale images to cover a size and crop the middle.
-
-    Shapes: images (n, channels, height, width) -> (n, channels, *size).
-    """
-    height, width = images.shape[-2:]
-    if (height, width) == size:
-        return images
-    scale = max(size[0] / height, size[1] / width)
-    scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
-    if mode == "nearest":
-        images = functional.interpolate(images, scaled, mode=mode)
-    else:
-        images = functional.interpolate(
-            images,
-            scaled,
-            mode=mode,
-            align_corners=False,
-            antialias=min(scaled) < min(height, width),
-        ).clamp(0, 1)
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return images[..., top : top + size[0], left : left + size[1]]
-
-
 @dataclass(frozen=True, eq=False)
 class TextProgram:
     """A learnable delta on the embeddings of tokens."""
 
     used: Tensor  # (n_used,)
-    n_positions: int
+    n_positions: int  # -1: one row for all of them
     width: int
+    first: int = 0  # position of the first row
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -185,10 +180,16 @@ class TextProgram:
             if len(rows):
                 output = output + self._of_tokens(rows, args[0])
             if len(positions):
-                output = output + positions[: output.shape[-2]]
+                output = output + self._of_positions(positions, output.shape[-2])
             return output
 
         return shifted
+
+    def _of_positions(self, rows: Tensor, length: int) -> Tensor:
+        if self.n_positions < 0:
+            return rows
+        after = max(0, length - self.first - len(rows))
+        return functional.pad(rows, (0, 0, self.first, after))[:length]
 
     def _of_tokens(self, rows: Tensor, ids: Tensor) -> Tensor:
         used = self.used.to(ids.device)
@@ -198,37 +199,103 @@ class TextProgram:
         return functional.embedding(index, padded)
 
 
-def text_program(kind: str, encoder: FrozenEncoder, ids: Tensor) -> TextProgram | None:
-    """Choose the rows of a text program: ids (n_prompts, length)."""
+#: Text programs: which tokens get a row of their own, and whether positions do.
+TEXT_PROGRAMS = (
+    "none",
+    "bias",
+    "position",
+    "context",
+    "table",
+    "table+position",
+    "all",
+    "all+position",
+)
+
+
+def text_program(kind: str, encoder: FrozenEncoder, tokens: Tokens) -> TextProgram | None:
+    """Choose the rows of a text program: tokens (n_prompts, length)."""
     if kind == "none":
         return None
     assert encoder.tokenize is not None
+    ids = tokens.ids
     used = torch.zeros(0, dtype=torch.long)
-    if kind.startswith("table"):
-        marks = encoder.tokenize([""])
-        used = ids.unique()
-        used = used[~torch.isin(used, marks)].cpu()
-    n_positions = {"bias": -1, "table": 0}.get(kind, ids.shape[1])
-    return TextProgram(used, n_positions, encoder.token_width)
+    if kind.startswith(("table", "all")):
+        used = ids.unique().cpu()
+        if kind.startswith("table"):
+            used = used[~torch.isin(used, encoder.tokenize([""]).ids)]
+    n_positions = {"bias": -1, "table": 0, "all": 0}.get(kind, ids.shape[1])
+    first = 0
+    if kind == "context":
+        # the tokens before the name, as CoOp has them, which are the same in all prompts
+        same = (ids == ids[:1]).all(0).int().cumprod(0)
+        start = int(torch.isin(ids[0], encoder.tokenize([""]).ids).int().cumprod(0).sum())
+        first, n_positions = start, int(same.sum()) - start
+        if n_positions < 1:
+            raise ValueError(
+                "text='context' trains the words before the class name, and the prompts have no "
+                "such words in common; use one template such as 'a photo of a {}'."
+            )
+    return TextProgram(used, n_positions, encoder.token_width, first)
 
 
-def filled_prompts(templates: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Put every class name into every template."""
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"the prompt {template!r} has no '{{}}' for the class name.")
-    return [template.replace("{}", name) for name in names for template in templates]
+def class_prompts(
+    templates: Any, names: Sequence[Sequence[str]], labels: Sequence[Any]
+) -> list[list[str]]:
+    """Write the prompts of every class: its names in every template, or its own prompts."""
+    if isinstance(templates, Mapping):
+        missing = [label for label in labels if label not in templates]
+        if missing:
+            raise ValueError(f"prompts has no entry for the labels {missing[:10]}.")
+        own = [templates[label] for label in labels]
+        own = [[texts] if isinstance(texts, str) or callable(texts) else texts for texts in own]
+        if not all(len(texts) for texts in own):
+            raise ValueError("prompts has a class without any prompt.")
+        return [
+            [
+                filled(text, name) if callable(text) or "{}" in text else text
+                for name in known
+                for text in texts
+            ]
+            for texts, known in zip(own, names, strict=True)
+        ]
+    templates = [templates] if isinstance(templates, str) or callable(templates) else templates
+    return [[filled(text, name) for name in known for text in templates] for known in names]
 
 
-def class_embeddings(
-    encoder: FrozenEncoder,
-    ids: Tensor,
-    n_classes: int,
-    hook: Callable[..., Tensor] | None = None,
-    *,
-    model: Any = None,
-) -> Tensor:
-    """Embed classes by their prompts: ids (n_classes * n_templates, length) -> (n_classes, d)."""
-    embeddings = functional.normalize(encoder.encode_text(ids, hook, model), dim=-1)
-    means = embeddings.view(n_classes, -1, embeddings.shape[-1]).mean(1)
-    return functional.normalize(means, dim=-1)
+def filled(template: Any, name: str) -> str:
+    """Put a class name into a template or a function of names."""
+    if callable(template):
+        return str(template(name))
+    if "{}" not in template:
+        raise ValueError(f"the prompt {template!r} has no '{{}}' for the class name.")
+    return str(template.replace("{}", name))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Tokenized prompts and the class of each."""
+
+    tokens: Tokens  # (n_prompts, length)
+    groups: Tensor  # (n_prompts,)
+    n_classes: int
+
+    def of(self, classes: Tensor) -> "Prompts":
+        """Those of some classes, numbered anew: classes (m,)."""
+        number = self.groups.new_full((self.n_classes,), -1)
+        number[classes] = torch.arange(len(classes), device=number.device)
+        groups = number[self.groups]
+        kept = groups >= 0
+        return Prompts(self.tokens[kept], groups[kept], len(classes))
+
+    def embeddings(
+        self, encoder: FrozenEncoder, hook: Callable[..., Tensor] | None = None, model: Any = None
+    ) -> Tensor:
+        """Embed classes by the mean of their prompts, of unit length: -> (n_classes, d)."""
+        pieces = [
+            encoder.encode_text(self.tokens[start : start + PROMPTS_AT_ONCE], hook, model)
+            for start in range(0, len(self.tokens), PROMPTS_AT_ONCE)
+        ]
+        embeddings = functional.normalize(torch.cat(pieces), dim=-1)
+        sums = embeddings.new_zeros(self.n_classes, embeddings.shape[1])
+        # the length of the mean is lost, so the sum will do
+        return functional.normalize(sums.index_add(0, self.groups, embeddings), dim=-1)

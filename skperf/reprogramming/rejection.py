@@ -5,12 +5,16 @@ All scores are higher for rows that look like the training data.
 References
 ----------
 Hendrycks and Gimpel (arXiv 1610.02136, maximal softmax); Liu et al. (arXiv 2010.03759,
-energy); Ming et al. (arXiv 2211.13445, maximal concept matching).
+energy); Ming et al. (arXiv 2211.13445, maximal concept matching); Lee et al. (arXiv
+1807.03888, Mahalanobis); Sun et al. (arXiv 2204.06507, nearest neighbours); Wang et al. (arXiv
+2203.10807, ViM).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -59,6 +63,102 @@ SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class Gaussians:
+    """Classes as normal distributions with one covariance."""
+
+    means: Tensor  # (n_classes, d)
+    whitening: Tensor  # (d, d)
+
+    @classmethod
+    def fit(cls, outputs: Tensor, codes: Tensor) -> "Gaussians":
+        """Estimate them: outputs (n, d), codes (n,)."""
+        means, residuals = _centred(outputs, codes)
+        n, width = residuals.shape
+        covariance = residuals.T @ residuals / max(1, n - len(means))
+        # shrinkage, since rows are often fewer than dimensions
+        share = min(0.9, max(0.05, width / (n + width)))
+        isotropic = covariance.diagonal().mean().clamp_min(1e-12)
+        eye = torch.eye(width, dtype=outputs.dtype)
+        covariance = (1 - share) * covariance + share * isotropic * eye
+        return cls(means, torch.linalg.cholesky(torch.linalg.inv(covariance)))
+
+    def score(self, outputs: Tensor) -> Tensor:
+        """Minus the squared distance to the nearest class: outputs (n, d) -> (n,)."""
+        return -torch.cdist(outputs @ self.whitening, self.means @ self.whitening).square().amin(1)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Training rows, for the distance to the k-th nearest."""
+
+    rows: Tensor  # (n, d)
+    k: int
+
+    @classmethod
+    def fit(cls, outputs: Tensor, codes: Tensor) -> "Neighbours":
+        """Keep them, some thousands at most: outputs (n, d), codes (n,)."""
+        step = -(-len(outputs) // 5000)
+        kept = functional.normalize(outputs[::step], dim=-1)
+        return cls(kept, max(1, min(10, round(0.02 * len(kept)))))
+
+    def score(self, outputs: Tensor) -> Tensor:
+        """Cosine with the k-th nearest training row: outputs (n, d) -> (n,)."""
+        near = functional.normalize(outputs, dim=-1) @ self.rows.T
+        return near.topk(self.k, 1).values[:, -1]
+
+
+@dataclass(frozen=True)
+class VirtualLogit:
+    """Directions in which the training rows do not vary."""
+
+    centre: Tensor  # (d,)
+    residual: Tensor  # (d, d - kept)
+
+    @classmethod
+    def fit(cls, outputs: Tensor, codes: Tensor) -> "VirtualLogit":
+        """Find them: outputs (n, d), codes (n,)."""
+        centre = outputs.mean(0)
+        covariance = (outputs - centre).T @ (outputs - centre) / len(outputs)
+        values, vectors = torch.linalg.eigh(covariance)
+        # all but 5 % of the variance, and never all directions
+        kept = int((values.flip(0).cumsum(0) < 0.95 * values.sum()).sum()) + 1
+        kept = min(kept, outputs.shape[1] - 1)
+        return cls(centre, vectors[:, : outputs.shape[1] - kept])
+
+    def score(self, outputs: Tensor) -> Tensor:
+        """Minus the share of a row outside the kept directions: outputs (n, d) -> (n,)."""
+        centred = outputs - self.centre
+        outside = (centred @ self.residual).norm(dim=1)
+        return -outside / centred.norm(dim=1).clamp_min(1e-12)
+
+
+def _centred(outputs: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    present, codes = codes.unique(return_inverse=True)
+    sums = outputs.new_zeros(len(present), outputs.shape[1]).index_add(0, codes, outputs)
+    means = sums / torch.bincount(codes)[:, None]
+    return means, outputs - means[codes]
+
+
+#: Scores on outputs of the plain encoder, fitted to those of the training rows.
+FEATURE_SCORES = {"mahalanobis": Gaussians, "knn": Neighbours, "vim": VirtualLogit}
+
+
 def retention_threshold(scores: NDArray[np.floating], retention: float) -> float:
-    """Highest threshold that keeps at least a given share of the scores: scores (n,)."""
-    return float(np.quantile(scores, 1 - retention, method="lower"))
+    """Threshold that keeps a share of fresh rows like the scored ones, on average: scores (n,)."""
+    # of n rows and a fresh one, each is the lowest with the same probability
+    return float(np.quantile(scores, 1 - retention, method="weibull"))
+
+
+def left_out_auroc(scores: Callable[[int], tuple[Tensor, Tensor]], n_classes: int) -> float:
+    """Mean AUROC over classes of telling a class apart that the score does not know of.
+
+    ``scores(code)`` gives the scores of the other classes' rows and of the class's own.
+    """
+    values = []
+    for code in range(n_classes):
+        inside, outside = scores(code)
+        if len(inside) and len(outside):
+            above = (inside[:, None] > outside[None]).float().mean()
+            values.append(float(above + 0.5 * (inside[:, None] == outside[None]).float().mean()))
+    return float(np.mean(values)) if values else 0.5

@@ -60,7 +60,7 @@ class AlphaCurve:
 
 
 def alpha_curve(
-    representations: Representations,
+    parts: Sequence[Representations],
     codes: Tensor,
     alphas: Sequence[float],
     *,
@@ -68,12 +68,13 @@ def alpha_curve(
     renormalize: bool = False,
     weight: Tensor | None = None,
 ) -> AlphaCurve:
-    """Try mixes on cached embeddings; no encoder runs: codes (n,), weight (n,)."""
+    """Try mixes on cached embeddings; no encoder runs: codes (n,), weight (n,) of all parts."""
     weight = torch.ones(len(codes)) if weight is None else weight
     weight = weight / weight.sum()
     accuracy, loss = [], []
     for alpha in alphas:
-        logits = scale * representations.similarities(alpha, renormalize=renormalize)
+        similarities = [part.similarities(alpha, renormalize=renormalize) for part in parts]
+        logits = scale * torch.cat(similarities)
         losses = functional.cross_entropy(logits, codes, reduction="none")
         accuracy.append(float((logits.argmax(1) == codes).to(weight) @ weight))
         loss.append(float(losses @ weight.to(losses)))

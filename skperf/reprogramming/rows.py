@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from skperf.reprogramming.programs import start
+
 
 class RowEncoder(nn.Module):
     """Features of flat rows: the standardised row itself and fixed random features of it."""
@@ -42,6 +44,10 @@ class RowProgram:
     def shape(self) -> tuple[int]:
         """Shape of the weights."""
         return (self.n_features,)
+
+    def start(self, init: str, generator: torch.Generator) -> Tensor:
+        """No shift, or a normal one: -> (n_features,)."""
+        return start(self.shape, init, generator)
 
     def place(self, inputs: Tensor) -> Tensor:
         """Flatten the rows: inputs (n, ...) -> (n, n_features)."""

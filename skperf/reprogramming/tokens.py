@@ -1,4 +1,4 @@
-"""Tokenizers of every kind as functions from texts to ids; too long a text is refused."""
+"""Tokenizers of every kind as functions from texts to ids and masks; too long a text is refused."""
 
 import inspect
 from collections.abc import Callable
@@ -10,22 +10,42 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Tokens:
+    """Token ids of some texts and, where the tokenizer gives one, which are not padding."""
+
+    ids: Tensor  # (n, length)
+    mask: Tensor | None = None  # (n, length)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Any) -> "Tokens":
+        return Tokens(self.ids[rows], None if self.mask is None else self.mask[rows])
+
+    def to(self, device: torch.device) -> "Tokens":
+        """Move both: -> the same shapes."""
+        return Tokens(self.ids.to(device), None if self.mask is None else self.mask.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class TransformersTokens:
-    """Token ids from a transformers tokenizer."""
+    """Token ids from a transformers tokenizer, with the mask that it gives for its model."""
 
     tokenizer: Any
     length: int
     fill: bool
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts: list[str]) -> Tokens:
         """Tokenize: -> (n_texts, n_tokens)."""
-        ids = self.tokenizer(texts, padding="longest", return_tensors="pt")["input_ids"]
-        if ids.shape[1] > self.length:
-            raise _too_long(max(texts, key=len), ids.shape[1], self.length)
+        encoded = self.tokenizer(texts, padding="longest", return_tensors="pt")
+        needed = encoded["input_ids"].shape[1]
+        if needed > self.length:
+            raise _too_long(max(texts, key=len), needed, self.length)
         if self.fill:
             padding = {"padding": "max_length", "max_length": self.length}
-            ids = self.tokenizer(texts, **padding, return_tensors="pt")["input_ids"]
-        return torch.as_tensor(ids)
+            encoded = self.tokenizer(texts, **padding, return_tensors="pt")
+        mask = encoded.get("attention_mask")
+        return Tokens(torch.as_tensor(encoded["input_ids"]), mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +55,11 @@ class PlainTokens:
     tokenizer: Any
     length: int | None
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts: list[str]) -> Tokens:
         """Tokenize: -> (n_texts, n_tokens)."""
         ids = torch.as_tensor(self.tokenizer(texts)).long()
         if self.length is None:
-            return ids
+            return Tokens(ids)
         if ids.shape[1] > self.length:
             raise _too_long(max(texts, key=len), ids.shape[1], self.length)
         if "context_length" in inspect.signature(self.tokenizer).parameters:
@@ -49,13 +69,16 @@ class PlainTokens:
             if bool(cut.any()):
                 text = texts[int(cut.int().argmax())]
                 raise _too_long(text, ids.shape[1] + 1, self.length)
-        return ids
+        return Tokens(ids)
 
 
-def tokens_for(tokenizer: Any, length: int | None) -> Callable[[list[str]], Tensor]:
+def tokens_for(
+    tokenizer: Any, length: int | None, fill: bool = True
+) -> Callable[[list[str]], Tokens]:
     """Find out how a tokenizer is to be called."""
     if hasattr(tokenizer, "batch_encode_plus") or hasattr(tokenizer, "convert_ids_to_tokens"):
-        return TransformersTokens(tokenizer, length or 77, fill=True)
+        most = getattr(tokenizer, "model_max_length", None) or length or 77
+        return TransformersTokens(tokenizer, min(length or 77, most), fill=fill)
     return PlainTokens(tokenizer, length)
 
 

@@ -26,7 +26,8 @@ class HuggingFaceTokenizer:
         rows = [[38, *(self.words.index(w) for w in text.split()), 39] for text in texts]
         length = max(map(len, rows)) if padding == "longest" else max_length
         ids = torch.tensor([row + [39] * (length - len(row)) for row in rows])
-        return {"input_ids": ids, "attention_mask": (ids != 39).long()}
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": mask}
 
     def convert_ids_to_tokens(self, ids):
         return [self.words[i] for i in ids]
@@ -62,10 +63,11 @@ def test_clip_equals_its_own_forward(clip, words):
     assert (encoder.image_size, encoder.channels, encoder.mean) == ((12, 12), 3, CLIP_MEAN)
     images = torch.rand(4, 3, 12, 12)
     ids = encoder.tokenize(["a photo of a cat", "a dog"])
-    assert ids.shape == (2, 7)
-    with encoder.open(), torch.no_grad():
+    assert ids.ids.shape == (2, 7)
+    encoder = encoder.private()
+    with torch.no_grad():
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.mean, encoder.std))
-        out = clip(pixel_values=(images - mean) / std, input_ids=ids)
+        out = clip(pixel_values=(images - mean) / std, input_ids=ids.ids)
         torch.testing.assert_close(
             nn.functional.normalize(encoder.encode_image(images), dim=-1), out.image_embeds
         )
@@ -78,10 +80,12 @@ def test_clip_equals_its_own_forward(clip, words):
 def test_siglip_equals_its_own_forward(siglip, words):
     encoder = open_encoder(siglip, tokenizer=words)
     ids = encoder.tokenize(["a cat", "a dog"])
-    assert ids.shape == (2, 9)  # it pools the last position
+    assert ids.ids.shape == (2, 9)  # it pools the last position
     images = torch.rand(4, 3, 12, 12)
-    with encoder.open(), torch.no_grad():
-        out = siglip(pixel_values=(images - 0.5) / 0.5, input_ids=ids)
+    encoder = encoder.private()
+    with torch.no_grad():
+        texts = {"input_ids": ids.ids, "attention_mask": ids.mask}
+        out = siglip(pixel_values=(images - 0.5) / 0.5, **texts)
         u = nn.functional.normalize(encoder.encode_image(images), dim=-1)
         q = nn.functional.normalize(encoder.encode_text(ids), dim=-1)
         logits = encoder.logit_scale * u @ q.T + encoder.logit_bias
@@ -138,20 +142,33 @@ def test_prompt_longer_than_the_context(clip, words, towers, tokenizer, pictures
 
 def test_custom_text_tower_and_hugging_face_text_tower_are_found(towers):
     inner = nn.Embedding(5, 4)
-    text = SimpleNamespace(transformer=SimpleNamespace(get_input_embeddings=lambda: inner))
-    custom = SimpleNamespace(token_embedding=inner)
+    text, custom = nn.Module(), nn.Module()
+    text.transformer, custom.token_embedding = nn.Sequential(inner), inner
+    text.transformer.get_input_embeddings = lambda: inner
+
+    class TextInside(nn.Module):
+        def __init__(self, visual, text):
+            super().__init__()
+            self.visual, self.text = visual, text
+
+        def encode_image(self, pixels):
+            return pixels
+
+        def encode_text(self, ids):
+            return ids
+
     for tower in (text, custom):
-        model = SimpleNamespace(
-            encode_image=lambda x: x, encode_text=lambda x: x, visual=towers.visual, text=tower
-        )
-        assert open_encoder(model).token_embedding is inner
+        model = TextInside(towers.visual, tower)
+        encoder = open_encoder(model)
+        assert model.get_submodule(encoder.token_embedding) is inner
 
 
 def test_modules_are_told_apart_by_their_last_layer():
     logits = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
     features = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1))
-    assert open_encoder(logits).outputs == "logits"
-    assert open_encoder(features).outputs == "features"
+    images = torch.rand(1, 1, 4, 4)
+    assert open_encoder(logits).examined(images).outputs == "logits"
+    assert open_encoder(features).examined(images).outputs == "features"
     assert open_encoder(logits).channels == 1
     assert open_encoder(features).encode_image(torch.rand(3, 1, 6, 6)).shape == (3, 2)
 

@@ -91,7 +91,7 @@ def test_features_get_a_linear_head(source, pictures, parameters):
     model = Reprogrammer(source[:5], **parameters | {"max_epochs": 20}).fit(X, y)
     assert model.label_mapping_ is None
     assert model.score(X, y) > 0.9
-    with torch.no_grad(), model.encoder_.open():
+    with torch.no_grad():
         logits = model.to_module()(torch.tensor(X)).numpy()
     np.testing.assert_allclose(logits, model.decision_function(X), atol=1e-4)
 

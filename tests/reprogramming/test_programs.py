@@ -3,12 +3,12 @@ import torch
 from torch.func import functional_call
 
 from skperf.reprogramming.encoders import open_encoder
+from skperf.reprogramming.pixels import PixelPipeline
 from skperf.reprogramming.programs import (
     ImageProgram,
     clamp_inward,
-    class_embeddings,
-    filled_prompts,
-    resized,
+    Prompts,
+    class_prompts,
     text_program,
 )
 
@@ -42,7 +42,7 @@ def test_pad_shrinks_into_the_border(images):
     program = ImageProgram(3, (8, 8), 2, layout="pad")
     placed = program.place(images)
     assert placed.shape == (4, 3, 8, 8)
-    torch.testing.assert_close(placed[:, :, 2:-2, 2:-2], resized(images, (4, 4)))
+    torch.testing.assert_close(placed[:, :, 2:-2, 2:-2], PixelPipeline().place(images, (4, 4)))
     assert placed[:, :, :2].abs().max() == 0
 
 
@@ -54,14 +54,14 @@ def test_one_channel_is_repeated(images):
 def test_resize_crops_the_middle_and_stays_in_range():
     wide = torch.zeros(1, 1, 8, 16)
     wide[..., 4:12] = 1
-    assert torch.equal(resized(wide, (8, 8)), torch.ones(1, 1, 8, 8))
-    up = resized(torch.rand(1, 1, 5, 7), (12, 12))
+    assert torch.equal(PixelPipeline().place(wide, (8, 8)), torch.ones(1, 1, 8, 8))
+    up = PixelPipeline().place(torch.rand(1, 1, 5, 7), (12, 12))
     assert up.shape == (1, 1, 12, 12)
     assert up.min() >= 0
     assert up.max() <= 1
 
 
-@pytest.mark.parametrize("border", [0, -1, 4, 5])
+@pytest.mark.parametrize("border", [-1, 4, 5])
 def test_border_must_leave_a_picture(border):
     with pytest.raises(ValueError, match=f"border={border} does not fit a canvas of 8 x 8"):
         ImageProgram(3, (8, 8), border)
@@ -87,7 +87,7 @@ def test_no_pixel_is_lost():
 @pytest.mark.parametrize("kind", ["bias", "position", "table", "table+position"])
 def test_hook_equals_changed_weights(towers, tokenizer, kind):
     encoder = open_encoder(towers, tokenizer=tokenizer)
-    ids = encoder.tokenize(filled_prompts(["a photo of a {}"], ["cat", "dog"]))
+    ids = encoder.tokenize(["a photo of a cat", "a photo of a dog"])
     program = text_program(kind, encoder, ids)
     delta = torch.randn(program.shape, generator=torch.Generator().manual_seed(3))
     table = towers.token_embedding.weight.detach().clone()
@@ -108,7 +108,7 @@ def test_hook_equals_changed_weights(towers, tokenizer, kind):
         def forward(self, ids):
             return self.inner.encode_text(ids)
 
-    expected = functional_call(Text(), {f"inner.{k}": v for k, v in changed.items()}, (ids,))
+    expected = functional_call(Text(), {f"inner.{k}": v for k, v in changed.items()}, (ids.ids,))
     torch.testing.assert_close(encoder.encode_text(ids, program.hook(delta)), expected)
     assert not towers.token_embedding._forward_hooks
 
@@ -126,15 +126,17 @@ def test_table_leaves_other_words_alone(towers, tokenizer):
 
 def test_prompts_are_averaged_on_the_sphere(towers, tokenizer):
     encoder = open_encoder(towers, tokenizer=tokenizer)
-    prompts = filled_prompts(["a photo of a {}", "the {}"], ["cat", "dog"])
-    assert prompts == ["a photo of a cat", "the cat", "a photo of a dog", "the dog"]
-    table = class_embeddings(encoder, encoder.tokenize(prompts), 2)
-    for row, texts in zip(table, (prompts[:2], prompts[2:]), strict=True):
+    own = class_prompts(["a photo of a {}", "the {}"], [["cat"], ["dog", "zebra"]], [0, 1])
+    assert own[0] == ["a photo of a cat", "the cat"]
+    assert own[1] == ["a photo of a dog", "the dog", "a photo of a zebra", "the zebra"]
+    tokens = encoder.tokenize([text for texts in own for text in texts])
+    table = Prompts(tokens, torch.tensor([0, 0, 1, 1, 1, 1]), 2).embeddings(encoder)
+    for row, texts in zip(table, own, strict=True):
         each = encoder.encode_text(encoder.tokenize(texts))
-        mean = sum(e / e.norm() for e in each) / 2
+        mean = sum(e / e.norm() for e in each)
         torch.testing.assert_close(row, mean / mean.norm())
 
 
 def test_prompt_needs_a_place_for_the_name():
     with pytest.raises(ValueError, match=r"'a photo' has no '\{\}'"):
-        filled_prompts(["a photo"], ["cat"])
+        class_prompts(["a photo"], [["cat"]], [0])

@@ -31,9 +31,20 @@ def test_agreement_is_a_cosine():
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=60), st.floats(0.01, 1))
-def test_threshold_keeps_the_share(scores, retention):
-    scores = np.array(scores)
+def test_threshold_lies_between_the_ranks_of_a_fresh_row(scores, retention):
+    scores = np.sort(scores)
     threshold = retention_threshold(scores, retention)
-    assert np.mean(scores >= threshold) >= retention - 1e-9
-    higher = scores[scores > threshold]
-    assert len(higher) / len(scores) < retention + 1 / len(scores)
+    rank = (1 - retention) * (len(scores) + 1)  # of n + 1 rows, n + 1 places are as likely
+    below, above = int(np.floor(rank)), int(np.ceil(rank))
+    assert scores[max(0, below - 1)] - 1e-9 <= threshold
+    assert threshold <= scores[min(len(scores), max(1, above)) - 1] + 1e-9
+
+
+@pytest.mark.parametrize("n", [20, 33, 100])
+def test_threshold_keeps_the_share_of_fresh_rows(n):
+    generator = np.random.RandomState(0)
+    kept = []
+    for _ in range(4000):
+        scores = generator.exponential(size=n)
+        kept.append(np.exp(-retention_threshold(scores, 0.95)))  # share of fresh rows above
+    assert abs(np.mean(kept) - 0.95) < 0.01

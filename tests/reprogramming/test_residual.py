@@ -25,7 +25,7 @@ def test_disagreement_shortens_the_mix(alpha):
 def test_curve_equals_direct_computation():
     r = Representations(unit(30, 4), unit(30, 4, seed=1), unit(3, 4, seed=2), unit(3, 4, seed=3))
     codes = torch.arange(30) % 3
-    curve = alpha_curve(r, codes, (0.0, 0.4, 1.0), scale=7.0)
+    curve = alpha_curve([r], codes, (0.0, 0.4, 1.0), scale=7.0)
     for alpha, accuracy, loss in zip(curve.alphas, curve.accuracy, curve.loss, strict=True):
         images = (1 - alpha) * r.images + alpha * r.images_zero
         classes = (1 - alpha) * r.classes + alpha * r.classes_zero

@@ -1,0 +1,344 @@
+"""Heads on cached outputs of a frozen encoder, each with its cross-fitted logits.
+
+A head is fitted once on all rows; beside it stand the logits that every row gets from heads
+which were fitted without it, so that heads can be compared on rows they have not seen.
+
+References
+----------
+Gao et al., "CLIP-Adapter" (arXiv 2110.04544); Zhang et al., "Tip-Adapter" (ECCV 2022); Silva-
+Rodriguez et al., "A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models"
+(CVPR 2024, a probe held to the text embeddings); Cai et al., "Attribute-based Visual
+Reprogramming" (ICLR 2025).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.nn import functional
+
+Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
+
+#: Ridge of the probe, on features whose mean square length is 1.
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+#: Share of the zero-shot logits that the probe starts from.
+PRIORS = (0.0, 0.3, 1.0)
+#: Weight and sharpness of the cache.
+CACHE_WEIGHTS = (0.3, 1.0, 3.0, 10.0)
+CACHE_SHARPNESS = (1.0, 3.0, 10.0, 30.0)
+#: Share of the adapter in the features.
+ADAPTER_SHARES = (0.2, 0.6)
+#: Number of nearest attributes.
+NEAREST = (1, 3, 10**6)
+#: Rows, and rows times outputs times classes, up to which settings are compared by folds.
+MOST_ROWS, MOST_WORK = 4000, 5e7
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Outputs of the plain encoder for labelled rows, and what the texts say."""
+
+    outputs: Tensor  # (n, d)
+    codes: Tensor  # (n,)
+    weight: Tensor  # (n,)
+    n_classes: int
+    zero_shot: Tensor | None = None  # (n_classes, d)
+    attributes: Tensor | None = None  # (n_prompts, d), the prompts one by one
+    groups: Tensor | None = None  # (n_prompts,), the class of each
+    scale: float = 1.0
+    bias: float = 0.0
+
+    def __getitem__(self, rows: Any) -> "Cached":
+        parts = {name: getattr(self, name)[rows] for name in ("outputs", "codes", "weight")}
+        return replace(self, **parts)
+
+    def texts(self) -> Tensor:
+        """Zero-shot logits of the rows: -> (n, n_classes)."""
+        return zero_shot_logits(self.outputs, self.zero_shot, self.scale, self.bias, self.n_classes)
+
+    def loss(self, logits: Tensor) -> float:
+        """Weighted mean cross-entropy: logits (n, n_classes) -> ()."""
+        losses = functional.cross_entropy(logits, self.codes, reduction="none")
+        return float(losses @ self.weight.to(losses) / self.weight.sum())
+
+
+def zero_shot_logits(
+    outputs: Tensor, zero_shot: Tensor | None, scale: float, bias: float, n_classes: int
+) -> Tensor:
+    """Hold outputs (n, d) against texts (n_classes, d); zeros without: -> (n, n_classes)."""
+    if zero_shot is None:
+        return outputs.new_zeros(len(outputs), n_classes)
+    return scale * outputs @ zero_shot.to(outputs).T + bias
+
+
+class Head(nn.Module):
+    """A map from outputs of the plain encoder (n, d) to class logits (n, n_classes)."""
+
+    zero_shot: Tensor | None
+
+    def __init__(self, cached: Cached) -> None:
+        super().__init__()
+        self.register_buffer("zero_shot", cached.zero_shot)
+        self.scale, self.bias, self.n_classes = cached.scale, cached.bias, cached.n_classes
+
+    def texts(self, outputs: Tensor) -> Tensor:
+        """Zero-shot logits: outputs (n, d) -> (n, n_classes)."""
+        return zero_shot_logits(outputs, self.zero_shot, self.scale, self.bias, self.n_classes)
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and numbers; the tensors are in the state dictionary."""
+        numbers = {n: v for n, v in vars(self).items() if isinstance(v, int | float)}
+        return {
+            "kind": type(self).__name__,
+            **{n: v for n, v in numbers.items() if n != "training"},
+        }
+
+
+class Probe(Head):
+    """Softmax regression, held to a share of the zero-shot classifier by its ridge."""
+
+    def __init__(self, cached: Cached, prior: float, ridge: float, start: "Probe | None" = None):
+        super().__init__(cached)
+        self.prior = prior
+        centre = cached.outputs.mean(0)
+        length = (cached.outputs - centre).square().sum(1).mean().sqrt().clamp_min(1e-12)
+        self.register_buffer("centre", centre)
+        self.register_buffer("length", length)
+        n_outputs, n_classes = len(centre), cached.n_classes
+        first = np.zeros((n_outputs + 1, n_classes))
+        if start is not None:
+            first[:-1], first[-1] = start.weight.detach().double(), start.offset.detach().double()
+        x = ((cached.outputs - centre) / length).double().numpy()
+        x = np.hstack([x, np.ones((len(x), 1))])
+        texts = prior * cached.texts().double().numpy()
+        share = cached.weight.double().numpy() / float(cached.weight.sum())
+        hot = np.eye(n_classes)[cached.codes.numpy()]
+
+        def objective(flat: NDArray[Any]) -> tuple[float, NDArray[Any]]:
+            w = flat.reshape(first.shape)
+            logits = x @ w + texts
+            logits = logits - logits.max(1, keepdims=True)
+            total = np.exp(logits).sum(1, keepdims=True)
+            loss = share @ (np.log(total[:, 0]) - (logits * hot).sum(1))
+            slope = x.T @ ((np.exp(logits) / total - hot) * share[:, None])
+            slope[:-1] += ridge * w[:-1]
+            return loss + ridge / 2 * (w[:-1] ** 2).sum(), slope.ravel()
+
+        options = {"maxiter": 200, "ftol": 1e-9, "gtol": 1e-6}
+        found = minimize(objective, first.ravel(), jac=True, method="L-BFGS-B", options=options)
+        solution = torch.as_tensor(found.x.reshape(first.shape)).to(cached.outputs)
+        self.weight, self.offset = nn.Parameter(solution[:-1]), nn.Parameter(solution[-1])
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Compute class logits: outputs (n, d) -> (n, n_classes)."""
+        x = (outputs - self.centre) / self.length
+        return x @ self.weight + self.offset + self.prior * self.texts(outputs)
+
+
+class Cache(Head):
+    """Zero-shot logits plus votes of the training rows, weighted by their nearness."""
+
+    def __init__(self, cached: Cached, weight: float, sharpness: float) -> None:
+        super().__init__(cached)
+        self.weight, self.sharpness = weight, sharpness
+        self.register_buffer("keys", functional.normalize(cached.outputs, dim=-1))
+        self.register_buffer("votes", cache_votes(cached))
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Compute class logits: outputs (n, d) -> (n, n_classes)."""
+        nearness = functional.normalize(outputs, dim=-1) @ self.keys.T  # type: ignore[operator]
+        near = torch.exp(self.sharpness * (nearness - 1))
+        return self.texts(outputs) + self.weight * near @ self.votes  # type: ignore[operator]
+
+
+def cache_votes(cached: Cached) -> Tensor:
+    """One vote a row for its class, weights taken into account: -> (n, n_classes)."""
+    votes = functional.one_hot(cached.codes, cached.n_classes).to(cached.outputs)
+    return votes * (cached.weight / cached.weight.mean()).to(votes)[:, None]
+
+
+class Adapter(Head):
+    """Texts held against features that a small bottleneck has moved."""
+
+    def __init__(self, cached: Cached, share: float, seed: int = 0, steps: int = 150) -> None:
+        super().__init__(cached)
+        self.share = share
+        n_outputs = cached.outputs.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        narrow = max(4, n_outputs // 4)
+        draw = [
+            torch.randn(a, b, generator=generator) * (2 / a) ** 0.5
+            for a, b in ((n_outputs, narrow), (narrow, n_outputs))
+        ]
+        self.down, self.up = nn.Parameter(draw[0]), nn.Parameter(draw[1])
+        optimizer = torch.optim.AdamW([self.down, self.up], lr=1e-3)
+        weight = cached.weight / cached.weight.sum()
+        for _ in range(steps):
+            losses = functional.cross_entropy(self(cached.outputs), cached.codes, reduction="none")
+            optimizer.zero_grad()
+            (losses @ weight.to(losses)).backward()
+            optimizer.step()
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Compute class logits: outputs (n, d) -> (n, n_classes)."""
+        moved = ((outputs @ self.down).relu() @ self.up).relu()
+        mixed = self.share * moved + (1 - self.share) * outputs
+        return self.texts(functional.normalize(mixed, dim=-1))
+
+
+class Attributes(Head):
+    """The mean of a class's prompts that are nearest to the image."""
+
+    def __init__(self, cached: Cached, nearest: int) -> None:
+        super().__init__(cached)
+        self.nearest = nearest
+        self.register_buffer("attributes", cached.attributes)
+        self.register_buffer("groups", cached.groups)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Compute class logits: outputs (n, d) -> (n, n_classes)."""
+        similarities = outputs @ self.attributes.T  # type: ignore[operator]
+        columns = []
+        for code in range(self.n_classes):
+            own = similarities[:, self.groups == code]
+            columns.append(own.topk(min(self.nearest, own.shape[1]), 1).values.mean(1))
+        return self.scale * torch.stack(columns, 1) + self.bias
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A head, and the logits of rows from heads that were fitted without them."""
+
+    head: Head
+    logits: Tensor  # (n, n_classes)
+
+
+def fit_probe(cached: Cached, folds: Folds) -> Fitted:
+    """Choose prior and ridge by the loss of rows left out, then fit on all rows."""
+    priors = PRIORS if cached.zero_shot is not None else (0.0,)
+
+    def path(rows: Cached, prior: float) -> Iterator[Probe]:
+        probe = None
+        for ridge in RIDGES:  # from the strongest on, each from the one before
+            probe = Probe(rows, prior, ridge, probe)
+            yield probe
+
+    trials: dict[tuple[int, int], Tensor] = {}
+    seen = _left_out(cached, folds)
+    for train, test in folds:
+        for i, prior in enumerate(priors):
+            for j, probe in enumerate(path(cached[train], prior)):
+                with torch.no_grad():
+                    rows = trials.setdefault(
+                        (i, j), cached.outputs.new_zeros(len(cached.codes), cached.n_classes)
+                    )
+                    rows[test] = probe(cached.outputs[test])
+    best = min(trials, key=lambda key: cached[seen].loss(trials[key][seen]))
+    probe = (
+        [*path(cached, priors[best[0]])][best[1]]
+        if best[1]
+        else Probe(cached, priors[best[0]], RIDGES[0])
+    )
+    return Fitted(probe, trials[best])
+
+
+def fit_cache(cached: Cached, folds: Folds) -> Fitted:
+    """Choose weight and sharpness; every row is left out of the votes for itself."""
+    keys = functional.normalize(cached.outputs, dim=-1)
+    nearness, votes, texts = keys @ keys.T, cache_votes(cached), cached.texts()
+    trials = {}
+    for sharpness in CACHE_SHARPNESS:
+        voted = torch.exp(sharpness * (nearness - 1)).fill_diagonal_(0) @ votes
+        trials |= {(weight, sharpness): texts + weight * voted for weight in CACHE_WEIGHTS}
+    best = min(trials, key=lambda key: cached.loss(trials[key]))
+    return Fitted(Cache(cached, *best), trials[best])
+
+
+def fit_adapter(cached: Cached, folds: Folds) -> Fitted:
+    """Choose the adapter's share by the loss of rows left out."""
+    return _by_folds(cached, folds, lambda rows, share: Adapter(rows, share), ADAPTER_SHARES)
+
+
+def fit_attributes(cached: Cached, folds: Folds) -> Fitted:
+    """Choose how many attributes count; nothing is trained."""
+    heads = [Attributes(cached, nearest) for nearest in NEAREST]
+    trials = [head(cached.outputs) for head in heads]
+    best = min(range(len(heads)), key=lambda i: cached.loss(trials[i]))
+    return Fitted(heads[best], trials[best])
+
+
+def _by_folds(
+    cached: Cached, folds: Folds, make: Callable[[Cached, float], Head], values: tuple[float, ...]
+) -> Fitted:
+    seen = _left_out(cached, folds)
+    trials = []
+    for value in values:
+        logits = cached.outputs.new_zeros(len(cached.codes), cached.n_classes)
+        for train, test in folds:
+            with torch.no_grad():
+                head = _trained(make, cached[train], value)
+                logits[test] = head(cached.outputs[test])
+        trials.append(logits)
+    best = min(range(len(values)), key=lambda i: cached[seen].loss(trials[i][seen]))
+    return Fitted(_trained(make, cached, values[best]), trials[best])
+
+
+def _trained(make: Callable[[Cached, float], Head], cached: Cached, value: float) -> Head:
+    with torch.enable_grad():
+        return make(cached, value)
+
+
+def _left_out(cached: Cached, folds: Folds) -> NDArray[np.intp]:
+    return np.sort(np.concatenate([test for _, test in folds]))
+
+
+#: Heads by name, and how each is fitted.
+HEADS: dict[str, Callable[[Cached, Folds], Fitted]] = {
+    "probe": fit_probe,
+    "cache": fit_cache,
+    "adapter": fit_adapter,
+    "attributes": fit_attributes,
+}
+
+
+def candidates(cached: Cached) -> tuple[str, ...]:
+    """Name the heads that can be compared on rows of this number and kind."""
+    # not the adapter, which takes the longest and is a probe with less freedom
+    n = len(cached.codes)
+    names = ["probe"]
+    if n <= MOST_ROWS:
+        names.append("cache")
+    if cached.attributes is not None and len(cached.attributes) > cached.n_classes:
+        names.append("attributes")
+    return tuple(names)
+
+
+def folds_of(codes: NDArray[np.intp], n_folds: int, generator: np.random.RandomState) -> Folds:
+    """Deal the rows of every class out to folds: codes (n,)."""
+    fold = np.empty(len(codes), dtype=int)
+    start = 0
+    for code in np.unique(codes):
+        rows = generator.permutation(np.flatnonzero(codes == code))
+        fold[rows] = (start + np.arange(len(rows))) % n_folds
+        start += len(rows)
+    rows = np.arange(len(codes))
+    return [(rows[fold != k], rows[fold == k]) for k in range(n_folds) if (fold == k).any()]
+
+
+def rebuilt(description: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+    """Make a head from what it told of itself."""
+    kinds = {kind.__name__: kind for kind in (Probe, Cache, Adapter, Attributes)}
+    numbers = dict(description)
+    kind = kinds[numbers.pop("kind")]
+    head = kind.__new__(kind)
+    nn.Module.__init__(head)
+    for name, value in numbers.items():
+        setattr(head, name, value)
+    for name, tensor in ({"zero_shot": None} | tensors).items():
+        head.register_buffer(name, tensor)
+    return head

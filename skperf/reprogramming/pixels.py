@@ -1,0 +1,330 @@
+"""How an encoder wants its pictures: size, crop, interpolation as PIL does it, normalisation."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+RESIZES = ("cover", "squash", "contain", "none", "patches")
+
+
+def _bilinear(x: float) -> float:
+    return max(0.0, 1 - abs(x))
+
+
+def _bicubic(x: float) -> float:
+    x = abs(x)
+    if x < 1:
+        return (1.5 * x - 2.5) * x * x + 1
+    return ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
+
+
+def _lanczos(x: float) -> float:
+    return float(np.sinc(x) * np.sinc(x / 3)) if abs(x) < 3 else 0.0
+
+
+def _hamming(x: float) -> float:
+    return float(np.sinc(x) * (0.54 + 0.46 * math.cos(math.pi * x))) if abs(x) < 1 else 0.0
+
+
+def _box(x: float) -> float:
+    return float(-0.5 < x <= 0.5)
+
+
+#: Filters of PIL and how far they reach, in pixels; "nearest" is none.
+FILTERS: dict[str, tuple[Callable[[float], float], float]] = {
+    "bilinear": (_bilinear, 1),
+    "bicubic": (_bicubic, 2),
+    "lanczos": (_lanczos, 3),
+    "hamming": (_hamming, 1),
+    "box": (_box, 0.5),
+}
+#: PIL's numbers of its filters, which transformers writes into its processors.
+PIL_CODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
+
+@dataclass(frozen=True)
+class PixelPipeline:
+    """What happens to a picture between the file and the encoder."""
+
+    size: Size | None = None  # what the encoder sees; None: the size of the pictures
+    resize: str = "cover"
+    scaled: Size | None = None  # cover: short edge twice; squash: before the crop
+    interpolation: str = "bicubic"
+    rounded_crop: bool = False  # torchvision rounds the crop's corner, transformers cuts it off
+    fill: tuple[float, ...] = (0.0,)  # beside a picture that is contained
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    patch: int | None = None  # with "patches": their side and most of them
+    max_patches: int = 256
+    shrink: int | None = None  # a first resize, as the released code has it
+
+    def place(self, images: Tensor, size: Size | None = None) -> Tensor:
+        """Bring pictures to the encoder's size: (n, channels, height, width) in [0, 1]."""
+        if self.shrink is not None:
+            first = replace(self, resize="cover", shrink=None, scaled=None, size=None)
+            images = first.place(images, (self.shrink, self.shrink))
+        height, width = images.shape[-2:]
+        size = size or self.size or (height, width)
+        scaled = self.scaled_size((height, width), size)
+        window = [
+            _window(s, wanted, self.rounded_crop) for s, wanted in zip(scaled, size, strict=True)
+        ]
+        rows, columns = (slice(max(0, start), max(0, start) + n) for start, n in window)
+        placed = resampled(images, scaled, self.interpolation, rows, columns)
+        missing = [side - have for side, have in zip(size, placed.shape[-2:], strict=True)]
+        if any(missing):
+            top, left = missing[0] // 2, missing[1] // 2
+            canvas = placed.new_tensor(self.fill).view(1, -1, 1, 1).expand(1, placed.shape[1], 1, 1)
+            canvas = canvas.expand(len(placed), -1, *size).clone()
+            canvas[..., top : top + placed.shape[-2], left : left + placed.shape[-1]] = placed
+            return canvas
+        return placed
+
+    def scaled_size(self, source: Size, size: Size) -> Size:
+        """Size of a picture once scaled, before it is cropped or filled up to `size`."""
+        height, width = source
+        if self.resize == "none":
+            return source
+        own = self.size is None or size == self.size
+        if self.resize in ("squash", "patches"):
+            if self.resize == "patches":
+                self._check_grid(source, size)
+            return self.scaled if own and self.scaled else size
+        if self.resize == "contain":
+            ratio = max(height / size[0], width / size[1])
+            return min(size[0], round(height / ratio)), min(size[1], round(width / ratio))
+        if size[0] != size[1]:
+            ratio = max(size[0] / height, size[1] / width)
+            return max(size[0], round(height * ratio)), max(size[1], round(width * ratio))
+        short = size[0]
+        if self.scaled is not None:
+            share = 1 if own or self.size is None else size[0] / self.size[0]
+            short = round(self.scaled[0] * share)
+        # cut off, not rounded, by transformers and torchvision alike
+        return (
+            (short, int(short * width / height))
+            if height <= width
+            else (int(short * height / width), short)
+        )
+
+    def canvas(self, source: Size) -> Size:
+        """Size that the encoder sees of pictures of a size."""
+        if self.resize == "patches":
+            assert self.patch is not None
+            return patch_grid(source, self.patch, self.max_patches)
+        return self.size or source
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the means and divide by the deviations: images (n, channels, ...)."""
+        if self.mean is None or self.std is None:
+            return images
+        mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    def _check_grid(self, source: Size, size: Size) -> None:
+        if self.canvas(source) != size:
+            raise ValueError(
+                f"a picture of {source[0]} x {source[1]} pixels fills a grid of "
+                f"{self.canvas(source)} for this encoder, which keeps the sides' proportion; the "
+                f"program's is {size}. Give pictures of one proportion, or resize='squash'."
+            )
+
+
+#: Nothing known: cover the canvas, no normalisation.
+PLAIN = PixelPipeline()
+
+
+def _window(have: int, wanted: int, rounded: bool) -> tuple[int, int]:
+    start = round((have - wanted) / 2) if rounded else (have - wanted) // 2
+    return (start, wanted) if have > wanted else (0, have)
+
+
+def patch_grid(source: Size, patch: int, most: int, eps: float = 1e-5) -> Size:
+    """Largest size of whole patches, at most so many, that keeps a picture's proportion."""
+    # the search of transformers' SigLIP 2 processor, step by step
+    low, high = eps / 10, 100.0
+
+    def grid(scale: float) -> Size:
+        height, width = (max(patch, math.ceil(side * scale / patch) * patch) for side in source)
+        return height, width
+
+    while high - low >= eps:
+        scale = (low + high) / 2
+        height, width = grid(scale)
+        low, high = (scale, high) if height // patch * (width // patch) <= most else (low, scale)
+    return grid(low)
+
+
+@lru_cache(maxsize=128)
+def _weights(n_in: int, n_out: int, interpolation: str) -> Tensor:
+    """Weights of PIL's filters along one side: -> (n_out, n_in)."""
+    scale = n_in / n_out
+    weights = torch.zeros(n_out, n_in)
+    if interpolation == "nearest":
+        weights[torch.arange(n_out), [int((i + 0.5) * scale) for i in range(n_out)]] = 1
+        return weights
+    function, reach = FILTERS[interpolation]
+    stretch = max(1.0, scale)
+    for i in range(n_out):
+        centre = (i + 0.5) * scale
+        first = max(0, int(centre - reach * stretch + 0.5))
+        last = min(n_in, int(centre + reach * stretch + 0.5))
+        row = [function((j - centre + 0.5) / stretch) for j in range(first, last)]
+        total = sum(row)
+        weights[i, first:last] = torch.tensor([w / total for w in row])
+    return weights
+
+
+def resampled(
+    images: Tensor, size: Size, interpolation: str, rows: slice, columns: slice
+) -> Tensor:
+    """Scale pictures as PIL does and cut a window out: (n, channels, height, width) in [0, 1]."""
+    height, width = images.shape[-2:]
+    if (height, width) == size:
+        return images[..., rows, columns]
+    # PIL keeps 8 bits after each of its two passes
+    levels = images * 255
+    if width == size[1]:
+        levels = levels[..., columns]
+    else:
+        levels = _rounded(levels @ _weights(width, size[1], interpolation)[columns].to(levels).T)
+    if height == size[0]:
+        levels = levels[..., rows, :]
+    else:
+        levels = _rounded(_weights(height, size[0], interpolation)[rows].to(levels) @ levels)
+    return levels / 255
+
+
+def _rounded(levels: Tensor) -> Tensor:
+    return (levels + 0.5).floor().clamp(0, 255)
+
+
+def read_processor(processor: Any, guess: PixelPipeline) -> PixelPipeline:
+    """Read a processor of transformers, a torchvision composition or a configuration."""
+    source = getattr(processor, "image_processor", processor)
+    if hasattr(source, "transforms"):
+        return _read_composition(source.transforms, guess)
+    if isinstance(source, Mapping) or not hasattr(source, "image_mean"):
+        return read_configuration(source, guess)
+    size, crop = _get(source, "size"), _get(source, "crop_size")
+    known: dict[str, Any] = {"rounded_crop": False}
+    if _get(source, "do_resize", size is not None) is False:
+        known["resize"] = "none"
+    elif _get(size, "shortest_edge"):
+        known |= {"resize": "cover", "scaled": (int(_get(size, "shortest_edge")),) * 2}
+        known["size"] = (int(_get(size, "shortest_edge")),) * 2
+    elif _get(size, "height"):
+        known |= {
+            "resize": "squash",
+            "scaled": (int(_get(size, "height")), int(_get(size, "width"))),
+        }
+        known["size"] = known["scaled"]
+    elif isinstance(size, int):
+        known |= {"resize": "squash", "scaled": (size, size), "size": (size, size)}
+    if _get(source, "do_center_crop") and crop is not None:
+        height = _get(crop, "height", crop)
+        known["size"] = (int(height), int(_get(crop, "width", height)))
+    if _get(source, "max_num_patches") is not None:
+        known |= {"resize": "patches", "max_patches": int(source.max_num_patches)}
+        known |= {"patch": int(source.patch_size), "size": None, "scaled": None}
+    resample = _get(source, "resample")
+    if resample is not None:
+        known["interpolation"] = _filter_name(resample)
+    mean, std = _affine(source)
+    return replace(guess, **known, mean=mean, std=std)
+
+
+def _affine(source: Any) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Means and deviations for pictures in [0, 1] of a processor that scales as it likes."""
+    rescaled = _get(source, "do_rescale", True)
+    factor = float(_get(source, "rescale_factor", 1 / 255)) if rescaled else 1.0
+    offset = 1.0 if rescaled and _get(source, "rescale_offset", False) else 0.0
+    mean, std = np.zeros(3), np.ones(3)
+    if _get(source, "do_normalize", True) and source.image_mean is not None:
+        mean, std = (np.ravel(np.asarray(v, float)) for v in (source.image_mean, source.image_std))
+        if _get(source, "include_top", False):  # of EfficientNet: divides a second time
+            std = std * std
+    elif not offset and abs(255 * factor - 1) < 1e-9:
+        return None, None
+    full = 255 * factor
+    return tuple(map(float, (mean + offset) / full)), tuple(map(float, std / full))
+
+
+def read_configuration(source: Any, guess: PixelPipeline) -> PixelPipeline:
+    """Read open_clip's ``preprocess_cfg``, timm's ``pretrained_cfg`` or bare statistics."""
+    known: dict[str, Any] = {}
+    size = _get(source, "size", _get(source, "input_size", _get(source, "input_resolution")))
+    if size is not None:
+        known["size"] = pair(size[-2:] if isinstance(size, Sequence) else size)
+    statistics = [(_get(source, "image_mean"), _get(source, "image_std"))]
+    statistics.append((_get(source, "mean"), _get(source, "std")))
+    for mean, std in statistics:
+        if all(isinstance(v, Sequence | np.ndarray | Tensor) for v in (mean, std)):
+            known |= {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+            break
+    if isinstance(_get(source, "interpolation"), str) and source_is_filter(source):
+        known["interpolation"] = _get(source, "interpolation")
+    mode = _get(source, "resize_mode")
+    if mode is not None:  # open_clip
+        rule = {"shortest": "cover", "longest": "contain", "squash": "squash"}
+        fill = float(np.ravel(_get(source, "fill_color", 0) or 0)[0]) / 255
+        known |= {"resize": rule[mode], "fill": (fill,), "rounded_crop": True}
+    share = _get(source, "crop_pct")
+    if share is not None and "size" in known:  # timm
+        mode = _get(source, "crop_mode") or "center"
+        scaled = tuple(math.floor(side / share) for side in known["size"])
+        rule = {"center": "cover", "squash": "squash", "border": "contain"}
+        known |= {"resize": rule[mode], "scaled": scaled, "rounded_crop": True}
+        if mode == "border":
+            known |= {"fill": known.get("mean", (0.0,)), "scaled": None}
+    return replace(guess, **known)
+
+
+def source_is_filter(source: Any) -> bool:
+    """Whether a configuration names one of PIL's filters."""
+    return _get(source, "interpolation") in PIL_CODES
+
+
+def _read_composition(steps: Sequence[Any], guess: PixelPipeline) -> PixelPipeline:
+    # steps of torchvision, told apart by what they hold, since it is not a dependency
+    known: dict[str, Any] = {"rounded_crop": True, "resize": "none", "size": None, "scaled": None}
+    for step in steps:
+        if hasattr(step, "interpolation") and hasattr(step, "size"):
+            short = isinstance(step.size, int) or len(step.size) == 1
+            size = pair(int(np.ravel(step.size)[0]) if short else step.size)
+            known |= {"resize": "cover" if short else "squash", "scaled": size, "size": size}
+            known["interpolation"] = _filter_name(
+                getattr(step.interpolation, "value", step.interpolation)
+            )
+        elif hasattr(step, "size"):
+            known["size"] = pair(step.size)
+        elif hasattr(step, "mean") and hasattr(step, "std"):
+            known |= {"mean": tuple(map(float, step.mean)), "std": tuple(map(float, step.std))}
+    return replace(guess, **known)
+
+
+def _filter_name(value: Any) -> str:
+    name = value.lower() if isinstance(value, str) else PIL_CODES[int(value)]
+    if name not in PIL_CODES:
+        raise ValueError(f"the processor's interpolation {value!r} is not one of {PIL_CODES}.")
+    return name
+
+
+def pair(size: Any) -> Size | None:
+    """Height and width of a size given as one number or two."""
+    if size is None or isinstance(size, int | np.integer):
+        return None if size is None else (int(size), int(size))
+    height, width = size
+    return int(height), int(width)
+
+
+def _get(source: Any, name: str, default: Any = None) -> Any:
+    value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+    return default if value is None else value
