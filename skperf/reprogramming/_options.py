@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sklearn.base import BaseEstimator
@@ -54,7 +54,7 @@ default="auto"
         canvas, (n, channels, height, width), before the program is added.
     """
 
-    _parameter_constraints = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "image_shape": ["array-like", None],
         "channels": [StrOptions({"first", "last"})],
         "input_range": ["array-like"],
@@ -158,7 +158,7 @@ class Training(BaseEstimator):
         Passed on to the skorch net; its ``callbacks`` come after ours.
     """
 
-    _parameter_constraints = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "init": [StrOptions({"zeros", "normal"})],
         "lr": [StrOptions({"auto"}), *_POSITIVE],
         "text_lr": [StrOptions({"auto"}), *_POSITIVE],

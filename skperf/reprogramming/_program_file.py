@@ -114,7 +114,8 @@ def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadPro
             encoder, told = _opened(settings, known)
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path} is damaged or of another version: its description lacks or garbles {error}."
+                f"{path} is damaged or of another version: its description lacks or garbles "
+                f"{error}."
             ) from error
         tensors = {name: file.get_tensor(name) for name in names}
     classes = np.array(known["classes"])
@@ -123,7 +124,8 @@ def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadPro
     first = np.zeros((1, known["input_shape"][0], *known["canvas"]), dtype=np.uint8)
     form = PictureForm(
         reader.pixels.channels,
-        *map(float, reader.pixels.input_range),
+        float(reader.pixels.input_range[0]),
+        float(reader.pixels.input_range[1]),
         None if reader.pixels.image_shape is None else tuple(reader.pixels.image_shape),
     )
     task = settle(reader, Pictures(first, form), classes)
@@ -209,7 +211,7 @@ def _check(known: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Any)
 
 
 def _opened(settings: Settings, known: dict[str, Any]) -> tuple[FrozenEncoder, dict[str, Any]]:
-    """The reader's encoder with the file's pipeline, and what must be told to get it."""
+    """Give the reader's encoder the file's pipeline, and say what must be told to get it."""
     encoder = open_encoder(
         on_device(settings), processor=settings.processor, tokenizer=settings.tokenizer
     )
@@ -221,7 +223,7 @@ def _opened(settings: Settings, known: dict[str, Any]) -> tuple[FrozenEncoder, d
     if known["texts"] is not None and encoder.tokenize is None:
         raise ValueError("the program has prompts, which must be tokenized: give tokenizer=.")
     stored = known["pipeline"]
-    fields = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
     pipeline = PixelPipeline(**fields)
     own = prepared(settings.pixels, encoder.pipeline)
     told = settings.processor is not None or own != encoder.pipeline
@@ -259,7 +261,7 @@ def _parameters(known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reader(settings: Settings, known: dict[str, Any], encoder: FrozenEncoder) -> Settings:
-    """Settings under which the program is put together again."""
+    """Make the settings under which the program is put together again."""
     params = dict(known["parameters"])
     for record in ("pixels", "training"):
         own = {name: value for name, value in params.items() if RECORD_OF.get(name) == record}

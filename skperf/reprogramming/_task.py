@@ -3,6 +3,7 @@
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,15 +53,15 @@ class Task:
     n_queries: int = 1
 
     def closed(self) -> "Task":
-        """The same without the private view, which belongs to one call."""
+        """Drop the private view, which belongs to one call."""
         return replace(self, own=self.encoder)
 
     def reopened(self) -> "Task":
-        """The same with a private view anew."""
+        """Open a private view anew."""
         return replace(self, own=self.encoder.private())
 
     def with_names(self, settings: Settings, classes: np.ndarray) -> "Task":
-        """The same for other classes, the text program's rows included: classes (n_classes,)."""
+        """Take other classes, with the same text program: classes (n_classes,)."""
         names = class_texts(settings.class_names, classes)
         _, prompts, texts = _texts(replace(settings, text="none"), self.encoder, names, classes)
         with torch.no_grad():
@@ -178,7 +179,7 @@ def _opened(settings: Settings, pictures: Pictures) -> FrozenEncoder:
 
 
 def on_device(settings: Settings):
-    """The encoder, copied where it is to work if it lives elsewhere."""
+    """Copy the encoder to where it is to work, if it lives elsewhere."""
     model = settings.encoder
     if settings.device is not None and isinstance(model, nn.Module):
         device = torch.device(settings.device)
@@ -188,8 +189,8 @@ def on_device(settings: Settings):
 
 
 def prepared(pixels, pipeline: PixelPipeline) -> PixelPipeline:
-    """The encoder's own preparation of images, with what the user says of it."""
-    changes = {}
+    """Change the encoder's own preparation of images by what the user says of it."""
+    changes: dict[str, Any] = {}
     if pixels.normalize is None:
         changes |= {"mean": None, "std": None}
     elif not isinstance(pixels.normalize, str):
@@ -274,7 +275,8 @@ def _program(
         raise ValueError(f"X has {first.shape[1]} channels; the encoder takes {n_channels}.")
     source = (int(first.shape[-2]), int(first.shape[-1]))
     if not isinstance(pixels.canvas, str):
-        canvas = tuple(int(side) for side in np.broadcast_to(pixels.canvas, 2))
+        height, width = np.broadcast_to(pixels.canvas, 2)
+        canvas = int(height), int(width)
         if pipeline.resize == "patches":
             pipeline = replace(pipeline, resize="squash")
     else:

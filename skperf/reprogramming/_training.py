@@ -210,16 +210,15 @@ def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[Prog
         labelled.weights(rows),
         [outputs for outputs, _, _ in parts],
         None if plain is None else [plain[test] for _, test in splits],
-        [classes for _, classes, _ in parts] if task.zero_shot is not None else None,
+        [c for _, c, _ in parts if c is not None] if task.zero_shot is not None else None,
         None if task.zero_shot is None else task.zero_shot.cpu(),
-        torch.cat([logits for _, _, logits in parts]) if task.zero_shot is None else None,
+        torch.cat([v for *_, v in parts if v is not None]) if task.zero_shot is None else None,
         scored,
     )
 
 
 def fit_heads(settings, labelled: Labelled, generator, judged_rows) -> dict[str, Fitted]:
     """Fit the heads that compete, or the one that was asked for."""
-    task = labelled.task
     wanted = settings.head in HEADS
     if labelled.plain is None or not (wanted or settings.compares_heads):
         return {}
@@ -253,7 +252,7 @@ def cached_rows(labelled: Labelled) -> Cached:
         torch.as_tensor(labelled.codes),
         labelled.weights(np.arange(len(labelled.codes))),
         task.n_classes,
-        task.zero_shot.cpu() if unit else None,
+        None if task.zero_shot is None else task.zero_shot.cpu(),
         attributes,
         groups,
         encoder.logit_scale if unit else 1.0,
@@ -348,7 +347,7 @@ def first_net(settings, labelled: Labelled, seed: int) -> ProgramNet:
 
 
 def reopened(net: ProgramNet, task: Task) -> ProgramNet:
-    """A copy of a net whose module uses a private view."""
+    """Copy a net, with a private view in its module."""
     net = copy.deepcopy(net)
     net.put_encoder(task.own)
     return net
@@ -420,7 +419,9 @@ def prepare_head(net, settings, labelled: Labelled, rows):
         module.mapping.copy_(torch.as_tensor(np.asarray(mapping), dtype=torch.float32))
     elif module.head_kind == "mapping" and mapping == "rlm":
         per_class = settings.training.mapping_m
-        module.mapping.copy_(random_mapping(*module.mapping.shape, per_class, net.generator_))
+        module.mapping.copy_(
+            random_mapping(*map(int, module.mapping.shape), per_class, net.generator_)
+        )
     elif module.head_kind == "mapping" or not module.has_unit_embeddings:
         if labelled.plain is None:
             outputs = embed(labelled.task, labelled.pictures[rows], settings.batch_size)

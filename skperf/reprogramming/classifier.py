@@ -60,7 +60,8 @@ class ReprogrammedClassifier(nn.Module):
     def class_logits(self, placed: Tensor) -> Tensor:
         """Compute class logits of images on the canvas: placed (n, ...) -> (n, n_classes)."""
         if self.head is not None:
-            return self.head(self._encode(placed))
+            logits: Tensor = self.head(self._encode(placed))
+            return logits
         return self.scale * self.similarities(self.represent(placed)) + self.bias
 
     def represent(self, placed: Tensor) -> Tensor:

@@ -510,7 +510,7 @@ def _module_outputs(model: nn.Module, pixels: Tensor) -> Any:
 
 
 def _read(returned: Any) -> tuple[Tensor, str]:
-    """Outputs in what a model returns, and what a record calls them: -> (n, d)."""
+    """Find the outputs in what a model returns, and what a record calls them: -> (n, d)."""
     names = {"logits": "logits", "image_embeds": "features", "pooler_output": "features"}
     for name, kind in names.items():
         value = returned.get(name) if isinstance(returned, dict) else getattr(returned, name, None)

@@ -87,7 +87,7 @@ class FittedProgram:
         return self._run(pictures, scored)
 
     def known_score(self, name: str | None) -> str:
-        """The name of a score that there is; by default the one that was chosen."""
+        """Check the name of a score; by default the one that was chosen."""
         name = self.choice.score if name is None or name == "auto" else name
         known = {*SCORES, *self.scorers, *self.choice.thresholds}
         if name not in known:
@@ -136,7 +136,7 @@ class FittedProgram:
         return means
 
     def class_embeddings(self) -> Tensor | None:
-        """What images are held against: -> (n_classes, d), or None."""
+        """Embed what images are held against: -> (n_classes, d), or None."""
         with torch.no_grad():
             opened = self.open()
             classes = opened.classes()
@@ -146,7 +146,7 @@ class FittedProgram:
         return classes
 
     def with_thresholds(self, pictures: Pictures, retention: float) -> "FittedProgram":
-        """The same with thresholds that keep a share of given pictures."""
+        """Read thresholds that keep a share of given pictures."""
         names = [*SCORES, *self.scorers]
         names += ["disagreement"] if self.programmed.has_unit_embeddings else []
         thresholds = {n: retention_threshold(self.scores(pictures, n), retention) for n in names}

@@ -11,7 +11,7 @@ Rodriguez et al., "A Closer Look at the Few-Shot Adaptation of Large Vision-Lang
 Reprogramming" (ICLR 2025).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +102,11 @@ class Head(nn.Module):
 class Probe(Head):
     """Softmax regression, held to a share of the zero-shot classifier by its ridge."""
 
+    centre: Tensor
+    length: Tensor
+    weight: nn.Parameter
+    offset: nn.Parameter
+
     def __init__(self, cached: Cached, prior: float, ridge: float, start: "Probe | None" = None):
         super().__init__(cached)
         self.prior = prior
@@ -129,7 +134,7 @@ class Probe(Head):
             slope[:-1] += ridge * w[:-1]
             return loss + ridge / 2 * (w[:-1] ** 2).sum(), slope.ravel()
 
-        options = {"maxiter": 200, "ftol": 1e-9, "gtol": 1e-6}
+        options = {"maxiter": 100, "ftol": 1e-7, "gtol": 1e-5}
         found = minimize(objective, first.ravel(), jac=True, method="L-BFGS-B", options=options)
         solution = torch.as_tensor(found.x.reshape(first.shape)).to(cached.outputs)
         self.weight, self.offset = nn.Parameter(solution[:-1]), nn.Parameter(solution[-1])
@@ -220,38 +225,33 @@ class Fitted:
 
 def fit_probe(cached: Cached, folds: Folds) -> Fitted:
     """Choose prior and ridge by the loss of rows left out, then fit on all rows."""
-    priors = PRIORS if cached.zero_shot is not None else (0.0,)
-
-    def path(rows: Cached, prior: float) -> Iterator[Probe]:
-        probe = None
-        for ridge in RIDGES:  # from the strongest on, each from the one before
-            probe = Probe(rows, prior, ridge, probe)
-            yield probe
-
-    trials: dict[tuple[int, int], Tensor] = {}
     seen = _left_out(cached, folds)
-    for train, test in folds:
-        for i, prior in enumerate(priors):
-            for j, probe in enumerate(path(cached[train], prior)):
+    best: tuple[float, float, float, Tensor] | None = None
+    for prior in PRIORS if cached.zero_shot is not None else (0.0,):
+        probes: list[Probe | None] = [None] * len(folds)
+        lowest, worse = np.inf, 0
+        for ridge in RIDGES:  # from the strongest on, each from the one before
+            logits = cached.outputs.new_zeros(len(cached.codes), cached.n_classes)
+            for i, (train, test) in enumerate(folds):
+                probe = probes[i] = Probe(cached[train], prior, ridge, probes[i])
                 with torch.no_grad():
-                    rows = trials.setdefault(
-                        (i, j), cached.outputs.new_zeros(len(cached.codes), cached.n_classes)
-                    )
-                    rows[test] = probe(cached.outputs[test])
-    best = min(trials, key=lambda key: cached[seen].loss(trials[key][seen]))
-    probe = (
-        [*path(cached, priors[best[0]])][best[1]]
-        if best[1]
-        else Probe(cached, priors[best[0]], RIDGES[0])
-    )
-    return Fitted(probe, trials[best])
+                    logits[test] = probe(cached.outputs[test])
+            loss = cached[seen].loss(logits[seen])
+            if best is None or loss < best[0]:
+                best = loss, prior, ridge, logits
+            worse = worse + 1 if loss > lowest else 0
+            lowest = min(loss, lowest)
+            if worse == 2:  # the weaker the ridge, the slower, and no better any more
+                break
+    assert best is not None
+    return Fitted(Probe(cached, best[1], best[2]), best[3])
 
 
 def fit_cache(cached: Cached, folds: Folds) -> Fitted:
     """Choose weight and sharpness; every row is left out of the votes for itself."""
     keys = functional.normalize(cached.outputs, dim=-1)
     nearness, votes, texts = keys @ keys.T, cache_votes(cached), cached.texts()
-    trials = {}
+    trials: dict[tuple[float, float], Tensor] = {}
     for sharpness in CACHE_SHARPNESS:
         voted = torch.exp(sharpness * (nearness - 1)).fill_diagonal_(0) @ votes
         trials |= {(weight, sharpness): texts + weight * voted for weight in CACHE_WEIGHTS}

@@ -116,7 +116,7 @@ def choose(
 
 
 def best_score(judged: Judged, similarities: Tensor, settings: Any) -> str:
-    """The score that best tells classes apart which it does not know of."""
+    """Find the score that best tells classes apart which it does not know of."""
     n_classes = similarities.shape[1]
     if n_classes < 3 or len(judged.codes) < 2 * n_classes:
         return "mcm"
@@ -135,7 +135,7 @@ def best_score(judged: Judged, similarities: Tensor, settings: Any) -> str:
 
 
 def calibrated(scale: float, similarities: Tensor, codes: Tensor, weight: Tensor) -> float:
-    """The factor of similarities (m, n_classes) that makes the loss smallest."""
+    """Find the factor of similarities (m, n_classes) that makes the loss smallest."""
 
     def loss(log_factor: float) -> float:
         logits = similarities * (scale * float(np.exp(log_factor)))

@@ -6,6 +6,7 @@ Cai et al., "Sample-specific Masks for Visual Reprogramming-based Prompting" (IC
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -34,7 +35,7 @@ class MaskProgram:
     @property
     def _layers(self) -> list[tuple[int, ...]]:
         widths = (self.channels, *_WIDTHS, self.channels)
-        return [(wide, narrow, 3, 3) for narrow, wide in zip(widths, widths[1:], strict=False)]
+        return [(wide, narrow, 3, 3) for narrow, wide in pairwise(widths)]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -27,6 +27,11 @@ class InputProgram(Protocol):
     """What any program on the encoder's input offers."""
 
     @property
+    def canvas(self) -> Any:
+        """Height and width, where there are such."""
+        ...
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of its weights."""
         ...

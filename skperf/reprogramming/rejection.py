@@ -12,6 +12,7 @@ energy); Ming et al. (arXiv 2211.13445, maximal concept matching); Lee et al. (a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,8 @@ class Gaussians:
 
     def score(self, outputs: Tensor) -> Tensor:
         """Minus the squared distance to the nearest class: outputs (n, d) -> (n,)."""
-        return -torch.cdist(outputs @ self.whitening, self.means @ self.whitening).square().amin(1)
+        distances = torch.cdist(outputs @ self.whitening, self.means @ self.whitening)
+        return -distances.square().amin(1)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _centred(outputs: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 #: Scores on outputs of the plain encoder, fitted to those of the training rows.
-FEATURE_SCORES = {"mahalanobis": Gaussians, "knn": Neighbours, "vim": VirtualLogit}
+FEATURE_SCORES: dict[str, Any] = {"mahalanobis": Gaussians, "knn": Neighbours, "vim": VirtualLogit}
 
 
 def retention_threshold(scores: NDArray[np.floating], retention: float) -> float:

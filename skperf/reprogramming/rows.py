@@ -39,6 +39,7 @@ class RowProgram:
     """A learnable shift of flat rows."""
 
     n_features: int
+    canvas: None = None
 
     @property
     def shape(self) -> tuple[int]:

@@ -97,6 +97,7 @@ def test_features_get_a_linear_head(source, pictures, parameters):
 
 
 @pytest.mark.parametrize("gradient", ["rge", "spsa"])
+@pytest.mark.filterwarnings("ignore:ood_retention")
 def test_black_box_learns_within_its_budget(source, pictures, parameters, gradient):
     X, y = pictures
     asked = []

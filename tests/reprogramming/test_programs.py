@@ -6,8 +6,8 @@ from skperf.reprogramming.encoders import open_encoder
 from skperf.reprogramming.pixels import PixelPipeline
 from skperf.reprogramming.programs import (
     ImageProgram,
-    clamp_inward,
     Prompts,
+    clamp_inward,
     class_prompts,
     text_program,
 )
