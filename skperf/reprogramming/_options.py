@@ -1,7 +1,8 @@
 """What a `Reprogrammer` may be told: parameters, the two records of options, and their limits."""
 
-from collections.abc import Callable
+import copy
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -101,8 +102,6 @@ class Training(BaseEstimator):
 
     Parameters
     ----------
-    init : {"zeros", "normal"}, default="zeros"
-        Start of the border; zeros start from the plain picture.
     lr : "auto" or float, default="auto"
         Learning rate of the border; "auto" is 0.03 where there are prompts, else 0.1.
     text_lr : "auto" or float, default="auto"
@@ -159,7 +158,6 @@ class Training(BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "init": [StrOptions({"zeros", "normal"})],
         "lr": [StrOptions({"auto"}), *_POSITIVE],
         "text_lr": [StrOptions({"auto"}), *_POSITIVE],
         "head_lr": [StrOptions({"auto"}), *_POSITIVE],
@@ -187,9 +185,8 @@ class Training(BaseEstimator):
 
     def __init__(
         self,
-        init="zeros",
-        *,
         lr="auto",
+        *,
         text_lr="auto",
         head_lr="auto",
         weight_decay=0.0,
@@ -213,7 +210,6 @@ class Training(BaseEstimator):
         query_budget=None,
         net_params=None,
     ):
-        self.init = init
         self.lr = lr
         self.text_lr = text_lr
         self.head_lr = head_lr
@@ -252,6 +248,7 @@ CONSTRAINTS = {
     "prompts": [str, list, tuple, dict, callable],
     "layout": [StrOptions({"overlay", "pad", "mask"})],
     "border": [Integral],
+    "init": [StrOptions({"zeros", "normal"})],
     "text": [StrOptions({"auto", *TEXT_PROGRAMS})],
     "head": [StrOptions({"auto", "prompts", "mapping", "linear", *HEADS})],
     "mapping": [StrOptions(set(MAPPINGS)), "array-like"],
@@ -315,6 +312,7 @@ class Settings:
     prompts: Any
     layout: str
     border: int
+    init: str
     text: str
     head: str
     mapping: Any
@@ -359,4 +357,16 @@ class Settings:
         )
 
 
-Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+def takes_options(init):
+    """Decorate a constructor so that it takes fields of the records by their bare names."""
+
+    @wraps(init)
+    def initialised(self, *args, **params):
+        options = {name: params.pop(name) for name in [*params] if name in RECORD_OF}
+        init(self, *args, **params)
+        if options:
+            for record in RECORDS:  # what was given stays as it is
+                setattr(self, record, copy.copy(getattr(self, record)))
+            self.set_params(**options)
+
+    return initialised

@@ -29,6 +29,7 @@ from skperf.reprogramming._options import (
     RECORDS,
     RELEASED_SETTINGS,
     Settings,
+    takes_options,
 )
 from skperf.reprogramming._program_file import read_program, write_program
 from skperf.reprogramming._task import settle
@@ -90,6 +91,8 @@ class Reprogrammer(
     border : int, default=16
         Width of the border in pixels of the canvas (meant for 224). With 0 there is none: the
         pictures are embedded once, and training takes seconds.
+    init : {"zeros", "normal"}, default="zeros"
+        Start of the border; zeros start from the plain picture.
     text : {"auto", "none", "bias", "position", "context", "table", "table+position", "all", \
 "all+position"}, default="auto"
         What is added to token embeddings: one row; a row for each position, or for those before
@@ -134,10 +137,8 @@ default="auto"
     pixels : Pixels, optional
         Shape, channels, range, normalisation and resizing of the images.
     training : Training, optional
-        Rates, decay, schedule, validation and stopping.
-    **options : dict
-        Fields of the two records by their bare names, such as ``lr=0.1`` or
-        ``image_shape=(28, 28)``; they are put into the records.
+        Rates, decay, schedule, validation and stopping. Fields of this and of `pixels` may be
+        given by their bare names too: ``lr=0.1``, ``image_shape=(28, 28)``.
 
     Attributes
     ----------
@@ -205,6 +206,7 @@ default="auto"
     _doc_link_template = DOC_LINK
     _parameter_constraints = CONSTRAINTS
 
+    @takes_options
     def __init__(
         self,
         encoder=None,
@@ -215,6 +217,7 @@ default="auto"
         prompts="a photo of a {}",
         layout="overlay",
         border=16,
+        init="zeros",
         text="auto",
         head="auto",
         mapping="blm",
@@ -231,7 +234,6 @@ default="auto"
         verbose=0,
         pixels=None,
         training=None,
-        **options,
     ):
         self.encoder = encoder
         self.processor = processor
@@ -240,6 +242,7 @@ default="auto"
         self.prompts = prompts
         self.layout = layout
         self.border = border
+        self.init = init
         self.text = text
         self.head = head
         self.mapping = mapping
@@ -256,13 +259,6 @@ default="auto"
         self.verbose = verbose
         self.pixels = pixels
         self.training = training
-        if options:
-            unknown = sorted(set(options) - set(RECORD_OF))
-            if unknown:
-                raise TypeError(f"Reprogrammer has no parameters {unknown}.")
-            for name in RECORDS:  # a record that was given stays as it is
-                setattr(self, name, copy.copy(getattr(self, name)))
-            self.set_params(**options)
 
     def get_params(self, deep=True):
         """Get the parameters; deep, with those of the records.

@@ -182,7 +182,7 @@ def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[Prog
     for (_, test), net in zip(splits, nets, strict=True):
         module = net.module_
         unmoved = module.image.numel() == 0 or not settings.max_epochs
-        if unmoved and labelled.plain is not None and settings.training.init == "zeros":
+        if unmoved and labelled.plain is not None and settings.init == "zeros":
             outputs = labelled.plain[test]
         else:
             outputs = embed(task, labelled.pictures[test], settings.batch_size, module)
@@ -385,7 +385,7 @@ def make_net(settings, task, n_train, n_held_out, seed, max_epochs, stop) -> Pro
         "mapping_per_class": training.mapping_m,
         "mapping_smoothing": training.mapping_smoothing,
         "augment": pixels.augment,
-        **module_params(task, init=training.init, exact=settings.gradient == "exact", seed=seed),
+        **module_params(task, init=settings.init, exact=settings.gradient == "exact", seed=seed),
         "module__training_alpha": training.training_alpha if settings.max_epochs else 0.0,
         "module__none_margin": training.none_margin if settings.trains_none else None,
     }
@@ -419,9 +419,8 @@ def prepare_head(net, settings, labelled: Labelled, rows):
         module.mapping.copy_(torch.as_tensor(np.asarray(mapping), dtype=torch.float32))
     elif module.head_kind == "mapping" and mapping == "rlm":
         per_class = settings.training.mapping_m
-        module.mapping.copy_(
-            random_mapping(*map(int, module.mapping.shape), per_class, net.generator_)
-        )
+        drawn = random_mapping(*module.mapping.shape, per_class, net.generator_)  # type: ignore[call-arg]
+        module.mapping.copy_(drawn)
     elif module.head_kind == "mapping" or not module.has_unit_embeddings:
         if labelled.plain is None:
             outputs = embed(labelled.task, labelled.pictures[rows], settings.batch_size)

@@ -132,7 +132,8 @@ class VirtualLogit:
         """Minus the share of a row outside the kept directions: outputs (n, d) -> (n,)."""
         centred = outputs - self.centre
         outside = (centred @ self.residual).norm(dim=1)
-        return -outside / centred.norm(dim=1).clamp_min(1e-12)
+        shares: Tensor = outside / centred.norm(dim=1).clamp_min(1e-12)
+        return -shares
 
 
 def _centred(outputs: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
