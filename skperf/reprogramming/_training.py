@@ -128,7 +128,6 @@ def fit_program(
     nets, epochs = [], settings.max_epochs
     if crossed:
         nets = [trained(settings, labelled, *split, seed) for split in splits]
-        counted += sum(net.module_.n_queries for net in nets)
         if settings.training.early_stopping:
             epochs = max(1, round(float(np.median([_best_epoch(net) for net in nets]))))
     net = trained(settings, labelled, train, held_out, seed, epochs)
@@ -137,9 +136,7 @@ def fit_program(
         _warn_of_retention(len(judged.codes), settings.ood_retention)
     heads = fit_heads(settings, labelled, generator, judged.rows)
     choice = choose(settings, task, judged, {n: h.logits[judged.rows] for n, h in heads.items()})
-    counted += net.module_.n_queries + (
-        0 if nets else sum(len(test) for _, test in splits if exact is False)
-    )
+    counted += sum(known.module_.n_queries for known in [net, *nets])
     head = heads[choice.head].head if choice.head in heads else None
     return assemble(settings, labelled, net, choice, head, counted), net
 
