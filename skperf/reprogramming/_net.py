@@ -62,7 +62,9 @@ class ProgramNet(Net):
         """Build the module, before any training."""
         self.classes_inferred_ = np.arange(n_classes)
         self.module_widths_ = {}
-        self.generator_ = torch.Generator().manual_seed(seed_of(self.random_state))
+        self.drawn_state_ = self.random_state
+        self.seed_, self.n_steps_ = seed_of(self.random_state), 0
+        self.generator_ = torch.Generator().manual_seed(self.seed_)
         self.initialize()
         return self
 
