@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import _fit_context as fit_context
 from sklearn.model_selection._search import BaseSearchCV
+from sklearn.utils import _safe_indexing as safe_indexing
 from sklearn.utils._metadata_requests import _MetadataRequester as MetadataRequester
 from sklearn.utils._param_validation import (
     HasMethods,
@@ -31,6 +32,7 @@ __all__ = [
     "check_sample_weight",
     "fit_context",
     "validate_parameter_constraints",
+    "safe_indexing",
 ]
 
 

@@ -3,5 +3,6 @@
 from skperf.performative._adapter import PerformativeAdapter
 from skperf.performative._display import TrajectoryDisplay
 from skperf.performative._inputs import PerformativeWarning
+from skperf.performative.report import DriftReport
 
-__all__ = ["PerformativeAdapter", "PerformativeWarning", "TrajectoryDisplay"]
+__all__ = ["DriftReport", "PerformativeAdapter", "PerformativeWarning", "TrajectoryDisplay"]

@@ -1,23 +1,73 @@
 """PerformativeAdapter: anticipate the label mix that answers a deployed classifier."""
 
+import sys
+import warnings
+from dataclasses import replace
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils import Bunch, get_tags
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
-from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
+from skperf.backbone._nets import seed_of
+from skperf.backbone._sklearn import (
+    DOC_LINK,
+    Interval,
+    StrOptions,
+    check_sample_weight,
+    fit_context,
+)
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import as_array
-from skperf.backbone._validation import labelled_array_rows as check_labelled_rows
-from skperf.performative import _learning, _outlook
-from skperf.performative._inputs import check_rounds
-from skperf.performative._rounds import interval_of
-from skperf.performative.label_shift import probabilities
+from skperf.backbone._validation import as_array, check_rows
+from skperf.backbone.progress import track
+from skperf.performative import _inputs
+from skperf.performative._inputs import PerformativeWarning, encode
+from skperf.performative._options import options_of
+from skperf.performative._scores import (
+    Opened,
+    fit_classifier,
+    is_frozen,
+    is_network,
+    open_candidate,
+    take,
+)
+from skperf.performative._start import (
+    Data,
+    Measured,
+    begin,
+    start_record,
+    trajectory_base,
+    trajectory_classes,
+)
+from skperf.performative.corrector import HARM
+from skperf.performative.diagnostics import extrapolation
+from skperf.performative.equilibrium import rest_point
+from skperf.performative.label_shift import estimate_base_prior, probabilities
+from skperf.performative.ranking import (
+    Candidate,
+    answers_the_model,
+    predict_scores,
+    score_under,
+)
+from skperf.performative.record import Memory, Record, Round
+from skperf.performative.report import (
+    DriftReport,
+    drift_report,
+    full_diagnostics,
+    prequential,
+    quick_diagnostics,
+)
+from skperf.performative.response import Answering
 from skperf.performative.trajectory import STATISTICS
+
+FAR = 3.0  # times the largest distance between neighbours on record
+SEEN = 200  # rounds that a statistic may be far from
+NAMED = set(STATISTICS) - {"released"}
 
 
 class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
@@ -25,60 +75,81 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
 
     A deployed model changes what it will meet: a benchmark collects more of what it gets
     wrong, a shop shows more of what it gets right. As long as only the shares of the classes
-    answer, ``pi_t = M(S_{t-1})`` with S the recall of the model deployed before, the map M can
-    be learned from a few rounds, and the next mix is known before its first row arrives.
-    Predictions are ``softmax(f(x) + log q - log pi_0)`` with q the anticipated mix.
+    answer, the next mix can be learned from a few rounds, and is known before its first row
+    arrives. Predictions are ``softmax(f(x) + log q - log pi_0)`` with q the anticipated mix. Mixes
+    that move for other reasons, seasons, trends, wandering, are anticipated as well; where
+    nothing is to be gained nothing is corrected.
 
     Parameters
     ----------
     estimator : classifier, FrozenEstimator, nn.Module or None, default=None
-        Anything with ``predict_proba`` or ``decision_function``. What is frozen, a module or
-        has ``to_module()`` is used as it is; everything else is cloned and fitted on the first
-        round (on all rows if `rounds` is None). None means a small network.
+        Anything with ``predict_proba`` or ``decision_function``; it gets its rows as they are. What
+        is frozen, a module or has ``to_module()`` is used as it is; everything else is cloned and
+        fitted on the first round (on all rows if `rounds` is None), and measured on rows that
+        it did not see: by cross-validation, a network by a fifth that is held out. None means a
+        small network.
     adapter : str, list of str or nn.Module class, default="auto"
         Response map: ``"fixed"`` (a constant mix), ``"tied"`` (one slope for all classes),
         ``"curve"`` (one piecewise linear curve), ``"linear"`` (a full matrix), ``"mlp"``, or a
-        module class, trained by skorch. A list or ``"auto"``, which is all of them, chooses
-        by likelihood one step ahead. ``"paper"`` is the method released with arXiv:2410.04499.
-    statistic : {"recall", "confusion", "predicted_marginal"} or callable, default="recall"
-        What the world sees of the model. A callable gets ``(y_true, y_pred, proba, classes,
-        sample_weight)`` and returns finite numbers of shape (n_statistics,).
+        module class, trained by skorch. A list or ``"auto"``, which is all of them, competes:
+        weights follow the likelihood one step ahead. ``"paper"`` is the method released with
+        arXiv:2410.04499: its recalls, perceptron, fading and full correction from the second
+        round on; the guide says what differs.
+    inputs : str or list of str, default="auto"
+        What maps read, in competition: ``"statistic"``, ``"previous"`` (the last mix), ``"lags"``
+        (earlier mixes and statistics), ``"shares"`` (predicted by the deployed model),
+        ``"confusion"`` (its matrix, up to 12 classes) and ``"covariates"``. "auto" means all;
+        for one map asked for by name the statistic and the covariates.
+    statistic : str or callable, default="recall"
+        What the world sees of the model: ``"recall"``, ``"confusion"``, ``"predicted_marginal"``;
+        with `strata` also ``"stratum"`` (accuracy of each) and ``"class_stratum"`` (recall of each
+        class in each). A callable gets ``(y_true, y_pred, proba, classes, sample_weight)`` and
+        returns finite numbers of shape (n_statistics,).
     objective : {"marginal", "log_loss"}, default="marginal"
-        Likelihood of the label counts, or of the labels given the corrected scores, which
+        Maps are fitted to label counts, or to the labels given the corrected scores, which
         also absorbs a lack of calibration.
     base_prior : {"fit", "uniform"}, array or dict by label, default="fit"
-        Mix pi_0 that the estimator was trained for. "fit" means that of the rows it is fitted
-        on here; for a frozen one the mix that gives the first rows their largest likelihood.
-    calibration : {"temperature", "bcts"} or None, default=None
-        Scaling of the scores, on the first rows; an estimator fitted here holds a fifth of its
-        rows out for it.
+        Mix pi_0 that the estimator was trained for. "fit" finds it on labelled rows; for an
+        estimator fitted here it is the mix of its rows unless they deny it, as after
+        ``class_weight="balanced"``.
+    calibration : {"temperature", "bcts", "none"} or None, default=None
+        Scaling of the scores; None uses one where it has lowered the log loss of later rounds.
     strength : float or "auto", default="auto"
-        Share of the correction that is applied, on the log scale; 0 is none.
+        Share of the correction that is applied, on the log scale; 0 is none. "auto" is judged
+        by the log loss and the accuracy of corrected rows.
     mix : float or "auto", default="auto"
-        Share of `base_prior` mixed into the map's answer.
-    transductive : {"em", "bbse", "map_em"} or None, default=None
+        Share of the base mix in the maps' answer.
+    transductive : {"auto", "em", "bbse", "map_em"} or None, default=None
         Also use the rows given to predict, as one batch: expectation maximisation, confusion
-        matrix inversion, or the former with the anticipated mix as its prior.
+        matrix inversion, or the former with the anticipated mix as its prior, which is
+        recommended. "auto" is that wherever a batch holds ten rows for each class.
     worst_recall_floor : float or None, default=None
-        Weaken the correction until every class keeps this recall on the rows seen last.
+        Weaken the correction until every class (in every stratum) keeps this recall on the rows
+        seen lately.
     lag : int, default=1
-        Rounds between a deployment and its answer, for labels that arrive late.
+        Rounds between a deployment and its answer.
     min_rounds : int, default=3
         Rounds before anything is corrected.
     buffer_size : int or None, default=None
-        Most rounds to learn from, the latest.
-    decay : float, default=1.0
-        Weight of a round against the one after it.
+        Most rounds to learn from, the latest; None means 300.
+    decay : float or "auto", default="auto"
+        Weight of a round against the one after it; "auto" lets several compete.
     l2 : float, default=1.0
         Shrinkage of the response maps.
     recall_smoothing : float, default=2.0
         Pseudo-rows that shrink recalls towards the accuracy.
     prior_strength : float or "auto", default="auto"
         Labels that the anticipation is worth to ``transductive="map_em"``.
-    hidden_layer_sizes, lr, max_epochs, batch_size, weight_decay
-        Of ``"mlp"`` and its training by Adam.
+    hidden_layer_sizes : tuple of int, default=(256, 256)
+        Widths of ``"mlp"``.
+    lr : float, default=1e-3
+        Learning rate of Adam for ``"mlp"`` and modules.
+    max_epochs : int, default=200
+        Epochs of their first training.
+    weight_decay : float, default=1e-3
+        Of that training.
     random_state : int, RandomState or None, default=None
-        Seeds networks, permutations and resampling.
+        Seeds networks, folds, permutations and resampling.
     verbose : int, default=0
         1 shows progress over rounds.
 
@@ -91,32 +162,40 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
     base_prior_ : ndarray of shape (n_classes,)
         Mix pi_0.
     calibrator_ : Calibration or None
-        Temperature and bias.
+        Temperature and bias in use.
     trajectory_ : Trajectory
-        Rounds, statistics and label counts.
+        Rounds, statistics, label counts and what else is known of them; the last 1,000.
     statistic_ : ndarray of shape (n_statistics,)
         The last one recorded.
     predicted_prior_ : ndarray of shape (n_classes,)
         Anticipated mix of the next round.
-    adapter_ : object
-        Response map in use; ``log_prior(statistics)`` gives its answers unblended.
+    adapter_ : Answering
+        All maps together; ``log_prior(statistics)`` gives their answers unblended.
     adapter_name_ : str
-        Its kind.
-    strength_, mix_ : float
+        Kind of the map that leads, "fixed" where nothing is corrected.
+    leader_ : str
+        The map that leads, with its inputs and its decay.
+    strength_ : float
+        Of the blend in use.
+    mix_ : float
         Of the blend in use.
     fallback_ : bool
-        Whether nothing is corrected, for want of rounds or of evidence.
+        Whether nothing is corrected, for want of rounds or of evidence, or because it had cost
+        more than it saved; predictions are then the classifier's own.
     prequential_ : Bunch
         By round, each judged before it was learned from: ``round``; log losses ``none``, ``last``
-        (the previous mix), ``adapter``, ``oracle`` (the realised mix); ``worst_recall``, ``tv``
-        (total variation to the previous mix), and ``predicted``, ``realised`` mixes
-        (n_rounds, n_classes).
+        (the previous mix), ``adapter``, ``oracle`` (the realised mix), ``model_free`` (maps that
+        do not read the model); ``accuracy``, ``accuracy_none``; ``worst_recall``, ``strength``,
+        ``tv`` (total variation to the previous mix), and ``predicted``, ``realised`` mixes
+        (n_rounds, n_classes). The last 1,000 rounds.
     diagnostics_ : dict
         Cheap diagnostics; `diagnose` adds tests.
     n_rounds_ : int
         Rounds seen.
-    n_features_in_, feature_names_in_
-        Columns of X, and their names if it had any.
+    n_features_in_ : int
+        Columns of X, if it is a table.
+    feature_names_in_ : ndarray of str
+        Their names, if there are any.
 
     Examples
     --------
@@ -126,9 +205,9 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
     >>> recall = rng.uniform(0.3, 1.0, size=(30, 3))
     >>> odds = np.exp(-recall / 0.2)
     >>> counts = np.vstack([[300, 300, 300], 900 * odds[:-1] / odds[:-1].sum(1, keepdims=True)])
-    >>> adapter = PerformativeAdapter().fit_trajectory(recall, counts.round())
-    >>> adapter.predict_prior([0.9, 0.5, 0.7]).round(2)
-    array([0.09, 0.67, 0.24])
+    >>> adapter = PerformativeAdapter(adapter="tied").fit_trajectory(recall, counts.round())
+    >>> adapter.predict_prior([0.9, 0.5, 0.7]).round(1)
+    array([0.1, 0.7, 0.2])
     """
 
     _doc_link_module = "skperf"
@@ -141,25 +220,25 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             tuple,
             type,
         ],
-        "statistic": [StrOptions(set(STATISTICS)), callable],
+        "inputs": [str, list, tuple],
+        "statistic": [StrOptions(NAMED), callable],
         "objective": [StrOptions({"marginal", "log_loss"})],
         "base_prior": [StrOptions({"fit", "uniform"}), "array-like", dict],
-        "calibration": [StrOptions({"temperature", "bcts"}), None],
+        "calibration": [StrOptions({"temperature", "bcts", "none"}), None],
         "strength": [Interval(Real, 0, 1, closed="both"), StrOptions({"auto"})],
         "mix": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
-        "transductive": [StrOptions({"em", "bbse", "map_em"}), None],
+        "transductive": [StrOptions({"auto", "em", "bbse", "map_em"}), None],
         "worst_recall_floor": [Interval(Real, 0, 1, closed="both"), None],
         "lag": [Interval(Integral, 1, None, closed="left")],
         "min_rounds": [Interval(Integral, 1, None, closed="left")],
         "buffer_size": [Interval(Integral, 1, None, closed="left"), None],
-        "decay": [Interval(Real, 0, 1, closed="right")],
+        "decay": [Interval(Real, 0, 1, closed="right"), StrOptions({"auto"})],
         "l2": [Interval(Real, 0, None, closed="neither")],
         "recall_smoothing": [Interval(Real, 0, None, closed="left")],
         "prior_strength": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
         "hidden_layer_sizes": ["array-like"],
         "lr": [Interval(Real, 0, None, closed="neither")],
         "max_epochs": [Interval(Integral, 1, None, closed="left")],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -170,6 +249,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         estimator=None,
         *,
         adapter="auto",
+        inputs="auto",
         statistic="recall",
         objective="marginal",
         base_prior="fit",
@@ -181,20 +261,20 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         lag=1,
         min_rounds=3,
         buffer_size=None,
-        decay=1.0,
+        decay="auto",
         l2=1.0,
         recall_smoothing=2.0,
         prior_strength="auto",
         hidden_layer_sizes=(256, 256),
         lr=1e-3,
         max_epochs=200,
-        batch_size=32,
         weight_decay=1e-3,
         random_state=None,
         verbose=0,
     ):
         self.estimator = estimator
         self.adapter = adapter
+        self.inputs = inputs
         self.statistic = statistic
         self.objective = objective
         self.base_prior = base_prior
@@ -213,14 +293,23 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         self.hidden_layer_sizes = hidden_layer_sizes
         self.lr = lr
         self.max_epochs = max_epochs
-        self.batch_size = batch_size
         self.weight_decay = weight_decay
         self.random_state = random_state
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=False)
     @tells_callbacks
-    def fit(self, X, y, *, rounds=None, deployed_pred=None, sample_weight=None):
+    def fit(
+        self,
+        X,
+        y,
+        *,
+        rounds=None,
+        deployed_pred=None,
+        sample_weight=None,
+        covariates=None,
+        strata=None,
+    ):
         """Fit the classifier on the first round and learn the response from all of them.
 
         Rounds are gone through in order, each predicted by what was known before it; these
@@ -228,15 +317,22 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
 
         Parameters
         ----------
-        X, y : array-like
-            Rows (n, ...) and labels (n,).
-        rounds : int or array-like of int of shape (n,), optional
+        X : array-like of shape (n, ...)
+            Rows, in any form that the estimator takes.
+        y : array-like of shape (n,)
+            Labels; None or NaN where one is not known yet.
+        rounds : int, str, date or array-like of shape (n,), optional
             Round of every row; their order is time. None means that no model was deployed yet:
             the classifier is fitted on all rows and nothing is corrected.
         deployed_pred : array-like of shape (n,) or (n, n_classes), optional
             Labels or probabilities that the deployed model had predicted.
         sample_weight : array-like of shape (n,), optional
-            Weights of the rows, in the classifier's fit and in all counts.
+            Weights of the rows, in the classifier's fit and in all counts. A round counts as
+            many labels as its weights are worth, ``sum(w)**2 / sum(w**2)``, whatever their scale.
+        covariates : array-like of shape (n_rounds, n_covariates), optional
+            What is known of each round before it begins, in order: calendar, price.
+        strata : array-like of shape (n,), optional
+            Group of every row, for the statistics and the floor by group.
 
         Returns
         -------
@@ -246,54 +342,102 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         Raises
         ------
         ValueError
-            If rounds are no integers or of another length, or labels are unknown to a frozen
+            If rounds are of another length or have no order, or labels are unknown to a frozen
             estimator.
         """
         with unchanged_on_error(self):
-            _learning.forget(self)
-            X, y = check_labelled_rows(self, X, y, reset=True)
-            numbers = None if rounds is None else check_rounds(as_array(rounds), len(y))
-            data = _learning.Data(X, y, numbers, deployed_pred, sample_weight)
-            _learning.begin(self, data)
-            _learning.learn(self, data)
-            _learning.warn_of_little(self, numbers)
+            self._forget()
+            if y is None:
+                # in scikit-learn's words, whose own checks look for them
+                raise ValueError(
+                    f"This {type(self).__name__} estimator requires y to be passed, but the "
+                    "target y is None."
+                )
+            if rounds is None and _in_a_search():
+                warnings.warn(
+                    "fitted in a search or cross-validation without rounds: nothing is corrected. "
+                    "Pass rounds= to its fit as well, or let it route one column: "
+                    'adapter.set_fit_request(rounds="groups").',
+                    PerformativeWarning,
+                    stacklevel=2,
+                )
+            passed = (rounds, deployed_pred, sample_weight, covariates, strata)
+            data = self._data(X, y, *passed, first=True)
+            measured = self._begin(data)
+            self._learn(data, measured)
+            self._warn_of_little(data.rounds)
         return self
 
     @fit_context(prefer_skip_nested_validation=False)
     def partial_fit(
-        self, X, y, *, rounds=None, classes=None, deployed_pred=None, sample_weight=None
+        self,
+        X,
+        y,
+        *,
+        rounds=None,
+        classes=None,
+        deployed_pred=None,
+        sample_weight=None,
+        covariates=None,
+        strata=None,
     ):
         """Append one or more later rounds; broken off, it leaves the adapter as it was.
 
+        A round may come without labels, ``y=None``: the statistic of the model that met it is then
+        measured on rows remembered from earlier rounds. Its labels may follow under its own
+        number, also bit by bit.
+
         Parameters
         ----------
-        X, y : array-like
-            Rows and labels.
-        rounds : int or array-like of int of shape (n,), optional
-            All later than the rounds seen. None means one round, the next.
+        X : array-like of shape (n, ...)
+            Rows.
+        y : array-like of shape (n,) or None
+            Labels; None or NaN where one is not known yet.
+        rounds : int, str, date or array-like of shape (n,), optional
+            Later than the rounds seen, or seen without all of their labels. None means one
+            round, the next.
         classes : array-like of shape (n_classes,), optional
             All labels there will be; matters at the first call only.
-        deployed_pred, sample_weight
-            As in `fit`.
+        deployed_pred : array-like of shape (n,) or (n, n_classes), optional
+            Labels or probabilities that the deployed model had predicted.
+        sample_weight : array-like of shape (n,), optional
+            Weights of the rows.
+        covariates : array-like of shape (n_rounds, n_covariates), optional
+            Of each round of the call in order.
+        strata : array-like of shape (n,), optional
+            Group of every row.
 
-        Raises ValueError if a round is not later than the last one seen.
+        Returns
+        -------
+        PerformativeAdapter
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            If a round is not later than the last one seen, or parameters changed since the
+            first call.
         """
         with unchanged_on_error(self):
             first = not hasattr(self, "record_")
-            X, y = check_labelled_rows(self, X, y, reset=not hasattr(self, "estimator_"))
-            numbers = _learning.next_round(self) if rounds is None else as_array(rounds)
-            data = _learning.Data(X, y, check_rounds(numbers, len(y)), deployed_pred, sample_weight)
-            if first:
-                _learning.begin(self, data, classes=classes)
-            _learning.learn(self, data)
+            if not first:
+                self._check_unchanged()
+            if rounds is None:
+                known = () if first else self.record_.anticipation.trajectory.rounds
+                rounds = _inputs.next_number(known[-1] if len(known) else None)
+            passed = (rounds, deployed_pred, sample_weight, covariates, strata)
+            data = self._data(X, y, *passed, first=first)
+            self._learn(data, self._begin(data, classes) if first else None)
         return self
 
     @fit_context(prefer_skip_nested_validation=False)
     def fit_trajectory(self, statistics, label_counts, *, rounds=None, classes=None):
         """Learn the response from a record of rounds, without raw rows.
 
-        Row i of the counts is explained by row i - 1 of the statistics (i - `lag`); the first
-        counts, which nothing explains, stand for the base mix if `base_prior` is "fit".
+        Row i of the counts is explained by row i - 1 of the statistics (i - `lag`) and by the
+        counts before it. Counts do not tell the mix that a frozen estimator was trained for: it
+        is read off the estimator where it says so, else equal shares are assumed until labelled
+        rows come to `partial_fit`. Without an estimator the first counts stand for it.
 
         Parameters
         ----------
@@ -302,8 +446,10 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             labels in that round.
         label_counts : array-like of shape (n_rounds, n_classes)
             Labels seen in each round.
-        rounds, classes : array-like, optional
-            Increasing numbers of the rounds; labels, by default those of a frozen estimator.
+        rounds : array-like of shape (n_rounds,), optional
+            Increasing numbers, dates or names of the rounds.
+        classes : array-like of shape (n_classes,), optional
+            Labels, by default those of a frozen estimator.
 
         Returns
         -------
@@ -312,12 +458,93 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             `predict` does not.
         """
         with unchanged_on_error(self):
-            _learning.forget(self)
-            _learning.learn_trajectory(self, statistics, label_counts, rounds, classes)
-            _learning.warn_of_little(self, None)
+            self._forget()
+            if self.objective == "log_loss":
+                raise ValueError(
+                    "objective='log_loss' needs rows: fit_trajectory has label counts only."
+                )
+            recall = isinstance(self.statistic, str) and self.statistic == "recall"
+            statistics, counts = _inputs.check_trajectory(
+                statistics, label_counts, is_recall=recall
+            )
+            n_rounds, n_classes = counts.shape
+            numbers = np.arange(n_rounds) if rounds is None else rounds
+            numbers = _inputs.check_rounds(numbers, n_rounds)
+            seed, params = seed_of(self.random_state), self.get_params(deep=False)
+            fitted, labels = trajectory_classes(self.estimator, classes, n_classes)
+            base = trajectory_base(params, fitted, labels, counts)
+            found = isinstance(self.base_prior, str) and self.base_prior == "fit"
+            options = options_of(params, seed, refines_base=found and fitted is not None)
+            none = np.zeros(0, np.int64)
+            record = start_record(
+                params, options, labels, base, seed, None, None, none, statistics.shape[1]
+            )
+            for number, counted, statistic in zip(numbers, counts, statistics, strict=True):
+                record = record.counted(number, counted, statistic)
+            if fitted is not None:
+                self.estimator_ = fitted
+            self._frozen_params = params
+            self._publish(record)
+            self._warn_of_little(None)
         return self
 
-    def predict(self, X, *, statistic=None):
+    def replace_estimator(self, estimator, X=None, y=None):
+        """Go on with another classifier: the record and the map are kept.
+
+        The world answers what it saw, whichever classifier made it; statistics of the past stay
+        true. Base mix, calibration and remembered rows belonged to the old one.
+
+        Parameters
+        ----------
+        estimator : classifier, FrozenEstimator or nn.Module
+            The next one; what is not frozen is cloned and fitted on the rows.
+        X : array-like of shape (n, ...), optional
+            Labelled rows of any mix: they tell the base mix of a frozen estimator at once. Without
+            them the next labelled round does.
+        y : array-like of shape (n,), optional
+            Their labels.
+
+        Returns
+        -------
+        PerformativeAdapter
+            Itself.
+        """
+        check_is_fitted(self, "record_")
+        if (X is None or y is None) and not is_frozen(estimator):
+            raise ValueError(
+                f"a {type(estimator).__name__} that is not frozen is fitted on rows: give X and y, "
+                "or FrozenEstimator(...) of a fitted one."
+            )
+        with unchanged_on_error(self):
+            record = self.record_
+            self.estimator = estimator
+            if X is None:
+                self.estimator_ = estimator
+                if isinstance(estimator, type(None)) or is_network(estimator):
+                    raise ValueError("a network needs rows, X and y, to be opened on.")
+                record = record.replaced(Memory.empty(len(self.classes_)), None)
+            else:
+                X = self._rows(X, reset=True)
+                y = np.asarray(as_array(y))
+                codes = encode(y, record.classes)
+                self.estimator_ = fit_classifier(estimator, X, y, None, record.options.seed)
+                logits = self._opened(record).logits(X)
+                memory = Memory.empty(len(record.classes)).with_rows(logits, codes)
+                base = None
+                if isinstance(self.base_prior, str) and self.base_prior == "fit":
+                    shares = _inputs.shares_of(codes, np.ones(len(y)), record.classes)
+                    frozen = is_frozen(estimator)
+                    base = estimate_base_prior(logits, codes) if frozen else shares
+                    memory = memory if frozen else Memory.empty(len(record.classes))
+                record = record.replaced(memory, base)
+            refines = is_frozen(estimator) and isinstance(self.base_prior, str)
+            refines = refines and self.base_prior == "fit"
+            record = replace(record, options=replace(record.options, refines_base=refines))
+            self._frozen_params = self.get_params(deep=False)
+            self._publish(record)
+        return self
+
+    def predict(self, X, *, statistic=None, covariates=None):
         """Predict labels, corrected for the anticipated mix.
 
         Parameters
@@ -326,25 +553,100 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Rows.
         statistic : array-like of shape (n_statistics,), optional
             Of the model deployed before; by default the last one recorded.
+        covariates : array-like of shape (n_covariates,), optional
+            Of the round to come; by default those of the last one.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            Labels; the classifier's own where nothing is corrected.
         """
-        codes = _learning.corrected(self, X, statistic).argmax(axis=1)
+        check_is_fitted(self, "record_")
+        X = self._rows(X)
+        scores, logits, untouched = self._corrected(X, statistic, covariates)
+        codes = self._opened().own(X, logits) if untouched else scores.argmax(axis=1)
         return self.classes_[codes]
 
-    def predict_proba(self, X, *, statistic=None):
-        """Predict probabilities (n, n_classes); parameters are those of `predict`."""
-        return probabilities(_learning.corrected(self, X, statistic))
+    def predict_proba(self, X, *, statistic=None, covariates=None):
+        """Predict probabilities.
 
-    def predict_log_proba(self, X, *, statistic=None):
-        """Predict log probabilities (n, n_classes); parameters are those of `predict`."""
-        scores = _learning.corrected(self, X, statistic)
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        statistic : array-like of shape (n_statistics,), optional
+            Of the model deployed before; by default the last one recorded.
+        covariates : array-like of shape (n_covariates,), optional
+            Of the round to come; by default those of the last one.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes)
+            Probabilities.
+        """
+        return probabilities(self._scores(X, statistic, covariates))
+
+    def predict_log_proba(self, X, *, statistic=None, covariates=None):
+        """Predict log probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        statistic : array-like of shape (n_statistics,), optional
+            Of the model deployed before; by default the last one recorded.
+        covariates : array-like of shape (n_covariates,), optional
+            Of the round to come; by default those of the last one.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes)
+            Log probabilities.
+        """
+        scores = self._scores(X, statistic, covariates)
         return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
 
-    def decision_function(self, X, *, statistic=None):
-        """Give corrected scores ``f + log q - log pi_0``; with two classes their difference."""
-        scores = _learning.corrected(self, X, statistic)
+    def decision_function(self, X, *, statistic=None, covariates=None):
+        """Give corrected scores ``f + log q - log pi_0``.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        statistic : array-like of shape (n_statistics,), optional
+            Of the model deployed before; by default the last one recorded.
+        covariates : array-like of shape (n_covariates,), optional
+            Of the round to come; by default those of the last one.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes) or (n,)
+            Scores; with two classes their difference.
+        """
+        scores = self._scores(X, statistic, covariates)
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
-    def predict_prior(self, statistic=None, *, return_interval=False):
+    def correct(self, X, prior):
+        """Predict probabilities at a label mix that is known.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        prior : array-like of shape (n_classes,) or dict by label
+            The mix.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes)
+            Probabilities.
+        """
+        check_is_fitted(self, "record_")
+        mix = _inputs.check_prior(prior, self.classes_)
+        logits = self._opened().logits(self._rows(X))
+        return probabilities(self.record_.corrected(logits, np.log(np.maximum(mix, 1e-12))))
+
+    def predict_prior(self, statistic=None, *, return_interval=False, covariates=None):
         """Anticipate the label mix of the round after a deployment.
 
         Parameters
@@ -352,7 +654,10 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         statistic : array-like of shape (n_statistics,) or (n, n_statistics), optional
             Of the deployed model; by default the last one recorded.
         return_interval : bool, default=False
-            Whether to add where nine in ten realised shares will lie.
+            Whether to add where nine in ten realised shares will lie, from how often such
+            intervals have held so far.
+        covariates : array-like of shape (n_covariates,), optional
+            Of the round to come; by default those of the last one.
 
         Returns
         -------
@@ -361,43 +666,197 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         interval : ndarray of shape (2, ...)
             Low and high shares, if asked for.
         """
-        prior = np.exp(_learning.anticipated(self, statistic))
-        return (prior, interval_of(self.record_, prior)) if return_interval else prior
+        check_is_fitted(self, "record_")
+        prior = np.exp(self._anticipated(statistic, covariates))
+        return (prior, self.record_.interval(prior)) if return_interval else prior
 
-    def statistic_of(self, estimator, X, y, sample_weight=None):
-        """Measure the statistic (n_statistics,) of a fitted classifier on labelled rows.
+    def estimate_prior(self, X, *, return_interval=False):
+        """Estimate the label mix of rows without labels, with the anticipated mix as its prior.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        return_interval : bool, default=False
+            Whether to add where nine in ten of the batch's shares lie.
+
+        Returns
+        -------
+        prior : ndarray of shape (n_classes,)
+            Shares.
+        interval : ndarray of shape (2, n_classes)
+            Low and high shares, if asked for.
+        """
+        check_is_fitted(self, "record_")
+        record, logits = self.record_, self._opened().logits(self._rows(X))
+        how = "map_em" if record.anticipation.n_pairs else "em"
+        prior = np.exp(record.batch_prior(logits, self._anticipated(None, None), how))
+        return (prior, record.batch_interval(logits, prior)) if return_interval else prior
+
+    def statistic_of(self, estimator, X, y, sample_weight=None, *, strata=None):
+        """Measure the statistic of a fitted classifier on labelled rows.
 
         Under a pure change of label mix recalls do not depend on the mix, so rows of any mix
         will do; classes with few rows are shrunk towards the accuracy.
+
+        Parameters
+        ----------
+        estimator : fitted classifier
+            The model.
+        X : array-like of shape (n, ...)
+            Rows.
+        y : array-like of shape (n,)
+            Labels.
+        sample_weight : array-like of shape (n,), optional
+            Weights.
+        strata : array-like of shape (n,), optional
+            Groups, where the statistic needs them.
+
+        Returns
+        -------
+        ndarray of shape (n_statistics,)
+            Statistic.
         """
         check_is_fitted(self, "record_")
-        return _outlook.statistic_of(self, estimator, X, y, sample_weight)
+        X, codes = self._labelled(X, y)
+        weight = check_sample_weight(sample_weight, codes, dtype=np.float64)
+        opened = open_candidate(estimator, X, self.classes_)
+        logits = opened.logits(X, strict=True)
+        return self.record_.measured(
+            codes, opened.own(X, logits), logits, weight, self._strata_codes(strata)
+        )
+
+    def deployed_statistic(self, X, y, *, prior=None, strata=None):
+        """Measure the statistic of the model that is deployed now, before its labels arrive.
+
+        For labels that come late: rows labelled long ago tell the recall of the corrected model
+        as well as today's would.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows labelled earlier, of any mix.
+        y : array-like of shape (n,)
+            Their labels.
+        prior : array-like of shape (n_classes,), optional
+            Mix that the deployed model is corrected for; by default the one anticipated now.
+        strata : array-like of shape (n,), optional
+            Groups, where the statistic needs them.
+
+        Returns
+        -------
+        ndarray of shape (n_statistics,)
+            Statistic, to be given to `predict` or `predict_prior`.
+        """
+        check_is_fitted(self, "record_")
+        X, codes = self._labelled(X, y)
+        log_prior = np.log(self.predicted_prior_)
+        if prior is not None:
+            mix = _inputs.check_prior(prior, self.classes_)
+            log_prior = np.log(np.maximum(mix, 1e-12))
+        scores = self.record_.corrected(self._opened().logits(X), log_prior)
+        return self.record_.measured(
+            codes, scores.argmax(axis=1), scores, strata=self._strata_codes(strata)
+        )
 
     def replay(self, X, y, *, rounds):
         """Predict rounds in order, each by the statistic of the one before; nothing is learned.
 
-        Parameters are those of `fit`; returns probabilities (n, n_classes).
+        Rounds that lie between the last one seen and the first one given, as ``gap`` of
+        `RoundForwardSplit` leaves them, are gone through without labels: their statistics are
+        measured on remembered rows, as a user with late labels would.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        y : array-like of shape (n,)
+            Labels.
+        rounds : int, str, date or array-like of shape (n,)
+            Rounds.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes)
+            Probabilities.
         """
         check_is_fitted(self, "record_")
-        X, y = check_labelled_rows(self, X, y)
-        return _learning.replayed(self, X, y, check_rounds(as_array(rounds), len(y)))
+        X, codes = self._labelled(X, y)
+        numbers = _inputs.check_rounds(rounds, len(codes))
+        record, opened = self.record_, self._opened()
+        state = record.anticipation
+        trajectory = state.trajectory
+        proba = np.empty((len(codes), len(self.classes_)))
+
+        def prior():
+            return record.applied(state.log_answer(trajectory.coming())[0])[0]
+
+        unlabelled = np.zeros(len(self.classes_))
+        for number in _inputs.missing_rounds(trajectory.rounds, numbers.min()):
+            statistic = record.remembered_statistic(prior())
+            # the mix of a round that nobody has labelled is what was anticipated
+            mix = prior() - prior().mean()
+            trajectory = trajectory.append(number, statistic, unlabelled, mix=mix)
+        for number in np.unique(numbers):
+            rows = np.flatnonzero(numbers == number)
+            log_prior = prior()
+            scores = record.corrected(opened.logits(take(X, rows)), log_prior)
+            proba[rows] = probabilities(scores)
+            predicted = scores.argmax(axis=1)
+            statistic = record.measured(codes[rows], predicted, scores)
+            n_classes = len(self.classes_)
+            counts = np.bincount(codes[rows], minlength=n_classes).astype(np.float64)
+            shares = np.bincount(predicted, minlength=n_classes) / len(rows)
+            last = trajectory.rounds[-1] if len(trajectory) else None
+            if last is None or number > last:
+                trajectory = trajectory.append(number, statistic, counts, shares=shares)
+            else:  # a round of the past, told once more
+                again = replace(trajectory, rounds=np.arange(len(trajectory)))
+                trajectory = again.append(len(again), statistic, counts, shares=shares)
+        return proba
 
     def score(self, X, y, *, rounds=None, sample_weight=None):
-        """Compute the accuracy; with `rounds` one step ahead in order, without refitting."""
+        """Compute the accuracy; with `rounds` one step ahead in order, without refitting.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Rows.
+        y : array-like of shape (n,)
+            Labels.
+        rounds : int, str, date or array-like of shape (n,), optional
+            Rounds.
+        sample_weight : array-like of shape (n,), optional
+            Weights.
+
+        Returns
+        -------
+        float
+            Accuracy.
+        """
         if rounds is None:
-            return accuracy_score(as_array(y), self.predict(X), sample_weight=sample_weight)
-        predicted = self.classes_[self.replay(X, y, rounds=rounds).argmax(axis=1)]
-        return accuracy_score(as_array(y), predicted, sample_weight=sample_weight)
+            predicted = self.predict(X)
+        else:
+            predicted = self.classes_[self.replay(X, y, rounds=rounds).argmax(axis=1)]
+        y, known = _inputs.check_labels(y, len(predicted), first=False)
+        weight = None if sample_weight is None else np.asarray(sample_weight)[known]
+        labels = predicted[known]
+        return accuracy_score(y[known].astype(labels.dtype), labels, sample_weight=weight)
 
     def rank_models(self, candidates, X, y, *, scoring="accuracy", n_bootstrap=200):
         """Predict what candidates would score in the round after their deployment.
+
+        Where the record gives no evidence that the mix answers the model, all candidates are
+        held against the mix expected whatever is deployed, and a warning says so.
 
         Parameters
         ----------
         candidates : list of fitted classifiers or dict of them by name
             Each as it would be deployed.
-        X, y : array-like
+        X : array-like of shape (n, ...)
             Labelled rows of any mix, best with every class well represented.
+        y : array-like of shape (n,)
+            Labels.
         scoring : {"accuracy", "neg_log_loss"} or callable, default="accuracy"
             A callable takes ``(y_true, y_pred, sample_weight=)``.
         n_bootstrap : int, default=200
@@ -407,21 +866,52 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         -------
         Bunch
             ``order`` (indices, best first), ``predicted``, ``low``, ``high`` (90 % interval),
-            ``current`` (score on the rows as they are), ``prior`` (n_candidates, n_classes) and
-            ``names``.
+            ``current`` (score on the rows as they are), ``prior`` (n_candidates, n_classes),
+            ``names`` and ``fallback`` (whether the mix was held not to answer).
         """
         check_is_fitted(self, "record_")
-        return _outlook.rank_models(self, candidates, X, y, scoring, n_bootstrap)
+        named = _by_name(candidates, scoring, n_bootstrap)
+        X, codes = self._labelled(X, y)
+        record = self.record_
+        models = [self._candidate(model, X, codes, scoring) for model in named.values()]
+        answers = answers_the_model(record)
+        if not answers and record.anticipation.n_pairs:
+            warnings.warn(
+                "the record gives no evidence that the mix answers the deployed model: candidates "
+                "are ranked by the mix expected whatever is deployed.",
+                PerformativeWarning,
+                stacklevel=2,
+            )
+        generator = np.random.default_rng(record.options.seed)
+        found = predict_scores(record, models, codes, n_bootstrap, generator, answers=answers)
+        shares = np.bincount(codes, minlength=len(self.classes_)) / len(codes)
+        predicted = np.array([one.value for one in found])
+        return Bunch(
+            order=np.argsort(-predicted, kind="stable"),
+            predicted=predicted,
+            low=np.array([one.low for one in found]),
+            high=np.array([one.high for one in found]),
+            current=np.array([model.score(shares, np.arange(len(codes))) for model in models]),
+            prior=np.array([one.prior for one in found]),
+            names=list(named),
+            fallback=not answers,
+        )
 
     def stable_point(self, X, y, *, damping=0.1, tol=0.005, max_iter=500):
         """Find the label mix at which the corrected model and its answer come to rest.
 
         Parameters
         ----------
-        X, y : array-like
+        X : array-like of shape (n, ...)
             Labelled rows of any mix.
-        damping, tol, max_iter
-            Share of the way gone in a step, total variation that counts as rest, most steps.
+        y : array-like of shape (n,)
+            Labels.
+        damping : float, default=0.1
+            Share of the way gone in a step.
+        tol : float, default=0.005
+            Total variation that counts as rest.
+        max_iter : int, default=500
+            Most steps.
 
         Returns
         -------
@@ -431,15 +921,405 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             are apart), ``worst_recall``, ``accuracy`` and ``n_iter``.
         """
         check_is_fitted(self, "record_")
-        return _outlook.stable_point(self, X, y, damping, tol, max_iter)
+        if not 0 < damping <= 1:
+            raise ValueError(f"damping must be in (0, 1], got {damping}.")
+        if max_iter < 1:
+            raise ValueError(f"max_iter must be 1 or more, got {max_iter}.")
+        X, codes = self._labelled(X, y)
+        logits = self._opened().logits(X)
+        return Bunch(
+            **rest_point(self.record_, logits, codes, damping=damping, tol=tol, max_iter=max_iter)
+        )
 
     def diagnose(self, *, n_permutations=99):
         """Examine the record: what is known, and whether the response is the model's doing.
 
-        Returns a dict: `diagnostics_` with ``response_p_value`` (small: the mix answers the
-        model; by permutations of the statistics), ``conditional_shift_p_value`` (small: the
-        classes themselves look different), ``gain_statistic``, ``gain_previous_mix``,
-        ``gain_nothing``, ``gain_adapter`` (nats a label, one step ahead) and ``worst_recall``.
+        Parameters
+        ----------
+        n_permutations : int, default=99
+            Of the test whether the mix answers.
+
+        Returns
+        -------
+        dict
+            `diagnostics_` with ``response_p_value`` (small: the mix answers the model, beyond what
+            its own past tells), ``conditional_shift_p_value`` (small: the classes themselves look
+            different), ``answers`` (whether maps that read the model lead), ``gain_statistic``,
+            ``gain_model_free``, ``gain_previous_mix`` (nats a label saved over the base mix, one
+            step ahead, by all maps, those that do not read the model, and the last mix),
+            ``gain_adapter`` and ``worst_recall``.
         """
         check_is_fitted(self, "record_")
-        return _outlook.diagnose(self, n_permutations)
+        return full_diagnostics(self.record_, n_permutations)
+
+    def report(self) -> DriftReport:
+        """Say how things stand: mix, recall and answer, in a form to print or draw each morning.
+
+        Returns
+        -------
+        DriftReport
+            ``print`` it, ``plot`` it, or read ``mix``, ``recall`` and ``answer``.
+        """
+        check_is_fitted(self, "record_")
+        return drift_report(self.record_)
+
+    def __sklearn_tags__(self):
+        """Take what the estimator takes."""
+        tags = super().__sklearn_tags__()
+        if not is_network(self.estimator) and hasattr(self.estimator, "__sklearn_tags__"):
+            own = get_tags(self.estimator).input_tags
+            tags.input_tags = replace(own, pairwise=False)
+        return tags
+
+    # ---- the steps behind the public methods
+
+    def _forget(self):
+        for name in [name for name in vars(self) if name.endswith("_") and name[0] != "_"]:
+            delattr(self, name)
+
+    def _rows(self, X, *, reset=False):
+        """Validate rows: a network's here, those of any other classifier by itself."""
+        if is_network(self.estimator):
+            return check_rows(self, X, reset=reset)
+        X = _inputs.check_own_rows(X, type(self).__name__)
+        validate_data(self, X, reset=reset, skip_check_array=True)
+        return X
+
+    def _labelled(self, X, y):
+        """Validate rows with labels that are all known: -> rows, columns (n,)."""
+        X = self._rows(X)
+        n_rows = _inputs.count_rows(X)
+        values, known = _inputs.check_labels(y, n_rows, first=False)
+        if not known.all():
+            raise ValueError(
+                "y holds rows without a label: they tell nothing here, leave them out."
+            )
+        return X, encode(values, self.classes_)
+
+    def _data(self, X, y, rounds, deployed, weight, covariates, strata, *, first):
+        """Validate all that a call brings."""
+        X = self._rows(X, reset=first or not hasattr(self, "estimator_"))
+        n_rows = _inputs.count_rows(X)
+        values, known = _inputs.check_labels(y, n_rows, first=first)
+        numbers = None if rounds is None else _inputs.check_rounds(rounds, n_rows)
+        n_known = None if first else self.record_.anticipation.trajectory.covariates.shape[1]
+        n_rounds = 1 if numbers is None else len(np.unique(numbers))
+        checked = _inputs.check_covariates(covariates, n_rounds, n_known)
+        groups = None if strata is None else np.asarray(as_array(strata))
+        if groups is not None and groups.shape != (n_rows,):
+            raise ValueError(f"strata has shape {groups.shape}, but X has {n_rows} rows.")
+        weights = check_sample_weight(weight, np.zeros(n_rows), dtype=np.float64)
+        return Data(
+            X, values, known, numbers, weights, weight is not None, deployed, checked, groups
+        )
+
+    def _begin(self, data, classes=None) -> Measured:
+        seed, params = seed_of(self.random_state), self.get_params(deep=False)
+        fitted, record, measured = begin(self.estimator, params, data, seed, classes)
+        self.estimator_, self._frozen_params = fitted, params
+        self._publish(record)
+        self._first_statistic(data, measured)
+        return measured
+
+    def _first_statistic(self, data, measured):
+        """Before any round the statistic is that of the classifier on its first rows."""
+        codes = encode(data.y[measured.rows], self.classes_)
+        if len(codes):
+            strata = self._strata_codes(data.strata)
+            strata = None if strata is None else strata[measured.rows]
+            weight = data.weight[measured.rows]
+            self.statistic_ = self.record_.measured(
+                codes, measured.own, measured.logits, weight, strata
+            )
+
+    def _learn(self, data, measured=None):
+        """Go through the rounds of a call in order; without rounds there is nothing to learn."""
+        if data.rounds is None:
+            return
+        self._check_has_estimator()
+        codes = np.full(len(data.y), -1)
+        codes[data.known] = encode(data.y[data.known], self.classes_)
+        deployed = data.deployed
+        if deployed is not None:
+            deployed = _inputs.check_deployed(deployed, len(codes), self.classes_)
+        numbers, record = np.unique(data.rounds), self.record_
+        # the whole call is refused before any of it is learned
+        late = self._check_later(numbers)
+        strata = self._strata_codes(data.strata)
+        for i, number in enumerate(track(numbers, description="rounds", verbose=self.verbose)):
+            rows = np.flatnonzero(data.rounds == number)
+            if i in late:
+                rows = rows[codes[rows] >= 0]
+                if not len(rows):
+                    continue
+            opened = self._opened(record)
+            first = measured if i == 0 else None
+            logits, own, honest = _scored(opened, data.X, rows, first)
+            taken = Round(
+                number=number,
+                logits=logits,
+                own=own,
+                codes=codes[rows],
+                weight=data.weight[rows],
+                deployed=None if deployed is None else deployed[rows],
+                honest=honest,
+                covariates=None if data.covariates is None else data.covariates[i],
+                strata=None if strata is None else strata[rows],
+            )
+            before = record.corrector.choice.strength
+            record = record.labelled_later(taken) if i in late else record.learned(taken)
+            if before > 0.0 and record.corrector.harm > HARM:
+                warnings.warn(
+                    f"the correction is withdrawn after round {number}: over the latest rounds it "
+                    f"cost {record.corrector.harm:.3f} nats a row more than it saved.",
+                    PerformativeWarning,
+                    stacklevel=3,
+                )
+        self._publish(record)
+
+    def _check_later(self, numbers):
+        """Refuse rounds that are neither later than all seen nor in want of labels."""
+        trajectory = self.record_.anticipation.trajectory
+        if not len(trajectory):
+            return set()
+        last = trajectory.rounds[-1]
+        if numbers.dtype.kind != trajectory.rounds.dtype.kind:
+            raise ValueError(
+                f"rounds of type {numbers.dtype} can't follow round {last!r} of another type."
+            )
+        late = set()
+        for i, number in enumerate(numbers):
+            if number > last:
+                continue
+            at = np.flatnonzero(trajectory.rounds == number)
+            if not len(at) or trajectory.unlabelled[at[0]] == 0:
+                raise ValueError(
+                    f"round {number} is not later than the last round seen, {last}, and has all "
+                    "its labels: rounds are appended in order of time, each once."
+                )
+            late.add(i)
+        return late
+
+    def _check_unchanged(self):
+        """Refuse to go on with other parameters than the record was started with."""
+        now = self.get_params(deep=False)
+        changed = [
+            name
+            for name, value in self._frozen_params.items()
+            if name not in ("verbose", "random_state") and not _same(now[name], value)
+        ]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} changed since the first call: fit anew, or set "
+                f"{'them' if len(changed) > 1 else 'it'} back; another classifier goes on with "
+                "the record through replace_estimator."
+            )
+
+    def _check_has_estimator(self):
+        if not hasattr(self, "estimator_"):
+            raise NotFittedError(
+                "this adapter was fitted on a record without rows, so its estimator is not "
+                "fitted: give fit_trajectory a frozen estimator to go on with."
+            )
+
+    def _opened(self, record=None) -> Opened:
+        self._check_has_estimator()
+        record = self.record_ if record is None else record
+        return Opened(self.estimator_, record.classes, record.log_base)
+
+    def _strata_codes(self, strata):
+        known = self.record_.strata
+        if strata is None or known is None:
+            return None
+        return encode(np.asarray(as_array(strata)), known, known_to="the first call's strata")
+
+    def _candidate(self, model, X, codes, scoring) -> Candidate:
+        """Give a candidate's statistic and score as functions of row indices."""
+        record, classes = self.record_, self.classes_
+        opened = open_candidate(model, X, classes)
+        logits = opened.logits(X, strict=True)
+        predicted = opened.own(X, logits)
+
+        def statistic(rows):
+            return record.measured(codes[rows], predicted[rows], logits[rows])
+
+        if callable(scoring):
+
+            def score(prior, rows):
+                shares = np.bincount(codes[rows], minlength=len(classes)) / len(rows)
+                weight = prior[codes[rows]] / shares[codes[rows]]
+                labels = classes[codes[rows]], classes[predicted[rows]]
+                return float(scoring(*labels, sample_weight=weight))
+
+            return Candidate(statistic, score)
+        if scoring == "accuracy":
+            scores = (predicted == codes).astype(np.float64)
+        else:
+            own = logits[np.arange(len(codes)), codes]
+            scores = own - np.logaddexp.reduce(logits, axis=1)
+        return Candidate(statistic, lambda p, rows: score_under(p, scores[rows], codes[rows]))
+
+    def _scores(self, X, statistic, covariates):
+        check_is_fitted(self, "record_")
+        return self._corrected(self._rows(X), statistic, covariates)[0]
+
+    def _corrected(self, X, statistic, covariates):
+        """Corrected and plain scores (n, n_classes), and whether nothing was corrected."""
+        record, logits = self.record_, self._opened().logits(X)
+        log_prior = self._anticipated(statistic, covariates)
+        if log_prior.ndim != 1:
+            raise ValueError("predict takes one statistic of shape (n_statistics,) for all rows.")
+        how, needed = record.options.transductive, 10 * logits.shape[1]
+        if how == "auto":
+            how = "map_em" if len(logits) >= needed else None
+        elif how is not None and len(logits) < needed:
+            warnings.warn(
+                f"a batch of {len(logits)} rows is short for transductive={how!r}: below {needed} "
+                "rows, ten for each class, its label mix is hard to tell.",
+                UserWarning,
+                stacklevel=4,
+            )
+        untouched = how is None and record.nothing_is_corrected
+        if how is not None:
+            log_prior = record.batch_prior(logits, log_prior, how)
+        return record.corrected(logits, log_prior), logits, untouched
+
+    def _anticipated(self, statistic, covariates):
+        """Log mix (n_classes,) or (n, n_classes) that answers statistics."""
+        record = self.record_
+        if covariates is not None:
+            n_known = record.anticipation.trajectory.covariates.shape[1]
+            covariates = _inputs.check_covariates(covariates, 1, n_known)[0]
+        if statistic is None:
+            if covariates is None:
+                return np.log(self.predicted_prior_)
+            return record.prior(None, covariates)[0]
+        recall = isinstance(record.options.statistic, str) and record.options.statistic == "recall"
+        recall = recall and len(self.statistic_) == len(self.classes_)
+        values = _inputs.check_statistic(statistic, len(self.statistic_), is_recall=recall)
+        if values.ndim == 2:
+            return np.array([self._anticipated(one, covariates) for one in values])
+        log_prior, _ = record.prior(values, covariates)
+        return self._held_back(values, log_prior)
+
+    def _held_back(self, statistic, log_prior):
+        """Blend towards the base mix where the statistic is far from all that was recorded."""
+        seen = self.trajectory_.statistics[-SEEN:]
+        seen = seen[np.isfinite(seen).all(axis=1)]
+        excess = extrapolation(statistic, seen) / FAR
+        if excess <= 1.0 or self.fallback_:
+            return log_prior
+        if "far" not in self._said:
+            self._said.add("far")
+            warnings.warn(
+                f"statistic is {FAR * excess:.1f} times as far from the recorded ones as these "
+                "are from one another: the anticipated mix is blended towards the base prior.",
+                PerformativeWarning,
+                stacklevel=5,
+            )
+        log_base = np.log(self.base_prior_)
+        return np.logaddexp(log_prior - np.log(excess), log_base + np.log1p(-1 / excess))
+
+    def _warn_of_little(self, numbers):
+        """Warn of what a record cannot tell: too few rounds, gaps, a model that never changed."""
+        state = self.record_.anticipation
+        if numbers is not None:
+            _inputs.warn_of_gaps(numbers)
+        if 0 < state.n_rounds < self.record_.options.min_rounds:
+            warnings.warn(
+                f"{state.n_rounds} rounds are fewer than min_rounds={self.min_rounds}: the adapter "
+                "is 'fixed' and nothing is corrected.",
+                UserWarning,
+                stacklevel=3,
+            )
+        elif state.n_pairs > 1 and self.diagnostics_["rank"] == 0:
+            warnings.warn(
+                "the statistic was the same in every round, so the response to a change of model "
+                "is not identifiable from these deployments: slopes rest on shrinkage alone.",
+                PerformativeWarning,
+                stacklevel=3,
+            )
+
+    def _publish(self, record: Record):
+        """Spread the record over the fitted attributes."""
+        state = record.anticipation
+        trajectory, leader = state.trajectory, state.leader
+        log_prior, strength = record.prior()
+        choice = record.corrector.choice
+        self.record_ = record
+        self.classes_ = record.classes
+        self.base_prior_ = np.exp(record.log_base)
+        self.calibrator_ = record.corrector.calibrators[choice.calibration]
+        if len(trajectory):
+            known = np.isfinite(trajectory.statistics).all(axis=1)
+            self.statistic_ = trajectory.statistics[
+                np.flatnonzero(known)[-1] if known.any() else -1
+            ]
+        elif not hasattr(self, "statistic_"):
+            self.statistic_ = np.full(trajectory.statistics.shape[1], np.nan)
+        response = state.contenders[leader].response if leader else None
+        self.trajectory_ = trajectory
+        self.adapter_ = Answering(state.log_answer, trajectory.coming(), response)
+        self.leader_ = leader or "nothing yet"
+        corrects = strength > 0.0 and leader is not None
+        self.adapter_name_ = state.contenders[leader or ""].kind if corrects else "fixed"
+        self.strength_, self.mix_ = strength, choice.mix
+        self.fallback_ = record.nothing_is_corrected
+        self.predicted_prior_ = np.exp(log_prior)
+        self.n_rounds_ = state.n_rounds
+        self.prequential_ = Bunch(**prequential(record))
+        self.diagnostics_ = quick_diagnostics(record)
+        if not hasattr(self, "_said"):
+            self._said: set[str] = set()
+
+
+def _scored(opened: Opened, X: Any, rows: np.ndarray, measured: Measured | None) -> tuple:
+    """Scores and own predictions of rows (m,), honest ones where there are, and which those are."""
+    if measured is None:
+        part = take(X, rows)
+        logits = opened.logits(part)
+        return logits, opened.own(part, logits), None
+    logits, own = np.empty((len(rows), len(opened.classes))), np.empty(len(rows), np.int64)
+    at = np.searchsorted(rows, measured.rows)
+    logits[at], own[at] = measured.logits, measured.own
+    rest = np.setdiff1d(np.arange(len(rows)), at)
+    if len(rest):
+        part = take(X, rows[rest])
+        logits[rest] = opened.logits(part)
+        own[rest] = opened.own(part, logits[rest])
+    return logits, own, np.isin(np.arange(len(rows)), at)
+
+
+def _by_name(candidates: Any, scoring: Any, n_bootstrap: int) -> dict:
+    if not (callable(scoring) or scoring in ("accuracy", "neg_log_loss")):
+        raise ValueError(
+            f"scoring must be 'accuracy', 'neg_log_loss' or a callable, got {scoring!r}."
+        )
+    if n_bootstrap < 0:
+        raise ValueError(f"n_bootstrap must be 0 or more, got {n_bootstrap}.")
+    if not isinstance(candidates, dict | list | tuple) or not candidates:
+        raise ValueError(
+            "candidates must be a list of fitted classifiers or a dict of them by name, with one "
+            f"or more; got {candidates!r}."
+        )
+    return candidates if isinstance(candidates, dict) else dict(enumerate(candidates))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    try:
+        return bool(np.all(one == other))
+    except Exception:  # whatever has an equality of its own
+        return False
+
+
+def _in_a_search() -> bool:
+    """Whether scikit-learn fits this in a search or cross-validation."""
+    frame: Any = sys._getframe(1)
+    depth = 0
+    while frame is not None and depth < 40:
+        if frame.f_code.co_name == "_fit_and_score":
+            return True
+        frame, depth = frame.f_back, depth + 1
+    return False

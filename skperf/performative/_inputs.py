@@ -1,62 +1,175 @@
 """What users hand to the adapter, checked and encoded."""
 
+import datetime
 import warnings
 
 import numpy as np
-from sklearn.frozen import FrozenEstimator
-from sklearn.utils.validation import check_is_fitted
-from torch import nn
+from scipy.sparse import issparse
+from sklearn.utils import assert_all_finite, column_or_1d
+from sklearn.utils.multiclass import check_classification_targets
 
-from skperf.backbone._opening import class_logits, fit_estimator, has_network
+from skperf.backbone._validation import as_array
 from skperf.performative.label_shift import smooth_shares
-
-UNKNOWN_CLASS = -20.0  # log probability of a class that the estimator was never shown
 
 
 class PerformativeWarning(UserWarning):
     """The record of rounds does not carry the answer that was asked of it."""
 
 
-def check_rounds(rounds, n_rows):
-    """Turn round numbers into an integer array of shape (n_rows,); a scalar holds for all rows.
+def count_rows(X):
+    """Count rows in any form."""
+    return X.shape[0] if getattr(X, "shape", ()) else len(X)
 
-    Shapes: rounds (n_rows,) -> (n_rows,).
+
+def check_own_rows(X, name):
+    """Check that rows are rows; all else is left to the classifier that gets them as they are."""
+    X = as_array(X)
+    if hasattr(X, "__array__") and not hasattr(X, "shape"):
+        X = np.asarray(X)
+    if issparse(X) and X.format not in ("csr", "csc", "lil", "dok"):
+        X = X.tocsr()  # the others can't be sliced
+    if not hasattr(X, "shape") and not hasattr(X, "__len__"):
+        raise ValueError(f"X must hold rows, got a {type(X).__name__}.")
+    if isinstance(X, np.ndarray) and X.ndim < 2 and X.dtype.kind in "biufc":
+        raise ValueError(
+            f"Expected 2D array, got {X.ndim}D array instead. Reshape your data: reshape(-1, 1) if "
+            "there is one feature, reshape(1, -1) if there is one row."
+        )
+    if count_rows(X) == 0:
+        raise ValueError(
+            f"Found array with 0 sample(s) while a minimum of 1 is required by {name}."
+        )
+    return X
+
+
+def check_rounds(rounds, n_rows):
+    """Turn rounds, numbers, dates or strings in order, into an array; a scalar holds for all rows.
+
+    Shapes: rounds (n_rows,) -> (n_rows,) of int64, datetime64, timedelta64 or str.
     """
+    if hasattr(rounds, "to_timestamp") and not hasattr(rounds, "index"):
+        rounds = rounds.to_timestamp()  # pandas periods, one or an index of them
     values = np.asarray(rounds)
     if values.ndim == 0:
         values = np.full(n_rows, values)
     if values.shape != (n_rows,):
         raise ValueError(
             f"rounds has {len(values)} entries of shape {values.shape}, but X and y have {n_rows} "
-            "rows: give one integer for each row, or one for all."
+            "rows: give one for each row, or one for all."
         )
+    if values.dtype == object:
+        values = _typed(values)
     if values.dtype.kind in "iub":
         return values.astype(np.int64)
+    if values.dtype.kind in "mM":
+        if np.isnat(values).any():
+            raise ValueError("rounds contain NaT: every row needs a round.")
+        return values
+    if values.dtype.kind in "UT":
+        return values.astype(str)
     try:
         numbers = values.astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"rounds must be integers, got {values[0]!r}.") from error
+        raise ValueError(
+            f"rounds must be integers, dates or strings, got {values[0]!r}."
+        ) from error
     bad = np.flatnonzero(~np.isfinite(numbers) | (numbers != np.round(numbers)))
     if len(bad):
         raise ValueError(
-            f"rounds must be integers; the first that is not: {numbers[bad[0]]} in row {bad[0]}."
+            f"rounds must be integers, dates or strings; the first that is not: "
+            f"{numbers[bad[0]]} in row {bad[0]}."
         )
     return numbers.astype(np.int64)
 
 
+def _typed(values):
+    """Give objects (n,) of one kind an array of that kind."""
+    if any(value is None or value != value for value in values):
+        raise ValueError("rounds contain missing values: every row needs a round.")
+    kinds = {type(value) for value in values}
+    if all(issubclass(kind, str) for kind in kinds):
+        return values.astype(str)
+    if all(hasattr(kind, "to_timestamp") for kind in kinds):  # pandas periods
+        return np.array([np.datetime64(value.to_timestamp()) for value in values])
+    if all(issubclass(kind, datetime.date | np.datetime64) for kind in kinds):
+        return np.array([np.datetime64(value) for value in values])
+    if len(kinds) > 1 and any(issubclass(kind, str) for kind in kinds):
+        raise ValueError(
+            f"rounds mix {sorted(kind.__name__ for kind in kinds)}, which have no order."
+        )
+    return values
+
+
+def next_number(last):
+    """Give the number of the round after the last one, 0 at first."""
+    if last is None:
+        return 0
+    if np.asarray(last).dtype.kind not in "iu":
+        raise ValueError(f"rounds are needed: what comes after {last} is not known.")
+    return int(last) + 1
+
+
 def warn_of_gaps(numbers):
-    """Warn when rounds in order are not evenly spaced, as a shuffled split leaves them."""
-    steps = np.diff(np.unique(numbers))
+    """Warn when numbered rounds are not evenly spaced, as a shuffled split leaves them."""
+    if numbers.dtype.kind != "i":
+        return  # months and names have no even steps
+    distinct = np.unique(numbers)
+    year, month = np.divmod(distinct, 100)
+    if ((year > 1900) & (year < 2200) & (month > 0) & (month < 13)).all():
+        distinct = 12 * year + month  # such as 202412, one before 202501
+    steps = np.diff(distinct)
     uneven = np.flatnonzero(steps > steps.min()) if len(steps) else []
     if len(uneven):
         before = np.unique(numbers)[uneven[0]]
         warnings.warn(
-            f"rounds jump from {before} to {before + steps[uneven[0]]}: neighbours in order are "
-            "taken for consecutive deployments. A split that goes forward in rounds leaves no "
-            "gaps: skperf.model_selection.RoundForwardSplit.",
+            f"rounds jump from {before} to {np.unique(numbers)[uneven[0] + 1]}: neighbours in "
+            "order are taken for consecutive deployments. A split that goes forward in rounds "
+            "leaves no gaps: skperf.model_selection.RoundForwardSplit.",
             PerformativeWarning,
             stacklevel=3,
         )
+
+
+def check_labels(y, n_rows, *, first):
+    """Turn labels into an array (n_rows,) and a mask of those that are known."""
+    if y is None:
+        return np.zeros(n_rows, dtype=object), np.zeros(n_rows, bool)
+    values = column_or_1d(np.asarray(as_array(y)), warn=True)
+    if len(values) != n_rows:
+        raise ValueError(
+            f"Found input variables with inconsistent numbers of samples: [{n_rows}, {len(values)}]"
+        )
+    known = np.ones(len(values), bool)
+    if values.dtype == object:
+        known = np.array([value is not None and value == value for value in values], bool)
+    elif values.dtype.kind == "f":
+        known = ~np.isnan(values)
+        assert_all_finite(values[known], input_name="y")
+    if first and known.any():  # later labels are held against the classes known by then
+        kept = values[known]
+        check_classification_targets(kept.astype(type(kept[0])) if kept.dtype == object else kept)
+    return values, known
+
+
+def check_covariates(covariates, n_rounds, n_known):
+    """Turn covariates into rows, one a round: (n_rounds, n_covariates)."""
+    if covariates is None:
+        if n_known:
+            raise ValueError(
+                f"covariates of {n_known} columns were given before: every round needs them."
+            )
+        return None
+    values = np.asarray(covariates, dtype=np.float64)
+    values = values.reshape(1, -1) if values.ndim <= 1 and n_rounds == 1 else values
+    values = values[:, None] if values.ndim == 1 else values
+    if values.shape[0] != n_rounds or (n_known is not None and values.shape[1] != n_known):
+        raise ValueError(
+            f"covariates have shape {values.shape}: one row is needed for each of {n_rounds} "
+            f"rounds in order{'' if n_known is None else f', of {n_known} columns as before'}."
+        )
+    if not np.isfinite(values).all():
+        raise ValueError("covariates contain NaN or infinity.")
+    return values
 
 
 def encode(y, classes, *, known_to="the estimator"):
@@ -69,53 +182,6 @@ def encode(y, classes, *, known_to="the estimator"):
             f"{np.asarray(classes).tolist()}."
         )
     return order[np.searchsorted(classes, y, sorter=order)].astype(np.int64)
-
-
-def aligned_logits(fitted, X, classes, *, strict=True):
-    """Compute log scores with columns in the order of `classes`, whatever the classifier's own.
-
-    Shapes: X (n, ...), classes (n_classes,) -> (n, n_classes).
-    """
-    logits = class_logits(fitted, X)
-    own = np.asarray(fitted.classes_)
-    if np.array_equal(own, classes):
-        return logits[:, : len(classes)]
-    missing = np.setdiff1d(classes, own)
-    if strict and len(missing):
-        raise ValueError(
-            f"{type(fitted).__name__} does not know the classes {missing.tolist()}: every "
-            f"candidate needs all of {np.asarray(classes).tolist()}, in any order."
-        )
-    known = np.isin(classes, own)
-    top = np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    aligned = np.repeat(top + UNKNOWN_CLASS, len(classes), axis=1)
-    aligned[:, known] = logits[:, encode(classes[known], own)]
-    return aligned
-
-
-def predicted_codes(fitted, X, classes, logits):
-    """Predict columns: by the classifier's own rule where it is no network, else the largest."""
-    if has_network(fitted) or not hasattr(fitted, "predict"):
-        return logits.argmax(axis=1)
-    with warnings.catch_warnings():
-        # the adapter has held the names against its own; what it passes on is an array
-        warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
-        return encode(np.asarray(fitted.predict(X)), classes)
-
-
-def is_frozen(estimator):
-    """Tell whether `fit_estimator` uses an estimator as it is."""
-    taken = isinstance(estimator, nn.Module | FrozenEstimator)
-    return taken or callable(getattr(estimator, "to_module", None))
-
-
-def open_candidate(candidate, X):
-    """Accept a fitted classifier, a frozen one or a bare module; nothing is trained."""
-    if is_frozen(candidate):
-        return fit_estimator(candidate, X, None)
-    if hasattr(candidate, "fit"):
-        check_is_fitted(candidate)
-    return candidate
 
 
 def check_deployed(deployed, n_rows, classes):
@@ -186,6 +252,29 @@ def _imputed(statistics, counts):
     return np.where(holes, np.nanmean(statistics, axis=1, keepdims=True), statistics)
 
 
+def missing_rounds(seen, first):
+    """Numbers of the rounds between those seen and the first one that is given."""
+    if not len(seen) or seen.dtype.kind != "i" or len(seen) < 2:
+        return []
+    step = max(1, int(np.diff(seen[-10:]).min()))
+    return list(range(int(seen[-1]) + step, int(first), step))
+
+
+def check_prior(given, classes):
+    """Turn a mix that is known, an array or a dict by label, into shares of shape (n_classes,)."""
+    if isinstance(given, dict):
+        unknown = sorted(set(given) - set(classes.tolist()), key=str)
+        if unknown:
+            raise ValueError(f"prior has labels that are not known: {unknown}.")
+        given = [given.get(label, 0.0) for label in classes.tolist()]
+    prior = np.asarray(given, dtype=np.float64)
+    if prior.shape != (len(classes),):
+        raise ValueError(f"prior has shape {prior.shape}, but there are {len(classes)} classes.")
+    if not np.isfinite(prior).all() or (prior < 0).any() or prior.sum() == 0:
+        raise ValueError(f"prior must be shares, none negative, got {prior.tolist()}.")
+    return prior / prior.sum()
+
+
 def check_base_prior(given, classes):
     """Turn a base prior, an array or a dict by label, into shares of shape (n_classes,)."""
     if isinstance(given, dict):
@@ -207,11 +296,11 @@ def check_base_prior(given, classes):
     return prior / prior.sum()
 
 
-def shares_of(codes, weight, classes):
+def shares_of(codes, weight, classes, *, warn=True):
     """Turn labels into a base prior, smoothed with a warning where a class has no rows."""
-    absent = np.bincount(codes, minlength=len(classes)) == 0
     counts = np.bincount(codes, weight, minlength=len(classes))
-    if absent.any():
+    absent = np.bincount(codes, minlength=len(classes)) == 0
+    if warn and absent.any() and len(codes):
         warn_of_absent(classes[absent])
     return counts / counts.sum() if (counts > 0).all() else smooth_shares(counts)
 

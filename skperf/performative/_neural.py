@@ -12,6 +12,8 @@ from skperf.backbone._batches import TensorBatches
 from skperf.backbone.architectures import MLP
 from skperf.backbone.modes import preserved_rng
 
+BATCH_SIZE = 32
+
 
 class MixLoss(nn.Module):
     """Count-weighted cross-entropy of predicted label mixes, by label."""
@@ -30,18 +32,19 @@ class NeuralMap:
     centre: np.ndarray  # (n_statistics,)
     scale: np.ndarray  # (n_statistics,)
 
-    def log_prior(self, statistics):
-        """Log label mix answering each statistic, of shape (n, n_classes)."""
-        inputs = torch.as_tensor((statistics - self.centre) / self.scale, dtype=torch.float32)
+    def log_prior(self, inputs):
+        """Log label mix (n, n_classes) answering the statistics in force."""
+        statistics = (inputs.statistics[:, 0] - self.centre) / self.scale
         self.module.eval()
         with torch.inference_mode():
-            change = self.module(inputs).double().cpu().numpy()
+            change = self.module(torch.as_tensor(statistics, dtype=torch.float32))
+        change = change.double().cpu().numpy()
         logits = torch.as_tensor(self.log_base + change)
         return logits.log_softmax(1).numpy()
 
 
 def fit_neural(
-    statistics,
+    inputs,
     counts,
     *,
     log_base,
@@ -52,20 +55,17 @@ def fit_neural(
     hidden=(256, 256),
     lr=1e-3,
     max_epochs=200,
-    batch_size=32,
     weight_decay=1e-3,
 ):
-    """Train a module on the rounds so far.
-
-    Shapes: statistics (n_rounds, n_statistics), counts (n_rounds, n_classes), log_base
-    (n_classes,).
-    """
+    """Train a module on the rounds so far: counts (n_rounds, n_classes), log_base (n_classes,)."""
+    known = np.isfinite(inputs.statistics[:, 0]).all(axis=1) & (np.abs(counts).sum(axis=1) > 0)
+    statistics, counts = inputs.statistics[known, 0], counts[known]
     scale = np.maximum(statistics.std(axis=0), 0.02)
     if start is not None:
         centre, scale, max_epochs = start.centre, start.scale, max(1, max_epochs // 4)
     else:
         centre = statistics.mean(axis=0)
-    inputs = torch.as_tensor((statistics - centre) / scale, dtype=torch.float32)
+    features = torch.as_tensor((statistics - centre) / scale, dtype=torch.float32)
     # counts far below zero can only come from pseudo-counts of classes that never occur
     targets = torch.as_tensor(np.asarray(counts), dtype=torch.float32)
     with preserved_rng():
@@ -77,7 +77,7 @@ def fit_neural(
             optimizer__weight_decay=weight_decay * l2,
             lr=lr,
             max_epochs=max_epochs,
-            batch_size=batch_size,
+            batch_size=BATCH_SIZE,
             train_split=None,
             iterator_train=TensorBatches,
             iterator_train__shuffle=True,
@@ -86,7 +86,7 @@ def fit_neural(
         ).initialize()
         if start is not None:
             net.module_.load_state_dict(start.module.state_dict())
-        net.partial_fit(inputs, targets)
+        net.partial_fit(features, targets)
     return NeuralMap(net.module_, log_base, centre, scale)
 
 

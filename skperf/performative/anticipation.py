@@ -1,37 +1,58 @@
-"""Anticipate the next label mix: several response maps, judged one step ahead.
+"""Anticipate the next label mix: maps of several inputs and horizons in competition.
 
-Before a round is added to the record, every map says what it expected; the cumulative
-likelihood of what then came picks map, strength and mix. Strength 0, which means no correction,
-is always among the choices, so a world that does not answer the model costs next to nothing.
+Before a round is added to the record, every map says what it expected of it. Weights follow the
+likelihood of what then came, and a share of them is dealt out anew at every round (fixed share),
+so that a map that was wrong for long can lead again within a few rounds after the world changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
-from skperf.performative.label_shift import log_loss, log_softmax, probabilities
-from skperf.performative.response import Fitter, ResponseMap, deviance, dispersion
+from skperf.performative.label_shift import log_softmax, probabilities
+from skperf.performative.response import Form, Inputs, ResponseMap, deviance, dispersion, fit_map
 from skperf.performative.trajectory import Trajectory
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
-STRENGTHS = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
-MIXES = np.array([0.0, 0.01, 0.03, 0.1, 0.25, 0.5])
 MEMORY = 0.9  # of the running dispersion: about ten rounds
+WINDOW = 300  # rounds that a map learns from, where no other buffer is asked for
+SHARE = 0.02  # of the weights is dealt out anew in a round
 FURTHER_PASSES = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """How one kind of map is fitted."""
+    """How one map is fitted: of a form by likelihood, or by a function of its own."""
 
-    fit: Fitter
+    form: Form
+    decay: float = 1.0
+    fit: Callable[..., ResponseMap] | None = None
     first_pair: int = 1
     growth: float = 1.0
     weigh: bool = True
+    kind: str = "tied"
+
+    @property
+    def window(self) -> int:
+        """Rounds beyond which nothing is left of a round's weight."""
+        return WINDOW if self.decay > 0.999 else max(8, int(np.log(0.01) / np.log(self.decay)))
+
+    def due(self, n_pairs: int, fitted_at: int, n_classes: int) -> bool:
+        """Tell whether a new round changes the map by enough to fit it again."""
+        horizon = min(n_pairs, WINDOW, 1.0 / max(1e-9, 1.0 - self.decay))
+        # many classes make a fit dear; thirty rounds or more change little by one
+        every = max(1.0, horizon * (0.1 if n_classes > 30 else 0.04))
+        return (
+            n_pairs >= fitted_at * min(self.growth, 1.25)
+            if self.growth > 1.0
+            else (n_pairs - fitted_at >= int(every))
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +60,8 @@ class Settings:
     """What stays the same over all rounds."""
 
     candidates: Mapping[str, Candidate]
-    strengths: Array = field(default_factory=STRENGTHS.copy)
-    mixes: Array = field(default_factory=MIXES.copy)
     l2: float = 1.0
-    decay: float = 1.0
     buffer_size: int | None = None
-    min_rounds: int = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +75,15 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A fitted map and its record."""
+    """A fitted map, its weight among all and among those that do not read the model."""
 
     response: ResponseMap
-    scores: Array  # (n_strengths, n_mixes)
+    log_weight: float
+    log_weight_free: float
     dispersion: float
     fitted_at: int
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """The map in use: its name, and the strength and mix of `blend`."""
-
-    name: str
-    strength: float
-    mix: float
+    reads_model: bool
+    kind: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,23 +93,46 @@ class Anticipation:
     log_base: Array  # (n_classes,)
     trajectory: Trajectory
     contenders: Mapping[str, Contender] = field(default_factory=dict)
-    choice: Choice = Choice("fixed", 0.0, 0.0)
     spread: float = 10.0
     n_rounds: int = 0
     n_pairs: int = 0
     rows: tuple[Rows, ...] = ()
 
-    def log_prior(self, statistic: Array | None, *, strength: float | None = None) -> Array:
-        """Anticipate the log mix (n_classes,) that answers a statistic; the base without one.
+    @property
+    def leader(self) -> str | None:
+        """Name of the map of the largest weight, if any was fitted."""
+        weights = {name: one.log_weight for name, one in self.contenders.items()}
+        return max(weights, key=lambda name: weights[name]) if weights else None
 
-        Shapes: statistic (n_statistics,).
-        """
-        chosen = self.choice
-        strength = chosen.strength if strength is None else strength
-        if statistic is None or strength == 0.0 or chosen.name not in self.contenders:
-            return self.log_base
-        answer = self.contenders[chosen.name].response.log_prior(statistic[None])[0]
-        return blend(answer, self.log_base, strength, chosen.mix)
+    def log_answer(self, inputs: Inputs, *, model_free: bool = False) -> Array:
+        """Log mix (n, n_classes) expected by all maps together; the base without any."""
+        return self.mixture(self.answers(inputs), model_free=model_free)
+
+    def answers(self, inputs: Inputs) -> dict[str, Array]:
+        """Log mixes (n, n_classes) expected by each map; NaN where its inputs are not known."""
+        return {name: one.response.log_prior(inputs) for name, one in self.contenders.items()}
+
+    def mixture(self, answers: Mapping[str, Array], *, model_free: bool = False) -> Array:
+        """Weigh the answers of maps, (n, n_classes) each."""
+        kept = {n: a for n, a in answers.items() if not (model_free and self._reads(n))}
+        if not kept:
+            n = max((len(answer) for answer in answers.values()), default=1)
+            return np.repeat(self.log_base[None], n, axis=0)
+        which = "log_weight_free" if model_free else "log_weight"
+        weights = np.array([getattr(self.contenders[name], which) for name in kept])
+        stacked = np.stack(list(kept.values()))  # (n_maps, n, n_classes)
+        known: NDArray[np.bool_] = np.asarray(np.isfinite(stacked).all(axis=2))
+        scores = np.where(known, weights[:, None], -np.inf)
+        none: NDArray[np.bool_] = np.asarray(~known.any(axis=0))
+        scores = scores - logsumexp(np.where(none, 0.0, scores), axis=0)
+        mixed: Array = logsumexp(
+            np.where(known[..., None], stacked, 0.0) + scores[..., None], axis=0
+        )
+        mixed[none] = self.log_base
+        return mixed
+
+    def _reads(self, name: str) -> bool:
+        return self.contenders[name].reads_model
 
 
 def blend(answer: Array, log_base: Array, strength: float | Array, mix: float | Array) -> Array:
@@ -116,136 +150,183 @@ def blend(answer: Array, log_base: Array, strength: float | Array, mix: float | 
 def observe(
     state: Anticipation,
     settings: Settings,
-    number: int,
-    statistic: Array,
-    counts: Array,
+    trajectory: Trajectory,
     *,
-    hits: Array | None = None,
     rows: Rows | None = None,
 ) -> Anticipation:
-    """Add a round: score what each map expected of it, then learn from it.
-
-    Shapes: statistic (n_statistics,), counts (n_classes,), hits (n_classes,).
-    """
-    before = state.trajectory.in_force()
-    limit = settings.buffer_size
-    trajectory = state.trajectory.append(number, statistic, counts, hits)
-    trajectory = trajectory.latest(None if limit is None else limit + trajectory.lag)
+    """Learn from the last round of a trajectory: score what each map expected, then refit."""
+    before, counts = state.trajectory.coming(_last(trajectory.covariates)), trajectory.counts[-1]
+    first = len(state.trajectory) < trajectory.lag
     state = replace(state, trajectory=trajectory, n_rounds=state.n_rounds + 1)
-    if before is None:
+    if first or counts.sum() == 0:
         return state
-    contenders = {
-        name: replace(one, scores=settings.decay * one.scores + gains)
-        for name, one in state.contenders.items()
-        for gains in [_gains(one, state.log_base, settings, before, counts, rows)]
-    }
-    kept = (*state.rows, rows)[-limit if limit else None :] if rows is not None else ()
+    answers = {name: answer[0] for name, answer in state.answers(before).items()}
+    expected = state.mixture({name: answer[None] for name, answer in answers.items()})[0]
+    kept = (*state.rows, rows)[-(settings.buffer_size or WINDOW) :] if rows is not None else ()
     state = replace(
         state,
-        contenders=contenders,
-        spread=_updated_spread(state, before, counts),
+        contenders=_weighed(state, answers, expected, counts, rows),
+        spread=_updated_spread(state, expected, counts),
         n_pairs=state.n_pairs + 1,
         rows=kept,
     )
-    state = replace(state, contenders=_refitted(state, settings))
-    return replace(state, choice=_chosen(state, settings))
+    return replace(state, contenders=_refitted(state, settings))
 
 
-def _gains(
-    contender: Contender,
-    log_base: Array,
-    settings: Settings,
-    statistic: Array,
+def _last(values: Array) -> Array | None:
+    return values[-1] if values.shape[1] else None
+
+
+def _weighed(
+    state: Anticipation,
+    answers: Mapping[str, Array],
+    expected: Array,
     counts: Array,
     rows: Rows | None,
-) -> Array:
-    """Log likelihood of a round for every strength and mix, (n_strengths, n_mixes)."""
-    answer = contender.response.log_prior(statistic[None])[0]
-    expected = blend(
-        answer, log_base, settings.strengths[:, None, None], settings.mixes[None, :, None]
-    )
+) -> dict[str, Contender]:
+    """Move the weights by the likelihood of a round, then deal out a share of them anew."""
+    if not answers:
+        return {}
+    names = list(answers)
+    mixes = np.array([answers[name] for name in names])
+    # a map that could not answer is judged as all of them together
+    mixes = np.where(np.isfinite(mixes).all(axis=1)[:, None], mixes, expected)
     if rows is None:
-        return np.asarray(expected @ counts)
-    losses = [
-        log_loss(rows.scores + q, rows.codes, rows.weight)
-        for q in expected.reshape(-1, len(log_base))
-    ]
-    likelihoods: Array = -rows.weight.sum() * np.reshape(losses, expected.shape[:2])
-    return likelihoods
+        gains = mixes @ counts
+    else:
+        own = mixes[:, rows.codes] + rows.scores[np.arange(len(rows.codes)), rows.codes]
+        gains = (own - logsumexp(rows.scores + mixes[:, None], axis=2)) @ rows.weight
+    gains = gains / state.spread
+    fields = {}
+    for which in ("log_weight", "log_weight_free"):
+        weights = np.array([getattr(state.contenders[name], which) for name in names]) + gains
+        usable = np.isfinite(weights)
+        if not usable.any():
+            fields[which] = weights
+            continue
+        weights = weights - logsumexp(weights)
+        shared = np.where(usable, np.log(SHARE / usable.sum()), -np.inf)
+        fields[which] = np.logaddexp(weights + np.log1p(-SHARE), shared)
+    return {
+        name: replace(
+            state.contenders[name],
+            log_weight=float(fields["log_weight"][i]),
+            log_weight_free=float(fields["log_weight_free"][i]),
+        )
+        for i, name in enumerate(names)
+    }
 
 
-def _updated_spread(state: Anticipation, statistic: Array, counts: Array) -> float:
+def _updated_spread(state: Anticipation, expected: Array, counts: Array) -> float:
     """Average the surprises so far, then those of about ten rounds."""
     freedom = max(1, len(counts) - 1)
-    surprise = float(deviance(state.log_prior(statistic)[None], counts[None])[0]) / freedom
+    surprise = float(deviance(expected[None], counts[None])[0]) / freedom
     weight = max(1 - MEMORY, 1.0 / (state.n_pairs + 1.0))
-    return (1 - weight) * state.spread + weight * surprise
+    return max(1.0, (1 - weight) * state.spread + weight * surprise)
 
 
 def _refitted(state: Anticipation, settings: Settings) -> dict[str, Contender]:
     contenders = dict(state.contenders)
+    inputs, counts = state.trajectory.pairs()
+    fresh = [name for name in settings.candidates if name not in contenders]
     for name, candidate in settings.candidates.items():
         known = state.contenders.get(name)
-        due = candidate.first_pair if known is None else known.fitted_at * candidate.growth
-        if state.n_pairs >= due:
-            contenders[name] = _fitted(state, settings, candidate, known)
+        if known is None:
+            due = state.n_pairs >= candidate.first_pair
+        else:
+            due = candidate.due(state.n_pairs, known.fitted_at, len(counts[0]))
+        if due:
+            contenders[name] = _fitted(state, settings, candidate, known, inputs, counts)
+    entered = [name for name in fresh if name in contenders]
+    return _with_entrants(contenders, entered)
+
+
+def _with_entrants(contenders: dict[str, Contender], entered: list[str]) -> dict[str, Contender]:
+    """Give maps that enter the weight they would have had among equals."""
+    for which in ("log_weight", "log_weight_free"):
+        allowed = {n for n, c in contenders.items() if which == "log_weight" or not c.reads_model}
+        new = [name for name in entered if name in allowed]
+        old = [name for name in allowed if name not in entered]
+        if not new:
+            continue
+        part = len(new) / (len(new) + len(old))
+        for name in old:
+            moved = getattr(contenders[name], which) + np.log1p(-part)
+            contenders[name] = _with_weight(contenders[name], which, moved)
+        for name in new:
+            contenders[name] = _with_weight(contenders[name], which, np.log(part / len(new)))
     return contenders
 
 
-def _fitted(
-    state: Anticipation, settings: Settings, candidate: Candidate, known: Contender | None
-) -> Contender:
-    statistics, counts = state.trajectory.pairs()
-    excess = known.dispersion if known else 10.0
-    ages = settings.decay ** np.arange(len(counts) - 1, -1, -1)[:, None]
-    weights = ages / excess if candidate.weigh else ages
+def _with_weight(contender: Contender, which: str, weight: float) -> Contender:
+    changed: Any = {which: float(weight)}
+    return replace(contender, **changed)
 
-    def fit(start: ResponseMap | None) -> ResponseMap:
-        targets = weights * _targets(state, start, statistics, counts)
-        return candidate.fit(
-            statistics, targets, log_base=state.log_base, l2=settings.l2, start=start
+
+def _fitted(
+    state: Anticipation,
+    settings: Settings,
+    candidate: Candidate,
+    known: Contender | None,
+    inputs: Inputs,
+    counts: Array,
+) -> Contender:
+    window = min(candidate.window, settings.buffer_size or WINDOW, len(counts))
+    inputs, counts = inputs[-window:], counts[-window:]
+    excess = known.dispersion if known else 10.0
+    ages = candidate.decay ** np.arange(len(counts) - 1, -1, -1)[:, None]
+    weights = ages / excess if candidate.weigh else ages
+    start: Any = known.response if known else None
+
+    def fit(start: Any) -> ResponseMap:
+        targets = weights * _targets(state, start, inputs, counts)
+        if candidate.fit is not None:
+            return candidate.fit(
+                inputs, targets, log_base=state.log_base, l2=settings.l2, start=start
+            )
+        # a map that was fitted one round ago is a Newton step or two from its next fit
+        steps = 100 if start is None or state.n_pairs < 20 else 2
+        return fit_map(
+            inputs,
+            targets,
+            form=candidate.form,
+            log_base=state.log_base,
+            l2=settings.l2,
+            start=start,
+            max_iter=steps,
         )
 
-    response = fit(known.response if known else None)
+    response = fit(start)
     # pseudo-counts depend on the map that they are for
     for _ in range(FURTHER_PASSES if state.rows else 0):
         response = fit(response)
+    reads = candidate.form.reads_model
     if known is None:
-        known = Contender(response, _opening_scores(state, settings), excess, 0)
-    factor = dispersion(response, statistics, counts) if candidate.weigh else 1.0
+        known = Contender(response, -np.inf, -np.inf, excess, 0, reads, candidate.kind)
+    factor = 1.0
+    if candidate.weigh:
+        recent = slice(-max(8, int(2 / max(1e-9, 1 - candidate.decay))), None)
+        factor = dispersion(response, inputs[recent], counts[recent])
     return replace(known, response=response, dispersion=factor, fitted_at=state.n_pairs)
 
 
 def _targets(
-    state: Anticipation, response: ResponseMap | None, statistics: Array, counts: Array
+    state: Anticipation, response: ResponseMap | None, inputs: Inputs, counts: Array
 ) -> Array:
     """Give the counts to fit: the labels, or under the log-loss objective their pseudo-counts."""
     # With mass the sum of corrected probabilities, the gradient of the log loss is mass minus
     # counts; counts - mass + total * prior give the label likelihood the same gradient.
     if not state.rows:
         return counts
+    kept = state.rows[-len(counts) :]
     start = np.tile(state.log_base, (len(counts), 1))
-    log_prior = start if response is None else response.log_prior(statistics)
-    return np.array(
-        [
+    log_prior = start if response is None else response.log_prior(inputs)
+    log_prior = np.where(np.isfinite(log_prior), log_prior, state.log_base)
+    targets = counts.copy()
+    for i, (one, q) in enumerate(zip(kept, log_prior[-len(kept) :], strict=True)):
+        targets[len(counts) - len(kept) + i] = (
             np.bincount(one.codes, one.weight, minlength=len(q))
             - one.weight @ probabilities(one.scores + q)
             + one.weight.sum() * np.exp(q)
-            for one, q in zip(state.rows, log_prior, strict=True)
-        ]
-    )
-
-
-def _opening_scores(state: Anticipation, settings: Settings) -> Array:
-    """Start a late contender level with the best so far, so that it is judged from now on."""
-    best = max((one.scores.max() for one in state.contenders.values()), default=0.0)
-    return np.full((len(settings.strengths), len(settings.mixes)), best)
-
-
-def _chosen(state: Anticipation, settings: Settings) -> Choice:
-    nothing = Choice("fixed", 0.0, 0.0)
-    if state.n_rounds < settings.min_rounds or not state.contenders:
-        return nothing
-    name, best = max(state.contenders.items(), key=lambda item: item[1].scores.max())
-    row, column = np.unravel_index(int(best.scores.argmax()), best.scores.shape)
-    return Choice(name, float(settings.strengths[row]), float(settings.mixes[column]))
+        )
+    return targets

@@ -5,9 +5,8 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from scipy.stats import chi2
 
-from skperf.performative.label_shift import log_softmax, smooth_shares
-from skperf.performative.response import Fitter, deviance, dispersion, fit_fixed, fit_linear
-from skperf.performative.trajectory import Trajectory
+from skperf.performative.label_shift import smooth_shares
+from skperf.performative.response import Inputs
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -87,76 +86,52 @@ def conditional_shift_p_value(counts: Array, hits: Array) -> float:
 
 
 def response_p_value(
-    statistics: Array,
-    counts: Array,
-    fit: Fitter,
-    *,
-    log_base: Array,
-    n_permutations: int = 99,
-    generator: np.random.Generator,
+    inputs: Inputs, counts: Array, *, n_permutations: int, generator: np.random.Generator
 ) -> float:
-    """Test by permutation whether the label mix answers the deployed model.
-
-    Shapes: statistics (n_pairs, n_statistics), counts (n_pairs, n_classes), log_base (n_classes,).
-    """
-    # The statistics are dealt out anew over the rounds in blocks, which keeps slow drift and
-    # breaks the tie between a deployment and what followed.
-    n_pairs = len(counts)
-    if n_pairs < 4:
+    """Test by permutation whether counts (R, K) answer the statistics beyond their own past."""
+    # Mixes and statistics may both wander without one answering the other. Log mixes are
+    # regressed on the mixes of the two rounds before; what is left of a round is news, and news is
+    # exchangeable between rounds unless the statistic foretells it (Freedman and Lane).
+    known = np.isfinite(inputs.mixes[:, :2]).all(axis=(1, 2)) & (counts.sum(axis=1) > 0)
+    known &= np.isfinite(inputs.statistics[:, 0]).all(axis=1)
+    inputs, counts = inputs[known], counts[known]
+    n_pairs, n_classes = counts.shape
+    if n_pairs < 6:
         return float("nan")
-    simple = fit_fixed(statistics, counts, log_base=log_base)
-    scaled = counts / dispersion(simple, statistics, counts)
+    logs = np.log(smooth_shares(counts))
+    mixes = logs - logs.mean(axis=1, keepdims=True)
+    past = [inputs.mixes[:, 0], inputs.mixes[:, 0] - inputs.mixes[:, 1]]
+    statistics = inputs.statistics[:, 0]
+    null = np.stack([_demeaned(one).ravel() for one in past], axis=1)
+    news = _without(null, _demeaned(mixes).ravel()).reshape(n_pairs, n_classes)
+    if statistics.shape[1] == n_classes:
+        centred = statistics - statistics.mean(axis=1, keepdims=True)
+        own = _without(null, _demeaned(centred).ravel())
+        told = own.reshape(1, n_pairs, n_classes) / max(float(np.linalg.norm(own)), 1e-12)
 
-    def misfit(order: Codes) -> float:
-        response = fit(statistics[order], scaled, log_base=log_base)
-        return float(deviance(response.log_prior(statistics[order]), scaled).sum())
+        def reached(order: Codes) -> float:
+            return float(np.tensordot(told[0], news[order], axes=2) ** 2)
+    else:
+        # a round's news on an orthogonal basis of what the statistics may tell
+        basis = np.linalg.qr(_demeaned(statistics))[0][:, : max(1, n_pairs // 4)]
 
-    reached = misfit(np.arange(n_pairs))
-    length = max(1, round(n_pairs ** (1 / 3)) - 1)
-    at_least = 1
-    for _ in range(n_permutations):
-        at_least += misfit(_block_order(n_pairs, length, generator)) <= reached + 1e-9
+        def reached(order: Codes) -> float:
+            return float(((basis.T @ news[order]) ** 2).sum())
+
+    found = reached(np.arange(n_pairs)) * (1 - 1e-9)
+    at_least = 1 + sum(
+        reached(generator.permutation(n_pairs)) >= found for _ in range(n_permutations)
+    )
     return at_least / (1 + n_permutations)
 
 
-def one_step_gains(
-    trajectory: Trajectory, fit: Fitter, *, log_base: Array, first: int = 3
-) -> dict[str, float]:
-    """Compare what the statistic, the last mix and nothing tell of the next mix, one step ahead.
-
-    Shapes: log_base (n_classes,).
-    """
-    statistics, counts = trajectory.pairs()
-    before = trajectory.counts[: len(counts)]
-    previous = log_softmax(np.log(smooth_shares(before)), axis=1)
-    sources = {
-        "gain_nothing": (statistics, fit_fixed),
-        "gain_previous_mix": (previous, fit_linear),
-        "gain_statistic": (statistics, fit),
-    }
-    if len(counts) <= first:
-        return dict.fromkeys(sources, float("nan"))
-    return {
-        name: _one_step_gain(inputs, counts, kind, log_base, first)
-        for name, (inputs, kind) in sources.items()
-    }
+def _demeaned(values: Array) -> Array:
+    centred: Array = values - values.mean(axis=0)
+    return centred
 
 
-def _one_step_gain(inputs: Array, counts: Array, fit: Fitter, log_base: Array, first: int) -> float:
-    gained, response = 0.0, None
-    # refits at a few growing sizes are enough for a comparison
-    due = set(np.unique(np.geomspace(first, len(counts), 20).astype(int)))
-    for t in range(first, len(counts)):
-        if response is None or t in due:
-            simple = fit_fixed(inputs[:t], counts[:t], log_base=log_base)
-            scaled = counts[:t] / dispersion(simple, inputs[:t], counts[:t])
-            response = fit(inputs[:t], scaled, log_base=log_base)
-        gained += float(counts[t] @ (response.log_prior(inputs[t][None])[0] - log_base))
-    return gained / max(1.0, float(counts[first:].sum()))
-
-
-def _block_order(n: int, length: int, generator: np.random.Generator) -> Codes:
-    shift = int(generator.integers(n))
-    blocks = np.array_split(np.roll(np.arange(n), shift), max(1, n // length))
-    order = generator.permutation(len(blocks))
-    return np.concatenate([blocks[i] for i in order])
+def _without(null: Array, values: Array) -> Array:
+    """Residuals (n,) of a regression on the columns of the null (n, p)."""
+    solution = np.linalg.lstsq(null, values, rcond=None)[0]
+    left: Array = values - null @ solution
+    return left

@@ -1,15 +1,20 @@
-"""Where a model and the label mix that answers it come to rest, and what a candidate would meet."""
+"""Where a model and the label mix that answers it come to rest."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skperf.performative.diagnostics import total_variation
+from skperf.performative.ranking import score_under
+from skperf.performative.record import Record, worst_share
 
 Array = NDArray[np.float64]
+Codes = NDArray[np.int64]
 
+FLIP = 0.1  # total variation between rounds above which a steady alternation is a cycle
 MEMORY = 0.1  # of the running mean of answers: about ten steps
 
 
@@ -60,3 +65,36 @@ def plain_gaps(
     one = total_variation(late[1:], late[:-1]).mean()
     two = total_variation(late[2:], late[:-2]).mean()
     return float(one), float(two)
+
+
+def rest_point(
+    record: Record, logits: Array, codes: Codes, *, damping: float, tol: float, max_iter: int
+) -> dict[str, Any]:
+    """Rest of the corrected model on rows: logits (n, n_classes), codes (n,)."""
+    start, coming = np.exp(record.log_base), record.anticipation.trajectory.coming()
+
+    def corrected(prior: Array) -> Array:
+        return record.corrected(logits, np.log(np.maximum(prior, 1e-12)))
+
+    def statistic(prior: Array) -> Array:
+        scores = corrected(prior)
+        return record.measured(codes, scores.argmax(axis=1), scores)
+
+    def answer(prior: Array) -> Array:
+        expected = record.anticipation.log_answer(coming.at(statistic(prior)[None]))[0]
+        return np.exp(record.corrector.log_prior(expected, record.log_base))
+
+    rest = stable_prior(answer, start, damping=damping, tol=tol, max_iter=max_iter)
+    one, two = plain_gaps(answer, start)
+    right = corrected(rest.prior).argmax(axis=1) == codes
+    return {
+        "prior": rest.prior,
+        "statistic": statistic(rest.prior),
+        "converged": rest.converged,
+        "residual": rest.residual,
+        "cycle": bool(one > FLIP and two < 0.5 * one),
+        "cycle_gap": one,
+        "worst_recall": worst_share(codes, right),
+        "accuracy": score_under(rest.prior, right.astype(np.float64), codes),
+        "n_iter": rest.n_iter,
+    }

@@ -202,5 +202,9 @@ def estimate_base_prior(
         method="L-BFGS-B",
         options={"maxiter": max_iter},
     )
-    prior: Array = np.exp(log_softmax(result.x))
+    theta = log_softmax(result.x)
+    if not seen.all():
+        # a class without rows may be as common as any other for all that is known
+        theta[~seen] = np.log(np.exp(theta[seen]).mean())
+    prior: Array = np.exp(log_softmax(theta))
     return prior

@@ -1,81 +1,93 @@
-"""The adapter of the released Performativity-aware Predictor, for comparison.
+"""The adapter of the released Performativity-aware Predictor (arXiv:2410.04499), for comparison.
 
-A plain multi-layer perceptron takes the statistic to the logits of a label mix and gets one
-pass of Adam over all rounds after each round, on a divergence averaged over classes.
+A plain multi-layer perceptron takes recalls to the logits of a label mix and gets one pass of Adam
+over all rounds after each round, on a divergence averaged over classes and faded by coefficients
+that belong to positions in the batch and persist. As released, the mix is used from the second
+round on, also before the first pass, in full.
 """
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from skperf.backbone.modes import preserved_rng
+from skperf.performative.response import Inputs
 
 Array = NDArray[np.float64]
 
 WIDTH = 256
 LEARNING_RATE = 1e-4
 FADE = 0.995
+BASE_PSEUDO_SHARE = 1e-4  # added to the base mix
 
 
 @dataclass(frozen=True, eq=False)
 class PaperMap:
-    """The perceptron and its optimiser, both kept from round to round."""
+    """The perceptron, its optimiser and its fading coefficients, kept from round to round."""
 
     module: nn.Module
     optimizer: torch.optim.Adam
+    coefficients: Tensor  # (n_positions,)
     n_updates: int = 0
 
-    def log_prior(self, statistics: Array) -> Array:
-        """Log label mix answering each statistic, of shape (n, n_classes)."""
+    def log_prior(self, inputs: Inputs) -> Array:
+        """Log label mix (n, n_classes) answering the statistics in force."""
+        statistics = torch.as_tensor(inputs.statistics[:, 0], dtype=torch.float32)
         with torch.inference_mode():
-            logits = self.module(torch.as_tensor(statistics, dtype=torch.float32))
-            return np.asarray(logits.double().log_softmax(1).numpy())
+            return np.asarray(self.module(statistics).double().log_softmax(1).numpy())
 
 
 def fit_paper(
-    statistics: Array,
+    inputs: Inputs,
     counts: Array,
     *,
     log_base: Array,
     l2: float = 1.0,
-    start: Any = None,
+    start: PaperMap | None = None,
     seed: int = 0,
 ) -> PaperMap:
-    """Make one pass over the rounds, in shuffled batches of half of them.
-
-    Shapes: statistics (n_rounds, n_statistics), counts (n_rounds, n_classes).
-    """
-    previous = start or _new(statistics.shape[1], counts.shape[1], seed)
+    """Make one pass over the rounds, in shuffled batches of half of them: counts (R, K)."""
+    known = np.isfinite(inputs.statistics[:, 0]).all(axis=1) & (counts.sum(axis=1) > 0)
+    inputs, counts = inputs[known], counts[known]
+    previous = start or new_map(inputs.statistics.shape[2], counts.shape[1], seed)
     module, optimizer = deepcopy((previous.module, previous.optimizer))
-    inputs = torch.as_tensor(statistics, dtype=torch.float32)
-    totals = np.maximum(counts.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    targets = torch.as_tensor(counts / totals, dtype=torch.float32)
+    coefficients = previous.coefficients.clone()
+    if len(coefficients) < len(counts):
+        fresh = torch.ones(len(counts) - len(coefficients))
+        coefficients = torch.cat([coefficients, fresh])
+    statistics = torch.as_tensor(inputs.statistics[:, 0], dtype=torch.float32)
+    targets = torch.as_tensor(counts / counts.sum(axis=1, keepdims=True), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + previous.n_updates)
-    order = torch.randperm(len(inputs), generator=generator)
-    for rows in order.split(max(1, len(inputs) // 2)):
+    order = torch.randperm(len(statistics), generator=generator)
+    for rows in order.split(max(1, len(statistics) // 2)):
         divergence = nn.functional.kl_div(
-            module(inputs[rows]).log_softmax(1), targets[rows], reduction="none"
+            module(statistics[rows]).log_softmax(1), targets[rows], reduction="none"
         )
-        fading = FADE ** torch.arange(len(rows))
         optimizer.zero_grad()
-        (divergence.mean(dim=1) * fading).mean().backward()
+        (divergence.mean(dim=1) * coefficients[: len(rows)]).mean().backward()
         optimizer.step()
-    return PaperMap(module, optimizer, previous.n_updates + 1)
+        coefficients[: len(rows)] *= FADE
+    return PaperMap(module, optimizer, coefficients, previous.n_updates + 1)
 
 
-def _new(n_statistics: int, n_classes: int, seed: int) -> PaperMap:
-    with preserved_rng():
-        torch.manual_seed(seed)
-        module = nn.Sequential(
-            nn.Linear(n_statistics, WIDTH),
-            nn.ReLU(),
-            nn.Linear(WIDTH, WIDTH),
-            nn.ReLU(),
-            nn.Linear(WIDTH, n_classes),
-        )
-    return PaperMap(module, torch.optim.Adam(module.parameters(), lr=LEARNING_RATE))
+def new_map(n_statistics: int, n_classes: int, seed: int) -> PaperMap:
+    """Start with torch's own initial weights, drawn from a generator of our own."""
+    module = nn.Sequential(
+        nn.Linear(n_statistics, WIDTH),
+        nn.ReLU(),
+        nn.Linear(WIDTH, WIDTH),
+        nn.ReLU(),
+        nn.Linear(WIDTH, n_classes),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for layer in module:
+        if isinstance(layer, nn.Linear):
+            reach = layer.in_features**-0.5
+            for parameter in (layer.weight, layer.bias):
+                with torch.no_grad():
+                    parameter.uniform_(-reach, reach, generator=generator)
+    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
+    return PaperMap(module, optimizer, torch.ones(0))

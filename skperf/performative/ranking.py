@@ -6,13 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from skperf.performative.anticipation import Anticipation, Settings, blend
-from skperf.performative.response import ResponseMap
+from skperf.performative.record import Record
+from skperf.performative.response import LogLinearMap, ResponseMap, fit_map
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
 COSTLY = 2000  # free parameters above which a map is refitted for few resamples only
+RECENT = 50  # rounds that say whether the mix answers the model
+ENOUGH = 5
+OTHER_MAPS = 0.3  # of the resamples look at a map that does not lead
 
 
 def score_under(prior: Array, scores: Array, codes: Codes) -> float:
@@ -23,30 +26,82 @@ def score_under(prior: Array, scores: Array, codes: Codes) -> float:
     return float(prior[present] @ (sums[present] / totals[present]) / prior[present].sum())
 
 
+def answers_the_model(record: Record) -> bool:
+    """Whether maps that read the model foretell mixes better than any that do not."""
+    gains = gains_of(record)
+    if len(gains["all"]) < ENOUGH:
+        return False
+    for other in ("model_free", "last"):
+        gained = gains["all"] - gains[other]
+        error = gained.std(ddof=1) / np.sqrt(len(gained))
+        if gained.mean() <= 2 * error:
+            return False
+    return True
+
+
+def gains_of(record: Record) -> dict[str, Array]:
+    """Nats a label saved over the base mix in recent rounds, by what was expected of them."""
+    known = [one for one in record.losses if np.isfinite(one.get("gain_all", np.nan))][-RECENT:]
+    return {name: np.array([one[f"gain_{name}"] for one in known]) for name in GAINS}
+
+
+GAINS = ("all", "model_free", "last")
+
+
+def exogenous_prior(record: Record) -> Array:
+    """Mix (n_classes,) expected whatever is deployed."""
+    gains, state = gains_of(record), record.anticipation
+    if len(gains["last"]) and gains["last"].mean() > gains["model_free"].mean():
+        return np.exp(record.last_mix())
+    answer: Array = np.exp(state.log_answer(state.trajectory.coming(), model_free=True)[0])
+    return answer
+
+
 def resampled_maps(
-    state: Anticipation, settings: Settings, n_bootstrap: int, generator: np.random.Generator
+    record: Record, n_bootstrap: int, generator: np.random.Generator
 ) -> list[ResponseMap]:
-    """Refit the map in use to rounds drawn with replacement."""
-    contender = state.contenders[state.choice.name]
-    candidate = settings.candidates[state.choice.name]
-    statistics, counts = state.trajectory.pairs()
-    if not candidate.weigh or n_bootstrap == 0:
-        return [contender.response]
-    costly = state.choice.name == "linear" and statistics.shape[1] * counts.shape[1] > COSTLY
-    maps = []
+    """Refit the leading map to rounds drawn with replacement; now and then take another one."""
+    state, settings = record.anticipation, record.settings
+    reading = {n: c for n, c in state.contenders.items() if c.reads_model}
+    if not reading or n_bootstrap == 0:
+        return []
+    leader = max(reading, key=lambda name: reading[name].log_weight)
+    contender, candidate = reading[leader], settings.candidates[leader]
+    others = [c.response for n, c in reading.items() if n != leader and c.kind != "mlp"]
+    inputs, counts = state.trajectory.pairs()
+    inputs, counts = inputs[-candidate.window :], counts[-candidate.window :]
+    ages = candidate.decay ** np.arange(len(counts) - 1, -1, -1)[:, None]
+    costly = bool(candidate.form.free) and inputs.statistics.shape[2] * counts.shape[1] > COSTLY
+    maps: list[ResponseMap] = []
     for _ in range(min(n_bootstrap, 5 if costly else 50)):
-        drawn = generator.integers(len(counts), size=len(counts))
-        scaled = counts[drawn] / contender.dispersion
-        maps.append(
-            candidate.fit(statistics[drawn], scaled, log_base=state.log_base, l2=settings.l2)
-        )
+        if others and generator.random() < OTHER_MAPS:
+            # no past error speaks of a bend beyond what was seen, but maps that differ there do
+            maps.append(others[int(generator.integers(len(others)))])
+        elif isinstance(contender.response, LogLinearMap):
+            drawn = generator.integers(len(counts), size=len(counts))
+            scaled = (ages * counts)[drawn] / contender.dispersion
+            maps.append(
+                fit_map(
+                    inputs[drawn],
+                    scaled,
+                    form=candidate.form,
+                    log_base=state.log_base,
+                    l2=settings.l2,
+                    start=contender.response,
+                    max_iter=10,
+                )
+            )
+        else:
+            maps.append(contender.response)
     return maps
 
 
-def answer_of(state: Anticipation, response: ResponseMap, statistic: Array) -> Array:
-    """Mix (n_classes,) that a map expects, blended as the state blends its own."""
-    answer = response.log_prior(statistic[None])[0]
-    return np.exp(blend(answer, state.log_base, state.choice.strength, state.choice.mix))
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A model that might be deployed: its statistic and score, as functions of row indices."""
+
+    statistic: Callable[[Codes], Array]
+    score: Callable[[Array, Codes], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,31 +114,74 @@ class Prediction:
     prior: Array  # (n_classes,)
 
 
-def predict_score(
-    state: Anticipation,
-    maps: list[ResponseMap],
-    statistic: Callable[[Codes], Array],
-    score: Callable[[Array, Codes], float],
-    draws: Codes,
-    errors: Array,
+def predict_scores(
+    record: Record,
+    candidates: list[Candidate],
+    codes: Codes,
+    n_bootstrap: int,
+    generator: np.random.Generator,
     *,
+    answers: bool,
     level: float = 0.9,
-) -> Prediction:
-    """Predict the score of a candidate in the mix that answers it.
+) -> list[Prediction]:
+    """Predict the score of candidates in the mixes that answer them, on rows with labels (n,)."""
+    everything = np.arange(len(codes))
+    draws = _row_draws(codes, n_bootstrap, generator)
+    maps = resampled_maps(record, n_bootstrap, generator) if answers else []
+    errors = _one_step_errors(record)
+    errors = errors[generator.integers(len(errors), size=n_bootstrap)]
+    exogenous = None if answers else exogenous_prior(record)
+    found = []
+    for candidate in candidates:
+        prior = exogenous
+        if prior is None:
+            prior = _applied(record, record.anticipation.log_answer, candidate, everything)
+        value = candidate.score(prior, everything)
+        resampled = []
+        for i, (rows, error) in enumerate(zip(draws, errors, strict=True)):
+            mix = prior
+            if maps:
+                answer = maps[i % len(maps)].log_prior
+                mix = _applied(record, answer, candidate, rows)
+                mix = mix if np.isfinite(mix).all() else prior
+            met = np.maximum(mix + error, 1e-12)
+            resampled.append(candidate.score(met / met.sum(), rows))
+        low = high = np.nan
+        if resampled:
+            # the usual quantiles of few draws hold less than they say
+            tails = [(1 - level) / 2, (1 + level) / 2]
+            low, high = np.quantile(resampled, tails, method="weibull")
+            low, high = min(value, float(low)), max(value, float(high))
+        found.append(Prediction(value, low, high, prior))
+    return found
 
-    Shapes: draws (n_bootstrap, n), errors (n_bootstrap, n_classes).
-    """
-    everything = np.arange(draws.shape[1])
-    prior = np.exp(state.log_prior(statistic(everything)))
-    value = score(prior, everything)
-    resampled = []
-    for i, (rows, error) in enumerate(zip(draws, errors, strict=True)):
-        mix = answer_of(state, maps[i % len(maps)], statistic(rows)) if maps else prior
-        met = np.maximum(mix + error, 1e-12)
-        resampled.append(score(met / met.sum(), rows))
-    if not resampled:
-        return Prediction(value, np.nan, np.nan, prior)
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    # the usual quantiles of few draws hold less than they say
-    low, high = np.quantile(resampled, tails, method="weibull")
-    return Prediction(value, min(value, float(low)), max(value, float(high)), prior)
+
+def _applied(
+    record: Record, answer: Callable[..., Array], candidate: Candidate, rows: Codes
+) -> Array:
+    inputs = record.anticipation.trajectory.coming().at(candidate.statistic(rows)[None])
+    log_prior: Array = record.corrector.log_prior(answer(inputs)[0], record.log_base)
+    return np.exp(log_prior)
+
+
+def _one_step_errors(record: Record) -> Array:
+    """Realised minus anticipated shares, (n_errors, n_classes), of the rounds to learn from."""
+    known = [one["realised"] - one["predicted"] for one in record.losses]
+    errors = np.array(known)[record.options.min_rounds :] if known else np.zeros((0, 1))
+    errors = errors[np.isfinite(errors).all(axis=1)] if len(errors) else errors
+    if record.settings.buffer_size is not None:
+        errors = errors[-record.settings.buffer_size :]
+    return errors if len(errors) else np.zeros((1, len(record.log_base)))
+
+
+def _row_draws(codes: Codes, n_draws: int, generator: np.random.Generator) -> Codes:
+    """Resample within the classes, (n_draws, n): recalls are what matters, not the mix."""
+    order = np.argsort(codes, kind="stable")
+    draws = np.empty((n_draws, len(codes)), dtype=np.int64)
+    start = 0
+    for size in np.bincount(codes):
+        rows = order[start : start + size]
+        picked = generator.integers(max(1, size), size=(n_draws, size))
+        draws[:, start : start + size] = rows[picked]
+        start += size
+    return draws

@@ -1,9 +1,9 @@
-"""Maps from the statistic of a deployed model to the label mix that answers it.
+"""Maps from what is known before a round to its label mix.
 
-The maps are log-linear in features of the statistic, ``log pi(S) = log pi_0 + a + Z(S) b`` up to
-a constant, and are fitted by penalised multinomial likelihood, so that each label seen counts
-once. They differ in the features alone: none (``fixed``), one slope or one curve shared by all
-classes (``tied``, ``curve``), a full matrix (``linear``), each shrunk towards a simpler one.
+A map is log-linear, ``log pi = anchor + a + F b + W v`` up to a constant, and is fitted by
+penalised multinomial likelihood, so that each label seen counts once. The anchor is the base mix
+or the mix of the round before; F holds features with one entry a class, whose coefficients b all
+classes share; v is a free vector, whose matrix W is shrunk towards zero. A `Form` says which.
 """
 
 from collections.abc import Callable
@@ -23,132 +23,288 @@ SLOPE_SHARE = 0.1  # a slope of 10 costs as much as an offset of 3
 CURVE_KNOTS = 5
 
 
-class ResponseMap(Protocol):
-    """Whatever answers statistics with label mixes."""
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What is known before each of some rounds; entries that are not known are NaN.
 
-    def log_prior(self, statistics: Array) -> Array:
-        """Log label mix, of shape (n, n_classes), answering statistics (n, n_statistics)."""
+    Shapes: statistics (R, L, S), mixes (R, L, K) centred log shares, newest first; shares (R, K)
+    predicted by the model deployed before and its confusions (R, K * K or 0); covariates (R, D) of
+    the round itself.
+    """
+
+    statistics: Array
+    mixes: Array
+    shares: Array
+    confusions: Array
+    covariates: Array
+
+    def __len__(self) -> int:
+        """Count the rounds."""
+        return len(self.mixes)
+
+    def __getitem__(self, rows: Any) -> "Inputs":
+        """Take some rounds."""
+        return Inputs(*(getattr(self, name)[rows] for name in INPUT_NAMES))
+
+    def at(self, statistics: Array) -> "Inputs":
+        """Put other statistics (n, S) in force before the one round there is."""
+        others = [np.repeat(getattr(self, name), len(statistics), axis=0) for name in INPUT_NAMES]
+        others[0] = np.concatenate([statistics[:, None], others[0][:, 1:]], axis=1)
+        return Inputs(*others)
+
+
+INPUT_NAMES = ("statistics", "mixes", "shares", "confusions", "covariates")
+
+
+def inputs_of_statistics(statistics: Array, n_classes: int) -> Inputs:
+    """Wrap statistics (R, S) of which nothing else is known."""
+    n, none = len(statistics), np.zeros((len(statistics), 0))
+    unknown = np.full((n, 1, n_classes), np.nan)
+    return Inputs(statistics[:, None], unknown, unknown[:, 0], none, none)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which inputs a map reads, and how."""
+
+    shared: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+    anchor: str = "base"
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether the deployed model itself is among the inputs."""
+        return any(
+            not name.startswith(("mix", "change", "cov")) for name in self.shared + self.free
+        )
+
+
+FORMS = {
+    "fixed": Form(),
+    "tied": Form(("statistic",)),
+    "curve": Form(("curve",)),
+    "linear": Form(("statistic",), ("statistic",)),
+}
+
+
+class ResponseMap(Protocol):
+    """Whatever answers inputs with label mixes."""
+
+    def log_prior(self, inputs: Inputs) -> Array:
+        """Log label mix (n, n_classes) of the rounds before which the inputs are known."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class LogLinearMap:
-    """Response map ``log pi(S) = offset + weights S`` up to a constant."""
+    """A fitted map of some form."""
 
-    offset: Array  # (n_classes,)
-    weights: Array  # (n_classes, n_statistics)
+    form: Form
+    log_base: Array  # (n_classes,)
+    offset: Array  # (n_classes,) added to the anchor
+    coefficients: Array  # (n_features,) of the shared features
+    matrix: Array  # (n_classes, n_free)
+    knots: Array  # of the curve
+    centre: Array  # (n_free,)
+    scale: Array  # (n_free,)
 
-    def log_prior(self, statistics: Array) -> Array:
-        """Log label mix answering each statistic, of shape (n, n_classes)."""
-        scores: Array = log_softmax(self.offset + statistics @ self.weights.T, axis=1)
-        return scores
+    def log_prior(self, inputs: Inputs) -> Array:
+        """Log label mix of each round, of shape (n, n_classes)."""
+        scores = anchor_of(inputs, self.form, self.log_base) + self.offset
+        if len(self.coefficients):
+            scores = scores + features_of(inputs, self.form, self.knots) @ self.coefficients
+        if self.matrix.size:
+            free = (free_of(inputs, self.form) - self.centre) / self.scale
+            scores = scores + free @ self.matrix.T
+        return log_softmax(scores, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
-class CurveMap:
-    """Response map ``log pi_c(S) = offset_c + g(S_c - mean(S))``, one curve for all classes."""
+class Answering:
+    """All maps together, as functions of the statistic alone: the rest is as known now."""
 
-    offset: Array  # (n_classes,)
-    knots: Array  # (n_knots,)
-    coefficients: Array  # (1 + n_knots,)
+    answer: Callable[[Inputs], Array]
+    coming: Inputs
+    response: Any  # the map that leads
 
     def log_prior(self, statistics: Array) -> Array:
-        """Log label mix answering each statistic, of shape (n, n_classes)."""
-        curve = _hinges(statistics, self.knots) @ self.coefficients
-        scores: Array = log_softmax(self.offset + curve, axis=1)
-        return scores
+        """Log label mix (n, n_classes) answering statistics (n, n_statistics), unblended."""
+        return self.answer(self.coming.at(np.asarray(statistics, dtype=np.float64)))
+
+    @property
+    def weights(self) -> Array:
+        """Slopes (n_classes, n_statistics) of the leading map, where it has any."""
+        n_classes, n_statistics = self.coming.mixes.shape[2], self.coming.statistics.shape[2]
+        slopes = np.zeros((n_classes, n_statistics))
+        if not isinstance(self.response, LogLinearMap):
+            return slopes
+        form = self.response.form
+        if "statistic" in form.shared:
+            slopes += self.response.coefficients[form.shared.index("statistic")] * np.eye(n_classes)
+        if form.free[:1] == ("statistic",):
+            slopes += self.response.matrix[:, :n_statistics]
+        return slopes
 
 
-def fit_fixed(
-    statistics: Array, counts: Array, *, log_base: Array, l2: float = 1.0, start: Any = None
+def anchor_of(inputs: Inputs, form: Form, log_base: Array) -> Array:
+    """Log mix from which a map departs, (R, K)."""
+    if form.anchor == "base":
+        return np.broadcast_to(log_base, (len(inputs), len(log_base)))
+    latest: Array = inputs.mixes[:, 0]
+    return latest
+
+
+def features_of(inputs: Inputs, form: Form, knots: Array) -> Array:
+    """Features with one entry a class, (R, K, J)."""
+    parts = []
+    for name in form.shared:
+        if name == "curve":
+            parts.append(_hinges(inputs.statistics[:, 0], knots))
+        elif name == "shares":
+            # a world may answer shares by their level or by their ratio
+            known = inputs.shares
+            logs = np.log(np.maximum(known, 1e-3))
+            parts.append(np.stack([_centred(known), _centred(logs)], axis=-1))
+        elif name == "taken":
+            # what each class takes from the others, (R, K)
+            n_classes = inputs.mixes.shape[2]
+            tables = inputs.confusions.reshape(len(inputs), n_classes, n_classes)
+            taken = tables.sum(axis=1) - np.diagonal(tables, axis1=1, axis2=2)
+            parts.append(_centred(taken)[..., None])
+        elif name == "change":
+            parts.append((inputs.mixes[:, 0] - inputs.mixes[:, 1])[..., None])
+        else:
+            source, lag = _SOURCES[name]
+            values = getattr(inputs, source)[:, lag]
+            parts.append(_centred(values)[..., None])
+    if not parts:
+        return np.zeros((*inputs.mixes[:, 0].shape, 0))
+    return np.concatenate(parts, axis=-1)
+
+
+_SOURCES = {
+    "statistic": ("statistics", 0),
+    "statistic_2": ("statistics", 1),
+    "mix": ("mixes", 0),
+    "mix_2": ("mixes", 1),
+    "mix_3": ("mixes", 2),
+}
+
+
+def free_of(inputs: Inputs, form: Form) -> Array:
+    """Free vector of each round, (R, D)."""
+    parts = []
+    for name in form.free:
+        if name in ("covariates", "shares", "confusions"):
+            parts.append(getattr(inputs, name))
+        else:
+            source, lag = _SOURCES[name]
+            parts.append(getattr(inputs, source)[:, lag])
+    return np.concatenate(parts, axis=1) if parts else np.zeros((len(inputs), 0))
+
+
+def known_rounds(inputs: Inputs, form: Form) -> NDArray[np.bool_]:
+    """Tell the rounds (R,) before which all that a form reads is known."""
+    known = np.ones(len(inputs), bool)
+    names = set(form.shared + form.free) | ({"mix"} if form.anchor == "previous" else set())
+    for name in names:
+        if name in ("covariates", "shares", "confusions", "taken"):
+            values = inputs.confusions if name == "taken" else getattr(inputs, name)
+            known &= np.isfinite(values).all(axis=1)
+        elif name == "change":
+            known &= np.isfinite(inputs.mixes[:, :2]).all(axis=(1, 2))
+        else:
+            source, lag = _SOURCES.get(name, ("statistics", 0))
+            values = getattr(inputs, source)
+            known &= np.isfinite(values[:, lag]).all(axis=1) if values.shape[1] > lag else False
+    return known
+
+
+def fit_map(
+    inputs: Inputs,
+    counts: Array,
+    *,
+    form: Form,
+    log_base: Array,
+    l2: float = 1.0,
+    start: Any = None,
+    max_iter: int = 100,
 ) -> LogLinearMap:
-    """Fit the map that ignores the statistic: one label mix for all rounds.
+    """Fit a map to label counts (R, K) of rounds; counts may be weighted or pseudo-counts."""
+    n_classes = counts.shape[1]
+    if {"statistic", "curve", "statistic_2"} & set(form.shared):
+        _one_entry_a_class(inputs.statistics.shape[2], n_classes)
+    # counts of none tell nothing and may stand beside inputs that are not known
+    used = known_rounds(inputs, form) & (np.abs(counts).sum(axis=1) > 0)
+    inputs, counts = inputs[used], counts[used]
+    knots = np.zeros(0)
+    if "curve" in form.shared:
+        known = isinstance(start, LogLinearMap) and len(inputs) % 8 != 0
+        levels = np.linspace(0.0, 1.0, CURVE_KNOTS + 2)[1:-1]
+        # knots that stay for some rounds let the last solution start the next one
+        knots = (
+            start.knots
+            if known
+            else np.unique(np.quantile(_centred(inputs.statistics[:, 0]), levels))
+            if len(inputs)
+            else knots
+        )
+    anchor = anchor_of(inputs, form, log_base)
+    features = features_of(inputs, form, knots)
+    first = None
+    if isinstance(start, LogLinearMap) and len(start.coefficients) == features.shape[2]:
+        first = np.append(start.offset, start.coefficients)
+    offset, coefficients = _fit_shared(features, counts, anchor, l2, first, max_iter)
+    free = free_of(inputs, form)
+    centre, scale = np.zeros(free.shape[1]), np.ones(free.shape[1])
+    matrix = np.zeros((n_classes, free.shape[1]))
+    if free.size:
+        centre = free.mean(axis=0)
+        if "covariates" in form.free:
+            scale = np.maximum(free.std(axis=0), 1e-6)
+        scores = anchor + offset + features @ coefficients
+        before = start.matrix if isinstance(start, LogLinearMap) else None
+        further, matrix = _fit_free((free - centre) / scale, scores, counts, l2, before)
+        offset = offset + further
+    return LogLinearMap(form, log_base, offset, coefficients, matrix, knots, centre, scale)
 
-    Shapes: statistics (n_rounds, n_statistics), counts (n_rounds, n_classes), log_base
-    (n_classes,).
-    """
-    offset, _ = _fit_shared(np.zeros((*counts.shape, 0)), counts, log_base, l2)
-    return LogLinearMap(offset, np.zeros((len(log_base), statistics.shape[1])))
 
-
-def fit_tied(
-    statistics: Array, counts: Array, *, log_base: Array, l2: float = 1.0, start: Any = None
-) -> LogLinearMap:
-    """Fit ``log pi_c(S) = a_c + b S_c``: one slope for all classes."""
-    # Parameters are those of `fit_fixed`; the statistic holds one entry for every class.
-    _one_entry_a_class(statistics, counts)
-    offset, slope = _fit_shared(statistics[..., None], counts, log_base, l2)
-    return LogLinearMap(offset, slope[0] * np.eye(len(log_base)))
-
-
-def fit_curve(
-    statistics: Array, counts: Array, *, log_base: Array, l2: float = 1.0, start: Any = None
-) -> CurveMap:
-    """Fit ``log pi_c(S) = a_c + g(S_c - mean(S))``: one piecewise linear curve for all classes."""
-    # Parameters are those of `fit_fixed`; the statistic holds one entry for every class.
-    _one_entry_a_class(statistics, counts)
-    levels = np.linspace(0.0, 1.0, CURVE_KNOTS + 2)[1:-1]
-    knots = np.unique(np.quantile(_centred(statistics), levels))
-    offset, coefficients = _fit_shared(_hinges(statistics, knots), counts, log_base, l2)
-    return CurveMap(offset, knots, coefficients)
-
-
-def fit_linear(
-    statistics: Array, counts: Array, *, log_base: Array, l2: float = 1.0, start: Any = None
-) -> LogLinearMap:
-    """Fit ``log pi(S) = a + W S``, with W shrunk towards that of the tied map."""
-    # Parameters are those of `fit_fixed`; a statistic that does not hold one entry for every
-    # class is shrunk towards no response instead.
-    n_classes, n_statistics = counts.shape[1], statistics.shape[1]
-    simpler = fit_tied if n_classes == n_statistics else fit_fixed
-    anchor = simpler(statistics, counts, log_base=log_base, l2=l2)
-    scores = anchor.offset + statistics @ anchor.weights.T
-    centre = statistics.mean(axis=0)
+def _fit_free(
+    free: Array, scores: Array, counts: Array, l2: float, known: Array | None
+) -> tuple[Array, Array]:
+    """Fit offsets (K,) and a matrix (K, D) of free inputs (R, D) on top of scores (R, K)."""
+    n_classes = counts.shape[1]
     # the constant column lets one matrix hold the offsets too
-    inputs = np.column_stack([np.ones(len(statistics)), statistics - centre])
+    columns = np.column_stack([np.ones(len(free)), free])
     totals = counts.sum(axis=1, keepdims=True)
 
     def penalised(flat: Array) -> tuple[float, Array]:
         change = flat.reshape(n_classes, -1)
-        log_prior = log_softmax(scores + inputs @ change.T, axis=1)
+        log_prior = log_softmax(scores + columns @ change.T, axis=1)
         residual = totals * np.exp(log_prior) - counts
         value = -np.sum(counts * log_prior) + 0.5 * l2 * flat @ flat
-        return float(value), (residual.T @ inputs + l2 * change).ravel()
+        return float(value), (residual.T @ columns + l2 * change).ravel()
 
-    first = np.zeros(n_classes * (1 + n_statistics))
-    if isinstance(start, LogLinearMap):
-        weights = start.weights - anchor.weights
-        first = np.column_stack([start.offset + weights @ centre - anchor.offset, weights]).ravel()
-        first[:: 1 + n_statistics] -= first[:: 1 + n_statistics].mean()
-    change = minimize(
-        penalised, first, jac=True, method="L-BFGS-B", options={"maxiter": 300, "ftol": 1e-8}
-    ).x.reshape(n_classes, -1)
-    offset = anchor.offset + change[:, 0] - change[:, 1:] @ centre
-    return LogLinearMap(offset, anchor.weights + change[:, 1:])
-
-
-Fitter = Callable[..., ResponseMap]
-FITTERS: dict[str, Fitter] = {
-    "fixed": fit_fixed,
-    "tied": fit_tied,
-    "curve": fit_curve,
-    "linear": fit_linear,
-}
-SHARED = ("tied", "curve")  # these need one entry of the statistic for every class
+    first = np.zeros((n_classes, columns.shape[1]))
+    if known is not None and known.shape == (n_classes, free.shape[1]):
+        first[:, 1:] = known
+    options = {"maxiter": 300, "ftol": 1e-8}
+    found = minimize(penalised, first.ravel(), jac=True, method="L-BFGS-B", options=options)
+    change = found.x.reshape(n_classes, -1)
+    return change[:, 0], change[:, 1:]
 
 
 def dispersion(
-    response: ResponseMap, statistics: Array, counts: Array, *, guess: float = 10.0
+    response: ResponseMap, inputs: Inputs, counts: Array, *, guess: float = 10.0
 ) -> float:
-    """Estimate how much more label counts vary than draws from the map's mixes would.
-
-    Shapes: statistics (n_rounds, n_statistics), counts (n_rounds, n_classes).
-    """
+    """Estimate how much more label counts (R, K) vary than draws from the map's mixes would."""
     # Rounds differ for reasons that no map knows, so a thousand labels of one round are worth
     # fewer independent ones. Counts divided by this factor give honest likelihoods.
     freedom = max(1, counts.shape[1] - 1)
-    total = deviance(response.log_prior(statistics), counts).sum()
-    return max(1.0, float((total + 2 * guess * freedom) / ((len(counts) + 2) * freedom)))
+    log_prior = response.log_prior(inputs)
+    seen = np.isfinite(log_prior).all(axis=1) & (counts.sum(axis=1) > 0)
+    total = deviance(log_prior[seen], counts[seen]).sum()
+    return max(1.0, float((total + 2 * guess * freedom) / ((seen.sum() + 2) * freedom)))
 
 
 def deviance(log_prior: Array, counts: Array) -> Array:
@@ -158,13 +314,20 @@ def deviance(log_prior: Array, counts: Array) -> Array:
     return lost
 
 
-def _fit_shared(features: Array, counts: Array, log_base: Array, l2: float) -> tuple[Array, Array]:
+def _fit_shared(
+    features: Array,
+    counts: Array,
+    anchor: Array,
+    l2: float,
+    first: Array | None,
+    max_iter: int,
+) -> tuple[Array, Array]:
     """Fit offsets (K,) and shared coefficients (J,) of features (R, K, J) by Newton's method."""
     n_classes, n_features = features.shape[1:]
     penalty = l2 * np.repeat([1.0, SLOPE_SHARE], [n_classes, n_features])
-    theta = np.zeros(n_classes + n_features)
-    value, log_prior = _penalised(theta, features, counts, log_base, penalty)
-    for _ in range(100):
+    theta = np.zeros(n_classes + n_features) if first is None else first
+    value, log_prior = _penalised(theta, features, counts, anchor, penalty)
+    for _ in range(max_iter):
         gradient, hessian = _derivatives(log_prior, features, counts)
         gradient += penalty * theta
         step = np.linalg.solve(hessian + np.diag(penalty), gradient)
@@ -174,32 +337,38 @@ def _fit_shared(features: Array, counts: Array, log_base: Array, l2: float) -> t
         scale = 1.0
         while True:
             trial = theta - scale * step
-            reached, log_prior = _penalised(trial, features, counts, log_base, penalty)
+            reached, log_prior = _penalised(trial, features, counts, anchor, penalty)
             if reached <= value - 1e-4 * scale * decrease or scale < 1e-6:
                 break
             scale /= 2
         theta, value = trial, reached
-    return log_base + theta[:n_classes], theta[n_classes:]
+    return theta[:n_classes], theta[n_classes:]
 
 
 def _penalised(
-    theta: Array, features: Array, counts: Array, log_base: Array, penalty: Array
+    theta: Array, features: Array, counts: Array, anchor: Array, penalty: Array
 ) -> tuple[float, Array]:
-    n_classes = len(log_base)
-    scores = log_base + theta[:n_classes] + features @ theta[n_classes:]
+    n_classes = counts.shape[1]
+    scores = anchor + theta[:n_classes] + features @ theta[n_classes:]
     log_prior = log_softmax(scores, axis=1)
     return float(-np.sum(counts * log_prior) + 0.5 * penalty @ theta**2), log_prior
 
 
 def _derivatives(log_prior: Array, features: Array, counts: Array) -> tuple[Array, Array]:
+    n_classes, n_features = features.shape[1:]
     prior = np.exp(log_prior)  # (R, K)
     mass = counts.sum(axis=1, keepdims=True) * prior
     residual = mass - counts
-    slopes = np.einsum("rkj,rk->j", features, residual)
+    hessian = np.empty((n_classes + n_features, n_classes + n_features))
+    hessian[:n_classes, :n_classes] = np.diag(mass.sum(axis=0)) - mass.T @ prior
+    if not n_features:
+        return residual.sum(axis=0), hessian
+    slopes = np.tensordot(residual, features, axes=2)
     centred = features - np.einsum("rk,rkj->rj", prior, features)[:, None]  # (R, K, J)
-    cross = np.einsum("rk,rkj->kj", mass, centred)
-    corner = np.einsum("rk,rki,rkj->ij", mass, centred, centred)
-    hessian = np.block([[np.diag(mass.sum(axis=0)) - mass.T @ prior, cross], [cross.T, corner]])
+    weighted = mass[..., None] * centred
+    cross = weighted.sum(axis=0)
+    hessian[:n_classes, n_classes:], hessian[n_classes:, :n_classes] = cross, cross.T
+    hessian[n_classes:, n_classes:] = np.tensordot(weighted, centred, axes=([0, 1], [0, 1]))
     return np.append(residual.sum(axis=0), slopes), hessian
 
 
@@ -213,9 +382,9 @@ def _centred(statistics: Array) -> Array:
     return centred
 
 
-def _one_entry_a_class(statistics: Array, counts: Array) -> None:
-    if statistics.shape[1] != counts.shape[1]:
+def _one_entry_a_class(n_statistics: int, n_classes: int) -> None:
+    if n_statistics != n_classes:
         raise ValueError(
-            f"a slope shared by {counts.shape[1]} classes needs a statistic with one entry a "
-            f"class, not {statistics.shape[1]} entries: use adapter='linear' or 'mlp'."
+            f"a slope shared by {n_classes} classes needs a statistic with one entry a "
+            f"class, not {n_statistics} entries: use adapter='linear' or 'mlp'."
         )

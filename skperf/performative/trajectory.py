@@ -7,40 +7,85 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skperf.performative.label_shift import smooth_shares
+from skperf.performative.response import Inputs
+
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
 
+KEPT_ROUNDS = 1000  # of the record; older rounds tell nothing of the next one
+N_LAGS = 3
+MOST_CONFUSED = 12  # classes up to which whole confusion matrices are recorded
+ARRAYS = (
+    "statistics",
+    "counts",
+    "hits",
+    "mixes",
+    "shares",
+    "confusions",
+    "covariates",
+    "unlabelled",
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """Rounds in order of time; the statistic of a round answers in the counts `lag` rows later."""
+    """Rounds in order of time; the statistic of a round answers in the counts `lag` rows later.
 
-    rounds: Codes  # (n_rounds,)
+    What is not known is NaN: hits of a record without rows, mixes and statistics of rounds
+    without labels. `mixes` are centred log shares, of labels or else as estimated from rows.
+    """
+
+    rounds: NDArray[Any]  # (n_rounds,)
     statistics: Array  # (n_rounds, n_statistics)
     counts: Array  # (n_rounds, n_classes)
-    hits: Array  # (n_rounds, n_classes)
+    hits: Array  # (n_rounds, n_classes) of the uncorrected classifier
+    mixes: Array  # (n_rounds, n_classes)
+    shares: Array  # (n_rounds, n_classes) predicted by the deployed model
+    confusions: Array  # (n_rounds, n_classes**2 or 0) of the deployed model
+    covariates: Array  # (n_rounds, n_covariates)
+    unlabelled: Array  # (n_rounds,) rows whose labels may still come
     lag: int = 1
 
     @classmethod
-    def empty(cls, n_statistics: int, n_classes: int, *, lag: int = 1) -> "Trajectory":
+    def empty(
+        cls, n_statistics: int, n_classes: int, *, n_covariates: int = 0, lag: int = 1
+    ) -> "Trajectory":
         """Start a record without rounds."""
-        counts = np.zeros((0, n_classes))
-        return cls(np.zeros(0, np.int64), np.zeros((0, n_statistics)), counts, counts, lag)
+        none = np.zeros((0, n_classes))
+        return cls(
+            np.zeros(0, np.int64),
+            np.zeros((0, n_statistics)),
+            none,
+            none,
+            none,
+            none,
+            np.zeros((0, n_classes**2 if n_classes <= MOST_CONFUSED else 0)),
+            np.zeros((0, n_covariates)),
+            np.zeros(0),
+            lag,
+        )
 
     @classmethod
     def from_arrays(
-        cls, statistics: Array, counts: Array, *, rounds: Codes | None = None, lag: int = 1
+        cls, statistics: Array, counts: Array, *, rounds: NDArray[Any] | None = None, lag: int = 1
     ) -> "Trajectory":
         """Build a record from statistics (R, S) and label counts (R, K) of rounds in order."""
+        record = cls.empty(statistics.shape[1], counts.shape[1], lag=lag)
         numbers = np.arange(len(counts)) if rounds is None else np.asarray(rounds)
-        hits = np.full(counts.shape, np.nan)
-        return cls(numbers.astype(np.int64), statistics, counts, hits, lag)
+        for number, statistic, counted in zip(numbers, statistics, counts, strict=True):
+            record = record.append(number, statistic, counted)
+        return record
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "Trajectory":
         """Rebuild a record from what `to_dict` returned, also after a round trip by JSON."""
-        arrays = {n: np.asarray(state[n], np.float64) for n in ("statistics", "counts", "hits")}
-        return cls(rounds=np.asarray(state["rounds"], np.int64), lag=int(state["lag"]), **arrays)
+        arrays = {name: np.asarray(state[name], np.float64) for name in ARRAYS}
+        for name in ("covariates", "confusions"):  # JSON drops the width of empty rows
+            arrays[name] = arrays[name].reshape(len(state["rounds"]), -1)
+        rounds = np.asarray(state["rounds"], dtype=state["dtype"])
+        return cls(rounds=rounds, lag=int(state["lag"]), **arrays)
 
     def __len__(self) -> int:
         """Count the rounds."""
@@ -48,42 +93,116 @@ class Trajectory:
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain lists, fit for JSON: the whole state there is, and no raw rows."""
-        names = ("rounds", "statistics", "counts", "hits")
-        return {name: getattr(self, name).tolist() for name in names} | {"lag": self.lag}
+        rounds = self.rounds.astype(str) if self.rounds.dtype.kind == "M" else self.rounds
+        rounds = rounds.astype(np.int64) if rounds.dtype.kind == "m" else rounds
+        state = {"rounds": rounds.tolist(), "dtype": self.rounds.dtype.str, "lag": self.lag}
+        arrays = {name: getattr(self, name).tolist() for name in ARRAYS}
+        return state | arrays
 
     def append(
-        self, number: int, statistic: Array, counts: Array, hits: Array | None = None
+        self,
+        number: Any,
+        statistic: Array,
+        counts: Array,
+        hits: Array | None = None,
+        *,
+        mix: Array | None = None,
+        shares: Array | None = None,
+        confusion: Array | None = None,
+        covariates: Array | None = None,
+        unlabelled: float = 0.0,
     ) -> "Trajectory":
-        """Add one round: statistic (n_statistics,), counts (n_classes,), hits (n_classes,)."""
+        """Add one round: statistic (n_statistics,), counts, hits, mix, shares (n_classes,)."""
         if len(self) and number <= self.rounds[-1]:
             raise ValueError(
                 f"round {number} is not later than the last round seen, {self.rounds[-1]}: "
                 "rounds are appended in order of time, each once."
             )
-        known = np.full(len(counts), np.nan) if hits is None else hits
-        return replace(
-            self,
-            rounds=np.append(self.rounds, number),
-            statistics=np.vstack([self.statistics, statistic]),
-            counts=np.vstack([self.counts, counts]),
-            hits=np.vstack([self.hits, known]),
-        )
+        unknown = np.full(len(counts), np.nan)
+        if mix is None:
+            mix = centred_log(counts) if counts.sum() > 0 else unknown
+        row = {
+            "statistics": statistic,
+            "counts": counts,
+            "hits": unknown if hits is None else hits,
+            "mixes": mix,
+            "shares": unknown if shares is None else shares,
+            "confusions": np.full(self.confusions.shape[1], np.nan)
+            if confusion is None or not self.confusions.shape[1]
+            else confusion,
+            "covariates": np.zeros(0) if covariates is None else covariates,
+            "unlabelled": unlabelled,
+        }
+        grown: Any = {
+            name: np.concatenate([getattr(self, name), [values]])[-KEPT_ROUNDS:]
+            for name, values in row.items()
+        }
+        rounds = np.concatenate([self.rounds, [number]]) if len(self) else np.array([number])
+        return replace(self, rounds=rounds[-KEPT_ROUNDS:], **grown)
+
+    def labelled_later(
+        self, i: int, statistic: Array, counts: Array, hits: Array, n_labels: float
+    ) -> "Trajectory":
+        """Add labels (n_classes,) to the i-th round and replace its statistic."""
+        arrays = {name: getattr(self, name).copy() for name in ARRAYS}
+        arrays["statistics"][i] = statistic
+        arrays["counts"][i] += counts
+        arrays["hits"][i] = np.nan_to_num(arrays["hits"][i]) + hits
+        arrays["mixes"][i] = centred_log(arrays["counts"][i])
+        arrays["unlabelled"][i] = max(0.0, arrays["unlabelled"][i] - n_labels)
+        return replace(self, **arrays)
 
     def latest(self, n_rounds: int | None) -> "Trajectory":
         """Keep the last rounds only; None keeps all."""
         if n_rounds is None or len(self) <= n_rounds:
             return self
-        kept = {n: getattr(self, n)[-n_rounds:] for n in ("rounds", "statistics", "counts", "hits")}
+        kept: Any = {name: getattr(self, name)[-n_rounds:] for name in ("rounds", *ARRAYS)}
         return replace(self, **kept)
 
-    def pairs(self) -> tuple[Array, Array]:
-        """Give the statistics (R - lag, S) and the counts (R - lag, K) that answered them."""
+    def pairs(self) -> tuple[Inputs, Array]:
+        """Give what was known before each round but the first, and its counts (R - lag, K)."""
         n_pairs = max(0, len(self) - self.lag)
-        return self.statistics[:n_pairs], self.counts[len(self) - n_pairs :]
+        return self._inputs(np.arange(len(self) - n_pairs, len(self))), self.counts[
+            len(self) - n_pairs :
+        ]
+
+    def coming(self, covariates: Array | None = None) -> Inputs:
+        """Give what is known before the round after the last one."""
+        return self._inputs(np.array([len(self)]), covariates)
+
+    def _inputs(self, rows: Codes, covariates: Array | None = None) -> Inputs:
+        def lagged(values: Array, first: int, n: int) -> Array:
+            parts = []
+            for lag in range(first, first + n):
+                found = np.full((len(rows), values.shape[1]), np.nan)
+                there = (rows >= lag) & (rows - lag < len(values))
+                found[there] = values[rows[there] - lag]
+                parts.append(found)
+            return np.stack(parts, axis=1)
+
+        known = self.covariates
+        if len(rows) and rows[-1] >= len(known) and known.shape[1]:
+            last = known[-1] if covariates is None else covariates
+            known = np.concatenate([known, [last]])
+        now = known[rows] if known.shape[1] else np.zeros((len(rows), 0))
+        return Inputs(
+            lagged(self.statistics, self.lag, 2),
+            lagged(self.mixes, 1, N_LAGS),
+            lagged(self.shares, self.lag, 1)[:, 0],
+            lagged(self.confusions, self.lag, 1)[:, 0],
+            now,
+        )
 
     def in_force(self) -> Array | None:
         """Give the statistic that the round after the last one will answer, if it is known."""
         return self.statistics[-self.lag] if len(self) >= self.lag else None
+
+
+def centred_log(counts: Array) -> Array:
+    """Log shares of label counts (n_classes,), smoothed and centred."""
+    logs = np.log(smooth_shares(counts))
+    centred: Array = logs - logs.mean()
+    return centred
 
 
 def smoothed_recall(
@@ -106,6 +225,60 @@ def smoothed_recall(
     right: Array = np.bincount(y_true, hits, minlength=len(classes)).astype(np.float64)
     pooled = float(right.sum()) / max(float(totals.sum()), np.finfo(np.float64).tiny)
     return _ratio(right + pooled * smoothing, totals + smoothing, pooled)
+
+
+def released_recall(
+    y_true: Codes,
+    y_pred: Codes,
+    proba: Array | None,
+    classes: NDArray[Any],
+    sample_weight: Array | None = None,
+    *,
+    smoothing: float = 0.0,
+) -> Array:
+    """Plain recalls as released with the paper: a class without rows gets the mean of the others'.
+
+    Shapes are those of `smoothed_recall`; only recalls above zero enter that mean.
+    """
+    recall = smoothed_recall(y_true, y_pred, proba, classes, sample_weight, smoothing=0.0)
+    absent = np.bincount(y_true, minlength=len(classes)) == 0
+    positive = recall[(recall > 0) & ~absent]
+    return np.where(absent, positive.mean() if len(positive) else 0.0, recall)
+
+
+def stratum_recall(
+    y_true: Codes,
+    y_pred: Codes,
+    proba: Array | None,
+    classes: NDArray[Any],
+    sample_weight: Array | None = None,
+    *,
+    smoothing: float = 2.0,
+    strata: Codes,
+    n_strata: int,
+) -> Array:
+    """Share of each stratum that was predicted right, (n_strata,)."""
+    right = np.where(y_true == y_pred, strata, -1)
+    return smoothed_recall(
+        strata, right, None, np.arange(n_strata), sample_weight, smoothing=smoothing
+    )
+
+
+def class_stratum_recall(
+    y_true: Codes,
+    y_pred: Codes,
+    proba: Array | None,
+    classes: NDArray[Any],
+    sample_weight: Array | None = None,
+    *,
+    smoothing: float = 2.0,
+    strata: Codes,
+    n_strata: int,
+) -> Array:
+    """Share of each class in each stratum that was predicted right, (n_classes * n_strata,)."""
+    cells = y_true * n_strata + strata
+    right, all_cells = np.where(y_true == y_pred, cells, -1), np.arange(len(classes) * n_strata)
+    return smoothed_recall(cells, right, None, all_cells, sample_weight, smoothing=smoothing)
 
 
 def smoothed_confusion(
@@ -149,4 +322,7 @@ STATISTICS: dict[str, Callable[..., Array]] = {
     "recall": smoothed_recall,
     "confusion": smoothed_confusion,
     "predicted_marginal": predicted_marginal,
+    "stratum": stratum_recall,
+    "class_stratum": class_stratum_recall,
+    "released": released_recall,
 }

@@ -1,0 +1,255 @@
+"""Log scores and predictions of any fitted classifier, on rows as they are."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn import get_config
+from sklearn.base import BaseEstimator, clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted, has_fit_parameter
+from skorch import NeuralNet
+from torch import nn
+
+from skperf.backbone._modules import ModuleClassifier
+from skperf.backbone._nets import seed_of
+from skperf.backbone._opening import class_logits, fit_estimator
+from skperf.backbone._sklearn import safe_indexing
+from skperf.performative._inputs import encode
+
+FOLDS = 3
+FEWEST = 30  # rows below which nothing is set apart for measuring
+HELD_OUT = 5  # every fifth row measures a network that is fitted here
+AGREEING = 0.5
+
+
+def is_frozen(estimator: Any) -> bool:
+    """Tell whether an estimator is used as it is."""
+    taken = isinstance(estimator, nn.Module | FrozenEstimator)
+    return taken or callable(getattr(estimator, "to_module", None))
+
+
+def is_network(estimator: Any) -> bool:
+    """Tell whether an estimator is a torch network, which takes arrays; None is the built-in."""
+    if isinstance(estimator, FrozenEstimator):
+        return is_network(estimator.estimator)
+    networks = isinstance(estimator, nn.Module | NeuralNet | ModuleClassifier)
+    return estimator is None or networks or callable(getattr(estimator, "to_module", None))
+
+
+def innermost(fitted: Any) -> Any:
+    """Find the classifier inside frozen estimators, pipelines and searches."""
+    if isinstance(fitted, FrozenEstimator):
+        return innermost(fitted.estimator)
+    if isinstance(fitted, Pipeline):
+        return innermost(fitted.steps[-1][1])
+    if hasattr(fitted, "best_estimator_"):
+        return innermost(fitted.best_estimator_)
+    return fitted
+
+
+def take(X: Any, rows: Any) -> Any:
+    """Gather rows (m,) of X, in the form they came in."""
+    n_rows = X.shape[0] if getattr(X, "shape", ()) else len(X)
+    if isinstance(rows, np.ndarray) and np.array_equal(rows, np.arange(n_rows)):
+        return X
+    known = isinstance(X, np.ndarray) or hasattr(X, "leaves")
+    return X[rows] if known else safe_indexing(X, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A fitted classifier and the classes its scores are asked for."""
+
+    fitted: Any
+    classes: np.ndarray
+    log_base: np.ndarray | None = None  # of classes that the classifier was never shown
+
+    def logits(self, X: Any, *, strict: bool = False) -> np.ndarray:
+        """Log scores (n, n_classes) in the order of `classes`, whatever the classifier's own."""
+        scores = scores_of(self.fitted, X)
+        own = np.asarray(self.fitted.classes_)
+        check_scores(scores, self.fitted, X)
+        if np.array_equal(own, self.classes):
+            return scores
+        missing = np.setdiff1d(self.classes, own)
+        if strict and len(missing):
+            raise ValueError(
+                f"{type(self.fitted).__name__} does not know the classes {missing.tolist()}: every "
+                f"candidate needs all of {self.classes.tolist()}, in any order."
+            )
+        known = np.isin(self.classes, own)
+        aligned = np.empty((len(scores), len(self.classes)))
+        aligned[:, known] = scores[:, encode(self.classes[known], own)]
+        # rows tell nothing of a class that was never shown: it keeps its share in every row
+        base = np.zeros(len(self.classes)) if self.log_base is None else self.log_base
+        rest = np.logaddexp.reduce(aligned[:, known], axis=1, keepdims=True)
+        aligned[:, ~known] = rest + base[~known] - np.log(max(np.exp(base[known]).sum(), 1e-300))
+        return aligned
+
+    def own(self, X: Any, logits: np.ndarray) -> np.ndarray:
+        """Predictions (n,) as columns, by the classifier's own rule."""
+        if is_network(self.fitted) or not hasattr(self.fitted, "predict"):
+            return logits.argmax(axis=1)
+        with _own_names():
+            return encode(np.asarray(self.fitted.predict(X)), self.classes)
+
+
+def open_candidate(candidate: Any, X: Any, classes: np.ndarray) -> Opened:
+    """Accept a fitted classifier, a frozen one or a bare module; nothing is trained."""
+    if is_frozen(candidate):
+        return Opened(fit_estimator(candidate, take(X, slice(0, 1)), None), classes)
+    if hasattr(candidate, "fit"):
+        check_is_fitted(candidate)
+    return Opened(candidate, classes)
+
+
+def scores_of(fitted: Any, X: Any) -> np.ndarray:
+    """Log scores of every class in the classifier's own order: (n, n_own_classes)."""
+    last = innermost(fitted)
+    with _own_names():
+        if is_network(last):
+            return class_logits(last, _through_steps(fitted, X))
+        exact = isinstance(last, LogisticRegression)  # logits, where probabilities underflow
+        if hasattr(fitted, "predict_proba") and not exact:
+            return _log_probabilities(fitted.predict_proba(X), type(last).__name__)
+        if hasattr(fitted, "decision_function"):
+            scores = np.asarray(fitted.decision_function(X), dtype=np.float64)
+            return scores if scores.ndim == 2 else np.stack([np.zeros_like(scores), scores], 1)
+    raise TypeError(
+        "estimator must have predict_proba or decision_function; "
+        f"{type(last).__name__} has neither."
+    )
+
+
+def check_scores(scores: np.ndarray, fitted: Any, X: Any) -> None:
+    """Refuse scores (n, k) that are not one a class, such as those of pairs of classes."""
+    last, n_classes = innermost(fitted), len(fitted.classes_)
+    pairs = n_classes > 2 and getattr(last, "decision_function_shape", None) == "ovo"
+    if scores.shape[1] != n_classes or (pairs and not hasattr(fitted, "predict_proba")):
+        raise ValueError(
+            f"estimator {type(last).__name__} gives {scores.shape[1]} scores a row for {n_classes} "
+            "classes, not one for each: one-vs-one scores are of pairs of classes. Set "
+            "decision_function_shape='ovr', or wrap it in CalibratedClassifierCV."
+        )
+    if not np.isfinite(scores).all():
+        row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
+        raise ValueError(
+            f"{type(last).__name__} gives scores that are not finite, first in row {row}."
+        )
+
+
+def check_agreement(opened: Opened, X: Any, logits: np.ndarray) -> None:
+    """Refuse scores (n, n_classes) whose largest is hardly ever what the classifier predicts."""
+    if hasattr(opened.fitted, "predict_proba") or len(opened.classes) < 3:
+        return
+    agreeing = np.mean(opened.own(X, logits) == logits.argmax(axis=1))
+    if agreeing < AGREEING:
+        raise ValueError(
+            f"the largest score of {type(innermost(opened.fitted)).__name__} is its prediction in "
+            f"only {agreeing:.0%} of the rows: its decision_function does not score classes."
+        )
+
+
+def fit_classifier(estimator: Any, X: Any, y: np.ndarray, weight: Any, seed: int) -> Any:
+    """Fit a clone on rows as they are; networks and what is frozen go through the backbone."""
+    if is_network(estimator) or is_frozen(estimator) or not isinstance(estimator, BaseEstimator):
+        return fit_estimator(estimator, X, y, sample_weight=weight, random_state=seed)
+    if _is_fitted(estimator):
+        warnings.warn(
+            f"estimator is a fitted {type(estimator).__name__}, but a clone of it is fitted anew "
+            "and its weights are not used. To use it as it is: "
+            "sklearn.frozen.FrozenEstimator(estimator).",
+            UserWarning,
+            stacklevel=3,
+        )
+    return fitted_clone(estimator, X, y, weight, seed)
+
+
+def fitted_clone(estimator: Any, X: Any, y: np.ndarray, weight: Any, seed: int) -> Any:
+    """Clone and fit a scikit-learn classifier: X rows, y (n,), weight (n,) or None."""
+    fresh = clone(estimator)
+    if fresh.get_params(deep=False).get("random_state", 0) is None:
+        fresh.set_params(random_state=seed_of(seed))
+    if weight is None:
+        return fresh.fit(X, y)
+    name = "sample_weight"
+    if not has_fit_parameter(fresh, name) and not get_config()["enable_metadata_routing"]:
+        if not (isinstance(fresh, Pipeline) and has_fit_parameter(fresh.steps[-1][1], name)):
+            raise ValueError(f"{type(fresh).__name__}.fit takes no sample_weight.")
+        name = f"{fresh.steps[-1][0]}__sample_weight"
+    return fresh.fit(X, y, **{name: weight})
+
+
+def cross_scores(
+    estimator: Any, X: Any, y: np.ndarray, weight: Any, opened: Opened, seed: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scores (n, n_classes) and own predictions (n,) of rows by clones that did not see them."""
+    classes, codes = np.unique(y, return_inverse=True)
+    counts = np.bincount(codes)
+    if len(y) < FEWEST or len(classes) < 2 or counts.min() < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(y))
+    order = order[np.argsort(codes[order], kind="stable")]
+    folds = np.empty(len(y), np.int64)
+    folds[order] = np.arange(len(y)) % FOLDS
+    logits, own = np.empty((len(y), len(opened.classes))), np.empty(len(y), np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the fit on all rows has said it
+        for fold in range(FOLDS):
+            inside, outside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+            part = None if weight is None else weight[inside]
+            if part is not None and len(np.unique(y[inside][part > 0])) < len(classes):
+                return None
+            fitted = fitted_clone(estimator, take(X, inside), y[inside], part, seed)
+            clone_ = Opened(fitted, opened.classes, opened.log_base)
+            rows = take(X, outside)
+            logits[outside] = clone_.logits(rows)
+            own[outside] = clone_.own(rows, logits[outside])
+    return logits, own
+
+
+def _through_steps(fitted: Any, X: Any) -> Any:
+    """Rows as the last step of a pipeline gets them."""
+    if isinstance(fitted, FrozenEstimator):
+        return _through_steps(fitted.estimator, X)
+    if hasattr(fitted, "best_estimator_"):
+        return _through_steps(fitted.best_estimator_, X)
+    if isinstance(fitted, Pipeline):
+        before = fitted[:-1].transform(X) if len(fitted.steps) > 1 else X
+        return _through_steps(fitted.steps[-1][1], before)
+    return X
+
+
+def _log_probabilities(proba: Any, name: str) -> np.ndarray:
+    proba = np.asarray(proba, dtype=np.float64)
+    if not np.isfinite(proba).all() or (proba < 0).any() or np.abs(proba.sum(1) - 1).max() > 1e-3:
+        raise ValueError(
+            f"{name}.predict_proba must return probabilities: finite, not negative, each row "
+            f"summing to 1; saw values from {np.nanmin(proba):.4g} to {np.nanmax(proba):.4g} and "
+            f"row sums from {np.nanmin(proba.sum(1)):.4g} to {np.nanmax(proba.sum(1)):.4g}. "
+            "A classifier with decision_function or a torch net gives logits directly."
+        )
+    return np.log(np.clip(proba, np.finfo(np.float64).tiny, None))
+
+
+def _is_fitted(estimator: Any) -> bool:
+    try:
+        check_is_fitted(estimator)
+    except Exception:  # whatever an estimator of the user's own says
+        return False
+    return True
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Let a classifier not speak of column names, which were held against the adapter's own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*feature names", UserWarning)
+        yield

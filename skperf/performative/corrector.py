@@ -1,0 +1,158 @@
+"""How much of an anticipated mix is applied, and to which scores: judged by corrected rows.
+
+After each round every calibration, strength and mix of a grid is scored by the log loss of the
+round's rows under the mix that had been anticipated for it. What did best over the rounds so far
+is used, unless it has cost something lately or made fewer predictions right: then less, or nothing.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skperf.performative.anticipation import blend
+from skperf.performative.label_shift import Calibration
+
+Array = NDArray[np.float64]
+Codes = NDArray[np.int64]
+
+STRENGTHS = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
+MIXES = np.array([0.0, 0.01, 0.03, 0.1, 0.25, 0.5])
+JUDGED = 500  # rows of a round that are enough to tell options apart
+SLOW, FAST = 0.97, 0.7  # memories: about thirty and three rounds
+ACCURACY_GIVEN_UP = 0.002
+CALIBRATION_GAIN = 0.01  # of the log loss that a calibration has to save to be used
+SPOKEN_OF = 300  # rows below which a loss may be chance
+HARM = 0.01  # nats a row that a withdrawn correction has to have cost to be spoken of
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """What is applied: a calibration by position, a strength and a mix of the base."""
+
+    calibration: int = 0
+    strength: float = 0.0
+    mix: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Corrector:
+    """Losses and accuracies of every option over the rounds so far, older ones fading."""
+
+    strengths: Array
+    mixes: Array
+    calibrators: tuple[Calibration | None, ...]
+    slow: Array  # (n_calibrations, n_strengths, n_mixes)
+    fast: Array
+    right: Array
+    own_right: float = 0.0  # of the classifier's own rule
+    weight: float = 0.0
+    n_rounds: int = 0
+    n_rows: float = 0.0  # judged lately
+    choice: Option = Option()
+    harm: float = 0.0  # nats a row that the withdrawn choice has cost lately
+
+    @classmethod
+    def start(
+        cls, strengths: Array, mixes: Array, calibrators: tuple[Calibration | None, ...]
+    ) -> "Corrector":
+        """Know nothing yet."""
+        zeros = np.zeros((len(calibrators), len(strengths), len(mixes)))
+        return cls(strengths, mixes, calibrators, zeros, zeros, zeros)
+
+    def calibrated(self, logits: Array, option: Option | None = None) -> Array:
+        """Scores (n, n_classes) as an option calibrates them."""
+        calibrator = self.calibrators[(option or self.choice).calibration]
+        return logits if calibrator is None else calibrator(logits)
+
+    def log_prior(self, answer: Array, log_base: Array, strength: float | None = None) -> Array:
+        """Apply the choice to an answer (..., n_classes)."""
+        strength = self.choice.strength if strength is None else strength
+        return blend(answer, log_base, strength, self.choice.mix)
+
+    def judged(
+        self,
+        logits: Array,
+        codes: Codes,
+        weight: Array,
+        answer: Array,
+        log_base: Array,
+        own_right: float,
+    ) -> "Corrector":
+        """Score all options on rows of a round: logits (n, K), codes (n,), answer (K,)."""
+        kept = np.flatnonzero(weight > 0)
+        kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), JUDGED)).astype(int)]
+        logits, codes, weight = logits[kept], codes[kept], weight[kept] / weight[kept].sum()
+        mixes = self._grid(answer, log_base)
+        losses, right = [], []
+        for i in range(len(self.calibrators)):
+            scores = self.calibrated(logits, Option(i)) - log_base
+            top = scores.max(axis=1, keepdims=True)
+            total = np.exp(scores - top) @ np.exp(mixes).T  # (n, n_options)
+            own = (scores - top)[np.arange(len(codes)), codes, None] + mixes[:, codes].T
+            losses.append(weight @ (np.log(np.maximum(total, 1e-300)) - own))
+            best = np.array([(scores + mix).argmax(axis=1) == codes for mix in mixes])
+            right.append(best @ weight)
+        judged = self._with(np.array(losses), np.array(right))
+        rows = FAST * self.n_rows + len(codes)
+        return replace(judged, own_right=SLOW * self.own_right + own_right, n_rows=rows)
+
+    def judged_by_shares(self, counts: Array, answer: Array, log_base: Array) -> "Corrector":
+        """Score all options on label counts (K,), where there are no rows."""
+        losses = -self._grid(answer, log_base) @ (counts / counts.sum())
+        tiled = np.tile(losses, (len(self.calibrators), 1))
+        return self._with(tiled, np.zeros_like(tiled))
+
+    def _grid(self, answer: Array, log_base: Array) -> Array:
+        grid = blend(answer, log_base, self.strengths[:, None, None], self.mixes[None, :, None])
+        return grid.reshape(-1, len(log_base))
+
+    def _with(self, losses: Array, right: Array) -> "Corrector":
+        losses, right = losses.reshape(self.slow.shape), right.reshape(self.slow.shape)
+        return replace(
+            self,
+            slow=SLOW * self.slow + losses,
+            fast=FAST * self.fast + losses,
+            right=SLOW * self.right + right,
+            weight=SLOW * self.weight + 1.0,
+            n_rounds=self.n_rounds + 1,
+        )
+
+    def chosen(self, n_rounds: int, min_rounds: int) -> "Corrector":
+        """Choose what to apply from now on."""
+        free = 0.0 in self.strengths
+        nothing = Option() if free else Option(0, float(self.strengths[-1]), float(self.mixes[0]))
+        if n_rounds < min_rounds:
+            return replace(self, choice=Option(), harm=0.0)
+        if self.weight == 0.0:
+            return replace(self, choice=nothing, harm=0.0)
+        allowed = np.ones(self.slow.shape, bool)
+        if free:
+            given_up = ACCURACY_GIVEN_UP * self.weight
+            allowed = self.right >= self.own_right - given_up
+            allowed[0, 0] = True
+        best = self._best(self.slow, allowed)
+        if best[0] and len(self.calibrators) > 1:
+            plain = self._best(self.slow, allowed & (np.arange(len(allowed)) == 0)[:, None, None])
+            # scores that are right as they are should not be bent to a round's noise
+            if self.slow[plain] - self.slow[best] < CALIBRATION_GAIN * self.slow[plain]:
+                best = plain
+        if free and self.fast[best] > self.fast[0, 0, 0]:
+            best = self._best(self.fast, allowed)
+        option = Option(best[0], float(self.strengths[best[1]]), float(self.mixes[best[2]]))
+        harm, before = 0.0, self.choice
+        if option.strength == 0.0 and before.strength > 0.0 and self.n_rows > SPOKEN_OF:
+            at = self._position(before)
+            memory = (1 - FAST**self.n_rounds) / (1 - FAST)
+            harm = float(self.fast[at] - self.fast[0, 0, 0]) / memory
+        return replace(self, choice=option, harm=harm)
+
+    def _best(self, losses: Array, allowed: NDArray[np.bool_]) -> tuple[int, int, int]:
+        flat = np.where(allowed, losses, np.inf).argmin()
+        i, j, k = np.unravel_index(int(flat), losses.shape)
+        return int(i), int(j), int(k)
+
+    def _position(self, option: Option) -> tuple[int, int, int]:
+        j = int(np.abs(self.strengths - option.strength).argmin())
+        k = int(np.abs(self.mixes - option.mix).argmin())
+        return option.calibration, j, k
