@@ -792,7 +792,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             return record.applied(state.log_answer(trajectory.coming())[0])[0]
 
         unlabelled = np.zeros(len(self.classes_))
-        for number in _inputs.missing_rounds(trajectory.rounds, numbers.min()):
+        for number in _inputs.missing_rounds(trajectory.rounds, np.unique(numbers)[0]):
             statistic = record.remembered_statistic(prior())
             # the mix of a round that nobody has labelled is what was anticipated
             mix = prior() - prior().mean()
@@ -841,7 +841,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         y, known = _inputs.check_labels(y, len(predicted), first=False)
         weight = None if sample_weight is None else np.asarray(sample_weight)[known]
         labels = predicted[known]
-        return accuracy_score(y[known].astype(labels.dtype), labels, sample_weight=weight)
+        truth = y[known].astype(labels.dtype) if y.dtype == object else y[known]
+        return accuracy_score(truth, labels, sample_weight=weight)
 
     def rank_models(self, candidates, X, y, *, scoring="accuracy", n_bootstrap=200):
         """Predict what candidates would score in the round after their deployment.

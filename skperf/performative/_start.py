@@ -35,7 +35,7 @@ from skperf.performative.label_shift import (
     smooth_shares,
 )
 from skperf.performative.paper import BASE_PSEUDO_SHARE
-from skperf.performative.record import Memory, Options, Record, measure
+from skperf.performative.record import Memory, Options, Record, effective, measure
 from skperf.performative.trajectory import Trajectory
 
 SURE = 1e-3  # level at which a fitted classifier's base mix is held to be another than its rows'
@@ -69,7 +69,9 @@ def begin(
     estimator: Any, params: dict[str, Any], data: Data, seed: int, classes: Any = None
 ) -> tuple[Any, Record, Measured]:
     """Fit or take the classifier and start its record."""
-    first = np.ones(len(data.y), bool) if data.rounds is None else data.rounds == data.rounds.min()
+    first = np.ones(len(data.y), bool)
+    if data.rounds is not None:
+        first = data.rounds == np.unique(data.rounds)[0]
     labelled = np.flatnonzero(first & data.known)
     frozen = is_frozen(estimator)
     if not len(labelled) and not frozen:
@@ -98,7 +100,8 @@ def begin(
             check_agreement(opened, part, logits)
     measured = Measured(rows, *found)
     codes = _inputs.encode(data.y[rows], labels)
-    base = _base_prior(params, labels, measured.logits, codes, data.weight[rows], frozen, shares)
+    weight = effective(data.weight[rows])
+    base = _base_prior(params, labels, measured.logits, codes, weight, frozen, shares)
     options = options_of(params, seed, refines_base=frozen and _is_fit(params))
     record = start_record(params, options, labels, base, seed, data, measured, codes)
     return fitted, record, measured

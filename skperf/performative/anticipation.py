@@ -84,6 +84,7 @@ class Contender:
     fitted_at: int
     reads_model: bool
     kind: str
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +153,15 @@ def observe(
     settings: Settings,
     trajectory: Trajectory,
     *,
+    at: int = -1,
     rows: Rows | None = None,
 ) -> Anticipation:
-    """Learn from the last round of a trajectory: score what each map expected, then refit."""
-    before, counts = state.trajectory.coming(_last(trajectory.covariates)), trajectory.counts[-1]
-    first = len(state.trajectory) < trajectory.lag
-    state = replace(state, trajectory=trajectory, n_rounds=state.n_rounds + 1)
-    if first or counts.sum() == 0:
+    """Learn from one round of a trajectory: score what each map expected of it, then refit."""
+    at = at % len(trajectory)
+    before, counts = trajectory.before(at), trajectory.counts[at]
+    known = state.trajectory.rounds[-1:].tolist() == trajectory.rounds[-1:].tolist()
+    state = replace(state, trajectory=trajectory, n_rounds=state.n_rounds + (not known))
+    if at < trajectory.lag or counts.sum() == 0:
         return state
     answers = {name: answer[0] for name, answer in state.answers(before).items()}
     expected = state.mixture({name: answer[None] for name, answer in answers.items()})[0]
@@ -171,10 +174,6 @@ def observe(
         rows=kept,
     )
     return replace(state, contenders=_refitted(state, settings))
-
-
-def _last(values: Array) -> Array | None:
-    return values[-1] if values.shape[1] else None
 
 
 def _weighed(
@@ -196,7 +195,8 @@ def _weighed(
     else:
         own = mixes[:, rows.codes] + rows.scores[np.arange(len(rows.codes)), rows.codes]
         gains = (own - logsumexp(rows.scores + mixes[:, None], axis=2)) @ rows.weight
-    gains = gains / state.spread
+    costs = np.array([state.contenders[name].cost for name in names])
+    gains = (gains - costs) / state.spread
     fields = {}
     for which in ("log_weight", "log_weight_free"):
         weights = np.array([getattr(state.contenders[name], which) for name in names]) + gains
@@ -302,7 +302,8 @@ def _fitted(
         response = fit(response)
     reads = candidate.form.reads_model
     if known is None:
-        known = Contender(response, -np.inf, -np.inf, excess, 0, reads, candidate.kind)
+        cost = candidate.form.cost
+        known = Contender(response, -np.inf, -np.inf, excess, 0, reads, candidate.kind, cost)
     factor = 1.0
     if candidate.weigh:
         recent = slice(-max(8, int(2 / max(1e-9, 1 - candidate.decay))), None)

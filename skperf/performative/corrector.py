@@ -21,6 +21,8 @@ MIXES = np.array([0.0, 0.01, 0.03, 0.1, 0.25, 0.5])
 JUDGED = 500  # rows of a round that are enough to tell options apart
 SLOW, FAST = 0.97, 0.7  # memories: about thirty and three rounds
 ACCURACY_GIVEN_UP = 0.002
+CHANGED = 0.1  # share of predictions that a correction may change, for chance in accuracies
+SURE = 1.0  # standard errors
 CALIBRATION_GAIN = 0.01  # of the log loss that a calibration has to save to be used
 SPOKEN_OF = 300  # rows below which a loss may be chance
 HARM = 0.01  # nats a row that a withdrawn correction has to have cost to be spoken of
@@ -45,10 +47,11 @@ class Corrector:
     slow: Array  # (n_calibrations, n_strengths, n_mixes)
     fast: Array
     right: Array
+    noise: Array  # variance of `fast` against no correction
     own_right: float = 0.0  # of the classifier's own rule
     weight: float = 0.0
     n_rounds: int = 0
-    n_rows: float = 0.0  # judged lately
+    n_rows: float = 0.0  # judged, older ones fading
     choice: Option = Option()
     harm: float = 0.0  # nats a row that the withdrawn choice has cost lately
 
@@ -58,7 +61,7 @@ class Corrector:
     ) -> "Corrector":
         """Know nothing yet."""
         zeros = np.zeros((len(calibrators), len(strengths), len(mixes)))
-        return cls(strengths, mixes, calibrators, zeros, zeros, zeros)
+        return cls(strengths, mixes, calibrators, zeros, zeros, zeros, zeros)
 
     def calibrated(self, logits: Array, option: Option | None = None) -> Array:
         """Scores (n, n_classes) as an option calibrates them."""
@@ -84,36 +87,43 @@ class Corrector:
         kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), JUDGED)).astype(int)]
         logits, codes, weight = logits[kept], codes[kept], weight[kept] / weight[kept].sum()
         mixes = self._grid(answer, log_base)
-        losses, right = [], []
+        losses, right, noise = [], [], []
+        plain = None
         for i in range(len(self.calibrators)):
             scores = self.calibrated(logits, Option(i)) - log_base
             top = scores.max(axis=1, keepdims=True)
             total = np.exp(scores - top) @ np.exp(mixes).T  # (n, n_options)
             own = (scores - top)[np.arange(len(codes)), codes, None] + mixes[:, codes].T
-            losses.append(weight @ (np.log(np.maximum(total, 1e-300)) - own))
+            each = np.log(np.maximum(total, 1e-300)) - own  # (n, n_options)
+            plain = each[:, :1] if plain is None else plain
+            losses.append(weight @ each)
+            noise.append(weight**2 @ (each - plain - weight @ (each - plain)) ** 2)
             best = np.array([(scores + mix).argmax(axis=1) == codes for mix in mixes])
             right.append(best @ weight)
-        judged = self._with(np.array(losses), np.array(right))
-        rows = FAST * self.n_rows + len(codes)
+        judged = self._with(np.array(losses), np.array(right), np.array(noise))
+        rows = SLOW * self.n_rows + len(codes)
         return replace(judged, own_right=SLOW * self.own_right + own_right, n_rows=rows)
 
     def judged_by_shares(self, counts: Array, answer: Array, log_base: Array) -> "Corrector":
         """Score all options on label counts (K,), where there are no rows."""
-        losses = -self._grid(answer, log_base) @ (counts / counts.sum())
-        tiled = np.tile(losses, (len(self.calibrators), 1))
-        return self._with(tiled, np.zeros_like(tiled))
+        shares, each = counts / counts.sum(), -self._grid(answer, log_base)  # (n_options, K)
+        gaps = each - each[:1]
+        noise = ((gaps - (gaps @ shares)[:, None]) ** 2 @ shares) / counts.sum()
+        losses, noise = (np.tile(a, (len(self.calibrators), 1)) for a in (each @ shares, noise))
+        return self._with(losses, np.zeros_like(losses), noise)
 
     def _grid(self, answer: Array, log_base: Array) -> Array:
         grid = blend(answer, log_base, self.strengths[:, None, None], self.mixes[None, :, None])
         return grid.reshape(-1, len(log_base))
 
-    def _with(self, losses: Array, right: Array) -> "Corrector":
-        losses, right = losses.reshape(self.slow.shape), right.reshape(self.slow.shape)
+    def _with(self, losses: Array, right: Array, noise: Array) -> "Corrector":
+        losses, right, noise = (a.reshape(self.slow.shape) for a in (losses, right, noise))
         return replace(
             self,
             slow=SLOW * self.slow + losses,
             fast=FAST * self.fast + losses,
             right=SLOW * self.right + right,
+            noise=FAST**2 * self.noise + noise,
             weight=SLOW * self.weight + 1.0,
             n_rounds=self.n_rounds + 1,
         )
@@ -128,7 +138,8 @@ class Corrector:
             return replace(self, choice=nothing, harm=0.0)
         allowed = np.ones(self.slow.shape, bool)
         if free:
-            given_up = ACCURACY_GIVEN_UP * self.weight
+            chance = np.sqrt(CHANGED / max(self.n_rows, 1.0))
+            given_up = (ACCURACY_GIVEN_UP + SURE * chance) * self.weight
             allowed = self.right >= self.own_right - given_up
             allowed[0, 0] = True
         best = self._best(self.slow, allowed)
@@ -137,7 +148,8 @@ class Corrector:
             # scores that are right as they are should not be bent to a round's noise
             if self.slow[plain] - self.slow[best] < CALIBRATION_GAIN * self.slow[plain]:
                 best = plain
-        if free and self.fast[best] > self.fast[0, 0, 0]:
+        cost = self.fast[best] - self.fast[0, 0, 0]
+        if free and cost > np.sqrt(self.noise[best]):
             best = self._best(self.fast, allowed)
         option = Option(best[0], float(self.strengths[best[1]]), float(self.mixes[best[2]]))
         harm, before = 0.0, self.choice

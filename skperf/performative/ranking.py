@@ -63,6 +63,11 @@ def resampled_maps(
     """Refit the leading map to rounds drawn with replacement; now and then take another one."""
     state, settings = record.anticipation, record.settings
     reading = {n: c for n, c in state.contenders.items() if c.reads_model}
+    coming = state.trajectory.coming()
+    statistic = np.nan_to_num(coming.statistics[:, 0], nan=0.5) + 1e-6
+    # what reads shares or confusions has no answer to a candidate's statistic alone
+    told = coming.at(statistic)
+    reading = {n: c for n, c in reading.items() if np.isfinite(c.response.log_prior(told)).all()}
     if not reading or n_bootstrap == 0:
         return []
     leader = max(reading, key=lambda name: reading[name].log_weight)

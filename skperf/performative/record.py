@@ -491,6 +491,7 @@ class Record:
             slow=slow,
             fast=fast,
             right=zeros,
+            noise=zeros,
             own_right=0.0,
             choice=replace(self.corrector.choice, calibration=0),
         )
@@ -562,37 +563,42 @@ class Record:
         return record._settled()
 
     def labelled_later(self, data: Round) -> "Record":
-        """Add labels of a round that was taken in without them."""
-        state = self.anticipation
+        """Learn from labels of a round that was taken in without them: codes (n,), all known."""
+        state, n_classes = self.anticipation, len(self.log_base)
         i = int(np.flatnonzero(state.trajectory.rounds == data.number)[0])
         at = next(j for j, one in enumerate(self.losses) if one["round"] == data.number)
-        entry = self.losses[at]
-        log_prior, weight = np.log(entry["predicted"]), effective(data.weight)
+        log_prior, weight = np.log(self.losses[at]["predicted"]), effective(data.weight)
         scores = self.corrected(data.logits, log_prior)
         predicted = scores.argmax(axis=1) if data.deployed is None else data.deployed
-        n_classes = len(self.log_base)
         before = state.trajectory.counts[i].sum()
-        fresh = self.measured(data.codes, predicted, scores, weight, data.strata)
-        part = weight.sum() / (weight.sum() + before)
-        statistic = part * fresh + (1 - part) * state.trajectory.statistics[i] if before else fresh
-        right = (data.own == data.codes) * weight
+        statistic = self.measured(data.codes, predicted, scores, weight, data.strata)
+        if before:
+            part = weight.sum() / (weight.sum() + before)
+            statistic = part * statistic + (1 - part) * state.trajectory.statistics[i]
         trajectory = state.trajectory.labelled_later(
             i,
             statistic,
             counted(data.codes, weight, n_classes),
-            counted(data.codes, right, n_classes),
+            counted(data.codes, (data.own == data.codes) * weight, n_classes),
             len(data.codes),
         )
-        filled = entry
-        if not before:
-            filled = entry | self._losses(
-                data.logits, data.codes, weight, log_prior, data.own, log_prior, log_prior
+        record = self
+        if not before and i >= trajectory.lag:
+            # maps have not seen these labels: they are judged as they would have been in time
+            answers = state.answers(trajectory.before(i))
+            answer = state.mixture(answers)[0]
+            free = state.mixture(answers, model_free=True)[0]
+            record = self._judged(
+                data.logits, data.codes, weight, answer, log_prior, data.own, free
             )
-            # what maps without the model said then is not kept
-            filled |= dict.fromkeys(("model_free", "gain_all", "gain_model_free"), np.nan)
-        losses = (*self.losses[:at], filled, *self.losses[at + 1 :])
-        record = replace(self, losses=losses, anticipation=replace(state, trajectory=trajectory))
-        return record._with_labels(data.logits, data.codes, weight, data.strata)
+            entry = self.losses[at] | record.losses[-1]
+            losses = (*self.losses[:at], entry, *self.losses[at + 1 :])
+            record = replace(record, losses=losses)
+            anticipation = observe(state, self.settings, trajectory, at=i)
+        else:
+            anticipation = replace(state, trajectory=trajectory)
+        record = replace(record, anticipation=anticipation)
+        return record._with_labels(data.logits, data.codes, weight, data.strata)._settled()
 
 
 def measure(

@@ -48,8 +48,11 @@ class Inputs:
 
     def at(self, statistics: Array) -> "Inputs":
         """Put other statistics (n, S) in force before the one round there is."""
+        # shares and confusions were another model's than the one these statistics are of
         others = [np.repeat(getattr(self, name), len(statistics), axis=0) for name in INPUT_NAMES]
         others[0] = np.concatenate([statistics[:, None], others[0][:, 1:]], axis=1)
+        if not np.array_equal(statistics, self.statistics[:, 0]):
+            others[2], others[3] = np.full_like(others[2], np.nan), np.full_like(others[3], np.nan)
         return Inputs(*others)
 
 
@@ -70,6 +73,14 @@ class Form:
     shared: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     anchor: str = "base"
+
+    @property
+    def cost(self) -> float:
+        """Nats a round by which a map has to be better than a simpler one to lead."""
+        # inputs that move together tell the same; a reader and a candidate want the simpler map
+        plain = self.shared in ((), ("statistic",)) and self.anchor == "base"
+        n_inputs = len(self.shared) + len(self.free) + (self.anchor == "previous")
+        return (0.0 if plain else 0.5) + 0.3 * max(0, n_inputs - 1)
 
     @property
     def reads_model(self) -> bool:

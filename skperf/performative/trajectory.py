@@ -166,6 +166,10 @@ class Trajectory:
             len(self) - n_pairs :
         ]
 
+    def before(self, row: int) -> Inputs:
+        """Give what was known before one of the rounds."""
+        return self._inputs(np.array([row]))
+
     def coming(self, covariates: Array | None = None) -> Inputs:
         """Give what is known before the round after the last one."""
         return self._inputs(np.array([len(self)]), covariates)

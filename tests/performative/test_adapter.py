@@ -22,6 +22,12 @@ from tests.performative.conftest import K, World, live
 QUICK = {"adapter": ["fixed", "tied", "linear"], "random_state": 0}
 
 
+def refitted(lived, **parameters):
+    """Fit a clone with other parameters on the same rounds."""
+    adapter, (X, y, rounds) = lived
+    return clone(adapter).set_params(**parameters).fit(X, y, rounds=rounds)
+
+
 def same_state(one, two, X):
     np.testing.assert_allclose(one.predict_proba(X), two.predict_proba(X), atol=1e-6)
     np.testing.assert_allclose(one.predicted_prior_, two.predicted_prior_, atol=1e-6)
@@ -140,7 +146,7 @@ class Interrupting(BaseEstimator, ClassifierMixin):
 
     def predict_proba(self, X):
         self.calls.append(len(X))
-        if len(self.calls) in (7,):
+        if len(self.calls) == 6:
             raise KeyboardInterrupt
         return self.inner.predict_proba(X)
 
@@ -151,7 +157,7 @@ def test_an_interrupted_partial_fit_leaves_the_adapter_as_it_was(classifier, liv
     adapter = PerformativeAdapter(FrozenEstimator(Interrupting(classifier, calls)), **QUICK)
     first = rounds < 4
     adapter.partial_fit(X[first], y[first], rounds=rounds[first])
-    assert len(calls) == 5  # one to begin, one a round
+    assert len(calls) == 4  # the first round's scores serve to begin as well
     before = dict(vars(adapter))
     prior = adapter.predict_prior().copy()
     with pytest.raises(KeyboardInterrupt):
@@ -164,7 +170,7 @@ def test_an_interrupted_partial_fit_leaves_the_adapter_as_it_was(classifier, liv
 
 def test_an_interrupted_first_call_leaves_nothing(classifier, lived):
     _, (X, y, rounds) = lived
-    adapter = PerformativeAdapter(FrozenEstimator(Interrupting(classifier, [0] * 4)), **QUICK)
+    adapter = PerformativeAdapter(FrozenEstimator(Interrupting(classifier, [0] * 3)), **QUICK)
     before = dict(vars(adapter))
     with pytest.raises(KeyboardInterrupt):
         adapter.fit(X, y, rounds=rounds)
@@ -193,7 +199,9 @@ def test_a_class_absent_from_the_first_rounds(frozen, lived):
         unfitted.fit(X[kept], y[kept], rounds=rounds[kept])
     assert unfitted.classes_.tolist() == [0, 1, 2, 3]
     assert np.isfinite(unfitted.predict_log_proba(X)).all()
-    assert (unfitted.predict_proba(X)[:, 2] < 1e-3).all()
+    # rows tell nothing of a class that was never shown: it has its anticipated share in each
+    expected = unfitted.predicted_prior_[2]
+    np.testing.assert_allclose(unfitted.predict_proba(X)[:, 2].mean(), expected, rtol=0.5)
 
 
 def test_rounds_in_any_form(frozen, world):
@@ -227,16 +235,30 @@ def test_logged_predictions_are_what_was_deployed(frozen, lived):
             clone(right).fit(X, y, rounds=rounds, deployed_pred=wrong)
 
 
-def test_weights_are_repetitions(frozen, lived):
+def test_a_round_counts_as_many_labels_as_its_weights_are_worth(frozen, lived):
     _, (X, y, rounds) = lived
-    weight = np.random.default_rng(0).integers(0, 3, len(y))
-    rows = np.repeat(np.arange(len(y)), weight)
-    weighted = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=rounds, sample_weight=weight)
-    repeated = PerformativeAdapter(frozen, **QUICK).fit(X[rows], y[rows], rounds=rounds[rows])
-    np.testing.assert_allclose(
-        weighted.trajectory_.statistics, repeated.trajectory_.statistics, atol=1e-12
-    )
-    np.testing.assert_allclose(weighted.predicted_prior_, repeated.predicted_prior_, atol=1e-5)
+    plain = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=rounds)
+    kept = np.random.default_rng(5).random(len(y)) < 0.7
+    for weight, same in (
+        (np.full(len(y), 1 / len(y)), plain),
+        (np.full(len(y), 100.0), plain),
+        (
+            0.01 * kept,
+            PerformativeAdapter(frozen, **QUICK).fit(X[kept], y[kept], rounds=rounds[kept]),
+        ),
+    ):
+        weighted = PerformativeAdapter(frozen, **QUICK).fit(
+            X, y, rounds=rounds, sample_weight=weight
+        )
+        np.testing.assert_allclose(
+            weighted.trajectory_.statistics, same.trajectory_.statistics, atol=1e-6
+        )
+        np.testing.assert_allclose(weighted.predicted_prior_, same.predicted_prior_, atol=1e-4)
+    # a heavy row among light ones makes a round worth less than its rows
+    uneven = np.where(np.arange(len(y)) % 400 == 0, 50.0, 1.0)
+    few = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=rounds, sample_weight=uneven)
+    expected = (50 + 399) ** 2 / (50**2 + 399)
+    np.testing.assert_allclose(few.trajectory_.counts.sum(axis=1), expected)
 
 
 # ---- a record without rows
@@ -283,8 +305,9 @@ def test_a_record_serves_a_frozen_estimator(frozen, lived):
     record = adapter.trajectory_
     again = clone(adapter).set_params(base_prior=adapter.base_prior_)
     again.fit_trajectory(record.statistics, record.counts)
-    np.testing.assert_allclose(again.predicted_prior_, adapter.predicted_prior_, atol=1e-6)
-    np.testing.assert_allclose(again.predict_proba(X), adapter.predict_proba(X), atol=1e-6)
+    # strength and mix were judged by rows in one, by label shares in the other
+    np.testing.assert_allclose(again.predicted_prior_, adapter.predicted_prior_, atol=0.02)
+    np.testing.assert_allclose(again.predict_proba(X), adapter.predict_proba(X), atol=0.05)
     module = torch.nn.Linear(3, K)
     from_record = PerformativeAdapter(module, base_prior="uniform", **QUICK)
     from_record.fit_trajectory(record.statistics, record.counts)
@@ -327,9 +350,10 @@ def test_records_are_checked():
         (np.zeros(5), "5 entries .* 60 rows"),
         (np.where(np.arange(60) == 7, np.nan, 1.0), "nan in row 7"),
         (np.where(np.arange(60) == 3, 1.5, 1.0), "1.5 in row 3"),
-        (np.array(["a"] * 60), "integers"),
+        (np.array(["a", 1] * 30, dtype=object), "no order"),
+        (np.array([None] * 60), "missing values"),
     ],
-    ids=["short", "nan", "fraction", "text"],
+    ids=["short", "nan", "fraction", "mixed", "missing"],
 )
 def test_rounds_that_are_none(frozen, world, rounds, message):
     X, y = world.draw(60)
@@ -463,10 +487,13 @@ def test_targets_that_are_no_classes(frozen, world, y):
 
 def test_short_batches(lived):
     adapter, (X, _, _) = lived
-    adapter = deepcopy(adapter).set_params(transductive="map_em")
+    hybrid = refitted(lived, transductive="map_em")
     with pytest.warns(UserWarning, match="39 rows is short"):
-        adapter.predict(X[:39])
-    adapter.predict(X[:40])
+        hybrid.predict(X[:39])
+    hybrid.predict(X[:40])
+    silent = refitted(lived, transductive="auto")
+    np.testing.assert_array_equal(silent.predict_proba(X[:39]), adapter.predict_proba(X[:39]))
+    np.testing.assert_array_equal(silent.predict_proba(X[:400]), hybrid.predict_proba(X[:400]))
 
 
 @pytest.mark.parametrize(
@@ -601,6 +628,7 @@ class OwnMap(torch.nn.Module):
         return self.layer(X)
 
 
+@pytest.mark.filterwarnings("ignore:the correction is withdrawn")
 def test_a_map_of_the_users_own(frozen, lived):
     _, (X, y, rounds) = lived
     adapter = PerformativeAdapter(frozen, adapter=OwnMap, lr=0.05, random_state=0)
@@ -614,6 +642,7 @@ def test_a_map_of_the_users_own(frozen, lived):
 # ---- other statistics, calibration, batches, the tail
 
 
+@pytest.mark.filterwarnings("ignore:the correction is withdrawn")
 @pytest.mark.parametrize("statistic", ["confusion", "predicted_marginal"])
 def test_other_statistics(frozen, lived, statistic):
     _, (X, y, rounds) = lived
@@ -671,8 +700,7 @@ def test_calibration_at_the_base_mix(frozen, world, kind):
 
 @pytest.mark.parametrize("how", ["em", "bbse", "map_em"])
 def test_the_batch_itself(lived, how):
-    adapter, _ = lived
-    adapter = deepcopy(adapter).set_params(transductive=how)
+    adapter = refitted(lived, transductive=how)
     X, y = World(seed=5).draw(2000, prior=[0.05, 0.05, 0.1, 0.8])
     before = adapter.estimator_.score(X, y)
     assert adapter.score(X, y) > before
@@ -686,15 +714,12 @@ def test_overconfident_scores_make_the_hybrid_trust_the_anticipation(frozen):
         module.weight.copy_(6 * torch.tensor(inner.coef_))
         module.bias.copy_(6 * torch.tensor(inner.intercept_))
     keywords = {"adapter": ["fixed", "tied"], "base_prior": "uniform", "random_state": 0}
+    keywords["calibration"] = "none"
     adapter = PerformativeAdapter(module, transductive="map_em", **keywords)
     live(adapter, World(), 12)
-    assert adapter.record_.batch_losses.argmin() == 0  # the anticipation alone
-    X, _ = World(seed=5).draw(1000, prior=adapter.predicted_prior_)
-    alone = deepcopy(adapter).set_params(transductive=None)
-    np.testing.assert_allclose(adapter.predict_proba(X), alone.predict_proba(X))
-    given = deepcopy(adapter).set_params(prior_strength=0)
-    em = deepcopy(adapter).set_params(transductive="em")
-    np.testing.assert_allclose(given.predict_proba(X), em.predict_proba(X), atol=1e-2)
+    losses = adapter.record_.batch_losses
+    assert losses[0] < losses[-1]  # the anticipation alone is better than EM alone
+    assert adapter.record_.worth() >= 1e3
 
 
 @pytest.mark.parametrize("how", ["em", "bbse", "map_em"])
@@ -747,7 +772,7 @@ def test_candidates_are_ranked_by_what_they_would_meet(classifier, lived):
     for i, model in enumerate(candidates.values()):
         recall = np.array([(model.predict(X[y == c]) == c).mean() for c in range(K)])
         statistic = adapter.statistic_of(model, X, y)
-        expected = np.exp(adapter.record_.anticipation.log_prior(statistic))
+        expected = np.exp(adapter.record_.prior(statistic)[0])
         np.testing.assert_allclose(found.prior[i], expected)
         assert found.predicted[i] == pytest.approx(expected @ recall)
         assert found.current[i] == pytest.approx(model.score(X, y))
@@ -765,14 +790,17 @@ def test_the_interval_of_a_candidate_holds_what_rounds_do_to_it(frozen, classifi
     recall = np.array([(classifier.predict(X[y == c]) == c).mean() for c in range(K)])
     statistics = np.clip(recall + rng.normal(scale=0.02, size=(60, K)), 0, 1)
     adapter = PerformativeAdapter(frozen, base_prior="uniform", random_state=0, adapter="tied")
-    found = adapter.fit_trajectory(statistics, counts).rank_models([classifier], X, y)
+    with pytest.warns(PerformativeWarning, match="no evidence that the mix answers"):
+        found = adapter.fit_trajectory(statistics, counts).rank_models([classifier], X, y)
+    assert found.fallback
     scores = rng.dirichlet(np.full(K, 5.0), size=2000) @ recall
     assert 0.8 < np.mean((found.low <= scores) & (scores <= found.high)) < 0.97
     latest = PerformativeAdapter(frozen, base_prior="uniform", random_state=0, adapter="tied")
     latest.set_params(buffer_size=20).fit_trajectory(
         statistics[:30], np.vstack([counts[:10], np.full((20, K), 100)])
     )
-    calm = latest.rank_models([classifier], X, y)
+    with pytest.warns(PerformativeWarning, match="no evidence that the mix answers"):
+        calm = latest.rank_models([classifier], X, y)
     assert calm.high[0] - calm.low[0] < 0.5 * (found.high[0] - found.low[0])
 
 
@@ -831,7 +859,7 @@ def test_rest_point(frozen):
     np.testing.assert_allclose(rest.prior.sum(), 1.0)
     assert rest.statistic.shape == (K,)
     assert rest.cycle is True
-    again = np.exp(adapter.record_.anticipation.log_prior(rest.statistic))
+    again = np.exp(adapter.record_.prior(rest.statistic)[0])
     np.testing.assert_allclose(again, rest.prior, atol=0.1)
     assert rest.worst_recall > 0.2
 
@@ -853,7 +881,7 @@ def test_diagnosis_of_an_answer_and_of_drift(frozen, lived):
 
 
 def test_score_one_step_ahead(lived):
-    adapter, _ = lived
+    adapter = refitted(lived, inputs="statistic")
     world, later = World(seed=3), []
     statistic = adapter.statistic_
     for number in range(12, 16):

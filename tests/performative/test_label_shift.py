@@ -156,12 +156,17 @@ def test_base_mix_of_a_trained_classifier_is_found(gaussians):
     np.testing.assert_allclose(found, base, atol=0.02)
 
 
-def test_base_mix_of_few_rows_stays_with_their_shares():
-    np.testing.assert_allclose(
-        estimate_base_prior(np.zeros((1, 3)), np.array([1])),
-        smooth_shares(np.array([0, 1, 0.0])),
-        atol=0.05,
-    )
+def test_base_mix_of_few_rows_stays_near_their_shares():
+    logits, codes = np.zeros((4, 3)), np.array([0, 1, 1, 2])
+    shares = smooth_shares(np.bincount(codes).astype(float))
+    np.testing.assert_allclose(estimate_base_prior(logits, codes), shares, atol=0.05)
+
+
+def test_a_class_without_rows_may_be_as_common_as_another(gaussians):
+    logits, codes = gaussians([0.5, 0.5, 0.0], 5000, 7)
+    found = estimate_base_prior(logits + np.log([0.5, 0.3, 0.2]), codes)
+    assert found[2] == pytest.approx(1 / 3)
+    assert found[0] / found[1] == pytest.approx(5 / 3, rel=0.15)
 
 
 def test_log_loss_with_weights():

@@ -1,22 +1,26 @@
 """Response maps against closed forms, brute force and known worlds."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from skperf.performative._neural import fit_neural
-from skperf.performative.paper import fit_paper
+from skperf.performative.paper import FADE, LEARNING_RATE, fit_paper, new_map
 from skperf.performative.response import (
-    FITTERS,
+    FORMS,
     SLOPE_SHARE,
+    Form,
+    Inputs,
     deviance,
     dispersion,
-    fit_curve,
-    fit_fixed,
-    fit_linear,
-    fit_tied,
+    fit_map,
+    inputs_of_statistics,
 )
+from skperf.performative.trajectory import Trajectory
 
 K, R = 4, 40
 EQUAL = np.log(np.full(K, 1 / K))
@@ -25,7 +29,17 @@ EQUAL = np.log(np.full(K, 1 / K))
 def rounds(answer, *, n_rounds=R, size=1000, seed=0):
     rng = np.random.default_rng(seed)
     statistics = rng.uniform(0.2, 1.0, size=(n_rounds, K))
-    return statistics, np.array([rng.multinomial(size, answer(s)) for s in statistics], float)
+    counts = np.array([rng.multinomial(size, answer(s)) for s in statistics], float)
+    return inputs_of_statistics(statistics, K), counts
+
+
+def fit(name, inputs, counts, **keywords):
+    form = FORMS[name] if isinstance(name, str) else name
+    return fit_map(inputs, counts, form=form, log_base=EQUAL, **keywords)
+
+
+def at(statistics):
+    return inputs_of_statistics(statistics, K)
 
 
 def adversarial(temperature=0.3):
@@ -37,81 +51,84 @@ def divergence(p, log_q):
 
 
 def test_fixed_map_is_the_pooled_mix():
-    statistics, counts = rounds(adversarial())
-    response = fit_fixed(statistics, counts, log_base=EQUAL, l2=1e-9)
+    inputs, counts = rounds(adversarial())
+    response = fit("fixed", inputs, counts, l2=1e-9)
     pooled = counts.sum(axis=0) / counts.sum()
-    np.testing.assert_allclose(np.exp(response.log_prior(statistics[:1])[0]), pooled, atol=1e-6)
+    np.testing.assert_allclose(np.exp(response.log_prior(inputs[:1])[0]), pooled, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.3])
 def test_tied_slope_is_recovered(temperature):
-    statistics, counts = rounds(adversarial(temperature), n_rounds=30)
-    response = fit_tied(statistics, counts, log_base=EQUAL)
-    assert -response.weights[0, 0] == pytest.approx(1 / temperature, rel=0.1)
+    inputs, counts = rounds(adversarial(temperature), n_rounds=30)
+    response = fit("tied", inputs, counts)
+    assert -response.coefficients[0] == pytest.approx(1 / temperature, rel=0.1)
     fresh = np.random.default_rng(1).uniform(0.2, 1.0, size=(50, K))
     truth = softmax(-fresh / temperature, axis=1)
-    assert divergence(truth, response.log_prior(fresh)) < 0.01
+    assert divergence(truth, response.log_prior(at(fresh))) < 0.01
 
 
 def test_tied_map_is_the_minimum_of_its_objective():
-    statistics, counts = rounds(adversarial(), n_rounds=6, size=30)
+    inputs, counts = rounds(adversarial(), n_rounds=6, size=30)
 
     def objective(theta):
-        log_prior = log_softmax(EQUAL + theta[:K] + theta[K] * statistics, axis=1)
+        log_prior = log_softmax(EQUAL + theta[:K] + theta[K] * inputs.statistics[:, 0], axis=1)
         return -np.sum(counts * log_prior) + 0.5 * (
             theta[:K] @ theta[:K] + SLOPE_SHARE * theta[K] ** 2
         )
 
     brute = minimize(objective, np.zeros(K + 1), tol=1e-10).x
-    response = fit_tied(statistics, counts, log_base=EQUAL, l2=1.0)
-    assert response.weights[0, 0] == pytest.approx(brute[K], abs=1e-3)
-    np.testing.assert_allclose(response.offset - EQUAL, brute[:K], atol=1e-3)
+    response = fit("tied", inputs, counts, l2=1.0)
+    assert response.coefficients[0] == pytest.approx(brute[K], abs=1e-3)
+    np.testing.assert_allclose(response.offset, brute[:K], atol=1e-3)
 
 
 def test_linear_map_is_the_minimum_of_its_objective():
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(K, K)) * 2
-    statistics, counts = rounds(lambda s: softmax(matrix @ s), n_rounds=200)
-    response = fit_linear(statistics, counts, log_base=EQUAL)
+    inputs, counts = rounds(lambda s: softmax(matrix @ s), n_rounds=200)
+    response = fit("linear", inputs, counts)
     fresh = rng.uniform(0.2, 1.0, size=(50, K))
-    assert divergence(softmax(fresh @ matrix.T, axis=1), response.log_prior(fresh)) < 1e-3
-    restarted = fit_linear(statistics, counts, log_base=EQUAL, start=response)
-    np.testing.assert_allclose(response.log_prior(fresh), restarted.log_prior(fresh), atol=5e-3)
+    assert divergence(softmax(fresh @ matrix.T, axis=1), response.log_prior(at(fresh))) < 1e-3
+    restarted = fit("linear", inputs, counts, start=response)
+    np.testing.assert_allclose(
+        response.log_prior(at(fresh)), restarted.log_prior(at(fresh)), atol=5e-3
+    )
 
 
 def test_curve_follows_what_a_slope_cannot():
     def bent(s):
         return softmax(-np.tanh(6 * (s - s.mean())) / 0.3)
 
-    statistics, counts = rounds(bent, n_rounds=60)
+    inputs, counts = rounds(bent, n_rounds=60)
     fresh = np.random.default_rng(1).uniform(0.2, 1.0, size=(50, K))
     truth = np.array([bent(s) for s in fresh])
-    straight = divergence(truth, fit_tied(statistics, counts, log_base=EQUAL).log_prior(fresh))
-    curved = divergence(truth, fit_curve(statistics, counts, log_base=EQUAL).log_prior(fresh))
+    straight = divergence(truth, fit("tied", inputs, counts).log_prior(at(fresh)))
+    curved = divergence(truth, fit("curve", inputs, counts).log_prior(at(fresh)))
     assert curved < 0.25 * straight
     assert curved < 0.05
 
 
-@pytest.mark.parametrize("name", FITTERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_class_that_never_occurs_keeps_a_share(name):
-    statistics, counts = rounds(lambda s: np.array([0.5, 0.3, 0.2, 0.0]))
-    response = FITTERS[name](statistics, counts, log_base=EQUAL)
-    log_prior = response.log_prior(statistics)
+    inputs, counts = rounds(lambda s: np.array([0.5, 0.3, 0.2, 0.0]))
+    response = fit(name, inputs, counts)
+    log_prior = response.log_prior(inputs)
     assert np.isfinite(log_prior).all()
     np.testing.assert_allclose(np.exp(log_prior).sum(axis=1), 1.0)
 
 
-@pytest.mark.parametrize("name", FITTERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_one_round_of_one_label_moves_little(name):
-    response = FITTERS[name](np.full((1, K), 0.5), np.eye(K)[:1], log_base=EQUAL)
-    moved = 0.5 * np.abs(np.exp(response.log_prior(np.full((1, K), 0.5))[0]) - 1 / K).sum()
+    half = at(np.full((1, K), 0.5))
+    response = fit(name, half, np.eye(K)[:1])
+    moved = 0.5 * np.abs(np.exp(response.log_prior(half)[0]) - 1 / K).sum()
     assert moved < 0.35
 
 
-@pytest.mark.parametrize("fit", [fit_tied, fit_curve])
-def test_shared_slopes_need_one_entry_a_class(fit):
+@pytest.mark.parametrize("name", ["tied", "curve"])
+def test_shared_slopes_need_one_entry_a_class(name):
     with pytest.raises(ValueError, match="one entry a class"):
-        fit(np.zeros((2, 3)), np.ones((2, K)), log_base=EQUAL)
+        fit(name, at(np.zeros((2, 3))), np.ones((2, K)))
 
 
 def test_linear_map_takes_any_statistic():
@@ -119,19 +136,79 @@ def test_linear_map_takes_any_statistic():
     statistics = rng.normal(size=(60, 2))
     matrix = rng.normal(size=(K, 2))
     truth = softmax(statistics @ matrix.T, axis=1)
-    response = fit_linear(statistics, 1000 * truth, log_base=EQUAL)
-    assert divergence(truth, response.log_prior(statistics)) < 1e-3
+    response = fit(Form(free=("statistic",)), at(statistics), 1000 * truth)
+    assert divergence(truth, response.log_prior(at(statistics))) < 1e-3
+
+
+def lived(step, n_rounds=80, seed=0):
+    """Counts of a world whose log mixes follow a rule of their own, and what was known before."""
+    rng = np.random.default_rng(seed)
+    logs, record = [rng.normal(size=K), rng.normal(size=K)], Trajectory.empty(K, K)
+    for t in range(n_rounds):
+        logs.append(step(logs, t))
+        counts = rng.multinomial(2000, softmax(logs[-1])).astype(float)
+        record = record.append(t, rng.uniform(0.2, 1.0, size=K), counts)
+    return *record.pairs(), softmax(np.array(logs[3:]), axis=1)
+
+
+@pytest.mark.parametrize(
+    ("form", "step"),
+    [
+        (Form((), (), "previous"), lambda logs, t: logs[-1] + np.array([0.03, 0, -0.01, -0.02])),
+        (
+            Form(("change",), (), "previous"),
+            lambda logs, t: logs[-1] + 0.9 * (logs[-1] - logs[-2]),
+        ),
+        (
+            Form(("mix", "mix_2", "mix_3"), (), "previous"),
+            lambda logs, t: np.sin(2 * np.pi * t / 12 + np.arange(K)),
+        ),
+    ],
+    ids=["trend", "momentum", "season"],
+)
+def test_what_mixes_do_on_their_own_is_followed(form, step):
+    inputs, counts, truth = lived(step)
+    fixed = divergence(truth[60:], fit("fixed", inputs[:60], counts[:60]).log_prior(inputs[60:]))
+    response = fit(form, inputs[:60], counts[:60])
+    assert divergence(truth[60:], response.log_prior(inputs[60:])) < max(0.02, 0.1 * fixed)
+    # the first rounds have no past: nothing is said of them
+    assert np.isnan(response.log_prior(Trajectory.empty(K, K).coming())).all()
+
+
+def test_shares_confusions_and_covariates_are_read():
+    rng = np.random.default_rng(0)
+    n = 120
+    shares = rng.dirichlet(np.full(K, 3.0), size=n)
+    tables = rng.dirichlet(np.ones(K), size=(n, K))
+    taken = tables.sum(axis=1) - np.diagonal(tables, axis1=1, axis2=2)
+    covariates = rng.normal(size=(n, 2)) * [1.0, 100.0]
+    inputs = Inputs(
+        np.full((n, 2, K), np.nan),
+        np.full((n, 3, K), np.nan),
+        shares,
+        tables.reshape(n, -1),
+        covariates,
+    )
+    matrix = rng.normal(size=(K, 2)) / [1.0, 100.0]
+    for form, truth in (
+        (Form(("shares",)), softmax(-4 * shares, axis=1)),
+        (Form(("taken",)), softmax(2 * taken, axis=1)),
+        (Form((), ("covariates",)), softmax(covariates @ matrix.T, axis=1)),
+    ):
+        counts = np.array([rng.multinomial(3000, mix) for mix in truth], float)
+        response = fit(form, inputs[:90], counts[:90])
+        assert divergence(truth[90:], response.log_prior(inputs[90:])) < 0.005
 
 
 def test_dispersion_of_pure_and_of_noisy_rounds():
-    statistics, counts = rounds(adversarial(), n_rounds=200)
-    response = fit_tied(statistics, counts, log_base=EQUAL)
-    assert dispersion(response, statistics, counts) < 1.3
+    inputs, counts = rounds(adversarial(), n_rounds=200)
+    response = fit("tied", inputs, counts)
+    assert dispersion(response, inputs, counts) < 1.3
     rng = np.random.default_rng(0)
     noisy = np.array([rng.multinomial(1000, p) for p in rng.dirichlet(np.full(K, 5.0), 200)])
-    level = fit_fixed(statistics, noisy.astype(float), log_base=EQUAL)
+    level = fit("fixed", inputs, noisy.astype(float))
     # a Dirichlet of total A inflates the variance of n labels by (n + A) / (1 + A)
-    assert dispersion(level, statistics, noisy) == pytest.approx(1020 / 21, rel=0.25)
+    assert dispersion(level, inputs, noisy) == pytest.approx(1020 / 21, rel=0.25)
 
 
 def test_deviance_of_the_realised_mix_is_zero():
@@ -143,24 +220,24 @@ def test_deviance_of_the_realised_mix_is_zero():
 
 
 def test_neural_map_learns_and_is_reproducible():
-    statistics, counts = rounds(adversarial(), n_rounds=100)
+    inputs, counts = rounds(adversarial(), n_rounds=100)
     one, two = (
-        fit_neural(statistics, counts, log_base=EQUAL, hidden=(32,), max_epochs=60, seed=3)
+        fit_neural(inputs, counts, log_base=EQUAL, hidden=(32,), max_epochs=60, seed=3)
         for _ in range(2)
     )
     fresh = np.random.default_rng(1).uniform(0.3, 0.9, size=(50, K))
-    np.testing.assert_array_equal(one.log_prior(fresh), two.log_prior(fresh))
+    np.testing.assert_array_equal(one.log_prior(at(fresh)), two.log_prior(at(fresh)))
     truth = softmax(-fresh / 0.3, axis=1)
-    assert divergence(truth, one.log_prior(fresh)) < 0.3 * divergence(truth, EQUAL[None])
-    further = fit_neural(statistics, counts, log_base=EQUAL, hidden=(32,), max_epochs=60, start=one)
-    assert divergence(truth, further.log_prior(fresh)) < divergence(truth, EQUAL[None])
+    assert divergence(truth, one.log_prior(at(fresh))) < 0.3 * divergence(truth, EQUAL[None])
+    further = fit_neural(inputs, counts, log_base=EQUAL, hidden=(32,), max_epochs=60, start=one)
+    assert divergence(truth, further.log_prior(at(fresh))) < divergence(truth, EQUAL[None])
 
 
 def test_paper_adapter_makes_two_or_three_steps_a_round():
-    statistics, counts = rounds(adversarial(), n_rounds=7)
+    inputs, counts = rounds(adversarial(), n_rounds=7)
     response = None
     for t in range(1, 8):
-        response = fit_paper(statistics[:t], counts[:t], log_base=EQUAL, start=response)
+        response = fit_paper(inputs[:t], counts[:t], log_base=EQUAL, start=response)
     assert response.n_updates == 7
     steps = {state["step"].item() for state in response.optimizer.state.values()}
     assert steps == {sum(-(-t // max(1, t // 2)) for t in range(1, 8))}
@@ -168,9 +245,32 @@ def test_paper_adapter_makes_two_or_three_steps_a_round():
     assert sum(sizes) == K * 256 + 256 + 256 * 256 + 256 + 256 * K + K
 
 
+def test_paper_adapter_fades_positions_as_released():
+    """Step by step in plain torch: coefficients belong to positions in the batch and persist."""
+    inputs, counts = rounds(adversarial(), n_rounds=5)
+    response = start = new_map(K, K, seed=0)
+    module, coefficients = deepcopy(start.module), torch.ones(200)
+    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
+    X = torch.as_tensor(inputs.statistics[:, 0], dtype=torch.float32)
+    Y = torch.as_tensor(counts / counts.sum(axis=1, keepdims=True), dtype=torch.float32)
+    for t in range(1, 6):
+        response = fit_paper(inputs[:t], counts[:t], log_base=EQUAL, start=response)
+        order = torch.randperm(t, generator=torch.Generator().manual_seed(t - 1))
+        for rows in order.split(max(1, t // 2)):
+            out = torch.nn.KLDivLoss(reduction="none")(module(X[rows]).log_softmax(1), Y[rows])
+            loss = (out.mean(1) * coefficients[: len(rows)]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            coefficients[: len(rows)] = coefficients[: len(rows)] * FADE
+    expected = module(X).log_softmax(1).detach().double().numpy()
+    np.testing.assert_allclose(response.log_prior(inputs), expected, atol=1e-5)
+    np.testing.assert_allclose(response.coefficients.numpy(), coefficients[:5].numpy(), rtol=1e-6)
+
+
 def test_paper_adapter_leaves_its_past_alone():
-    statistics, counts = rounds(adversarial(), n_rounds=3)
-    first = fit_paper(statistics, counts, log_base=EQUAL)
-    before = first.log_prior(statistics)
-    fit_paper(statistics, counts, log_base=EQUAL, start=first)
-    np.testing.assert_array_equal(first.log_prior(statistics), before)
+    inputs, counts = rounds(adversarial(), n_rounds=3)
+    first = fit_paper(inputs, counts, log_base=EQUAL)
+    before = first.log_prior(inputs)
+    fit_paper(inputs, counts, log_base=EQUAL, start=first)
+    np.testing.assert_array_equal(first.log_prior(inputs), before)

@@ -21,16 +21,19 @@ def record(n_rounds=4, lag=1):
 
 def test_counts_are_paired_with_the_statistic_of_the_round_before():
     trajectory = record()
-    statistics, counts = trajectory.pairs()
-    np.testing.assert_array_equal(statistics, trajectory.statistics[:3])
+    inputs, counts = trajectory.pairs()
+    np.testing.assert_array_equal(inputs.statistics[:, 0], trajectory.statistics[:3])
+    np.testing.assert_array_equal(inputs.mixes[:, 0], trajectory.mixes[:3])
+    np.testing.assert_array_equal(inputs.mixes[2, 2], trajectory.mixes[0])
+    assert np.isnan(inputs.statistics[0, 1]).all()
     np.testing.assert_array_equal(counts, trajectory.counts[1:])
     np.testing.assert_array_equal(trajectory.in_force(), trajectory.statistics[3])
 
 
 def test_a_longer_lag():
     trajectory = record(lag=2)
-    statistics, counts = trajectory.pairs()
-    np.testing.assert_array_equal(statistics, trajectory.statistics[:2])
+    inputs, counts = trajectory.pairs()
+    np.testing.assert_array_equal(inputs.statistics[:, 0], trajectory.statistics[:2])
     np.testing.assert_array_equal(counts, trajectory.counts[2:])
     np.testing.assert_array_equal(trajectory.in_force(), trajectory.statistics[2])
     assert record(1, lag=2).in_force() is None
