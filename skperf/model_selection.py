@@ -15,6 +15,12 @@ from skperf.backbone._sklearn import MetadataRequester
 __all__ = ["OneStepScorer", "RoundForwardSplit", "one_step_scorer"]
 
 
+class RoundRows(np.ndarray):
+    """Row indices that a splitter along rounds made: an adapter fitted on them needs its rounds."""
+
+    of_rounds = True
+
+
 class RoundForwardSplit(BaseCrossValidator):
     """Train on the first rounds, test on the next ones, and go forward.
 
@@ -108,7 +114,7 @@ class RoundForwardSplit(BaseCrossValidator):
             first = 0 if self.max_train_rounds is None else stop - self.max_train_rounds
             train = (codes >= first) & (codes < stop)
             test = (codes >= start) & (codes < start + self.test_rounds)
-            yield np.flatnonzero(train), np.flatnonzero(test)
+            yield np.flatnonzero(train).view(RoundRows), np.flatnonzero(test)
 
     def _starts(self, numbers: np.ndarray) -> range:
         """Positions of the first test rounds."""

@@ -31,8 +31,8 @@ __all__ = [
     "StrOptions",
     "check_sample_weight",
     "fit_context",
-    "validate_parameter_constraints",
     "safe_indexing",
+    "validate_parameter_constraints",
 ]
 
 

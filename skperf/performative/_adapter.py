@@ -1,10 +1,8 @@
 """PerformativeAdapter: anticipate the label mix that answers a deployed classifier."""
 
-import sys
-import warnings
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin
@@ -24,49 +22,22 @@ from skperf.backbone._sklearn import (
 )
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import as_array, check_rows
-from skperf.backbone.progress import track
-from skperf.performative import _inputs
-from skperf.performative._inputs import PerformativeWarning, encode
+from skperf.performative import _inputs, _steps, learning
+from skperf.performative._inputs import encode
 from skperf.performative._options import options_of
-from skperf.performative._scores import (
-    Opened,
-    fit_classifier,
-    is_frozen,
-    is_network,
-    open_candidate,
-    take,
-)
+from skperf.performative._scores import Opened, is_frozen, is_network, open_candidate
 from skperf.performative._start import (
     Data,
-    Measured,
     begin,
     start_record,
     trajectory_base,
     trajectory_classes,
 )
-from skperf.performative.corrector import HARM
-from skperf.performative.diagnostics import extrapolation
 from skperf.performative.equilibrium import rest_point
-from skperf.performative.label_shift import estimate_base_prior, probabilities
-from skperf.performative.ranking import (
-    Candidate,
-    answers_the_model,
-    predict_scores,
-    score_under,
-)
-from skperf.performative.record import Memory, Record, Round
-from skperf.performative.report import (
-    DriftReport,
-    drift_report,
-    full_diagnostics,
-    prequential,
-    quick_diagnostics,
-)
-from skperf.performative.response import Answering
+from skperf.performative.label_shift import probabilities
+from skperf.performative.report import DriftReport, drift_report, full_diagnostics
 from skperf.performative.trajectory import STATISTICS
 
-FAR = 3.0  # times the largest distance between neighbours on record
-SEEN = 200  # rounds that a statistic may be far from
 NAMED = set(STATISTICS) - {"released"}
 
 
@@ -353,19 +324,12 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
                     f"This {type(self).__name__} estimator requires y to be passed, but the "
                     "target y is None."
                 )
-            if rounds is None and _in_a_search():
-                warnings.warn(
-                    "fitted in a search or cross-validation without rounds: nothing is corrected. "
-                    "Pass rounds= to its fit as well, or let it route one column: "
-                    'adapter.set_fit_request(rounds="groups").',
-                    PerformativeWarning,
-                    stacklevel=2,
-                )
+            if rounds is None:
+                _steps.warn_in_a_search()
             passed = (rounds, deployed_pred, sample_weight, covariates, strata)
             data = self._data(X, y, *passed, first=True)
-            measured = self._begin(data)
-            self._learn(data, measured)
-            self._warn_of_little(data.rounds)
+            self._learn(data, self._begin(data))
+            _steps.warn_of_little(self.record_, data.rounds)
         return self
 
     @fit_context(prefer_skip_nested_validation=False)
@@ -480,12 +444,12 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
                 params, options, labels, base, seed, None, None, none, statistics.shape[1]
             )
             for number, counted, statistic in zip(numbers, counts, statistics, strict=True):
-                record = record.counted(number, counted, statistic)
+                record = learning.counted_round(record, number, counted, statistic)
             if fitted is not None:
                 self.estimator_ = fitted
             self._frozen_params = params
             self._publish(record)
-            self._warn_of_little(None)
+            _steps.warn_of_little(record, None)
         return self
 
     def replace_estimator(self, estimator, X=None, y=None):
@@ -515,36 +479,20 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
                 f"a {type(estimator).__name__} that is not frozen is fitted on rows: give X and y, "
                 "or FrozenEstimator(...) of a fitted one."
             )
+        if X is None and is_network(estimator):
+            raise ValueError("a network is opened on rows: give X and y.")
         with unchanged_on_error(self):
-            record = self.record_
             self.estimator = estimator
-            if X is None:
-                self.estimator_ = estimator
-                if isinstance(estimator, type(None)) or is_network(estimator):
-                    raise ValueError("a network needs rows, X and y, to be opened on.")
-                record = record.replaced(Memory.empty(len(self.classes_)), None)
-            else:
-                X = self._rows(X, reset=True)
-                y = np.asarray(as_array(y))
-                codes = encode(y, record.classes)
-                self.estimator_ = fit_classifier(estimator, X, y, None, record.options.seed)
-                logits = self._opened(record).logits(X)
-                memory = Memory.empty(len(record.classes)).with_rows(logits, codes)
-                base = None
-                if isinstance(self.base_prior, str) and self.base_prior == "fit":
-                    shares = _inputs.shares_of(codes, np.ones(len(y)), record.classes)
-                    frozen = is_frozen(estimator)
-                    base = estimate_base_prior(logits, codes) if frozen else shares
-                    memory = memory if frozen else Memory.empty(len(record.classes))
-                record = record.replaced(memory, base)
-            refines = is_frozen(estimator) and isinstance(self.base_prior, str)
-            refines = refines and self.base_prior == "fit"
-            record = replace(record, options=replace(record.options, refines_base=refines))
+            X = None if X is None else self._rows(X, reset=True)
+            finds_base = isinstance(self.base_prior, str) and self.base_prior == "fit"
+            self.estimator_, record = _steps.replaced(
+                self.record_, estimator, X, y, finds_base=finds_base
+            )
             self._frozen_params = self.get_params(deep=False)
             self._publish(record)
         return self
 
-    def predict(self, X, *, statistic=None, covariates=None):
+    def predict(self, X, *, statistic=None):
         """Predict labels, corrected for the anticipated mix.
 
         Parameters
@@ -553,21 +501,16 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Rows.
         statistic : array-like of shape (n_statistics,), optional
             Of the model deployed before; by default the last one recorded.
-        covariates : array-like of shape (n_covariates,), optional
-            Of the round to come; by default those of the last one.
 
         Returns
         -------
         ndarray of shape (n,)
             Labels; the classifier's own where nothing is corrected.
         """
-        check_is_fitted(self, "record_")
-        X = self._rows(X)
-        scores, logits, untouched = self._corrected(X, statistic, covariates)
-        codes = self._opened().own(X, logits) if untouched else scores.argmax(axis=1)
-        return self.classes_[codes]
+        scores, own = self._corrected(X, statistic)
+        return self.classes_[scores.argmax(axis=1) if own is None else own()]
 
-    def predict_proba(self, X, *, statistic=None, covariates=None):
+    def predict_proba(self, X, *, statistic=None):
         """Predict probabilities.
 
         Parameters
@@ -576,17 +519,15 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Rows.
         statistic : array-like of shape (n_statistics,), optional
             Of the model deployed before; by default the last one recorded.
-        covariates : array-like of shape (n_covariates,), optional
-            Of the round to come; by default those of the last one.
 
         Returns
         -------
         ndarray of shape (n, n_classes)
             Probabilities.
         """
-        return probabilities(self._scores(X, statistic, covariates))
+        return probabilities(self._corrected(X, statistic)[0])
 
-    def predict_log_proba(self, X, *, statistic=None, covariates=None):
+    def predict_log_proba(self, X, *, statistic=None):
         """Predict log probabilities.
 
         Parameters
@@ -595,18 +536,16 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Rows.
         statistic : array-like of shape (n_statistics,), optional
             Of the model deployed before; by default the last one recorded.
-        covariates : array-like of shape (n_covariates,), optional
-            Of the round to come; by default those of the last one.
 
         Returns
         -------
         ndarray of shape (n, n_classes)
             Log probabilities.
         """
-        scores = self._scores(X, statistic, covariates)
+        scores = self._corrected(X, statistic)[0]
         return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
 
-    def decision_function(self, X, *, statistic=None, covariates=None):
+    def decision_function(self, X, *, statistic=None):
         """Give corrected scores ``f + log q - log pi_0``.
 
         Parameters
@@ -615,15 +554,13 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Rows.
         statistic : array-like of shape (n_statistics,), optional
             Of the model deployed before; by default the last one recorded.
-        covariates : array-like of shape (n_covariates,), optional
-            Of the round to come; by default those of the last one.
 
         Returns
         -------
         ndarray of shape (n, n_classes) or (n,)
             Scores; with two classes their difference.
         """
-        scores = self._scores(X, statistic, covariates)
+        scores = self._corrected(X, statistic)[0]
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def correct(self, X, prior):
@@ -667,7 +604,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Low and high shares, if asked for.
         """
         check_is_fitted(self, "record_")
-        prior = np.exp(self._anticipated(statistic, covariates))
+        prior = np.exp(_steps.anticipated(self.record_, statistic, covariates, self._said))
         return (prior, self.record_.interval(prior)) if return_interval else prior
 
     def estimate_prior(self, X, *, return_interval=False):
@@ -690,7 +627,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         check_is_fitted(self, "record_")
         record, logits = self.record_, self._opened().logits(self._rows(X))
         how = "map_em" if record.anticipation.n_pairs else "em"
-        prior = np.exp(record.batch_prior(logits, self._anticipated(None, None), how))
+        prior = np.exp(record.batch_prior(logits, np.log(self.predicted_prior_), how))
         return (prior, record.batch_interval(logits, prior)) if return_interval else prior
 
     def statistic_of(self, estimator, X, y, sample_weight=None, *, strata=None):
@@ -723,7 +660,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         opened = open_candidate(estimator, X, self.classes_)
         logits = opened.logits(X, strict=True)
         return self.record_.measured(
-            codes, opened.own(X, logits), logits, weight, self._strata_codes(strata)
+            codes, opened.own(X, logits), logits, weight, _steps.strata_codes(self.record_, strata)
         )
 
     def deployed_statistic(self, X, y, *, prior=None, strata=None):
@@ -756,7 +693,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             log_prior = np.log(np.maximum(mix, 1e-12))
         scores = self.record_.corrected(self._opened().logits(X), log_prior)
         return self.record_.measured(
-            codes, scores.argmax(axis=1), scores, strata=self._strata_codes(strata)
+            codes, scores.argmax(axis=1), scores, strata=_steps.strata_codes(self.record_, strata)
         )
 
     def replay(self, X, y, *, rounds):
@@ -783,37 +720,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         check_is_fitted(self, "record_")
         X, codes = self._labelled(X, y)
         numbers = _inputs.check_rounds(rounds, len(codes))
-        record, opened = self.record_, self._opened()
-        state = record.anticipation
-        trajectory = state.trajectory
-        proba = np.empty((len(codes), len(self.classes_)))
-
-        def prior():
-            return record.applied(state.log_answer(trajectory.coming())[0])[0]
-
-        unlabelled = np.zeros(len(self.classes_))
-        for number in _inputs.missing_rounds(trajectory.rounds, np.unique(numbers)[0]):
-            statistic = record.remembered_statistic(prior())
-            # the mix of a round that nobody has labelled is what was anticipated
-            mix = prior() - prior().mean()
-            trajectory = trajectory.append(number, statistic, unlabelled, mix=mix)
-        for number in np.unique(numbers):
-            rows = np.flatnonzero(numbers == number)
-            log_prior = prior()
-            scores = record.corrected(opened.logits(take(X, rows)), log_prior)
-            proba[rows] = probabilities(scores)
-            predicted = scores.argmax(axis=1)
-            statistic = record.measured(codes[rows], predicted, scores)
-            n_classes = len(self.classes_)
-            counts = np.bincount(codes[rows], minlength=n_classes).astype(np.float64)
-            shares = np.bincount(predicted, minlength=n_classes) / len(rows)
-            last = trajectory.rounds[-1] if len(trajectory) else None
-            if last is None or number > last:
-                trajectory = trajectory.append(number, statistic, counts, shares=shares)
-            else:  # a round of the past, told once more
-                again = replace(trajectory, rounds=np.arange(len(trajectory)))
-                trajectory = again.append(len(again), statistic, counts, shares=shares)
-        return proba
+        return _steps.replayed(self.record_, self._opened(), X, codes, numbers)
 
     def score(self, X, y, *, rounds=None, sample_weight=None):
         """Compute the accuracy; with `rounds` one step ahead in order, without refitting.
@@ -871,32 +778,9 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             ``names`` and ``fallback`` (whether the mix was held not to answer).
         """
         check_is_fitted(self, "record_")
-        named = _by_name(candidates, scoring, n_bootstrap)
+        named = _inputs.check_candidates(candidates, scoring, n_bootstrap)
         X, codes = self._labelled(X, y)
-        record = self.record_
-        models = [self._candidate(model, X, codes, scoring) for model in named.values()]
-        answers = answers_the_model(record)
-        if not answers and record.anticipation.n_pairs:
-            warnings.warn(
-                "the record gives no evidence that the mix answers the deployed model: candidates "
-                "are ranked by the mix expected whatever is deployed.",
-                PerformativeWarning,
-                stacklevel=2,
-            )
-        generator = np.random.default_rng(record.options.seed)
-        found = predict_scores(record, models, codes, n_bootstrap, generator, answers=answers)
-        shares = np.bincount(codes, minlength=len(self.classes_)) / len(codes)
-        predicted = np.array([one.value for one in found])
-        return Bunch(
-            order=np.argsort(-predicted, kind="stable"),
-            predicted=predicted,
-            low=np.array([one.low for one in found]),
-            high=np.array([one.high for one in found]),
-            current=np.array([model.score(shares, np.arange(len(codes))) for model in models]),
-            prior=np.array([one.prior for one in found]),
-            names=list(named),
-            fallback=not answers,
-        )
+        return _steps.ranked(self.record_, named, X, codes, scoring, n_bootstrap)
 
     def stable_point(self, X, y, *, damping=0.1, tol=0.005, max_iter=500):
         """Find the label mix at which the corrected model and its answer come to rest.
@@ -1014,92 +898,27 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             X, values, known, numbers, weights, weight is not None, deployed, checked, groups
         )
 
-    def _begin(self, data, classes=None) -> Measured:
+    def _begin(self, data, classes=None):
         seed, params = seed_of(self.random_state), self.get_params(deep=False)
-        fitted, record, measured = begin(self.estimator, params, data, seed, classes)
-        self.estimator_, self._frozen_params = fitted, params
+        self.estimator_, record, measured = begin(self.estimator, params, data, seed, classes)
+        self._frozen_params = params
+        # before any round the statistic is that of the classifier on its first rows
+        strata = _steps.strata_codes(record, data.strata)
+        codes, rows = encode(data.y[measured.rows], record.classes), measured.rows
+        self.statistic_ = np.full(record.anticipation.trajectory.statistics.shape[1], np.nan)
+        if len(codes):
+            groups = None if strata is None else strata[rows]
+            self.statistic_ = record.measured(
+                codes, measured.own, measured.logits, data.weight[rows], groups
+            )
         self._publish(record)
-        self._first_statistic(data, measured)
         return measured
 
-    def _first_statistic(self, data, measured):
-        """Before any round the statistic is that of the classifier on its first rows."""
-        codes = encode(data.y[measured.rows], self.classes_)
-        if len(codes):
-            strata = self._strata_codes(data.strata)
-            strata = None if strata is None else strata[measured.rows]
-            weight = data.weight[measured.rows]
-            self.statistic_ = self.record_.measured(
-                codes, measured.own, measured.logits, weight, strata
-            )
-
     def _learn(self, data, measured=None):
-        """Go through the rounds of a call in order; without rounds there is nothing to learn."""
-        if data.rounds is None:
-            return
-        self._check_has_estimator()
-        codes = np.full(len(data.y), -1)
-        codes[data.known] = encode(data.y[data.known], self.classes_)
-        deployed = data.deployed
-        if deployed is not None:
-            deployed = _inputs.check_deployed(deployed, len(codes), self.classes_)
-        numbers, record = np.unique(data.rounds), self.record_
-        # the whole call is refused before any of it is learned
-        late = self._check_later(numbers)
-        strata = self._strata_codes(data.strata)
-        for i, number in enumerate(track(numbers, description="rounds", verbose=self.verbose)):
-            rows = np.flatnonzero(data.rounds == number)
-            if i in late:
-                rows = rows[codes[rows] >= 0]
-                if not len(rows):
-                    continue
-            opened = self._opened(record)
-            first = measured if i == 0 else None
-            logits, own, honest = _scored(opened, data.X, rows, first)
-            taken = Round(
-                number=number,
-                logits=logits,
-                own=own,
-                codes=codes[rows],
-                weight=data.weight[rows],
-                deployed=None if deployed is None else deployed[rows],
-                honest=honest,
-                covariates=None if data.covariates is None else data.covariates[i],
-                strata=None if strata is None else strata[rows],
-            )
-            before = record.corrector.choice.strength
-            record = record.labelled_later(taken) if i in late else record.learned(taken)
-            if before > 0.0 and record.corrector.harm > HARM:
-                warnings.warn(
-                    f"the correction is withdrawn after round {number}: over the latest rounds it "
-                    f"cost {record.corrector.harm:.3f} nats a row more than it saved.",
-                    PerformativeWarning,
-                    stacklevel=3,
-                )
-        self._publish(record)
-
-    def _check_later(self, numbers):
-        """Refuse rounds that are neither later than all seen nor in want of labels."""
-        trajectory = self.record_.anticipation.trajectory
-        if not len(trajectory):
-            return set()
-        last = trajectory.rounds[-1]
-        if numbers.dtype.kind != trajectory.rounds.dtype.kind:
-            raise ValueError(
-                f"rounds of type {numbers.dtype} can't follow round {last!r} of another type."
-            )
-        late = set()
-        for i, number in enumerate(numbers):
-            if number > last:
-                continue
-            at = np.flatnonzero(trajectory.rounds == number)
-            if not len(at) or trajectory.unlabelled[at[0]] == 0:
-                raise ValueError(
-                    f"round {number} is not later than the last round seen, {last}, and has all "
-                    "its labels: rounds are appended in order of time, each once."
-                )
-            late.add(i)
-        return late
+        if data.rounds is not None:  # without rounds there is nothing to learn
+            self._check_has_estimator()
+            record = self.record_
+            self._publish(_steps.learn(record, self.estimator_, data, measured, self.verbose))
 
     def _check_unchanged(self):
         """Refuse to go on with other parameters than the record was started with."""
@@ -1107,7 +926,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         changed = [
             name
             for name, value in self._frozen_params.items()
-            if name not in ("verbose", "random_state") and not _same(now[name], value)
+            if name not in ("verbose", "random_state") and not _inputs.same(now[name], value)
         ]
         if changed:
             raise ValueError(
@@ -1123,204 +942,22 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
                 "fitted: give fit_trajectory a frozen estimator to go on with."
             )
 
-    def _opened(self, record=None) -> Opened:
-        self._check_has_estimator()
-        record = self.record_ if record is None else record
-        return Opened(self.estimator_, record.classes, record.log_base)
-
-    def _strata_codes(self, strata):
-        known = self.record_.strata
-        if strata is None or known is None:
-            return None
-        return encode(np.asarray(as_array(strata)), known, known_to="the first call's strata")
-
-    def _candidate(self, model, X, codes, scoring) -> Candidate:
-        """Give a candidate's statistic and score as functions of row indices."""
-        record, classes = self.record_, self.classes_
-        opened = open_candidate(model, X, classes)
-        logits = opened.logits(X, strict=True)
-        predicted = opened.own(X, logits)
-
-        def statistic(rows):
-            return record.measured(codes[rows], predicted[rows], logits[rows])
-
-        if callable(scoring):
-
-            def score(prior, rows):
-                shares = np.bincount(codes[rows], minlength=len(classes)) / len(rows)
-                weight = prior[codes[rows]] / shares[codes[rows]]
-                labels = classes[codes[rows]], classes[predicted[rows]]
-                return float(scoring(*labels, sample_weight=weight))
-
-            return Candidate(statistic, score)
-        if scoring == "accuracy":
-            scores = (predicted == codes).astype(np.float64)
-        else:
-            own = logits[np.arange(len(codes)), codes]
-            scores = own - np.logaddexp.reduce(logits, axis=1)
-        return Candidate(statistic, lambda p, rows: score_under(p, scores[rows], codes[rows]))
-
-    def _scores(self, X, statistic, covariates):
+    def _opened(self):
         check_is_fitted(self, "record_")
-        return self._corrected(self._rows(X), statistic, covariates)[0]
+        self._check_has_estimator()
+        return Opened(self.estimator_, self.record_.classes, self.record_.log_base)
 
-    def _corrected(self, X, statistic, covariates):
-        """Corrected and plain scores (n, n_classes), and whether nothing was corrected."""
-        record, logits = self.record_, self._opened().logits(X)
-        log_prior = self._anticipated(statistic, covariates)
-        if log_prior.ndim != 1:
-            raise ValueError("predict takes one statistic of shape (n_statistics,) for all rows.")
-        how, needed = record.options.transductive, 10 * logits.shape[1]
-        if how == "auto":
-            how = "map_em" if len(logits) >= needed else None
-        elif how is not None and len(logits) < needed:
-            warnings.warn(
-                f"a batch of {len(logits)} rows is short for transductive={how!r}: below {needed} "
-                "rows, ten for each class, its label mix is hard to tell.",
-                UserWarning,
-                stacklevel=4,
-            )
-        untouched = how is None and record.nothing_is_corrected
-        if how is not None:
-            log_prior = record.batch_prior(logits, log_prior, how)
-        return record.corrected(logits, log_prior), logits, untouched
+    def _corrected(self, X, statistic):
+        """Corrected scores (n, n_classes), and the classifier's own rule where it holds."""
+        opened = self._opened()
+        X = self._rows(X)
+        logits = opened.logits(X)
+        log_prior = np.log(self.predicted_prior_)
+        if statistic is not None:
+            log_prior = _steps.anticipated(self.record_, statistic, None, self._said)
+        scores, untouched = _steps.corrected(self.record_, logits, log_prior)
+        return scores, (lambda: opened.own(X, logits)) if untouched else None
 
-    def _anticipated(self, statistic, covariates):
-        """Log mix (n_classes,) or (n, n_classes) that answers statistics."""
-        record = self.record_
-        if covariates is not None:
-            n_known = record.anticipation.trajectory.covariates.shape[1]
-            covariates = _inputs.check_covariates(covariates, 1, n_known)[0]
-        if statistic is None:
-            if covariates is None:
-                return np.log(self.predicted_prior_)
-            return record.prior(None, covariates)[0]
-        recall = isinstance(record.options.statistic, str) and record.options.statistic == "recall"
-        recall = recall and len(self.statistic_) == len(self.classes_)
-        values = _inputs.check_statistic(statistic, len(self.statistic_), is_recall=recall)
-        if values.ndim == 2:
-            return np.array([self._anticipated(one, covariates) for one in values])
-        log_prior, _ = record.prior(values, covariates)
-        return self._held_back(values, log_prior)
-
-    def _held_back(self, statistic, log_prior):
-        """Blend towards the base mix where the statistic is far from all that was recorded."""
-        seen = self.trajectory_.statistics[-SEEN:]
-        seen = seen[np.isfinite(seen).all(axis=1)]
-        excess = extrapolation(statistic, seen) / FAR
-        if excess <= 1.0 or self.fallback_:
-            return log_prior
-        if "far" not in self._said:
-            self._said.add("far")
-            warnings.warn(
-                f"statistic is {FAR * excess:.1f} times as far from the recorded ones as these "
-                "are from one another: the anticipated mix is blended towards the base prior.",
-                PerformativeWarning,
-                stacklevel=5,
-            )
-        log_base = np.log(self.base_prior_)
-        return np.logaddexp(log_prior - np.log(excess), log_base + np.log1p(-1 / excess))
-
-    def _warn_of_little(self, numbers):
-        """Warn of what a record cannot tell: too few rounds, gaps, a model that never changed."""
-        state = self.record_.anticipation
-        if numbers is not None:
-            _inputs.warn_of_gaps(numbers)
-        if 0 < state.n_rounds < self.record_.options.min_rounds:
-            warnings.warn(
-                f"{state.n_rounds} rounds are fewer than min_rounds={self.min_rounds}: the adapter "
-                "is 'fixed' and nothing is corrected.",
-                UserWarning,
-                stacklevel=3,
-            )
-        elif state.n_pairs > 1 and self.diagnostics_["rank"] == 0:
-            warnings.warn(
-                "the statistic was the same in every round, so the response to a change of model "
-                "is not identifiable from these deployments: slopes rest on shrinkage alone.",
-                PerformativeWarning,
-                stacklevel=3,
-            )
-
-    def _publish(self, record: Record):
-        """Spread the record over the fitted attributes."""
-        state = record.anticipation
-        trajectory, leader = state.trajectory, state.leader
-        log_prior, strength = record.prior()
-        choice = record.corrector.choice
-        self.record_ = record
-        self.classes_ = record.classes
-        self.base_prior_ = np.exp(record.log_base)
-        self.calibrator_ = record.corrector.calibrators[choice.calibration]
-        if len(trajectory):
-            known = np.isfinite(trajectory.statistics).all(axis=1)
-            self.statistic_ = trajectory.statistics[
-                np.flatnonzero(known)[-1] if known.any() else -1
-            ]
-        elif not hasattr(self, "statistic_"):
-            self.statistic_ = np.full(trajectory.statistics.shape[1], np.nan)
-        response = state.contenders[leader].response if leader else None
-        self.trajectory_ = trajectory
-        self.adapter_ = Answering(state.log_answer, trajectory.coming(), response)
-        self.leader_ = leader or "nothing yet"
-        corrects = strength > 0.0 and leader is not None
-        self.adapter_name_ = state.contenders[leader or ""].kind if corrects else "fixed"
-        self.strength_, self.mix_ = strength, choice.mix
-        self.fallback_ = record.nothing_is_corrected
-        self.predicted_prior_ = np.exp(log_prior)
-        self.n_rounds_ = state.n_rounds
-        self.prequential_ = Bunch(**prequential(record))
-        self.diagnostics_ = quick_diagnostics(record)
-        if not hasattr(self, "_said"):
-            self._said: set[str] = set()
-
-
-def _scored(opened: Opened, X: Any, rows: np.ndarray, measured: Measured | None) -> tuple:
-    """Scores and own predictions of rows (m,), honest ones where there are, and which those are."""
-    if measured is None:
-        part = take(X, rows)
-        logits = opened.logits(part)
-        return logits, opened.own(part, logits), None
-    logits, own = np.empty((len(rows), len(opened.classes))), np.empty(len(rows), np.int64)
-    at = np.searchsorted(rows, measured.rows)
-    logits[at], own[at] = measured.logits, measured.own
-    rest = np.setdiff1d(np.arange(len(rows)), at)
-    if len(rest):
-        part = take(X, rows[rest])
-        logits[rest] = opened.logits(part)
-        own[rest] = opened.own(part, logits[rest])
-    return logits, own, np.isin(np.arange(len(rows)), at)
-
-
-def _by_name(candidates: Any, scoring: Any, n_bootstrap: int) -> dict:
-    if not (callable(scoring) or scoring in ("accuracy", "neg_log_loss")):
-        raise ValueError(
-            f"scoring must be 'accuracy', 'neg_log_loss' or a callable, got {scoring!r}."
-        )
-    if n_bootstrap < 0:
-        raise ValueError(f"n_bootstrap must be 0 or more, got {n_bootstrap}.")
-    if not isinstance(candidates, dict | list | tuple) or not candidates:
-        raise ValueError(
-            "candidates must be a list of fitted classifiers or a dict of them by name, with one "
-            f"or more; got {candidates!r}."
-        )
-    return candidates if isinstance(candidates, dict) else dict(enumerate(candidates))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    try:
-        return bool(np.all(one == other))
-    except Exception:  # whatever has an equality of its own
-        return False
-
-
-def _in_a_search() -> bool:
-    """Whether scikit-learn fits this in a search or cross-validation."""
-    frame: Any = sys._getframe(1)
-    depth = 0
-    while frame is not None and depth < 40:
-        if frame.f_code.co_name == "_fit_and_score":
-            return True
-        frame, depth = frame.f_back, depth + 1
-    return False
+    def _publish(self, record):
+        vars(self).update(_steps.published(record))
+        self._said = getattr(self, "_said", set())

@@ -46,14 +46,7 @@ class TrajectoryDisplay:
     """
 
     def __init__(
-        self,
-        losses,
-        *,
-        rounds=None,
-        predicted=None,
-        realised=None,
-        worst_recall=None,
-        classes=None,
+        self, losses, *, rounds=None, predicted=None, realised=None, worst_recall=None, classes=None
     ):
         self.losses = losses
         self.rounds = rounds

@@ -18,7 +18,7 @@ class PerformativeWarning(UserWarning):
 
 def count_rows(X):
     """Count rows in any form."""
-    return X.shape[0] if getattr(X, "shape", ()) else len(X)
+    return len(X) if hasattr(X, "leaves") or not getattr(X, "shape", ()) else X.shape[0]
 
 
 def check_own_rows(X, name):
@@ -253,11 +253,59 @@ def _imputed(statistics, counts):
 
 
 def missing_rounds(seen, first):
-    """Numbers of the rounds between those seen and the first one that is given."""
-    if not len(seen) or seen.dtype.kind != "i" or len(seen) < 2:
-        return []
+    """Count the rounds between those seen and the first one that is given."""
+    if len(seen) < 2 or seen.dtype.kind != "i":
+        return 0
     step = max(1, int(np.diff(seen[-10:]).min()))
-    return list(range(int(seen[-1]) + step, int(first), step))
+    return len(range(int(seen[-1]) + step, int(first), step))
+
+
+def check_later(trajectory, numbers):
+    """Refuse rounds neither later than all seen nor in want of labels; give positions of these."""
+    if not len(trajectory):
+        return set()
+    last, late = trajectory.rounds[-1], set()
+    if numbers.dtype.kind != trajectory.rounds.dtype.kind:
+        raise ValueError(
+            f"rounds of type {numbers.dtype} can't follow round {last!r} of another type."
+        )
+    for i, number in enumerate(numbers):
+        if number > last:
+            continue
+        at = np.flatnonzero(trajectory.rounds == number)
+        if not len(at) or trajectory.unlabelled[at[0]] == 0:
+            raise ValueError(
+                f"round {number} is not later than the last round seen, {last}, and has all its "
+                "labels: rounds are appended in order of time, each once."
+            )
+        late.add(i)
+    return late
+
+
+def check_candidates(candidates, scoring, n_bootstrap):
+    """Check what is to be ranked: candidates by name."""
+    if not (callable(scoring) or scoring in ("accuracy", "neg_log_loss")):
+        raise ValueError(
+            f"scoring must be 'accuracy', 'neg_log_loss' or a callable, got {scoring!r}."
+        )
+    if n_bootstrap < 0:
+        raise ValueError(f"n_bootstrap must be 0 or more, got {n_bootstrap}.")
+    if not isinstance(candidates, dict | list | tuple) or not candidates:
+        raise ValueError(
+            "candidates must be a list of fitted classifiers or a dict of them by name, with one "
+            f"or more; got {candidates!r}."
+        )
+    return candidates if isinstance(candidates, dict) else dict(enumerate(candidates))
+
+
+def same(one, other):
+    """Tell whether two values of a parameter are the same."""
+    if one is other:
+        return True
+    try:
+        return bool(np.all(one == other))
+    except Exception:  # whatever has an equality of its own
+        return False
 
 
 def check_prior(given, classes):

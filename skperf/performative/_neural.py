@@ -10,7 +10,7 @@ from torch import nn
 
 from skperf.backbone._batches import TensorBatches
 from skperf.backbone.architectures import MLP
-from skperf.backbone.modes import preserved_rng
+from skperf.backbone.randomness import drawing_from
 
 BATCH_SIZE = 32
 
@@ -68,8 +68,7 @@ def fit_neural(
     features = torch.as_tensor((statistics - centre) / scale, dtype=torch.float32)
     # counts far below zero can only come from pseudo-counts of classes that never occur
     targets = torch.as_tensor(np.asarray(counts), dtype=torch.float32)
-    with preserved_rng():
-        torch.manual_seed(seed)
+    with drawing_from(torch.Generator().manual_seed(seed)):
         net = NeuralNet(
             _build(module, statistics.shape[1], counts.shape[1], hidden),
             MixLoss,

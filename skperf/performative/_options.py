@@ -119,13 +119,13 @@ def _inputs(given: Any, alone: bool) -> tuple[str, ...]:
     return names
 
 
-def _names(adapter: Any, entry_a_class: bool) -> tuple[Any, ...]:
-    if isinstance(adapter, list | tuple):
-        if not adapter:
+def _names(given: Any, entry_a_class: bool) -> tuple[Any, ...]:
+    if isinstance(given, list | tuple):
+        if not given:
             raise ValueError("adapter is an empty list: name one kind of map or more.")
-        return tuple(adapter)
-    if not (isinstance(adapter, str) and adapter == "auto"):
-        return (adapter,)
+        return tuple(given)
+    if not (isinstance(given, str) and given == "auto"):
+        return (given,)
     return tuple(name for name in LADDER if entry_a_class or name not in SHARED)
 
 

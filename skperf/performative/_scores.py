@@ -20,7 +20,7 @@ from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import class_logits, fit_estimator
 from skperf.backbone._sklearn import safe_indexing
-from skperf.performative._inputs import encode
+from skperf.performative._inputs import count_rows, encode
 
 FOLDS = 3
 FEWEST = 30  # rows below which nothing is set apart for measuring
@@ -55,8 +55,7 @@ def innermost(fitted: Any) -> Any:
 
 def take(X: Any, rows: Any) -> Any:
     """Gather rows (m,) of X, in the form they came in."""
-    n_rows = X.shape[0] if getattr(X, "shape", ()) else len(X)
-    if isinstance(rows, np.ndarray) and np.array_equal(rows, np.arange(n_rows)):
+    if isinstance(rows, np.ndarray) and np.array_equal(rows, np.arange(count_rows(X))):
         return X
     known = isinstance(X, np.ndarray) or hasattr(X, "leaves")
     return X[rows] if known else safe_indexing(X, rows)

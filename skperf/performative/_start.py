@@ -10,12 +10,7 @@ from torch import nn
 
 from skperf.backbone._modules import ModuleClassifier, from_module
 from skperf.performative import _inputs
-from skperf.performative._options import (
-    corrector_of,
-    first_contenders,
-    options_of,
-    settings_of,
-)
+from skperf.performative._options import corrector_of, first_contenders, options_of, settings_of
 from skperf.performative._scores import (
     FEWEST,
     HELD_OUT,
@@ -29,11 +24,8 @@ from skperf.performative._scores import (
     take,
 )
 from skperf.performative.anticipation import Anticipation
-from skperf.performative.label_shift import (
-    estimate_base_prior,
-    log_loss,
-    smooth_shares,
-)
+from skperf.performative.label_shift import estimate_base_prior, log_loss, smooth_shares
+from skperf.performative.learning import remembering
 from skperf.performative.paper import BASE_PSEUDO_SHARE
 from skperf.performative.record import Memory, Options, Record, effective, measure
 from skperf.performative.trajectory import Trajectory
@@ -126,6 +118,9 @@ def start_record(
         assert data is not None
         n_statistics = _width(options, labels, measured, codes, data, strata)
     covariates = None if data is None else data.covariates
+    n_rows = 0
+    if data is not None and measured is not None:
+        n_rows = int((data.weight[measured.rows] > 0).sum())
     n_covariates = 0 if covariates is None else covariates.shape[1]
     # refuses maps that there are not, also where no round will ask for one
     settings = settings_of(
@@ -146,10 +141,10 @@ def start_record(
         memory=Memory.empty(n_classes),
         confusion=np.zeros((n_classes, n_classes)),
         strata=strata,
-        base_rows=len(codes),
+        base_rows=n_rows,
     )
     if data is not None and measured is not None and data.rounds is None and len(codes):
-        record = record.remembering(measured.logits, codes, data.weight[measured.rows])
+        record = remembering(record, measured.logits, codes, data.weight[measured.rows])
     return record
 
 
@@ -245,8 +240,9 @@ def _base_prior(
     # weights of classes and of rows move the mix that a classifier is right for away from its
     # rows' own; without strong evidence that mix is kept
     scores = logits + np.log(np.maximum(np.bincount(codes, weight, len(labels)), 1e-12))
-    gained = log_loss(scores - np.log(shares), codes) - log_loss(scores - np.log(found), codes)
-    sure = 2 * len(codes) * gained > chi2.isf(SURE, len(labels) - 1)
+    gained = log_loss(scores - np.log(shares), codes, weight)
+    gained -= log_loss(scores - np.log(found), codes, weight)
+    sure = 2 * weight.sum() * gained > chi2.isf(SURE, len(labels) - 1)
     return found if sure else shares
 
 

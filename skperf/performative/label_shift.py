@@ -195,13 +195,7 @@ def estimate_base_prior(
         gradient[seen] += counts[seen] - weights @ np.exp(log_proba)
         return loss + 0.5 * l2 * float(distance @ distance), gradient
 
-    result = minimize(
-        penalised,
-        centre,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": max_iter},
-    )
+    result = minimize(penalised, centre, jac=True, method="L-BFGS-B", options={"maxiter": max_iter})
     theta = log_softmax(result.x)
     if not seen.all():
         # a class without rows may be as common as any other for all that is known

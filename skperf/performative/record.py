@@ -8,40 +8,26 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from skperf.performative.anticipation import Anticipation, Rows, Settings, observe
+from skperf.performative.anticipation import Anticipation, Settings
 from skperf.performative.corrector import Corrector
 from skperf.performative.label_shift import (
-    Calibration,
     bbse_prior,
     correct_logits,
     em_prior,
     estimate_base_prior,
-    fit_calibration,
-    log_loss,
     probabilities,
     smooth_shares,
-    soft_confusion,
 )
 from skperf.performative.trajectory import (
-    KEPT_ROUNDS,
     STATISTICS,
-    Trajectory,
-    centred_log,
-    smoothed_confusion,
 )
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
-ROWS_A_ROUND = 256  # kept for the log-loss objective
 KEPT_ROWS = 4000  # labelled rows that stand for all classes in later questions
 WORTHS = (np.inf, 1e4, 1e3, 1e2, 0.0)  # labels; infinity is the anticipation alone
-BATCH_MEMORY = 0.8  # about five rounds
-BATCH_ROWS = 2000  # enough to tell how far estimates from a batch are off
-REFINED_AT = (2, 4, 8, 16)  # labelled rounds at which the base mix is found anew
 COVERED = 0.9
-STEP = 0.5  # of an interval's width after a miss
-LOSSES = ("none", "last", "adapter", "oracle", "model_free")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,9 +192,10 @@ class Record:
             return np.log(np.maximum(prior, 1e-6))
         if how == "em":
             return np.log(np.maximum(em_prior(scores, self.log_base).prior, 1e-12))
-        return self._hybrid_prior(scores, log_prior, self.worth())
+        return self.hybrid_prior(scores, log_prior, self.worth())
 
-    def _hybrid_prior(self, scores: Array, log_prior: Array, worth: float) -> Array:
+    def hybrid_prior(self, scores: Array, log_prior: Array, worth: float) -> Array:
+        """Log mix of calibrated scores (n, K) with the anticipation worth a number of labels."""
         if np.isinf(worth):
             return log_prior
         mean = np.exp(log_prior)
@@ -243,8 +230,6 @@ class Record:
         reach = 1.645 * (self.batch_width if width is None else width) * spread
         return np.stack([np.maximum(prior - reach, 0.0), np.minimum(prior + reach, 1.0)])
 
-    # ---- learning
-
     def measured(
         self,
         codes: Codes,
@@ -274,197 +259,11 @@ class Record:
             self.memory.codes, scores.argmax(axis=1), scores, strata=self.memory.strata
         )
 
-    def learned(self, data: Round) -> "Record":
-        """Take in one round; rows without a label tell the predicted shares and the mix."""
-        state, n_classes = self.anticipation, len(self.log_base)
-        labelled = data.codes >= 0
-        honest = labelled if data.honest is None else labelled & data.honest
-        honest = honest if honest.any() else labelled
-        answers = state.answers(state.trajectory.coming(data.covariates))
-        answer = state.mixture(answers)[0]
-        log_prior, strength = self.applied(answer)
-        scores = self.corrected(data.logits, log_prior)
-        predicted = data.deployed
-        if predicted is None:
-            predicted = data.own if self.nothing_is_corrected else scores.argmax(axis=1)
-        codes, weight = data.codes[honest], effective(data.weight[honest])
-        logits, own, strata = data.logits[honest], data.own[honest], _part(data.strata, honest)
-        counts = counted(data.codes[labelled], effective(data.weight[labelled]), n_classes)
-        mix = hits = None
-        if len(codes):
-            part = predicted[honest]
-            statistic = self.measured(codes, part, scores[honest], weight, strata)
-            if len(codes) == labelled.sum():
-                hits = counted(codes, (own == codes) * weight, n_classes)
-        else:
-            mix = self._estimated_mix(data, log_prior)
-            # under label shift remembered rows tell what the labels of this round would
-            statistic = self.remembered_statistic(log_prior)
-            if self.options.statistic == "predicted_marginal":
-                statistic = probabilities(scores).mean(axis=0)
-        trajectory = state.trajectory.append(
-            data.number,
-            statistic,
-            counts,
-            hits,
-            mix=mix,
-            shares=np.bincount(predicted, data.weight, minlength=n_classes) / data.weight.sum(),
-            confusion=self._confused(codes, predicted[honest], weight),
-            covariates=data.covariates,
-            unlabelled=float((~labelled).sum()),
-        )
-        record = replace(self, losses=_latest(self.losses, _unknown(data.number, log_prior)))
-        kept = None
-        if len(codes):
-            free = state.mixture(answers, model_free=True)[0]
-            record = self._judged(logits, codes, weight, answer, log_prior, own, free)
-            entry = record.losses[-1] | {"round": data.number, "strength": strength}
-            entry |= {"realised": counts / counts.sum()}
-            record = replace(record, losses=(*record.losses[:-1], entry))
-            if self.options.objective == "log_loss":
-                kept = _kept_rows(self.corrector.calibrated(logits) - self.log_base, codes, weight)
-        trajectory = self._bounded(trajectory)
-        record = replace(record, anticipation=observe(state, self.settings, trajectory, rows=kept))
-        return record._with_labels(logits, codes, weight, strata)._settled()
-
-    def _bounded(self, trajectory: Trajectory) -> Trajectory:
-        limit = self.settings.buffer_size
-        return trajectory.latest(None if limit is None else limit + trajectory.lag)
-
-    def _judged(
-        self,
-        logits: Array,
-        codes: Codes,
-        weight: Array,
-        answer: Array,
-        log_prior: Array,
-        own: Codes,
-        free: Array,
-    ) -> "Record":
-        """Hold what was anticipated and applied against the labels of the round."""
-        state, n_classes = self.anticipation, len(self.log_base)
-        counts = np.bincount(codes, weight, minlength=n_classes)
-        shares = counts / counts.sum()
-        corrector = self.corrector
-        if state.n_pairs:
-            right = float(np.average(own == codes, weights=weight))
-            corrector = corrector.judged(logits, codes, weight, answer, self.log_base, right)
-        losses = self._losses(logits, codes, weight, log_prior, own, answer, free)
-        batch_losses, batch_width = self.batch_losses, self.batch_width
-        scores = self.corrector.calibrated(logits)
-        if self.options.is_hybrid:
-            mixes = [self._hybrid_prior(scores, log_prior, worth) for worth in WORTHS]
-            found = np.array([log_loss(scores - self.log_base + m, codes, weight) for m in mixes])
-            before = self.batch_losses
-            batch_losses = (
-                found if before is None else BATCH_MEMORY * before + (1 - BATCH_MEMORY) * found
-            )
-        if len(codes) >= 10 * n_classes:
-            part = np.linspace(0, len(codes) - 1, min(len(codes), BATCH_ROWS)).astype(int)
-            mix = np.exp(self.batch_prior(logits[part], log_prior, "map_em"))
-            low, high = self.batch_interval(logits[part], mix)
-            there = smooth_shares(np.bincount(codes[part], minlength=n_classes).astype(float))
-            batch_width = _stepped(self.batch_width, (there < low) | (there > high))
-        width = self.width
-        if state.n_pairs:
-            low, high = self.interval(np.exp(log_prior), counts.sum())
-            width = _stepped(self.width, (shares < low) | (shares > high))
-        return replace(
-            self,
-            corrector=corrector,
-            losses=_latest(self.losses, losses),
-            batch_losses=batch_losses,
-            batch_width=batch_width,
-            width=width,
-        )
-
-    def _losses(
-        self,
-        logits: Array,
-        codes: Codes,
-        weight: Array,
-        log_prior: Array,
-        own: Codes,
-        answer: Array,
-        free: Array,
-    ) -> dict[str, Any]:
-        """Log losses and accuracies of a round's rows, before they are learned from."""
-        counts = np.bincount(codes, weight, minlength=len(self.log_base))
-        shares, last = counts / counts.sum(), self.last_mix()
-        scores = logits - self.log_base
-        corrected = self.corrected(logits, log_prior)
-        free_prior = self.corrector.log_prior(free, self.log_base)
-        values = {
-            "none": log_loss(logits, codes, weight),
-            "last": log_loss(scores + last, codes, weight),
-            "adapter": log_loss(corrected, codes, weight),
-            "oracle": log_loss(scores + np.log(np.maximum(shares, 1e-12)), codes, weight),
-            "model_free": log_loss(self.corrected(logits, free_prior), codes, weight),
-        }
-        predicted = own if self.nothing_is_corrected else corrected.argmax(axis=1)
-        values |= self._gains(shares, answer, free)
-        return values | {
-            "accuracy": float(np.average(predicted == codes, weights=weight)),
-            "accuracy_none": float(np.average(own == codes, weights=weight)),
-            "worst_recall": worst_share(codes, predicted == codes),
-            "tv": float(0.5 * np.abs(shares - np.exp(last)).sum()) if self.losses else 0.0,
-            "predicted": np.exp(log_prior),
-            "realised": shares,
-        }
-
-    def _gains(self, shares: Array, answer: Array, free: Array) -> dict[str, float]:
-        """Nats a label saved over the base mix by what was expected of a round."""
-        mixes = {"gain_all": answer, "gain_model_free": free, "gain_last": self.last_mix()}
-        return {name: float(shares @ (mix - self.log_base)) for name, mix in mixes.items()}
-
-    def _confused(self, codes: Codes, predicted: Codes, weight: Array) -> Array | None:
-        if not len(codes) or not self.anticipation.trajectory.confusions.shape[1]:
-            return None
-        smoothing = self.options.smoothing
-        return smoothed_confusion(codes, predicted, None, self.classes, weight, smoothing=smoothing)
-
     def last_mix(self) -> Array:
         """Log mix (n_classes,) of the last labelled round, the base before any."""
         counts = self.anticipation.trajectory.counts
         seen = np.flatnonzero(counts.sum(axis=1) > 0)
         return np.log(smooth_shares(counts[seen[-1]])) if len(seen) else self.log_base
-
-    def _estimated_mix(self, data: Round, log_prior: Array) -> Array:
-        return centred_log(
-            len(data.logits) * np.exp(self.batch_prior(data.logits, log_prior, "map_em"))
-        )
-
-    def _with_labels(
-        self, logits: Array, codes: Codes, weight: Array, strata: Codes | None
-    ) -> "Record":
-        """Remember labelled rows, and find base mix and calibrations anew when it is time."""
-        if not len(codes):
-            return self
-        kept = weight > 0
-        proba = probabilities(self.corrector.calibrated(logits))
-        record = replace(
-            self,
-            memory=self.memory.with_rows(logits[kept], codes[kept], _part(strata, kept)),
-            confusion=self.confusion + soft_confusion(proba, codes, weight),
-        )
-        n_rounds = record.anticipation.n_rounds
-        new = len(np.unique(record.memory.codes)) > len(np.unique(self.memory.codes))
-        more = n_rounds in REFINED_AT and len(record.memory.codes) > 1.5 * self.base_rows
-        if self.options.refines_base and (more or (new and n_rounds > 1)):
-            record = record.with_base(record.found_base(), len(record.memory.codes))
-        if n_rounds >= 1.3 * self.calibrated_at and any(self.options.calibrations):
-            record = replace(record, calibrated_at=n_rounds)._with_calibrations()
-        return record
-
-    def remembering(self, logits: Array, codes: Codes, weight: Array) -> "Record":
-        """Know labelled rows (n, n_classes) before any round; fit a calibration asked for."""
-        kept = weight > 0
-        record = replace(
-            self,
-            memory=self.memory.with_rows(logits[kept], codes[kept]),
-            confusion=soft_confusion(probabilities(logits), codes, weight),
-        )
-        return record._with_calibrations() if all(self.options.calibrations) else record
 
     def found_base(self) -> Array:
         """Find the base mix (n_classes,) under which remembered rows are likeliest."""
@@ -474,131 +273,6 @@ class Record:
         """Take another base mix (n_classes,), found on a number of rows."""
         anticipation = replace(self.anticipation, log_base=np.log(prior))
         return replace(self, anticipation=anticipation, base_rows=n_rows)
-
-    def replaced(self, memory: Memory, base: Array | None) -> "Record":
-        """Go on with another classifier: the map stays, what its scores told goes."""
-        state = self.anticipation
-        hits = np.full(state.trajectory.hits.shape, np.nan)
-        trajectory = replace(state.trajectory, hits=hits)
-        zeros = np.zeros_like(self.corrector.slow)
-        # strengths keep their record, calibrations and accuracies were the old classifier's
-        slow, fast = (
-            np.repeat(a[:1], len(zeros), axis=0) for a in (self.corrector.slow, self.corrector.fast)
-        )
-        corrector = replace(
-            self.corrector,
-            calibrators=(None,) * len(self.corrector.calibrators),
-            slow=slow,
-            fast=fast,
-            right=zeros,
-            noise=zeros,
-            own_right=0.0,
-            choice=replace(self.corrector.choice, calibration=0),
-        )
-        record = replace(
-            self,
-            anticipation=replace(state, trajectory=trajectory),
-            corrector=corrector,
-            memory=memory,
-            confusion=np.zeros_like(self.confusion),
-            batch_losses=None,
-            batch_width=1.0,
-            calibrated_at=0,
-            base_rows=len(memory.codes) if base is not None else 0,
-        )
-        if len(memory.codes):
-            logits, ones = memory.scores, np.ones(len(memory.codes))
-            confusion = soft_confusion(probabilities(logits), memory.codes, ones)
-            record = replace(record, confusion=confusion)
-        return record if base is None else record.with_base(base, len(memory.codes))
-
-    def _with_calibrations(self) -> "Record":
-        logits, codes = self.memory.scores, self.memory.codes
-        counts = np.bincount(codes, minlength=len(self.log_base)).astype(float)
-        offset = np.log(smooth_shares(counts)) - self.log_base
-        found: list[Calibration | None] = [
-            None if kind is None else fit_calibration(logits, codes, offset, kind=kind)
-            for kind in self.options.calibrations
-        ]
-        return replace(self, corrector=replace(self.corrector, calibrators=tuple(found)))
-
-    def _settled(self) -> "Record":
-        rounds = self.anticipation.n_rounds
-        return replace(self, corrector=self.corrector.chosen(rounds, self.options.min_rounds))
-
-    def counted(self, number: Any, counts: Array, statistic: Array) -> "Record":
-        """Learn from a round without rows: its label counts and its statistic."""
-        state = self.anticipation
-        answers = state.answers(state.trajectory.coming())
-        answer = state.mixture(answers)[0]
-        free = state.mixture(answers, model_free=True)[0]
-        log_prior, strength = self.applied(answer)
-        shares = counts / max(counts.sum(), 1e-300)
-        mixes = {
-            "none": self.log_base,
-            "last": self.last_mix(),
-            "adapter": log_prior,
-            "oracle": np.log(np.maximum(shares, 1e-12)),
-            "model_free": self.corrector.log_prior(free, self.log_base),
-        }
-        losses = {name: -float(shares @ mix) for name, mix in mixes.items()}
-        last = np.exp(mixes["last"])
-        losses |= _unknown(number, log_prior, known=losses)
-        losses |= {"realised": shares, "strength": strength} | self._gains(shares, answer, free)
-        losses["tv"] = float(0.5 * np.abs(shares - last).sum()) if self.losses else 0.0
-        corrector, width = self.corrector, self.width
-        if state.n_pairs and counts.sum() > 0:
-            corrector = corrector.judged_by_shares(counts, answer, self.log_base)
-            low, high = self.interval(np.exp(log_prior), counts.sum())
-            width = _stepped(width, (shares < low) | (shares > high))
-        trajectory = state.trajectory.append(number, statistic, counts)
-        trajectory = self._bounded(trajectory)
-        record = replace(
-            self,
-            corrector=corrector,
-            width=width,
-            losses=_latest(self.losses, losses),
-            anticipation=observe(state, self.settings, trajectory),
-        )
-        return record._settled()
-
-    def labelled_later(self, data: Round) -> "Record":
-        """Learn from labels of a round that was taken in without them: codes (n,), all known."""
-        state, n_classes = self.anticipation, len(self.log_base)
-        i = int(np.flatnonzero(state.trajectory.rounds == data.number)[0])
-        at = next(j for j, one in enumerate(self.losses) if one["round"] == data.number)
-        log_prior, weight = np.log(self.losses[at]["predicted"]), effective(data.weight)
-        scores = self.corrected(data.logits, log_prior)
-        predicted = scores.argmax(axis=1) if data.deployed is None else data.deployed
-        before = state.trajectory.counts[i].sum()
-        statistic = self.measured(data.codes, predicted, scores, weight, data.strata)
-        if before:
-            part = weight.sum() / (weight.sum() + before)
-            statistic = part * statistic + (1 - part) * state.trajectory.statistics[i]
-        trajectory = state.trajectory.labelled_later(
-            i,
-            statistic,
-            counted(data.codes, weight, n_classes),
-            counted(data.codes, (data.own == data.codes) * weight, n_classes),
-            len(data.codes),
-        )
-        record = self
-        if not before and i >= trajectory.lag:
-            # maps have not seen these labels: they are judged as they would have been in time
-            answers = state.answers(trajectory.before(i))
-            answer = state.mixture(answers)[0]
-            free = state.mixture(answers, model_free=True)[0]
-            record = self._judged(
-                data.logits, data.codes, weight, answer, log_prior, data.own, free
-            )
-            entry = self.losses[at] | record.losses[-1]
-            losses = (*self.losses[:at], entry, *self.losses[at + 1 :])
-            record = replace(record, losses=losses)
-            anticipation = observe(state, self.settings, trajectory, at=i)
-        else:
-            anticipation = replace(state, trajectory=trajectory)
-        record = replace(record, anticipation=anticipation)
-        return record._with_labels(data.logits, data.codes, weight, data.strata)._settled()
 
 
 def measure(
@@ -651,34 +325,3 @@ def worst_share(groups: Codes, right: NDArray[np.bool_]) -> float:
     rows = np.bincount(groups)
     hits = np.bincount(groups, right)
     return float((hits[rows > 0] / rows[rows > 0]).min())
-
-
-def _part(values: Codes | None, rows: NDArray[np.bool_]) -> Codes | None:
-    return None if values is None else values[rows]
-
-
-def _stepped(width: float, missed: NDArray[np.bool_]) -> float:
-    """Widen an interval after more misses than it may have, else narrow it."""
-    # online conformal inference: whatever the world does, the share of misses tends to 1 - COVERED
-    moved = width * np.exp(STEP * (float(missed.mean()) - (1 - COVERED)))
-    return float(np.clip(moved, 0.05, 1e4))
-
-
-def _latest(
-    losses: tuple[dict[str, Any], ...], entry: dict[str, Any]
-) -> tuple[dict[str, Any], ...]:
-    return (*losses[-(KEPT_ROUNDS - 1) :], entry)
-
-
-def _unknown(number: Any, log_prior: Array, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    names: tuple[str, ...] = ("accuracy", "accuracy_none", "worst_recall", "tv", "strength")
-    if known is None:
-        names = (*names, *LOSSES)
-    mixes = {"predicted": np.exp(log_prior), "realised": np.full(len(log_prior), np.nan)}
-    return {"round": number} | dict.fromkeys(names, np.nan) | mixes
-
-
-def _kept_rows(scores: Array, codes: Codes, weight: Array) -> Rows:
-    kept = np.flatnonzero(weight > 0)
-    kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), ROWS_A_ROUND)).astype(int)]
-    return Rows(scores[kept], codes[kept], weight[kept] * weight.sum() / weight[kept].sum())

@@ -326,12 +326,7 @@ def deviance(log_prior: Array, counts: Array) -> Array:
 
 
 def _fit_shared(
-    features: Array,
-    counts: Array,
-    anchor: Array,
-    l2: float,
-    first: Array | None,
-    max_iter: int,
+    features: Array, counts: Array, anchor: Array, l2: float, first: Array | None, max_iter: int
 ) -> tuple[Array, Array]:
     """Fit offsets (K,) and shared coefficients (J,) of features (R, K, J) by Newton's method."""
     n_classes, n_features = features.shape[1:]
