@@ -23,8 +23,7 @@ ESTIMATOR_FILES = {
 }
 ESTIMATOR_NAMES = {"scorer", "attributor", "adapter", "reprogrammer", "editor"}
 # Offenders that wait for their turn: entries are removed as they are mended, none is added.
-TAKE_AN_ESTIMATOR = {
-}
+TAKE_AN_ESTIMATOR: set[str] = set()
 MANY_PARAMETERS = {"Reprogrammer": 51}
 LONG_FILES: dict[str, int] = {}
 LEAST_SHARE_OF_COMMENTS = 0.0185  # to be 0.02

@@ -34,7 +34,7 @@ def learn(
     deployed = data.deployed
     if deployed is not None:
         deployed = _inputs.check_deployed(deployed, len(codes), record.classes)
-    numbers = np.unique(data.rounds)
+    numbers = np.unique(np.asarray(data.rounds))
     # the whole call is refused before any of it is learned
     late = _inputs.check_later(record.anticipation.trajectory, numbers)
     strata = strata_codes(record, data.strata)
