@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 import skperf
 from skperf import MLP, Net
+from skperf.backbone._sklearn import DOC_LINK
 
 DOCS = Path(__file__).parents[1] / "docs"
 SNIPPETS = sorted((DOCS / "guide" / "peers").glob("*/skperf.py"))
@@ -73,6 +75,25 @@ def test_docstring_of_the_reference(name):
 @pytest.mark.parametrize("name", DOCSTRINGS)
 def test_one_entry_a_parameter(name):
     assert [entry for entry in reference.documented(name) if "," in entry] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "InfluenceScorer",
+        "ComponentAttributor",
+        "ComponentEditor",
+        "PerformativeAdapter",
+        "Reprogrammer",
+    ],
+)
+def test_the_html_of_an_estimator_links_every_parameter_to_its_page(name):
+    estimator = getattr(skperf, name)()
+    shown = estimator._repr_html_()
+    page = DOC_LINK.format(estimator_name=name)
+    assert f"skperf.{name}" in LISTED  # so that `make docs` writes that page
+    linked = set(re.findall(rf'href="{re.escape(page)}#:~:text=(\w+),', shown))
+    assert linked == set(estimator.get_params(deep=False))
 
 
 @pytest.fixture(scope="module")
