@@ -13,6 +13,7 @@ from pathlib import Path
 from numpydoc.docscrape import NumpyDocString
 
 DOCS = Path(__file__).parents[1]
+FIELDS = "__dataclass_fields__"
 # inherited from scikit-learn or skorch, and part of how our objects are used
 INHERITED = {
     "fit_transform",
@@ -25,26 +26,7 @@ INHERITED = {
     "set_params",
 }
 # classes with docstrings that wait for their turn: entries are removed as they are mended
-UNFINISHED = (
-    "skperf.PerformativeAdapter",
-    "skperf.Reprogrammer",
-    "skperf.InfluenceScorer",
-    "skperf.ComponentAttributor",
-    "skperf.ComponentEditor",
-    "skperf.Net",
-    "skperf.Recipe",
-    "skperf.EditedClassifier",
-    "skperf.FrozenEncoder",
-    "skperf.TrajectoryDisplay",
-    "skperf.AlphaPathDisplay",
-    "skperf.OODScoreDisplay",
-    "skperf.ProgramDisplay",
-    "skperf.LabelMapDisplay",
-    "skperf.InfluenceDisplay",
-    "skperf.FadingDisplay",
-    "skperf.ComponentDisplay",
-    "skperf.influence.",
-)
+UNFINISHED = ()
 
 
 def listed_names():
@@ -68,7 +50,8 @@ def shown_methods(cls):
     """Return the public methods of a class that its page shows: ours, and a few inherited."""
     shown = []
     for name, value in inspect.getmembers(cls):
-        if name.startswith("_") or not callable(value):
+        # a field whose default is a function is no method
+        if name.startswith("_") or not callable(value) or name in getattr(cls, FIELDS, ()):
             continue
         owner = next(base for base in cls.__mro__ if name in vars(base))
         ours = owner.__module__.startswith("skperf")

@@ -227,7 +227,18 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         return float(metric(as_labels(y), self.predict(X), sample_weight=sample_weight))
 
     def to_network(self, X: Rows | None = None) -> Network:
-        """Open the module as a view; where rows are given, one of them may be looked at."""
+        """Open the module as a private view.
+
+        Parameters
+        ----------
+        X : Rows, optional
+            Rows, of which one may be looked at.
+
+        Returns
+        -------
+        Network
+            The view, with what is known of its outputs and its loss.
+        """
         seen = self._seen(X)
         return Network(
             view(self.module),
@@ -254,11 +265,32 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         return replace(self.to_network(), module=self.module, readout=readout).to_module()
 
     def resolved_loss(self) -> Loss:
-        """Give the loss as a record."""
+        """Give the loss as a record.
+
+        Returns
+        -------
+        Loss
+            By default cross-entropy.
+        """
         return resolve_loss("cross_entropy" if self.loss is None else self.loss)
 
     def looked_at(self, X: Rows, y: Any = None, loss: Loss | None = None) -> "ModuleClassifier":
-        """Run a row, so that readout, classes and loss are known; targets say what they are."""
+        """Run a row, so that readout, classes and loss are known.
+
+        Parameters
+        ----------
+        X : Rows
+            Rows.
+        y : array-like, optional
+            Targets, which say what the outputs are.
+        loss : Loss, optional
+            Where none was declared.
+
+        Returns
+        -------
+        ModuleClassifier
+            One that knows.
+        """
         found = self.resolved_loss() if self.loss is not None or loss is None else loss
         labels = as_labels(y)
         n_labels = None

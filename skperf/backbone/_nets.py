@@ -115,7 +115,9 @@ class Net(NeuralNetClassifier):
         Passes over the rows.
     train_split : callable, optional
         As in skorch; by default nothing is held out.
-    iterator_train, iterator_valid : iterator classes, default=TensorBatches
+    iterator_train : iterator class, default=TensorBatches
+        As in skorch.
+    iterator_valid : iterator class, default=TensorBatches
         As in skorch.
     iterator_train__shuffle : bool, default=True
         Whether each epoch has its own order.
@@ -128,6 +130,8 @@ class Net(NeuralNetClassifier):
     random_state : int, RandomState or None, default=None
         Seeds initial weights, orders and dropout. A clone of a fitted net repeats its run,
         also where the seed was drawn.
+    verbose : int, default=0
+        Whether skorch prints a line an epoch.
     **kwargs : dict
         Everything else that skorch takes: ``module__...``, ``callbacks``, ``device``, ...
 
@@ -326,7 +330,22 @@ class Net(NeuralNetClassifier):
     def labelled(
         self, rows: Rows, labels: np.ndarray, sample_weight: ArrayLike | None = None
     ) -> LabelledRows:
-        """Bring validated rows into the form that training takes: (n, ...), (n,), (n,)."""
+        """Bring validated rows into the form that training takes.
+
+        Parameters
+        ----------
+        rows : Rows
+            Validated.
+        labels : ndarray of shape (n,)
+            Labels or targets.
+        sample_weight : array-like of shape (n,), optional
+            Weights.
+
+        Returns
+        -------
+        LabelledRows
+            A data set whose items are gathered in batches.
+        """
         network = self.to_network()
         codes = network.codes(labels).cpu()
         targets: Any = codes.to(network.dtype) if self._takes_numbers() else codes
@@ -628,7 +647,15 @@ class Net(NeuralNetClassifier):
         return self
 
     def check_data(self, X: Any, y: Any = None) -> None:
-        """Accept what `fit` has validated."""
+        """Accept what `fit` has validated.
+
+        Parameters
+        ----------
+        X : Rows
+            Not looked at again.
+        y : ndarray, optional
+            Likewise.
+        """
 
     def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
         """Compute the loss of a batch.

@@ -216,7 +216,7 @@ class ComponentAttributor(
 
         Returns
         -------
-        self : ComponentAttributor
+        ComponentAttributor
             Fitted.
 
         Raises
@@ -254,7 +254,7 @@ class ComponentAttributor(
 
         Returns
         -------
-        self : ComponentAttributor
+        ComponentAttributor
             Fitted.
 
         Raises
@@ -427,7 +427,7 @@ class ComponentAttributor(
         Returns
         -------
         recarray of shape (k,)
-            index, module, kind, unit and attribution, strongest first.
+            Fields index, module, kind, unit and attribution; strongest first.
         """
         check_is_fitted(self)
         self._check_k(k)
@@ -605,7 +605,7 @@ class ComponentAttributor(
         )
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """Names of the components.
+        """Return the names of the components.
 
         Parameters
         ----------

@@ -42,8 +42,10 @@ class ComponentDisplay:
         ----------
         estimator : ComponentAttributor
             Fitted.
-        X, y : array-like, optional
+        X : array-like, optional
             Other rows than those of `fit`.
+        y : array-like, optional
+            Their labels.
         examples : array-like, optional
             Which rows; by default all.
         ax : matplotlib Axes, optional

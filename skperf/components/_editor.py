@@ -126,7 +126,7 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
 
         Returns
         -------
-        self : ComponentEditor
+        ComponentEditor
             Fitted.
 
         Raises
@@ -148,7 +148,7 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """Labels by the edited network.
+        """Predict labels by the edited network.
 
         Parameters
         ----------
@@ -164,7 +164,7 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
         return np.asarray(self.edited_.predict(check_rows(self, X)))
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities by the edited network.
+        """Predict probabilities by the edited network.
 
         Parameters
         ----------

@@ -22,8 +22,10 @@ class InfluenceDisplay:
         Training rows, in the same form.
     row_labels : ndarray of shape (n_train,)
         Their labels.
-    proponents, opponents : Bunch
+    proponents : Bunch
         As :meth:`InfluenceScorer.top_k` returns them.
+    opponents : Bunch
+        Likewise.
     class_names : mapping or sequence, optional
         Words for labels.
 
@@ -62,8 +64,10 @@ class InfluenceDisplay:
             Their labels.
         k : int, default=4
             Proponents and opponents of each.
-        shown, shown_train : sequence, optional
-            What to show in place of the queries and of the training rows, such as texts.
+        shown : sequence, optional
+            What to show in place of the queries, such as texts.
+        shown_train : sequence, optional
+            What to show in place of the training rows.
         class_names : mapping or sequence, optional
             Words for labels.
         figure : matplotlib Figure, optional
@@ -97,10 +101,14 @@ class InfluenceDisplay:
         ----------
         influence : ndarray of shape (n_query, n_train)
             Scores.
-        X, y : array-like
-            Queries and their labels.
-        X_train, y_train : array-like
-            Training rows and their labels.
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query,)
+            Their labels.
+        X_train : array-like of shape (n_train, ...)
+            Training rows.
+        y_train : array-like of shape (n_train,)
+            Their labels.
         k : int, default=4
             Proponents and opponents of each.
         class_names : mapping or sequence, optional
@@ -228,8 +236,10 @@ class FadingDisplay:
         ----------
         estimator : InfluenceScorer or mapping of str to InfluenceScorer
             Fitted.
-        X, y : array-like
-            Queries and their labels.
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query,)
+            Their labels.
         name : str, optional
             Of a single curve.
         ax : matplotlib Axes, optional
@@ -256,8 +266,10 @@ class FadingDisplay:
         ----------
         steps : sequence of int
             Ascending.
-        predicted, actual : ndarray of shape (n_steps, n_query, n_train)
-            Effects.
+        predicted : ndarray of shape (n_steps, n_query, n_train)
+            Effects as foretold.
+        actual : ndarray of shape (n_steps, n_query, n_train)
+            Effects as they were.
         name : str, default="influence"
             Of the curve.
         ax : matplotlib Axes, optional

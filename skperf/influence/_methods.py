@@ -22,7 +22,13 @@ class Method(BaseEstimator):
     constraints: ClassVar[dict[str, Any]] = {}
 
     def options(self) -> dict[str, Any]:
-        """Validate and state the options."""
+        """Validate and state the options.
+
+        Returns
+        -------
+        dict
+            Options by name.
+        """
         own: dict[str, Any] = self.get_params(deep=False)
         validate_parameter_constraints(self.constraints, own, type(self).__name__)
         return own

@@ -625,6 +625,7 @@ class InfluenceScorer(
         Returns
         -------
         Bunch
+            Entries:
             steps : ndarray of shape (n_steps,);
             pearson, spearman : ndarray of shape (n_steps,), mean over queries of the
             correlation across left-out rows;

@@ -28,8 +28,10 @@ class TrajectoryDisplay:
         Log losses by name; ``none``, ``last``, ``adapter`` and ``oracle`` have set colours.
     rounds : ndarray of shape (n_rounds,), optional
         Numbers of the rounds.
-    predicted, realised : ndarray of shape (n_rounds, n_classes), optional
-        Label mixes.
+    predicted : ndarray of shape (n_rounds, n_classes), optional
+        Label mixes as anticipated.
+    realised : ndarray of shape (n_rounds, n_classes), optional
+        Label mixes as they came.
     worst_recall : ndarray of shape (n_rounds,), optional
         Smallest recall of any class.
     classes : array-like of shape (n_classes,), optional

@@ -97,7 +97,7 @@ def full_diagnostics(record: Record, n_permutations: int) -> dict[str, Any]:
 class DriftReport:
     """State of the rounds so far, for a person.
 
-    Attributes
+    Parameters
     ----------
     mix : list of dict
         One a class: ``label``, shares ``base``, ``before``, ``last``, ``anticipated``, ``low``,

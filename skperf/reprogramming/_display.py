@@ -22,9 +22,13 @@ class OODScoreDisplay:
 
     Attributes
     ----------
-    auroc, fpr95 : float
-        As in :mod:`skperf.metrics`.
-    ax_, figure_ : matplotlib objects
+    auroc : float
+        See :func:`skperf.metrics.ood_auroc`.
+    fpr95 : float
+        See :func:`skperf.metrics.fpr_at_95_tpr`.
+    ax_ : matplotlib Axes
+        After :meth:`plot`.
+    figure_ : matplotlib Figure
         After :meth:`plot`.
     """
 
@@ -139,7 +143,9 @@ class AlphaPathDisplay:
 
     Attributes
     ----------
-    ax_, figure_ : matplotlib objects
+    ax_ : matplotlib Axes
+        After :meth:`plot`.
+    figure_ : matplotlib Figure
         After :meth:`plot`.
     """
 
@@ -235,14 +241,18 @@ class ProgramDisplay:
 
     Parameters
     ----------
-    before, after : ndarray of shape (channels, height, width)
+    before : ndarray of shape (channels, height, width)
         In [0, 1].
     program : ndarray of shape (channels, height, width)
         What was added.
+    after : ndarray of shape (channels, height, width)
+        In [0, 1].
 
     Attributes
     ----------
-    axes_, figure_ : matplotlib objects
+    axes_ : ndarray of matplotlib Axes
+        After :meth:`plot`.
+    figure_ : matplotlib Figure
         After :meth:`plot`.
     """
 
@@ -317,7 +327,9 @@ class LabelMapDisplay:
 
     Attributes
     ----------
-    ax_, figure_ : matplotlib objects
+    ax_ : matplotlib Axes
+        After :meth:`plot`.
+    figure_ : matplotlib Figure
         After :meth:`plot`.
     """
 
