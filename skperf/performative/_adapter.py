@@ -36,9 +36,7 @@ from skperf.performative._start import (
 from skperf.performative.equilibrium import rest_point
 from skperf.performative.label_shift import probabilities
 from skperf.performative.report import DriftReport, drift_report, full_diagnostics
-from skperf.performative.trajectory import STATISTICS
-
-NAMED = set(STATISTICS) - {"released"}
+from skperf.performative.trajectory import NAMED
 
 
 class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
@@ -192,7 +190,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             type,
         ],
         "inputs": [str, list, tuple],
-        "statistic": [StrOptions(NAMED), callable],
+        "statistic": [StrOptions(set(NAMED) - {"released"}), callable],
         "objective": [StrOptions({"marginal", "log_loss"})],
         "base_prior": [StrOptions({"fit", "uniform"}), "array-like", dict],
         "calibration": [StrOptions({"temperature", "bcts", "none"}), None],

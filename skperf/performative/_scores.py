@@ -26,6 +26,7 @@ FOLDS = 3
 FEWEST = 30  # rows below which nothing is set apart for measuring
 HELD_OUT = 5  # every fifth row measures a network that is fitted here
 AGREEING = 0.5
+LEAST = 1e-13  # probability
 
 
 def is_frozen(estimator: Any) -> bool:
@@ -235,7 +236,8 @@ def _log_probabilities(proba: Any, name: str) -> np.ndarray:
             f"row sums from {np.nanmin(proba.sum(1)):.4g} to {np.nanmax(proba.sum(1)):.4g}. "
             "A classifier with decision_function or a torch net gives logits directly."
         )
-    return np.log(np.clip(proba, np.finfo(np.float64).tiny, None))
+    # a forest or a naive Bayes that says never is not taken at its word
+    return np.log(np.clip(proba, LEAST, None))
 
 
 def _is_fitted(estimator: Any) -> bool:

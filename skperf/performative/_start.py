@@ -263,5 +263,5 @@ def _width(
         return len(labels) ** 2 if options.statistic == "confusion" else len(labels)
     weight = data.weight[measured.rows]
     return len(
-        measure(options, codes, measured.logits.argmax(axis=1), measured.logits, labels, weight)
+        measure(options, labels, codes, measured.logits.argmax(axis=1), measured.logits, weight)
     )

@@ -196,7 +196,7 @@ def _confused(record: Record, codes: Codes, predicted: Codes, weight: Array) -> 
     if not len(codes) or not record.anticipation.trajectory.confusions.shape[1]:
         return None
     smoothing = record.options.smoothing
-    return smoothed_confusion(codes, predicted, None, record.classes, weight, smoothing=smoothing)
+    return smoothed_confusion(codes, predicted, len(record.classes), weight, smoothing)
 
 
 def _estimated_mix(record: Record, data: Round, log_prior: Array) -> Array:
@@ -349,6 +349,7 @@ def labelled_later(record: Record, data: Round) -> Record:
         counted(data.codes, weight, n_classes),
         counted(data.codes, (data.own == data.codes) * weight, n_classes),
         len(data.codes),
+        None if before else _confused(record, data.codes, predicted, weight),
     )
     told = record.losses
     if not before and i >= trajectory.lag:

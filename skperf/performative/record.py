@@ -19,7 +19,7 @@ from skperf.performative.label_shift import (
     smooth_shares,
 )
 from skperf.performative.trajectory import (
-    STATISTICS,
+    measure_by_name,
 )
 
 Array = NDArray[np.float64]
@@ -239,15 +239,9 @@ class Record:
         strata: Codes | None = None,
     ) -> Array:
         """Compute the statistic (n_statistics,) of predictions (n,) with labels (n,)."""
+        n_strata = 0 if self.strata is None else len(self.strata)
         return measure(
-            self.options,
-            codes,
-            predicted,
-            scores,
-            self.classes,
-            weight,
-            strata,
-            0 if self.strata is None else len(self.strata),
+            self.options, self.classes, codes, predicted, scores, weight, strata, n_strata
         )
 
     def remembered_statistic(self, log_prior: Array) -> Array:
@@ -277,30 +271,20 @@ class Record:
 
 def measure(
     options: Options,
+    classes: NDArray[Any],
     codes: Codes,
     predicted: Codes,
     scores: Array,
-    classes: NDArray[Any],
     weight: Array | None = None,
     strata: Codes | None = None,
     n_strata: int = 0,
 ) -> Array:
     """Compute a statistic (n_statistics,) by name or by a callable that takes labels."""
-    statistic = options.statistic
-    if isinstance(statistic, str):
-        proba = probabilities(scores) if statistic == "predicted_marginal" else None
-        groups = (
-            {}
-            if strata is None or "stratum" not in statistic
-            else {"strata": strata, "n_strata": n_strata}
-        )
-        return STATISTICS[statistic](
-            codes, predicted, proba, classes, weight, smoothing=options.smoothing, **groups
-        )
-    proba = probabilities(scores)
-    values = np.asarray(
-        statistic(classes[codes], classes[predicted], proba, classes, weight), dtype=np.float64
-    )
+    name, smoothing = options.statistic, options.smoothing
+    if isinstance(name, str):
+        return measure_by_name(name, codes, predicted, scores, weight, smoothing, strata, n_strata)
+    found = name(classes[codes], classes[predicted], probabilities(scores), classes, weight)
+    values = np.asarray(found, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError(
             f"statistic must return finite numbers of shape (n_statistics,), got {values!r}."

@@ -1,13 +1,12 @@
 """The record of a deployed model: its statistic and the label counts, round by round."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skperf.performative.label_shift import smooth_shares
+from skperf.performative.label_shift import TINY, probabilities, smooth_shares
 from skperf.performative.response import Inputs
 
 Array = NDArray[np.float64]
@@ -141,11 +140,19 @@ class Trajectory:
         return replace(self, rounds=rounds[-KEPT_ROUNDS:], **grown)
 
     def labelled_later(
-        self, i: int, statistic: Array, counts: Array, hits: Array, n_labels: float
+        self,
+        i: int,
+        statistic: Array,
+        counts: Array,
+        hits: Array,
+        n_labels: float,
+        confusion: Array | None = None,
     ) -> "Trajectory":
         """Add labels (n_classes,) to the i-th round and replace its statistic."""
         arrays = {name: getattr(self, name).copy() for name in ARRAYS}
         arrays["statistics"][i] = statistic
+        if confusion is not None:
+            arrays["confusions"][i] = confusion
         arrays["counts"][i] += counts
         arrays["hits"][i] = np.nan_to_num(arrays["hits"][i]) + hits
         arrays["mixes"][i] = centred_log(arrays["counts"][i])
@@ -186,8 +193,9 @@ class Trajectory:
 
         known = self.covariates
         if len(rows) and rows[-1] >= len(known) and known.shape[1]:
-            last = known[-1] if covariates is None else covariates
-            known = np.concatenate([known, [last]])
+            if covariates is None:
+                covariates = known[-1] if len(known) else np.full(known.shape[1], np.nan)
+            known = np.concatenate([known, [covariates]])
         now = known[rows] if known.shape[1] else np.zeros((len(rows), 0))
         return Inputs(
             lagged(self.statistics, self.lag, 2),
@@ -209,124 +217,60 @@ def centred_log(counts: Array) -> Array:
     return centred
 
 
-def smoothed_recall(
-    y_true: Codes,
-    y_pred: Codes,
-    proba: Array | None,
-    classes: NDArray[Any],
-    sample_weight: Array | None = None,
-    *,
+def measure_by_name(
+    name: str,
+    codes: Codes,
+    predicted: Codes,
+    scores: Array,
+    weight: Array | None = None,
     smoothing: float = 2.0,
+    strata: Codes | None = None,
+    n_strata: int = 0,
 ) -> Array:
-    """Share of each class that was predicted right, shrunk towards the pooled accuracy.
-
-    Shapes: y_true, y_pred (n,), proba (n, n_classes), classes (n_classes,), sample_weight (n,) ->
-    (n_classes,).
-    """
-    weight = np.ones(len(y_true)) if sample_weight is None else sample_weight
-    hits = weight * (y_true == y_pred)
-    totals: Array = np.bincount(y_true, weight, minlength=len(classes)).astype(np.float64)
-    right: Array = np.bincount(y_true, hits, minlength=len(classes)).astype(np.float64)
-    pooled = float(right.sum()) / max(float(totals.sum()), np.finfo(np.float64).tiny)
-    return _ratio(right + pooled * smoothing, totals + smoothing, pooled)
-
-
-def released_recall(
-    y_true: Codes,
-    y_pred: Codes,
-    proba: Array | None,
-    classes: NDArray[Any],
-    sample_weight: Array | None = None,
-    *,
-    smoothing: float = 0.0,
-) -> Array:
-    """Plain recalls as released with the paper: a class without rows gets the mean of the others'.
-
-    Shapes are those of `smoothed_recall`; only recalls above zero enter that mean.
-    """
-    recall = smoothed_recall(y_true, y_pred, proba, classes, sample_weight, smoothing=0.0)
-    absent = np.bincount(y_true, minlength=len(classes)) == 0
-    positive = recall[(recall > 0) & ~absent]
-    return np.where(absent, positive.mean() if len(positive) else 0.0, recall)
-
-
-def stratum_recall(
-    y_true: Codes,
-    y_pred: Codes,
-    proba: Array | None,
-    classes: NDArray[Any],
-    sample_weight: Array | None = None,
-    *,
-    smoothing: float = 2.0,
-    strata: Codes,
-    n_strata: int,
-) -> Array:
-    """Share of each stratum that was predicted right, (n_strata,)."""
-    right = np.where(y_true == y_pred, strata, -1)
-    return smoothed_recall(
-        strata, right, None, np.arange(n_strata), sample_weight, smoothing=smoothing
+    """Measure a statistic of predictions: codes, predicted (n,), scores (n, K), strata (n,)."""
+    n_classes, right = scores.shape[1], codes == predicted
+    if name == "predicted_marginal":
+        return np.asarray(np.average(probabilities(scores), axis=0, weights=weight))
+    if name == "confusion":
+        return smoothed_confusion(codes, predicted, n_classes, weight, smoothing)
+    if name == "released":
+        # plain recalls; a class without rows gets the mean of those above zero
+        recall = smoothed_shares(codes, right, n_classes, weight, 0.0)
+        absent = np.bincount(codes, minlength=n_classes) == 0
+        positive = recall[(recall > 0) & ~absent]
+        return np.where(absent, positive.mean() if len(positive) else 0.0, recall)
+    if name == "recall" or strata is None:
+        return smoothed_shares(codes, right, n_classes, weight, smoothing)
+    if name == "stratum":
+        return smoothed_shares(strata, right, n_strata, weight, smoothing)
+    return smoothed_shares(
+        codes * n_strata + strata, right, n_classes * n_strata, weight, smoothing
     )
 
 
-def class_stratum_recall(
-    y_true: Codes,
-    y_pred: Codes,
-    proba: Array | None,
-    classes: NDArray[Any],
-    sample_weight: Array | None = None,
-    *,
-    smoothing: float = 2.0,
-    strata: Codes,
-    n_strata: int,
+NAMED = ("recall", "confusion", "predicted_marginal", "stratum", "class_stratum", "released")
+
+
+def smoothed_shares(
+    cells: Codes, right: NDArray[Any], n_cells: int, weight: Array | None, smoothing: float = 2.0
 ) -> Array:
-    """Share of each class in each stratum that was predicted right, (n_classes * n_strata,)."""
-    cells = y_true * n_strata + strata
-    right, all_cells = np.where(y_true == y_pred, cells, -1), np.arange(len(classes) * n_strata)
-    return smoothed_recall(cells, right, None, all_cells, sample_weight, smoothing=smoothing)
+    """Share of right rows (n,) in each cell, shrunk towards that of all: -> (n_cells,)."""
+    weight = np.ones(len(cells)) if weight is None else weight
+    totals, hits = (np.bincount(cells, w, minlength=n_cells) for w in (weight, weight * right))
+    pooled = hits.sum() / max(float(totals.sum()), TINY)
+    return _ratio(hits + pooled * smoothing, totals + smoothing, pooled)
 
 
 def smoothed_confusion(
-    y_true: Codes,
-    y_pred: Codes,
-    proba: Array | None,
-    classes: NDArray[Any],
-    sample_weight: Array | None = None,
-    *,
-    smoothing: float = 2.0,
+    codes: Codes, predicted: Codes, n_classes: int, weight: Array | None, smoothing: float = 2.0
 ) -> Array:
     """Shares of each class predicted as each other, flattened row by row to (n_classes**2,)."""
-    n_classes = len(classes)
-    weight = np.ones(len(y_true)) if sample_weight is None else sample_weight
-    flat = np.bincount(y_true * n_classes + y_pred, weight, minlength=n_classes**2)
-    table: Array = flat.reshape(n_classes, n_classes).astype(np.float64)
-    pooled: Array = table.sum(axis=0) / max(float(table.sum()), np.finfo(np.float64).tiny)
+    flat = np.bincount(codes * n_classes + predicted, weight, minlength=n_classes**2)
+    table = flat.reshape(n_classes, n_classes).astype(np.float64)
+    pooled = table.sum(axis=0) / max(float(table.sum()), TINY)
     totals = table.sum(axis=1, keepdims=True)
     return _ratio(table + smoothing * pooled, totals + smoothing, pooled).ravel()
 
 
-def predicted_marginal(
-    y_true: Codes,
-    y_pred: Codes,
-    proba: Array | None,
-    classes: NDArray[Any],
-    sample_weight: Array | None = None,
-    *,
-    smoothing: float = 0.0,
-) -> Array:
-    """Mean predicted probability of each class, which needs no labels."""
-    return np.asarray(np.average(np.asarray(proba), axis=0, weights=sample_weight))
-
-
-def _ratio(part: Array, whole: Array, otherwise: Array | float) -> Array:
-    filled = np.where(whole > 0, whole, 1.0)
-    return np.where(whole > 0, part / filled, otherwise)
-
-
-STATISTICS: dict[str, Callable[..., Array]] = {
-    "recall": smoothed_recall,
-    "confusion": smoothed_confusion,
-    "predicted_marginal": predicted_marginal,
-    "stratum": stratum_recall,
-    "class_stratum": class_stratum_recall,
-    "released": released_recall,
-}
+def _ratio(part: Array, whole: Array, otherwise: Any) -> Array:
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1.0), otherwise)

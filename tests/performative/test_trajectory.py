@@ -5,12 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from skperf.performative.trajectory import (
-    Trajectory,
-    predicted_marginal,
-    smoothed_confusion,
-    smoothed_recall,
-)
+from skperf.performative.trajectory import ARRAYS, Trajectory, measure_by_name
 
 
 def record(n_rounds=4, lag=1):
@@ -61,32 +56,56 @@ def test_json_round_trip():
         np.testing.assert_array_equal(getattr(again, name), getattr(trajectory, name))
 
 
+NONE = np.zeros((4, 3))  # scores that recalls do not read
+
+
 def test_recall_by_hand():
-    classes = np.arange(3)
     y_true, y_pred = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0])
-    plain = smoothed_recall(y_true, y_pred, None, classes, smoothing=0.0)
+    plain = measure_by_name("recall", y_true, y_pred, NONE, smoothing=0.0)
     np.testing.assert_allclose(plain, [2 / 3, 0.0, 0.5])  # no rows: the pooled accuracy
-    smooth = smoothed_recall(y_true, y_pred, None, classes, smoothing=2.0)
+    smooth = measure_by_name("recall", y_true, y_pred, NONE)
     np.testing.assert_allclose(smooth, [(2 + 1) / 5, (0 + 1) / 3, 0.5])
+    # as released: the mean of the recalls above zero
+    released = measure_by_name("released", y_true, y_pred, NONE)
+    np.testing.assert_allclose(released, [2 / 3, 0.0, 2 / 3])
+
+
+def test_recall_by_stratum_by_hand():
+    y_true, y_pred = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    groups = {"strata": np.array([0, 1, 1, 1]), "n_strata": 2, "smoothing": 0.0}
+    found = measure_by_name("stratum", y_true, y_pred, NONE, **groups)
+    np.testing.assert_allclose(found, [1.0, 2 / 3])
+    cells = measure_by_name("class_stratum", y_true, y_pred, NONE[:, :2], **groups)
+    np.testing.assert_allclose(cells, [1.0, 0.5, 0.75, 1.0])  # class by class, no rows: pooled
 
 
 def test_weights_count_as_repetitions():
     y_true, y_pred = np.array([0, 1, 1]), np.array([0, 0, 1])
-    rows = np.array([0, 1, 1, 2])
-    for statistic in (smoothed_recall, smoothed_confusion):
-        weighted = statistic(y_true, y_pred, None, np.arange(2), np.array([1.0, 2.0, 1.0]))
-        repeated = statistic(y_true[rows], y_pred[rows], None, np.arange(2))
+    rows, weight = np.array([0, 1, 1, 2]), np.array([1.0, 2.0, 1.0])
+    for name in ("recall", "confusion"):
+        weighted = measure_by_name(name, y_true, y_pred, np.zeros((3, 2)), weight)
+        repeated = measure_by_name(name, y_true[rows], y_pred[rows], np.zeros((4, 2)))
         np.testing.assert_allclose(weighted, repeated)
 
 
 def test_confusion_rows_are_shares():
     rng = np.random.default_rng(0)
-    table = smoothed_confusion(
-        rng.integers(3, size=50), rng.integers(3, size=50), None, np.arange(4)
-    ).reshape(4, 4)
+    codes, predicted = rng.integers(3, size=(2, 50))
+    table = measure_by_name("confusion", codes, predicted, np.zeros((50, 4))).reshape(4, 4)
     np.testing.assert_allclose(table.sum(axis=1), 1.0)
 
 
 def test_predicted_marginal():
-    proba = np.array([[0.2, 0.8], [0.4, 0.6]])
-    np.testing.assert_allclose(predicted_marginal(None, None, proba, None), [0.3, 0.7])
+    scores = np.log([[0.2, 0.8], [0.4, 0.6]])
+    none = np.zeros(2, int)
+    found = measure_by_name("predicted_marginal", none, none, scores)
+    np.testing.assert_allclose(found, [0.3, 0.7])
+
+
+def test_a_record_of_ten_thousand_rounds_keeps_the_last_thousand():
+    trajectory = Trajectory.empty(2, 2)
+    for number in range(1200):
+        trajectory = trajectory.append(number, np.ones(2), np.ones(2))
+    assert len(trajectory) == 1000
+    assert trajectory.rounds[-1] == 1199
+    assert all(len(getattr(trajectory, name)) == 1000 for name in ARRAYS)

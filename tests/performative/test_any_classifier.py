@@ -1,0 +1,349 @@
+"""Any classifier on rows as they are, honest measurement, and a correction that may be nothing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import coo_matrix
+from scipy.special import softmax
+from sklearn.compose import make_column_transformer
+from sklearn.ensemble import (
+    AdaBoostClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+)
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.frozen import FrozenEstimator
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import FixedThresholdClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+from sklearn.svm import SVC
+
+from skperf import PerformativeAdapter, PerformativeWarning
+from tests.performative.conftest import K, World, live
+
+QUICK = {"adapter": ["fixed", "tied"], "random_state": 0}
+ROUNDS = np.repeat(np.arange(6), 40)
+
+
+@pytest.fixture(scope="module")
+def table():
+    rng = np.random.default_rng(0)
+    y = np.where(rng.random(240) < 0.4, "bad", "ok")
+    frame = pd.DataFrame(
+        {"amount": rng.normal(size=240) + (y == "bad"), "city": rng.choice(list("abc"), 240)}
+    )
+    frame.loc[::17, "amount"] = np.nan
+    return frame, y
+
+
+def by_name():
+    columns = make_column_transformer((SimpleImputer(), ["amount"]), (OneHotEncoder(), ["city"]))
+    return make_pipeline(columns, LogisticRegression())
+
+
+def forms(frame, y):
+    words = np.where(np.asarray(y) == "ok", "nice", "awful")
+    texts = [f"{word} {city}" for word, city in zip(words, frame.city, strict=True)]
+    numbers = frame[["amount"]].fillna(0.0)
+    return {
+        "columns by name": (by_name(), frame),
+        "categories": (
+            HistGradientBoostingClassifier(max_iter=5),
+            frame.assign(city=frame.city.astype("category")),
+        ),
+        "missing": (HistGradientBoostingClassifier(max_iter=5), frame[["amount"]]),
+        "sparse": (LogisticRegression(), coo_matrix(numbers.to_numpy())),
+        "texts": (make_pipeline(TfidfVectorizer(), LogisticRegression()), texts),
+        "array of texts": (
+            make_pipeline(TfidfVectorizer(), LogisticRegression()),
+            np.array(texts, dtype=object),
+        ),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:the statistic was the same", "ignore:the correction is")
+@pytest.mark.parametrize("frozen", [False, True], ids=["inside", "frozen"])
+@pytest.mark.parametrize("form", list(forms(pd.DataFrame({"city": [], "amount": []}), [])))
+def test_rows_reach_the_classifier_as_they_are(table, form, frozen):
+    frame, y = table
+    estimator, X = forms(frame, y)[form]
+    if frozen:
+        estimator = FrozenEstimator(estimator.fit(X, y))
+    adapter = PerformativeAdapter(estimator, strength=0.0, calibration="none", **QUICK)
+    adapter.fit(X, y, rounds=ROUNDS)
+    assert adapter.n_rounds_ == 6
+    own = adapter.estimator_
+    np.testing.assert_array_equal(adapter.predict(X), own.predict(X))
+    np.testing.assert_allclose(adapter.predict_proba(X), own.predict_proba(X), atol=1e-9)
+
+
+def test_the_estimators_own_rule_holds_where_nothing_is_corrected(world):
+    X, y = world.draw(400)
+    rule = FixedThresholdClassifier(LogisticRegression(), threshold=0.1).fit(X, y % 2)
+    adapter = PerformativeAdapter(FrozenEstimator(rule)).fit(X, y % 2)
+    assert adapter.fallback_
+    assert (rule.predict(X) != rule.predict_proba(X).argmax(axis=1)).any()
+    np.testing.assert_array_equal(adapter.predict(X), rule.predict(X))
+
+
+@pytest.mark.parametrize("n_classes", [3, 4])
+def test_scores_of_pairs_are_refused(world, n_classes):
+    X, y = world.draw(400)
+    kept = y < n_classes
+    svc = SVC(decision_function_shape="ovo").fit(X[kept], y[kept])
+    with pytest.raises(ValueError, match="one-vs-one scores are of pairs of classes"):
+        PerformativeAdapter(FrozenEstimator(svc)).fit(X[kept], y[kept])
+
+
+def test_an_estimator_fitted_inside_is_measured_on_rows_it_did_not_see(world):
+    forest = RandomForestClassifier(20, min_samples_leaf=1, random_state=0)
+    adapter = PerformativeAdapter(forest, calibration="none", **QUICK)
+    live(adapter, World(), 4)
+    # on its own rows a forest is nearly perfect
+    assert adapter.prequential_.accuracy_none[0] < 0.95
+    assert adapter.prequential_.none[0] > 0.3
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [(None, 0.9), ("balanced", 0.5)])
+def test_the_mix_a_fitted_classifier_is_right_for(world, weighting, expected):
+    rng = np.random.default_rng(0)
+    y = (rng.random(3000) < 0.1).astype(int)
+    X = rng.normal(size=(3000, 2)) + 1.3 * y[:, None]
+    inside = PerformativeAdapter(LogisticRegression(class_weight=weighting)).fit(X, y)
+    assert inside.base_prior_[0] == pytest.approx(expected, abs=0.03)
+    if weighting is None:
+        np.testing.assert_allclose(inside.base_prior_, np.bincount(y) / 3000)
+
+
+def test_timid_scores_keep_their_accuracy():
+    """AdaBoost's probabilities hardly differ from equal shares: a correction would drown them."""
+    world = World(seed=3, temperature=0.3)
+    X, y = world.draw(400)
+    ada = AdaBoostClassifier(random_state=0).fit(X, y)
+    adapter = PerformativeAdapter(FrozenEstimator(ada), **QUICK)
+    live(adapter, World(seed=4, temperature=0.3), 20)
+    record = adapter.prequential_
+    assert record.accuracy[3:].mean() > record.accuracy_none[3:].mean() - 0.005
+    assert record.adapter[3:].mean() < record.none[3:].mean()
+    assert adapter.calibrator_.temperature < 0.9
+
+
+def test_a_correction_that_hurts_is_withdrawn_and_says_so(frozen):
+    """Mixes answer the model until round 20; then rows of every class look like the last one's."""
+    adapter, world, statistic = PerformativeAdapter(frozen, **QUICK), World(), None
+    for number in range(20):
+        X, y = world.next_round(statistic)
+        statistic = adapter.partial_fit(X, y, rounds=number).statistic_
+    assert adapter.strength_ > 0
+    rng = np.random.default_rng(0)
+
+    def mislead():
+        for number in range(20, 30):
+            mix = rng.permutation([0.91, 0.03, 0.03, 0.03])
+            X, _ = world.draw(400, prior=mix)
+            # labels are told of other rows than those the model meets
+            adapter.partial_fit(X, rng.choice(K, 400, p=mix), rounds=number)
+
+    with pytest.warns(PerformativeWarning, match="the correction is withdrawn after round"):
+        mislead()
+    record, late = adapter.prequential_, slice(24, None)
+    assert record.adapter[late].mean() < record.none[late].mean() + 0.1
+
+
+# ---- rounds without labels, labels that come late
+
+
+def test_labels_that_come_one_round_late(frozen):
+    in_time, late, world = (
+        PerformativeAdapter(frozen, **QUICK),
+        PerformativeAdapter(frozen, **QUICK),
+        World(),
+    )
+    statistic, waiting = None, None
+    for number in range(15):
+        X, y = world.next_round(statistic, size=600)
+        statistic = in_time.partial_fit(X, y, rounds=number).statistic_
+        if waiting is not None:
+            late.partial_fit(*waiting, rounds=number - 1)
+        late.partial_fit(X, y if number == 0 else None, rounds=number)
+        waiting = None if number == 0 else (X, y)
+        if number:
+            assert np.isnan(late.prequential_.adapter[-1])
+            # measured on rows remembered from earlier rounds, as recall does not depend on mixes
+            assert np.isfinite(late.statistic_).all()
+    assert late.n_rounds_ == 15
+    np.testing.assert_array_equal(late.trajectory_.counts[:-1], in_time.trajectory_.counts[:-1])
+    before = slice(5, 14)
+    losses, known = late.prequential_, in_time.prequential_
+    assert losses.adapter[before].mean() < known.adapter[before].mean() + 0.05
+    assert losses.adapter[before].mean() < losses.none[before].mean() - 0.1
+    late.partial_fit(*waiting, rounds=14)
+    with pytest.raises(ValueError, match="has all its labels"):
+        late.partial_fit(*waiting, rounds=14)
+
+
+def test_labels_may_trickle_in(frozen, world):
+    X, y = world.draw(400)
+    adapter = PerformativeAdapter(frozen, **QUICK).partial_fit(X, y, rounds=0)
+    some = np.where(np.arange(400) % 2, y.astype(object), None)
+    adapter.partial_fit(X, some, rounds=1)
+    assert adapter.trajectory_.unlabelled.tolist() == [0, 200]
+    adapter.partial_fit(X[::2][:100], y[::2][:100], rounds=1)
+    adapter.partial_fit(X[::2][100:], y[::2][100:], rounds=1)
+    assert adapter.trajectory_.unlabelled.tolist() == [0, 0]
+    np.testing.assert_allclose(adapter.trajectory_.counts[1], np.bincount(y, minlength=K))
+
+
+def test_the_statistic_of_what_is_deployed_now(frozen, lived):
+    adapter, (X, y, _) = lived
+    scores = np.log(adapter.predict_proba(X))
+    expected = adapter.record_.measured(y, scores.argmax(axis=1), scores)
+    np.testing.assert_allclose(adapter.deployed_statistic(X, y), expected)
+    base = adapter.deployed_statistic(X, y, prior=adapter.base_prior_)
+    np.testing.assert_allclose(base, adapter.statistic_of(frozen, X, y))
+
+
+# ---- another classifier, a known mix, a batch
+
+
+def test_another_classifier_goes_on_with_the_record(lived, classifier):
+    _, (X, y, rounds) = lived
+    adapter = PerformativeAdapter(FrozenEstimator(classifier), **QUICK).fit(X, y, rounds=rounds)
+    prior = adapter.predict_prior()
+    skewed = World(seed=8).draw(3000, prior=[0.7, 0.1, 0.1, 0.1])
+    other = LogisticRegression(C=0.1).fit(*skewed)
+    held = World(seed=9).draw(2000, prior=np.full(K, 1 / K))
+    adapter.replace_estimator(FrozenEstimator(other), *held)
+    np.testing.assert_allclose(adapter.predict_prior(), prior, atol=0.1)
+    assert adapter.n_rounds_ == 12
+    assert adapter.base_prior_[0] == pytest.approx(0.7, abs=0.08)
+    assert np.isnan(adapter.trajectory_.hits).all()
+    X, y = World(seed=10).draw(2000, prior=adapter.predicted_prior_)
+    assert adapter.score(X, y) > other.score(X, y)
+    adapter.partial_fit(X, y)
+    assert adapter.n_rounds_ == 13
+    with pytest.raises(ValueError, match="give X and y"):
+        adapter.replace_estimator(LogisticRegression())
+
+
+def test_a_mix_that_is_known(frozen, lived):
+    adapter, (X, _, _) = lived
+    mix = np.array([0.1, 0.2, 0.3, 0.4])
+    logits = frozen.decision_function(X)
+    expected = softmax(logits + np.log(mix) - np.log(adapter.base_prior_), axis=1)
+    np.testing.assert_allclose(adapter.correct(X, mix), expected, atol=1e-9)
+    by_label = dict(zip(range(K), mix, strict=True))
+    np.testing.assert_allclose(adapter.correct(X, by_label), expected, atol=1e-9)
+    for wrong, message in (
+        ([0.5, 0.5], "4 classes"),
+        ({9: 1.0}, "not known"),
+        ([-1, 1, 1, 1], "none negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapter.correct(X, wrong)
+
+
+def test_the_mix_of_a_batch_and_where_it_lies(lived):
+    adapter, _ = lived
+    held = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        X, y = World(seed=100 + seed).draw(400, prior=rng.dirichlet(np.full(K, 5.0)))
+        prior, (low, high) = adapter.estimate_prior(X, return_interval=True)
+        shares = np.bincount(y, minlength=K) / 400
+        held.append((low <= shares) & (shares <= high))
+        np.testing.assert_allclose(prior.sum(), 1.0)
+        assert np.abs(prior - shares).max() < 0.15
+    assert np.mean(held) > 0.8
+
+
+def test_a_report_to_read(lived):
+    import matplotlib.pyplot as plt
+
+    adapter, (_, y, rounds) = lived
+    report = adapter.report()
+    text = str(report)
+    assert "round 11: mix" in text
+    assert "the mix answers the deployed model" in text
+    shares = np.bincount(y[rounds == 11], minlength=K) / 400
+    np.testing.assert_allclose([row["last"] for row in report.mix], shares)
+    np.testing.assert_allclose([row["anticipated"] for row in report.mix], adapter.predicted_prior_)
+    assert report.plot().get_title().startswith("label mix about round 11")
+    plt.close("all")
+
+
+# ---- covariates, strata, options
+
+
+@pytest.mark.filterwarnings("ignore:the correction is withdrawn")
+def test_a_calendar_is_read(frozen):
+    """Mixes follow a calendar with no order that lags could tell."""
+    rng = np.random.default_rng(0)
+    world = World()
+    days = rng.integers(3, size=40)
+    mixes = np.array([[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7], [0.25, 0.25, 0.25, 0.25]])
+    calendar = np.eye(3)[days]
+    adapter = PerformativeAdapter(frozen, adapter=["fixed", "linear"], random_state=0)
+    for number, day in enumerate(days):
+        X, y = world.draw(400, prior=mixes[day])
+        adapter.partial_fit(X, y, rounds=number, covariates=calendar[number])
+    record = adapter.prequential_
+    assert record.adapter[15:].mean() < record.oracle[15:].mean() + 0.05
+    assert record.none[15:].mean() > record.oracle[15:].mean() + 0.1
+    for day in range(3):
+        found = adapter.predict_prior(covariates=np.eye(3)[day])
+        np.testing.assert_allclose(found, mixes[day], atol=0.08)
+    with pytest.raises(ValueError, match="every round needs them"):
+        adapter.partial_fit(X, y)
+    with pytest.raises(ValueError, match="of 3 columns"):
+        adapter.partial_fit(X, y, covariates=[1.0])
+
+
+@pytest.mark.filterwarnings("ignore:the correction is withdrawn")
+@pytest.mark.parametrize(("statistic", "width"), [("stratum", 2), ("class_stratum", 2 * K)])
+def test_statistics_by_stratum(frozen, lived, statistic, width):
+    _, (X, y, rounds) = lived
+    strata = np.where(X[:, 0] > 0, "north", "south")
+    adapter = PerformativeAdapter(
+        frozen, statistic=statistic, adapter=["fixed", "linear"], random_state=0
+    )
+    adapter.fit(X, y, rounds=rounds, strata=strata)
+    assert adapter.statistic_.shape == (width,)
+    assert adapter.statistic_of(frozen, X, y, strata=strata).shape == (width,)
+    with pytest.raises(ValueError, match="needs strata"):
+        PerformativeAdapter(frozen, statistic=statistic).fit(X, y, rounds=rounds)
+
+
+def test_settings_are_those_of_the_fit(lived, frozen):
+    _, (X, y, rounds) = lived
+    adapter = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=rounds)
+    before = adapter.predict_proba(X)
+    adapter.set_params(transductive="em", statistic="confusion", l2=9.0, worst_recall_floor=0.9)
+    np.testing.assert_array_equal(adapter.predict_proba(X), before)
+    with pytest.raises(ValueError, match=r"(statistic|l2).*changed since the first call"):
+        adapter.partial_fit(X, y)
+    adapter.set_params(transductive=None, statistic="recall", l2=1.0, worst_recall_floor=None)
+    adapter.set_params(verbose=0).partial_fit(X[:50], y[:50])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: np.datetime64("2024-01-01") + 30 * n.astype("timedelta64[D]"),
+        lambda n: pd.period_range("2024-01", periods=6, freq="M")[n],
+        lambda n: np.array([f"2024-{i + 1:02d}" for i in n]),
+        lambda n: 202409 + n + 88 * (n > 3),
+        lambda n: pd.Series(n, dtype="Int64"),
+    ],
+    ids=["dates", "periods", "names", "months", "nullable"],
+)
+def test_rounds_of_any_kind_that_has_an_order(frozen, world, make):
+    X, y = world.draw(240)
+    plain = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=ROUNDS)
+    adapter = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=make(ROUNDS))
+    np.testing.assert_array_equal(adapter.trajectory_.counts, plain.trajectory_.counts)
+    np.testing.assert_allclose(adapter.predicted_prior_, plain.predicted_prior_)
+    again = type(adapter.trajectory_).from_dict(adapter.trajectory_.to_dict())
+    np.testing.assert_array_equal(again.rounds, adapter.trajectory_.rounds)
