@@ -175,16 +175,3 @@ def _check_finite(leaf: Any, name: str) -> None:
         if not finite.all():
             row = start + int((~finite.all(1)).nonzero()[0][0])
             raise ValueError(f"{name} contains NaN or infinity, first at row {row}.")
-
-
-def array_rows(estimator: Any, X: Any, *, reset: bool = False) -> np.ndarray:
-    """Validate rows that come as one array: X (n, ...) -> (n, ...)."""
-    return np.asarray(as_array(check_rows(estimator, X, reset=reset).array))
-
-
-def labelled_array_rows(
-    estimator: Any, X: Any, y: Any, *, reset: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Validate rows that come as one array, and labels: X (n, ...), y (n,)."""
-    rows, labels = check_labelled_rows(estimator, X, y, reset=reset)
-    return np.asarray(as_array(rows.array)), labels

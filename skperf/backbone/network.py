@@ -61,6 +61,8 @@ class Network:
     def takes_tokens(self) -> bool:
         """Whether integer inputs are indices into an embedding."""
         embeddings = (nn.Embedding, nn.EmbeddingBag)
+        if "input_ids" in _names(getattr(self.module.forward, "__func__", self.module.forward))[1]:
+            return True
         return any(isinstance(part, embeddings) for part in self.module.modules())
 
     def __call__(self, inputs: Rows | Tensor, parameters: Parameters | None = None) -> Tensor:

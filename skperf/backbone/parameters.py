@@ -61,19 +61,6 @@ def unflatten(vector: Tensor, like: Parameters) -> Parameters:
 
 
 @contextmanager
-def restored(module: nn.Module) -> Iterator[nn.Module]:
-    """Allow in-place changes of parameters and buffers, and undo them on exit."""
-    tensors = [*module.parameters(), *module.buffers()]
-    saved = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield module
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
-
-
-@contextmanager
 def substituted(module: nn.Module, parameters: Parameters) -> Iterator[None]:
     """Put tensors in the place of parameters of a module of ours, tied ones together."""
     # torch.func.functional_call would leave them in a layer that is registered twice

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,10 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from skperf.backbone.parameters import (
+    checksum,
     fingerprint,
     flatten,
-    restored,
     select_parameters,
+    substituted,
     unflatten,
 )
 
@@ -58,17 +61,38 @@ def test_unflatten_refuses_another_length(module):
         unflatten(torch.zeros(5), select_parameters(module))
 
 
-def test_restored_undoes_in_place_changes_after_an_exception(module):
-    before = fingerprint(module)
+def test_substituted_tensors_are_used_and_taken_out_again(module):
+    own = dict(module.named_parameters())
+    rows = torch.randn(5, 4)
+    expected = module(rows)
+    with substituted(module, {"2.bias": own["2.bias"] * 0 - 9.0}):
+        assert not module(rows).any()  # below zero, and cut off
+    torch.testing.assert_close(module(rows), expected)
+    assert module.get_parameter("2.bias") is own["2.bias"]
 
-    def spoil():
-        with restored(module), torch.no_grad():
-            module[0].weight.zero_()
-            raise RuntimeError
 
-    with pytest.raises(RuntimeError):
-        spoil()
-    assert fingerprint(module) == before
+def test_a_layer_that_stands_twice_is_substituted_in_both_places():
+    layer = nn.Linear(3, 3)
+    module = nn.Sequential(layer, nn.ReLU(), layer)
+    rows = torch.randn(4, 3)
+    expected = module(rows)
+    values = {n: p.detach() * 0 for n, p in module.named_parameters()}
+    with substituted(module, values):
+        assert not module(rows).any()
+    torch.testing.assert_close(module(rows), expected)
+    assert all(isinstance(p, nn.Parameter) for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_checksum_notices_any_change_of_one_weight(kind):
+    module = nn.Sequential(nn.Linear(50, 40), nn.BatchNorm1d(40)).to(kind)
+    before = checksum(module)
+    assert checksum(copy.deepcopy(module)) == before
+    module[0].weight.data[7, 3] += 0.25  # bumps no version counter
+    assert checksum(module) != before
+    other = copy.deepcopy(module)
+    other[1].running_mean[5] = 1.0
+    assert checksum(other) != checksum(module)
 
 
 def test_fingerprint_sees_values_and_buffers():
