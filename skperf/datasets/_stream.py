@@ -1,12 +1,15 @@
 """A world that answers to the deployed model, made of real rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy.special import softmax
 from sklearn.utils import Bunch, check_random_state
 
 STARTING_CONCENTRATION = 100.0
+
+Pools = list[np.ndarray]  # the rows of each class
 
 
 class PerformativeStream:
@@ -57,16 +60,16 @@ class PerformativeStream:
 
     def __init__(
         self,
-        X,
-        y,
+        X: Any,
+        y: Any,
         *,
-        response="adversarial",
-        temperature=0.1,
-        train_size=1000,
-        test_size=2000,
-        floor=0,
-        random_state=None,
-    ):
+        response: str | Callable[..., Any] = "adversarial",
+        temperature: float = 0.1,
+        train_size: int = 1000,
+        test_size: int = 2000,
+        floor: int = 0,
+        random_state: Any = None,
+    ) -> None:
         self.X = np.asarray(X)
         self.y = np.asarray(y)
         self.response = response
@@ -83,7 +86,7 @@ class PerformativeStream:
         self._prior = self._generator.dirichlet(concentration)
         self._round = 0
 
-    def next_round(self, statistic=None):
+    def next_round(self, statistic: Any = None) -> Bunch:
         """Draw the next round.
 
         Parameters
@@ -119,7 +122,7 @@ class PerformativeStream:
             round=number,
         )
 
-    def _check(self):
+    def _check(self) -> None:
         if len(self.X) != len(self.y):
             raise ValueError(f"X has {len(self.X)} rows, but y has {len(self.y)}.")
         if not (callable(self.response) or self.response in RESPONSES):
@@ -138,7 +141,7 @@ class PerformativeStream:
                 f"test_size is {self.test_size}."
             )
 
-    def _answer(self, statistic):
+    def _answer(self, statistic: Any) -> np.ndarray:
         if callable(self.response):
             prior = np.asarray(self.response(statistic), dtype=np.float64)
         else:
@@ -152,7 +155,7 @@ class PerformativeStream:
             raise ValueError(f"response must return a share for each class, got {prior!r}.")
         return prior / prior.sum()
 
-    def _draw(self, pools, size):
+    def _draw(self, pools: Pools, size: int) -> np.ndarray:
         rows = [
             self._generator.choice(pool, count)
             for pool, count in zip(
@@ -162,16 +165,16 @@ class PerformativeStream:
         return self._generator.permutation(np.concatenate(rows))
 
 
-RESPONSES: dict[str, Callable] = {
+RESPONSES: dict[str, Callable[..., Any]] = {
     "adversarial": lambda statistic, temperature, _: softmax(-statistic / temperature),
     "popularity": lambda statistic, temperature, _: softmax(statistic / temperature),
     "none": lambda _, __, current: current,
 }
 
 
-def _halves(codes, n_classes, generator):
+def _halves(codes: np.ndarray, n_classes: int, generator: Any) -> tuple[Pools, Pools]:
     """Split the rows of each class in two pools."""
-    pools = ([], [])
+    pools: tuple[Pools, Pools] = ([], [])
     for c in range(n_classes):
         rows = generator.permutation(np.flatnonzero(codes == c))
         if len(rows) < 2:

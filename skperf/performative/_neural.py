@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ BATCH_SIZE = 32
 class MixLoss(nn.Module):
     """Count-weighted cross-entropy of predicted label mixes, by label."""
 
-    def forward(self, logits, counts):
+    def forward(self, logits: Any, counts: Any) -> Any:
         """Return the mean negative log likelihood of the counts, a scalar."""
         return -(counts * logits.log_softmax(1)).sum() / counts.sum()
 
@@ -32,7 +33,7 @@ class NeuralMap:
     centre: np.ndarray  # (n_statistics,)
     scale: np.ndarray  # (n_statistics,)
 
-    def log_prior(self, inputs):
+    def log_prior(self, inputs: Any) -> Any:
         """Log label mix (n, n_classes) answering the statistics in force."""
         statistics = (inputs.statistics[:, 0] - self.centre) / self.scale
         self.module.eval()
@@ -44,19 +45,19 @@ class NeuralMap:
 
 
 def fit_neural(
-    inputs,
-    counts,
+    inputs: Any,
+    counts: Any,
     *,
-    log_base,
-    l2=1.0,
-    start=None,
-    module=MLP,
-    seed=0,
-    hidden=(256, 256),
-    lr=1e-3,
-    max_epochs=200,
-    weight_decay=1e-3,
-):
+    log_base: Any,
+    l2: Any = 1.0,
+    start: Any = None,
+    module: Any = MLP,
+    seed: Any = 0,
+    hidden: Any = (256, 256),
+    lr: Any = 1e-3,
+    max_epochs: Any = 200,
+    weight_decay: Any = 1e-3,
+) -> Any:
     """Train a module on the rounds so far: counts (n_rounds, n_classes), log_base (n_classes,)."""
     known = np.isfinite(inputs.statistics[:, 0]).all(axis=1) & (np.abs(counts).sum(axis=1) > 0)
     statistics, counts = inputs.statistics[known, 0], counts[known]
@@ -89,7 +90,7 @@ def fit_neural(
     return NeuralMap(net.module_, log_base, centre, scale)
 
 
-def _build(module, n_statistics, n_classes, hidden):
+def _build(module: Any, n_statistics: Any, n_classes: Any, hidden: Any) -> Any:
     accepted = inspect.signature(module).parameters
     widths = {"n_features": n_statistics, "n_classes": n_classes, "hidden": tuple(hidden)}
     known = {name: value for name, value in widths.items() if name in accepted}
