@@ -39,7 +39,9 @@ def view(module: nn.Module) -> nn.Module:
 
     # Restoring a borrowed module can't be made safe against threads and Ctrl-C; a view need not.
     def parameter(own: Tensor) -> Tensor:
-        return nn.Parameter(_single_precision(own.detach()), requires_grad=False)
+        # `data` has a version counter of its own: an optimizer that steps beside us makes no
+        # error of our backward passes
+        return nn.Parameter(_single_precision(own.data), requires_grad=False)
 
     def buffer(own: Tensor) -> Tensor:
         # a forward may write to its buffers, also in evaluation mode
