@@ -5,6 +5,7 @@ left out, added or changed after a look at its scores. `THRESHOLD_DATA` are othe
 the threshold of `smoothness` was chosen.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ class Configuration:
             )
         sizes = [n_features, *self.widths]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), self.activation()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], n_classes))
 

@@ -1,0 +1,293 @@
+"""Influence through the training run against retraining itself, and what it costs.
+
+    python -m benchmarks.replay threshold      # smoothness beside scores, on rows of their own
+    python -m benchmarks.replay quality        # every fixed configuration, three seeds
+    python -m benchmarks.replay speed          # over bare loops of the same steps
+    python -m benchmarks.replay memory         # with checkpoints over storing all
+
+Each writes ``benchmarks/results/replay_<part>.json``.
+"""
+
+import copy
+import sys
+import time
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.frozen import FrozenEstimator
+from torch import nn
+
+from benchmarks import runner
+from benchmarks.replay_configurations import (
+    CONFIGURATIONS,
+    SEEDS,
+    SHARES,
+    SUBSETS,
+    THRESHOLD_DATA,
+    Configuration,
+    digits,
+    fashion,
+)
+from skperf import InfluenceScorer, Net
+from skperf.backbone.training_run import Run, train_again
+from skperf.influence.replay import Budget, losses_at, replayed, smoothness
+
+OTHERS = ("gradient_dot", "ggn", "ekfac", "trak")
+
+
+def trained(config: Configuration, seed: int) -> tuple[Net, Any, Any]:
+    """Train as configured, and bring the queries into the run's form."""
+    X, y, X_query, y_query = config.rows(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = config.module(int(np.prod(X.shape[1:])), len(np.unique(y)))
+    net = Net(
+        module,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        batch_size=config.batch_size,
+        max_epochs=config.max_epochs,
+        random_state=seed,
+        record_run=True,
+        **{f"optimizer__{name}": value for name, value in config.settings.items()},
+    ).fit(X, y)
+    return net, net.run_.data_of(X_query, y_query), (X, y, X_query, y_query)
+
+
+def retrained(run: Run, weights: torch.Tensor, asked: Any) -> np.ndarray:
+    """Losses of the queries after retraining with each row of weights: -> (m, q)."""
+    found = [
+        losses_at(run, train_again(run, w).module, asked.inputs, asked.targets) for w in weights
+    ]
+    return torch.stack(found).numpy()
+
+
+def dropped(n: int, share: float, count: int, seed: int) -> torch.Tensor:
+    """Weights that leave random rows out: -> (count, n)."""
+    rng, weights = np.random.default_rng([seed, round(1000 * share)]), torch.ones(count, n)
+    for row in weights:
+        row[rng.choice(n, max(1, round(share * n)), replace=False)] = 0
+    return weights
+
+
+def datamodeling(influence: np.ndarray, weights: torch.Tensor, losses: np.ndarray) -> float:
+    """Mean over queries of the rank correlation of predicted and actual losses."""
+    predicted = (1 - weights.numpy()) @ influence.T
+    moved = losses.std(0) > 1e-7
+    each = [spearmanr(predicted[:, q], losses[:, q])[0] for q in np.flatnonzero(moved)]
+    return float(np.mean(each))
+
+
+def quality(configurations: Any, seeds: Any, part: str, *, n_single: int, others: Any) -> None:
+    rows = []
+    for config in configurations:
+        for seed in seeds:
+            started = time.time()
+            net, asked, (X, y, X_query, y_query) = trained(config, seed)
+            run = net.run_.recorded
+            fitted = replayed(run)
+            n = len(run.data)
+            scores = {"replay": fitted.influence(asked.inputs, asked.targets).numpy()}
+            for method in others:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    scorer = InfluenceScorer(
+                        FrozenEstimator(net), method=method, random_state=seed
+                    ).fit(X, y)
+                scores[method] = scorer.influence(X_query, y_query)
+            some = slice(0, 32)
+            row: dict[str, Any] = {
+                "configuration": config.name,
+                "seed": seed,
+                "steps": len(run.steps),
+                "test accuracy": net.score(X_query, y_query),
+                "smoothness": smoothness(fitted, run.data.inputs[some], run.data.targets[some]),
+            }
+            for share in SHARES:
+                weights = dropped(n, share, SUBSETS, seed)
+                losses = retrained(run, weights, asked)
+                row[f"constant queries {share:g}"] = int((losses.std(0) <= 1e-7).sum())
+                for method, found in scores.items():
+                    row[f"{method} {share:g}"] = datamodeling(found, weights, losses)
+            if n_single:
+                chosen = np.random.default_rng(seed).choice(n, n_single, replace=False)
+                weights = torch.ones(n_single, n)
+                weights[range(n_single), chosen] = 0
+                base = losses_at(run, net.module_, asked.inputs, asked.targets).numpy()
+                actual = retrained(run, weights, asked) - base
+                predicted = scores["replay"][:, chosen].T
+                row["leave-one-out Pearson"] = pearsonr(actual.ravel(), predicted.ravel())[0]
+                row["leave-one-out slope"] = float(
+                    (actual * predicted).sum() / np.square(predicted).sum()
+                )
+                row["relabelling Pearson"] = relabelling(net, fitted, asked, X, y, seed)
+            row["seconds"] = time.time() - started
+            rows.append(row)
+            print(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()), flush=True)
+            runner.save(runner.RESULTS / f"replay_{part}.json", rows)
+
+
+def relabelling(net: Net, fitted: Any, asked: Any, X: Any, y: Any, seed: int) -> float:
+    """Flip 20 labels, train, and predict what setting each right would do to the queries."""
+    rng = np.random.default_rng(seed)
+    wrong, labels = y.copy(), np.unique(y)
+    chosen = rng.choice(len(y), 20, replace=False)
+    wrong[chosen] = labels[(np.searchsorted(labels, y[chosen]) + 1) % len(labels)]
+    flawed = copy.deepcopy(net).fit(X, wrong)
+    run = flawed.run_.recorded
+    found = replayed(run).label_influence(asked.inputs, asked.targets, len(labels))
+    codes = torch.as_tensor(np.searchsorted(labels, y[chosen]))
+    predicted = found[:, torch.as_tensor(chosen), codes].T
+    base = losses_at(run, flawed.module_, asked.inputs, asked.targets)
+    actual = []
+    for row, code in zip(chosen, codes, strict=True):
+        targets = run.data.targets.clone()
+        targets[row] = code
+        mended = replace(run, data=replace(run.data, targets=targets))
+        module = train_again(mended).module
+        actual.append(losses_at(run, module, asked.inputs, asked.targets) - base)
+    return float(pearsonr(torch.stack(actual).flatten(), predicted.flatten())[0])
+
+
+# Cost ------------------------------------------------------------------------------------------
+
+
+def bare_loop(run: Run, module: nn.Module) -> None:
+    """Train with the same steps and nothing else."""
+    module = copy.deepcopy(module)
+    settings = run.steps[0].settings[0]
+    known = ("lr", "momentum", "betas", "weight_decay")
+    optimizer = run.optimizer(
+        module.parameters(), **{name: settings[name] for name in known if name in settings}
+    )
+    inputs, targets = run.data.inputs.array, run.data.targets
+    for step in run.steps:
+        rows = step.rows.long()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(inputs[rows]), targets[rows]).backward()
+        optimizer.step()
+
+
+def speed() -> None:
+    rows = []
+    cases = [
+        (
+            Configuration(
+                f"MLP 64-{width}-10, {kind.__name__}", digits, (width,), nn.Tanh, kind, lr
+            ),
+            q,
+        )
+        for width in (32, 512)
+        for kind, lr in ((torch.optim.SGD, 0.1), (torch.optim.Adam, 0.002))
+        for q in (60,)
+    ]
+    cases += [(Configuration("CNN, SGD", fashion, lr=0.1, batch_size=100, max_epochs=2), 1)]
+    for config, _ in cases:
+        net, asked, (X, y, X_query, y_query) = trained(config, 0)
+        run = net.run_.recorded
+        more = net.run_.data_of(
+            np.concatenate([X_query, X[:40]]), np.concatenate([y_query, y[:40]])
+        )
+        is_convolutional = not config.widths
+        settings = (
+            {"one query": (0.0, slice(0, 1), False), "aggregate of 100": (0.0, slice(0, 100), True)}
+            if is_convolutional
+            else {
+                "100 queries, exact": (0.0, slice(0, 100), False),
+                "100 queries, error 0.05": (0.05, slice(0, 100), False),
+                "100 queries, error 0.2": (0.2, slice(0, 100), False),
+                "aggregate of 100": (0.0, slice(0, 100), True),
+            }
+        )
+        tasks = {"bare": lambda run=run: bare_loop(run, run.module)}
+        for name, (tolerance, part, mean) in settings.items():
+            fitted = replayed(run, Budget(tolerance=tolerance))
+            tasks[name] = lambda f=fitted, p=part, m=mean, more=more: f.influence(
+                more.inputs[p], more.targets[p], aggregate=m
+            )
+        samples: dict[str, list[float]] = {name: [] for name in tasks}
+        for turn in range(6):
+            for name, task in tasks.items():
+                started = time.process_time()
+                task()
+                if turn:
+                    samples[name].append(time.process_time() - started)
+        bare = float(np.median(samples["bare"]))
+        for name, values in samples.items():
+            middle = float(np.median(values))
+            n_directions = 0
+            if name != "bare":
+                tolerance, part, mean = settings[name]
+                basis = replayed(run, Budget(tolerance=tolerance)).basis(
+                    more.inputs[part], more.targets[part], aggregate=mean
+                )
+                n_directions = len(basis.directions)
+            rows.append(
+                {
+                    "network": config.name,
+                    "task": name,
+                    "steps": len(run.steps),
+                    "directions": n_directions,
+                    "CPU ms": middle * 1e3,
+                    "times the bare loop": middle / bare,
+                    "least": min(values) / bare,
+                    "greatest": max(values) / bare,
+                }
+            )
+            print(
+                *(f"{v:.2f}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True
+            )
+    runner.save(runner.RESULTS / "replay_speed.json", rows)
+
+
+def memory() -> None:
+    config = Configuration("MLP 64-512-512-10", digits, (512, 512), nn.GELU, lr=0.1, max_epochs=36)
+    rows = []
+    net, asked, _ = trained(config, 0)
+    run = replace(net.run_.recorded, states=None)
+    size = run.end.numel() * run.end.element_size()
+    whole = size * (len(run.steps) + 1)
+    for name, budget in (("all", 4 * whole), ("checkpoints", int(2 * 0.12 * whole))):
+        kept = [0, 0]
+
+        def watch(kept: list[int] = kept) -> None:
+            kept[1] = max(kept)
+
+        fitted = replayed(run, Budget(memory=budget), check=False)
+        started = time.process_time()
+        found = fitted.influence(asked.inputs, asked.targets, aggregate=True)
+        watch()
+        rows.append(
+            {
+                "states": name,
+                "bytes of all states": whole,
+                "share that may be alive": min(1.0, budget / 2 / whole),
+                "CPU s": time.process_time() - started,
+                "checksum": float(found.double().sum()),
+            }
+        )
+        print(rows[-1], flush=True)
+    runner.save(runner.RESULTS / "replay_memory.json", rows)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    part = sys.argv[1] if len(sys.argv) > 1 else "quality"
+    if part == "threshold":
+        quality(THRESHOLD_DATA, SEEDS, "threshold", n_single=0, others=())
+    elif part == "quality":
+        chosen = [c for c in CONFIGURATIONS if len(sys.argv) < 3 or sys.argv[2] in c.name]
+        name = "quality" if len(sys.argv) < 3 else f"quality_{sys.argv[2]}"
+        quality(chosen, SEEDS, name, n_single=100, others=OTHERS)
+    elif part == "speed":
+        speed()
+    else:
+        memory()
+
+
+if __name__ == "__main__":
+    main()
