@@ -278,10 +278,11 @@ def main() -> None:
     torch.set_num_threads(1)
     part = sys.argv[1] if len(sys.argv) > 1 else "quality"
     if part == "threshold":
-        quality(THRESHOLD_DATA, SEEDS, "threshold", n_single=0, others=())
+        quality(THRESHOLD_DATA, SEEDS[:2], "threshold", n_single=0, others=())
     elif part == "quality":
-        chosen = [c for c in CONFIGURATIONS if len(sys.argv) < 3 or sys.argv[2] in c.name]
-        name = "quality" if len(sys.argv) < 3 else f"quality_{sys.argv[2]}"
+        wanted = sys.argv[2] if len(sys.argv) > 2 else ""
+        chosen = [config for config in CONFIGURATIONS if wanted in config.name]
+        name = f"quality_{wanted}" if wanted else "quality"
         quality(chosen, SEEDS, name, n_single=100, others=OTHERS)
     elif part == "speed":
         speed()

@@ -54,7 +54,10 @@ def shown_methods(cls):
         if name.startswith("_") or not callable(value) or name in getattr(cls, FIELDS, ()):
             continue
         owner = next(base for base in cls.__mro__ if name in vars(base))
-        ours = owner.__module__.startswith("skperf")
+        # what skorch calls while it trains, and no user does
+        hook = any(name in vars(b) for b in cls.__mro__ if b.__module__.startswith("skorch"))
+        hook = hook and name not in INHERITED | {"fit", "partial_fit"}
+        ours = owner.__module__.startswith("skperf") and not hook
         theirs = owner.__module__.split(".")[0] in ("sklearn", "skorch")
         # `set_fit_request` and its like are made by scikit-learn for metadata routing
         generated = re.fullmatch(r"set_\w+_request", name)

@@ -218,18 +218,7 @@ class Net(NeuralNetClassifier):
         return copied
 
     def set_params(self, **kwargs: Any) -> Self:
-        """Set parameters.
-
-        Parameters
-        ----------
-        **kwargs : dict
-            By name.
-
-        Returns
-        -------
-        Net
-            Itself.
-        """
+        """Set parameters, none of which is looked at before `fit`."""
         if not self.initialized_ and "callbacks" in kwargs:
             # skorch would build, and so validate, them before fit
             self.callbacks = kwargs.pop("callbacks")
@@ -309,7 +298,7 @@ class Net(NeuralNetClassifier):
     def _learn(
         self, rows: Rows, labels: np.ndarray, sample_weight: ArrayLike | None, *, record: bool
     ) -> Self:
-        data = self.labelled(rows, labels, sample_weight)
+        data = self._labelled(rows, labels, sample_weight)
         self.__dict__.pop("run_", None)
         self._choose_entries(data)
         recording = self._recording(record)
@@ -327,7 +316,7 @@ class Net(NeuralNetClassifier):
             self._keep(recording, data)
         return self
 
-    def labelled(
+    def _labelled(
         self, rows: Rows, labels: np.ndarray, sample_weight: ArrayLike | None = None
     ) -> LabelledRows:
         """Bring validated rows into the form that training takes.
@@ -355,15 +344,7 @@ class Net(NeuralNetClassifier):
         return LabelledRows(rows, labels, targets, network.inputs)
 
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:
-        """Call the callbacks.
-
-        Parameters
-        ----------
-        method_name : str
-            Which of their methods.
-        **cb_kwargs : dict
-            What they get.
-        """
+        """Call a method of the callbacks."""
         if method_name == "on_batch_end" and self._scores():
             # scorers hold predictions against labels, not against codes and weights
             inputs, targets = cb_kwargs["batch"]
@@ -379,20 +360,7 @@ class Net(NeuralNetClassifier):
         return any(isinstance(callback, ScoringBase) for _, callback in self.callbacks_)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Tensor]:
-        """Differentiate the loss of a batch.
-
-        Parameters
-        ----------
-        batch : tuple
-            Inputs, and targets or a pair of targets and weights.
-        **fit_params : dict
-            Passed to the module.
-
-        Returns
-        -------
-        dict
-            ``loss`` and ``y_pred``.
-        """
+        """Differentiate the loss of a batch."""
         self._set_training(True)
         inputs, targets = batch
         streams = self.streams_
@@ -404,20 +372,7 @@ class Net(NeuralNetClassifier):
         return {"loss": loss, "y_pred": outputs}
 
     def train_step(self, batch: Any, **fit_params: Any) -> Any:
-        """Take a step.
-
-        Parameters
-        ----------
-        batch : tuple
-            Inputs, and targets or a pair of targets and weights.
-        **fit_params : dict
-            Passed to the module.
-
-        Returns
-        -------
-        dict
-            ``loss`` and ``y_pred``.
-        """
+        """Take a step."""
         recording = self.recording_
         taken = super().train_step(batch, **fit_params)
         if "train_masks_" in vars(self):
@@ -496,41 +451,13 @@ class Net(NeuralNetClassifier):
         rows = Rows(data.rows.tree) if not data.stays else data.rows
         return Data(rows, targets, weights, data.convert if data.stays else None)
 
-    def training_data(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Data:
-        """Bring rows and labels into the form that a recorded run trains on.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Rows.
-        y : array-like of shape (n,)
-            Labels.
-        sample_weight : array-like of shape (n,), optional
-            Weights of the rows' losses.
-
-        Returns
-        -------
-        Data
-            Inputs, targets and weights as tensors.
-        """
+    def _training_data(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Data:
+        """Bring rows (n, ...), labels (n,) and weights (n,) into the form that a run trains on."""
         rows, labels = check_labelled_rows(self, X, y)
-        return self._as_data(self.labelled(rows, labels, sample_weight))
+        return self._as_data(self._labelled(rows, labels, sample_weight))
 
-    def adopt(self, module: nn.Module, learned: dict[str, Any]) -> Self:
-        """Become a fitted net around weights that were trained elsewhere.
-
-        Parameters
-        ----------
-        module : nn.Module
-            Of the net's own architecture; its weights and buffers are copied.
-        learned : dict
-            What `fit` would have learned of the rows, such as ``classes_inferred_``.
-
-        Returns
-        -------
-        Net
-            Itself.
-        """
+    def _adopt(self, module: nn.Module, learned: dict[str, Any]) -> Self:
+        """Become a fitted net around weights that were trained elsewhere, and what was learned."""
         self.__dict__.update(learned)
         self.generator_ = torch.Generator().manual_seed(0)
         with drawing_from(self.generator_):
@@ -600,19 +527,7 @@ class Net(NeuralNetClassifier):
         return isinstance(self.criterion_, nn.BCELoss | nn.BCEWithLogitsLoss)
 
     def initialize_module(self) -> Self:
-        """Build the module, or copy the one that was given.
-
-        Returns
-        -------
-        Net
-            Itself.
-
-        Raises
-        ------
-        ValueError
-            If a module instance comes with ``module__`` parameters, which would rebuild it
-            and lose its weights.
-        """
+        """Build the module, or copy the one that was given."""
         given = self.get_params_for("module")
         if isinstance(self.module, nn.Module):
             if given:
@@ -629,13 +544,7 @@ class Net(NeuralNetClassifier):
         return self
 
     def initialize_criterion(self) -> Self:
-        """Build the criterion, and the loss of single rows that goes with it.
-
-        Returns
-        -------
-        Net
-            Itself.
-        """
+        """Build the criterion, and the loss of single rows that goes with it."""
         super().initialize_criterion()
         criterion = self.criterion_
         if isinstance(criterion, nn.NLLLoss | nn.BCELoss):
@@ -658,24 +567,7 @@ class Net(NeuralNetClassifier):
         """
 
     def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
-        """Compute the loss of a batch.
-
-        Parameters
-        ----------
-        y_pred : Tensor of shape (n, n_classes)
-            Logits.
-        y_true : Tensor of shape (n,) or pair of Tensors
-            Codes, or codes and weights.
-        X : object, optional
-            Not used.
-        training : bool, default=False
-            Not used.
-
-        Returns
-        -------
-        Tensor
-            Weighted sum of the rows' losses over the number of rows.
-        """
+        """Weigh and average a batch's losses: y_pred (n, K), y_true (n,) or with weights (n,)."""
         targets, weight = y_true if isinstance(y_true, tuple | list) else (y_true, None)
         outputs = tensor_of(y_pred)
         targets = targets.to(outputs.device)
@@ -689,20 +581,7 @@ class Net(NeuralNetClassifier):
         )
 
     def infer(self, x: Any, **fit_params: Any) -> Any:
-        """Run the module on a batch.
-
-        Parameters
-        ----------
-        x : Tensor, dict or tuple
-            Inputs; a tuple is taken apart.
-        **fit_params : dict
-            Passed to the module.
-
-        Returns
-        -------
-        object
-            What the module returns.
-        """
+        """Run the module on a batch; a tuple of inputs is taken apart."""
         if isinstance(x, tuple):
             return self.module_(*(part.to(self.device) for part in x), **fit_params)
         return super().infer(x, **fit_params)
@@ -712,62 +591,21 @@ class Net(NeuralNetClassifier):
         return [name for name in super()._get_param_names() if name != "_params_to_validate"]
 
     def get_dataset(self, X: Any, y: Any = None) -> Any:
-        """Take rows that are labelled as they are.
-
-        Parameters
-        ----------
-        X : object
-            Rows.
-        y : object, optional
-            Labels.
-
-        Returns
-        -------
-        Dataset
-            Of pairs.
-        """
+        """Take rows that are labelled as they are."""
         return X if isinstance(X, LabelledRows) else super().get_dataset(X, y)
 
     def get_split_datasets(self, X: Any, y: Any = None, **fit_params: Any) -> tuple[Any, Any]:
-        """Hold rows out, without a look at their weights.
-
-        Parameters
-        ----------
-        X : object
-            Rows.
-        y : object, optional
-            Labels.
-        **fit_params : dict
-            Passed to `train_split`.
-
-        Returns
-        -------
-        tuple of Dataset
-            For training and for validation, the second may be None.
-        """
+        """Hold rows out, without a look at their weights."""
         if not isinstance(X, LabelledRows) or not self.train_split:
             return super().get_split_datasets(X, y, **fit_params)  # type: ignore[no-any-return]
         training, held_out = self.train_split(X, X.y, **fit_params)
         if isinstance(held_out, Dataset) and not isinstance(held_out, LabelledRows):
             # skorch.helper.predefined_split
-            held_out = self.labelled(*check_labelled_rows(self, held_out.X, held_out.y))
+            held_out = self._labelled(*check_labelled_rows(self, held_out.X, held_out.y))
         return training, held_out
 
     def get_iterator(self, dataset: Any, training: bool = False) -> Any:
-        """Iterate over batches, in orders of the net's own.
-
-        Parameters
-        ----------
-        dataset : Dataset
-            Rows.
-        training : bool, default=False
-            Whether for training.
-
-        Returns
-        -------
-        iterator
-            Of pairs of inputs and targets.
-        """
+        """Iterate over batches, in orders of the net's own."""
         iterator = super().get_iterator(dataset, training)
         ordered = isinstance(iterator, TensorBatches | DataLoader)
         if ordered and iterator.generator is None:

@@ -154,7 +154,8 @@ class TrainingRun:
         Returns
         -------
         Net
-            Fitted; at the weights of the run itself, bit-equal to what was trained.
+            Fitted, its own run in ``run_``; at the weights of the run itself, bit-equal to what
+            was trained.
         """
         run = self.recorded
         net = clone(self._like)
@@ -165,31 +166,35 @@ class TrainingRun:
                 "the run does not hold its rows, which pickling leaves out: pass X and y again."
             )
         checked = check_sample_weight(weights, range(len(run.data)), dtype=np.float64)
-        like = next(run.module.parameters())
-        trainer = train_again(run, torch.as_tensor(checked).to(like))
-        net.adopt(trainer.module, self._learned)
+        own = torch.as_tensor(checked).to(next(run.module.parameters()))
+        trainer = train_again(run, own)
+        net._adopt(trainer.module, self._learned)
+        # the new run, so that rows can be scored, left out and scored again
+        data = replace(run.data, weights=own)
+        again = replace(run, data=data, states=None, end=trainer.state())
+        net.run_ = TrainingRun(again, self._like, self._learned)
         return net
 
     def data_of(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Data:
-        """Bring rows and targets into the form that the run trains on.
+        """Bring rows and labels into the form that the run trains on.
 
         Parameters
         ----------
         X : array-like of shape (n, ...)
             Rows.
         y : array-like of shape (n,)
-            Labels or targets.
+            Labels.
         sample_weight : array-like of shape (n,), optional
             Weights that the run was fitted with.
 
         Returns
         -------
         Data
-            What ``recorded.with_data`` takes.
+            Their inputs, targets and weights.
         """
         net = clone(self._like)
-        net.adopt(self.recorded.module, self._learned)
-        data: Data = net.training_data(X, y, sample_weight)
+        net._adopt(self.recorded.module, self._learned)
+        data: Data = net._training_data(X, y, sample_weight)
         return data
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,14 @@ class Pulled:
     labels: Tensor | None = None  # (m, b, K), by the shares of the labels
 
 
-class Taken(Protocol):
-    """A step's loss, differentiated once."""
+class Given(NamedTuple):
+    """A step's loss is taken of these."""
 
-    @property
-    def gradients(self) -> list[Tensor]:
-        """Gradients of the loss by each parameter (...)."""
-
-    def pull(self, towards: Sequence[Tensor], buffers: Sequence[Tensor]) -> Pulled:
-        """Differentiate the gradients and new buffers along directions (m, ...)."""
+    step: Step
+    inputs: Rows  # (b, ...)
+    targets: Tensor  # (b, ...)
+    parameters: Sequence[Tensor]
+    shares: Tensor  # (b,), weights of the rows
 
 
 class Differentiator:
@@ -61,41 +60,30 @@ class Differentiator:
         self.tried = False
 
     def take(
-        self,
-        step: Step,
-        parameters: Sequence[Tensor],
-        buffers: Sequence[Tensor],
-        weights: Tensor | None,
-    ) -> Taken:
+        self, step: Step, parameters: Sequence[Tensor], buffers: Sequence[Tensor], weights: Any
+    ) -> "Twice | ChainTaken":
         """Differentiate a step's loss at given weights, once: weights (n,)."""
-        run = self.run
-        assert run.data is not None
-        inputs, targets = run.data.batch(step)
-        shares = torch.ones(len(targets), dtype=parameters[0].dtype, device=targets.device)
+        assert self.run.data is not None
+        inputs, targets = self.run.data.batch(step)
+        shares = parameters[0].new_ones(len(targets))
         if weights is not None:
             shares = weights[step.rows.long()].to(shares)
+        given = Given(step, inputs, targets, parameters, shares)
         if not self.tried:
             self.tried = True
-            self.chain = self._checked_chain(step, inputs, targets, parameters, shares)
+            self.chain = self._checked_chain(given)
         # after the trial, whose forwards write to them
         for own, value in zip(self.own_buffers, buffers, strict=True):
             own.copy_(value)
-        if self.chain is not None:
-            with drawing(step.stream):
-                return self.chain.take(inputs, targets, parameters, shares)
-        return self._twice(step, inputs, targets, parameters, shares)
+        if self.chain is None:
+            return self._twice(given)
+        with drawing(step.stream):
+            return self.chain.take(given)
 
-    def _twice(
-        self,
-        step: Step,
-        inputs: Rows,
-        targets: Tensor,
-        parameters: Sequence[Tensor],
-        shares: Tensor,
-    ) -> "Twice":
+    def _twice(self, given: Given) -> "Twice":
         run = self.run
-        leaves = [parameter.detach().requires_grad_() for parameter in parameters]
-        shares = shares.detach().requires_grad_()
+        leaves = [parameter.detach().requires_grad_() for parameter in given.parameters]
+        shares = given.shares.detach().requires_grad_()
         seen: dict[nn.Module, Tensor] = {}
         handles = [
             norm.register_forward_pre_hook(lambda part, args: seen.update({part: args[0]}))
@@ -104,14 +92,14 @@ class Differentiator:
         try:
             with (
                 torch.enable_grad(),
-                drawing(step.stream),
+                drawing(given.step.stream),
                 # fused attention has no second derivative
                 sdpa_kernel(SDPBackend.MATH),
                 substituted(self.module, dict(zip(run.names, leaves, strict=True))),
             ):
                 momenta = [_momentum(norm) for norm in self.norms]
-                outputs = run.compute(self.module, inputs)
-                losses = _weighted(run.loss, outputs, targets)
+                outputs = run.compute(self.module, given.inputs)
+                losses = _weighted(run.loss, outputs, given.targets)
                 relabelled = None
                 if self.labels:
                     relabelled = losses.new_zeros(*outputs.shape).requires_grad_()
@@ -136,37 +124,31 @@ class Differentiator:
         where = {id(buffer): i for i, buffer in enumerate(self.own_buffers)}
         return [(where[id(n.running_mean)], where[id(n.running_var)]) for n in self.norms]
 
-    def _checked_chain(
-        self,
-        step: Step,
-        inputs: Rows,
-        targets: Tensor,
-        parameters: Sequence[Tensor],
-        shares: Tensor,
-    ) -> "Chain | None":
+    def _checked_chain(self, given: Given) -> "Chain | None":
         """Find a plain chain of layers, and hold its products against autograd's."""
         if self.labels and not isinstance(self.run.loss, CrossEntropy):
             return None
-        with drawing(step.stream):
-            links = find_chain(self.module, inputs, self.run)
+        with drawing(given.step.stream):
+            links = find_chain(self.module, given.inputs, self.run)
         if links is None:
             return None
         chain = Chain(links, self.module, self.run, labels=self.labels)
         generator = torch.Generator().manual_seed(0)
-        towards = [
-            torch.randn(2, *p.shape, generator=generator, dtype=p.dtype).to(p) for p in parameters
-        ]
-        with drawing(step.stream):
-            quick = chain.take(inputs, targets, parameters, shares)
-        slow = self._twice(step, inputs, targets, parameters, shares)
+        towards = [torch.randn(2, *p.shape, generator=generator).to(p) for p in given.parameters]
+        with drawing(given.step.stream):
+            quick = chain.take(given)
+        slow = self._twice(given)
         ours, theirs = quick.pull(towards, []), slow.pull(towards, [])
-        pairs = [
-            *zip(quick.gradients, slow.gradients, strict=True),
-            *zip(ours.parameters, theirs.parameters, strict=True),
-            (ours.rows, theirs.rows),
-        ]
-        tolerance = 1e-3 if shares.dtype == torch.float32 else 1e-8
-        same = all(_close(a.detach(), b.detach(), tolerance) for a, b in pairs)
+        pairs = zip(
+            [*quick.gradients, *ours.parameters, ours.rows],
+            [*slow.gradients, *theirs.parameters, theirs.rows],
+            strict=True,
+        )
+        tolerance = 1e-3 if given.shares.dtype == torch.float32 else 1e-8
+        same = all(
+            torch.allclose(a, b.detach(), 0, tolerance * (float(b.detach().abs().max()) + 1e-6))
+            for a, b in pairs
+        )
         return chain if same else None
 
 
@@ -211,11 +193,6 @@ class Twice:
         return Pulled(pulled[:n], pulled[n], before, pulled[n + 1] if len(pulled) > n + 1 else None)
 
 
-def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    largest = float(theirs.abs().max())
-    return float((ours - theirs).abs().max()) <= tolerance * (largest + 1e-6)
-
-
 def _momentum(norm: Any) -> float:
     if norm.momentum is not None:
         return float(norm.momentum)
@@ -246,23 +223,8 @@ def _of_other_labels(loss: Loss, outputs: Tensor, losses: Tensor, relabelled: Te
 # Chains of layers -----------------------------------------------------------------------------
 
 Link = tuple[str, Any]
-_ELEMENTWISE = (
-    nn.ReLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.GELU,
-    nn.SiLU,
-    nn.ELU,
-    nn.SELU,
-    nn.CELU,
-    nn.Mish,
-    nn.Softplus,
-    nn.LeakyReLU,
-    nn.Softsign,
-    nn.LogSigmoid,
-    nn.Hardtanh,
-    nn.ReLU6,
-)
+_ENTRYWISE = "ReLU Tanh Sigmoid GELU SiLU ELU SELU CELU Mish Softplus LeakyReLU Softsign ReLU6"
+_FUNCTIONS = tuple(getattr(nn, name) for name in _ENTRYWISE.split())
 
 
 def find_chain(module: nn.Module, inputs: Rows, run: Run) -> list[Link] | None:
@@ -296,9 +258,9 @@ def find_chain(module: nn.Module, inputs: Rows, run: Run) -> list[Link] | None:
             return None
         if type(part) is nn.Linear:
             links.append(("linear", part))
-        elif isinstance(part, nn.modules.dropout._DropoutNd) and type(part) is nn.Dropout:
-            links.append(("dropout", part))
-        elif type(part) in _ELEMENTWISE and not getattr(part, "inplace", False):
+        elif type(part) is nn.Dropout:
+            links += [("dropout", part)] if part.training else []
+        elif type(part) in _FUNCTIONS and not getattr(part, "inplace", False):
             links.append(("entrywise", part))
         elif type(part) not in (nn.Identity, nn.Flatten):
             return None
@@ -338,10 +300,9 @@ class Chain:
         bias = None if linear.bias is None else self.place[id(linear.bias)]
         return self.place[id(linear.weight)], bias
 
-    def take(
-        self, inputs: Rows, targets: Tensor, parameters: Sequence[Tensor], shares: Tensor
-    ) -> "ChainTaken":
+    def take(self, given: Given) -> "ChainTaken":
         """Run forwards and back once."""
+        inputs, targets, parameters, shares = given[1:]
         at = inputs.array.flatten(1)
         passed: list[tuple[Tensor, Tensor | None]] = []
         for kind, part in self.links:
