@@ -34,6 +34,7 @@ from benchmarks.replay_configurations import (
 )
 from skperf import InfluenceScorer, Net
 from skperf.backbone.training_run import Run, train_again
+from skperf.backbone.views import own_copy
 from skperf.influence.replay import Budget, losses_at, replayed, smoothness
 
 OTHERS = ("gradient_dot", "ggn", "ekfac", "trak")
@@ -60,10 +61,50 @@ def trained(config: Configuration, seed: int) -> tuple[Net, Any, Any]:
 
 def retrained(run: Run, weights: torch.Tensor, asked: Any) -> np.ndarray:
     """Losses of the queries after retraining with each row of weights: -> (m, q)."""
-    found = [
+    # All retrainings take the same batches from the same weights, so they go side by side; plain
+    # runs confirm it to rounding (`side_by_side` below).
+    parts = [_retrained(run, part, asked) for part in weights.split(50)]
+    return torch.cat(parts).numpy()
+
+
+def _retrained(run: Run, weights: torch.Tensor, asked: Any) -> torch.Tensor:
+    module, m = own_copy(run.module), len(weights)
+    stacked = {
+        name: parameter.detach().repeat(m, *[1] * parameter.ndim).requires_grad_()
+        for name, parameter in module.named_parameters()
+    }
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+
+    def outputs(parameters: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, parameters, (inputs,))
+
+    every = torch.func.vmap(outputs, (0, None))
+    optimizer = run.optimizer([{**run.steps[0].settings[0], "params": list(stacked.values())}])
+    X, y = run.data.inputs.array, run.data.targets
+    for step in run.steps:
+        rows = step.rows.long()
+        optimizer.zero_grad()
+        logits = every(stacked, X[rows])
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1), y[rows].repeat(m), reduction="none"
+        )
+        (losses.view(m, -1) * weights[:, rows]).mean(1).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        logits = every(stacked, asked.inputs.array)
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1), asked.targets.repeat(m), reduction="none"
+        )
+    return losses.view(m, -1)
+
+
+def side_by_side(run: Run, weights: torch.Tensor, asked: Any) -> float:
+    """Largest difference between retraining side by side and one after another."""
+    alone = [
         losses_at(run, train_again(run, w).module, asked.inputs, asked.targets) for w in weights
     ]
-    return torch.stack(found).numpy()
+    return float((_retrained(run, weights, asked) - torch.stack(alone)).abs().max())
 
 
 def dropped(n: int, share: float, count: int, seed: int) -> torch.Tensor:
@@ -107,6 +148,7 @@ def quality(configurations: Any, seeds: Any, part: str, *, n_single: int, others
                 "test accuracy": net.score(X_query, y_query),
                 "smoothness": smoothness(fitted, run.data.inputs[some], run.data.targets[some]),
             }
+            row["side by side"] = side_by_side(run, dropped(n, 0.1, 2, seed), asked)
             for share in SHARES:
                 weights = dropped(n, share, SUBSETS, seed)
                 losses = retrained(run, weights, asked)
@@ -210,7 +252,7 @@ def speed() -> None:
                 more.inputs[p], more.targets[p], aggregate=m
             )
         samples: dict[str, list[float]] = {name: [] for name in tasks}
-        for turn in range(6):
+        for turn in range(4):
             for name, task in tasks.items():
                 started = time.process_time()
                 task()
@@ -245,7 +287,7 @@ def speed() -> None:
 
 
 def memory() -> None:
-    config = Configuration("MLP 64-512-512-10", digits, (512, 512), nn.GELU, lr=0.1, max_epochs=36)
+    config = Configuration("MLP 64-512-512-10", digits, (512, 512), nn.GELU, lr=0.1, max_epochs=38)
     rows = []
     net, asked, _ = trained(config, 0)
     run = replace(net.run_.recorded, states=None)
