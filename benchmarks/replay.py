@@ -229,7 +229,7 @@ def speed() -> None:
     ]
     cases += [(Configuration("CNN, SGD", fashion, lr=0.1, batch_size=100, max_epochs=2), 1)]
     for config, _ in cases:
-        net, asked, (X, y, X_query, y_query) = trained(config, 0)
+        net, _, (X, y, X_query, y_query) = trained(config, 0)
         run = net.run_.recorded
         more = net.run_.data_of(
             np.concatenate([X_query, X[:40]]), np.concatenate([y_query, y[:40]])

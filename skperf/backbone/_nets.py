@@ -218,7 +218,18 @@ class Net(NeuralNetClassifier):
         return copied
 
     def set_params(self, **kwargs: Any) -> Self:
-        """Set parameters, none of which is looked at before `fit`."""
+        """Set parameters, none of which is looked at before `fit`.
+
+        Parameters
+        ----------
+        **kwargs : dict
+            By name.
+
+        Returns
+        -------
+        Net
+            Itself.
+        """
         if not self.initialized_ and "callbacks" in kwargs:
             # skorch would build, and so validate, them before fit
             self.callbacks = kwargs.pop("callbacks")
