@@ -162,7 +162,7 @@ def quality(configurations: Any, seeds: Any, part: str, *, n_single: int, others
                 base = losses_at(run, net.module_, asked.inputs, asked.targets).numpy()
                 actual = retrained(run, weights, asked) - base
                 predicted = scores["replay"][:, chosen].T
-                row["leave-one-out Pearson"] = pearsonr(actual.ravel(), predicted.ravel())[0]
+                row["leave-one-out Pearson"] = float(pearsonr(actual.ravel(), predicted.ravel())[0])
                 row["leave-one-out slope"] = float(
                     (actual * predicted).sum() / np.square(predicted).sum()
                 )
