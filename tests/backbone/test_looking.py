@@ -380,3 +380,67 @@ def test_a_pipeline_takes_its_own_kind_of_rows():
     pipe = make_pipeline(steps, LogisticRegression()).fit(frame, y)
     logits = open_network(FrozenEstimator(pipe)).logits(Rows.of(frame))
     np.testing.assert_allclose(logits.softmax(1), pipe.predict_proba(frame), rtol=1e-6)
+
+
+def test_skorchs_own_pipelines_from_texts_to_labels():
+    from skorch.hf import HuggingfaceTokenizer
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.trainers import WordLevelTrainer
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = DistilBertForSequenceClassification(
+                DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+            )
+
+        def forward(self, input_ids, attention_mask):
+            return self.net(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    texts = ["a good day", "what a bad day it was", "good", "bad bad"] * 6
+    labels = np.array(["fine", "poor"] * 12)
+    tokens = HuggingfaceTokenizer(
+        model__unk_token="[UNK]",
+        tokenizer=Tokenizer,
+        model=WordLevel,
+        trainer=WordLevelTrainer(vocab_size=40, special_tokens=["[UNK]", "[PAD]"]),
+        pre_tokenizer=Whitespace(),
+        max_length=8,
+        return_tensors="pt",
+        return_length=False,
+        return_token_type_ids=False,
+        verbose=0,
+    )
+    tokens.set_params(pad_token="[PAD]")
+    pipe = make_pipeline(
+        tokens, Net(Texts, criterion=nn.CrossEntropyLoss, max_epochs=2, random_state=0)
+    )
+    pipe.fit(texts, labels)
+    frozen = fit_estimator(FrozenEstimator(pipe), texts, labels)
+    logits = open_network(frozen).logits(Rows.of(texts))
+    np.testing.assert_allclose(logits.softmax(1), pipe.predict_proba(texts), rtol=1e-4)
+
+
+def test_a_hugging_face_data_set_is_read_by_its_columns():
+    class Columns:
+        """Stands in for datasets.Dataset, which answers a list of numbers with columns."""
+
+        column_names = ("input_ids", "attention_mask", "label")
+
+        def __init__(self, ids):
+            self.ids = ids
+
+        def __len__(self):
+            return len(self.ids)
+
+        def __getitem__(self, numbers):
+            ids = self.ids[np.asarray(numbers)]
+            return {"input_ids": ids.tolist(), "attention_mask": (ids != 0).tolist(), "label": 1}
+
+    ids, module = padded(np.random.default_rng(0)), bert()
+    expected = from_module(module).predict_proba(ids)
+    got = from_module(module).predict_proba(Columns(ids))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
