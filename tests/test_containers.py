@@ -247,7 +247,7 @@ METHODS = {
             "counterfactual": lambda e, X, y: e.counterfactual(masks(e), X, y),
             "predict_counterfactual": lambda e, X, y: e.predict_counterfactual(masks(e), X, y),
             "score": lambda e, X, y: e.score(X, y, n_masks=5),
-            "top_components": lambda e, X, y: e.top_components(2)["indices"],
+            "top_components": lambda e, X, y: np.asarray(e.top_components(2)["index"]),
             "edit": lambda e, X, y: e.edit(np.arange(3), k=1).predict(X),
             "ablate": lambda e, X, y: e.ablate(masks(e)[0]).predict(X),
         },
