@@ -103,6 +103,21 @@ WORKLOADS = (
     ),
     *(
         Workload(
+            "replay",
+            question,
+            f"replay {part}",
+            (f"replay_{part}.json",),
+            "guide/replay",
+        )
+        for part, question in (
+            ("threshold", "When is a training run smooth enough to be differentiated?"),
+            ("quality", "Influence through the training run against retraining"),
+            ("speed", "The price of going back through a training run"),
+            ("memory", "Memory of a training run, with checkpoints and without"),
+        )
+    ),
+    *(
+        Workload(
             "components",
             "Effects of components at equal cost",
             f"components curve --network {network} --fraction {share} --seed {seed}",
