@@ -134,7 +134,7 @@ class TrajectoryDisplay:
         )
         return display.plot(ax, **line_kw)
 
-    def plot(self, ax=None, **line_kw):
+    def plot(self, ax=None, *, title=None, **line_kw):
         """Draw.
 
         Parameters
@@ -142,6 +142,8 @@ class TrajectoryDisplay:
         ax : matplotlib Axes or sequence of three, optional
             One gets the losses; three get losses, label mixes and worst recall. By default a
             new figure of three.
+        title : str, optional
+            Above the first picture.
         **line_kw : dict
             For the lines of the losses.
 
@@ -160,6 +162,8 @@ class TrajectoryDisplay:
             self._plot_mixes(axes[1])
             self._plot_worst_recall(axes[2])
         axes[-1].set_xlabel("round")
+        if title is not None:
+            axes[0].set_title(title)
         self.ax_ = ax
         self.figure_ = axes[0].figure
         return self
@@ -191,11 +195,12 @@ class TrajectoryDisplay:
         ax.set_ylabel(
             "label mix\n(dots: anticipated)" if self.predicted is not None else "label mix"
         )
-        ax.legend(fontsize="small", ncols=4)
+        ax.legend(fontsize="small", ncols=4, title="class" if self.classes is not None else None)
 
     def _plot_worst_recall(self, ax):
         if self.worst_recall is not None:
-            ax.plot(self._numbers(), self.worst_recall, color="C3")
+            ax.plot(self._numbers(), self.worst_recall, color="C3", label="worst class")
+            ax.legend(fontsize="small")
         ax.set_ylabel("worst class recall")
         ax.set_ylim(-0.02, 1.02)
 

@@ -9,7 +9,7 @@ from torch import nn
 from skperf.performative._neural import fit_neural
 from skperf.performative.anticipation import Candidate, Contender, Settings
 from skperf.performative.corrector import MIXES, STRENGTHS, Corrector
-from skperf.performative.ladder import INPUTS, KINDS, candidate, forms
+from skperf.performative.ladder import INPUTS, KINDS, candidates
 from skperf.performative.paper import fit_paper, new_map
 from skperf.performative.record import Options
 from skperf.performative.response import Form
@@ -78,20 +78,17 @@ def settings_of(
             )
     alone = len(names) == 1
     decay = params["decay"]
-    listed = forms(
+    allowed = set(_inputs(params["inputs"], alone))
+    allowed -= set() if n_covariates else {"covariates"}
+    allowed -= set() if n_classes <= MOST_CONFUSED and entry_a_class else {"confusion"}
+    found = candidates(
         kinds,
-        _inputs(params["inputs"], alone),
+        allowed,
         entry_a_class=entry_a_class,
-        n_covariates=n_covariates,
-        confusable=n_classes <= MOST_CONFUSED,
-        decays=None if isinstance(decay, str) else (float(decay),),
+        n_parameters=n_statistics * n_classes,
+        decay=None if isinstance(decay, str) else float(decay),
+        alone=alone,
     )
-    found = {
-        name: candidate(
-            form, faded, kind, n_statistics=n_statistics, n_classes=n_classes, alone=alone
-        )
-        for name, (form, faded, kind) in listed.items()
-    }
     for name in names:
         if name not in KINDS:
             found[_name_of(name)] = _trained(name, params, seed, alone)

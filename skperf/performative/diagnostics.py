@@ -86,34 +86,41 @@ def conditional_shift_p_value(counts: Array, hits: Array) -> float:
 
 
 def response_p_value(
-    inputs: Inputs, counts: Array, *, n_permutations: int, generator: np.random.Generator
+    inputs: Inputs,
+    counts: Array,
+    expected: Array,
+    *,
+    n_permutations: int,
+    generator: np.random.Generator,
 ) -> float:
     """Test by permutation whether counts (R, K) answer the statistics beyond their own past."""
     # Mixes and statistics may both wander without one answering the other. Log mixes are
-    # regressed on the mixes of the two rounds before; what is left of a round is news, and news is
-    # exchangeable between rounds unless the statistic foretells it (Freedman and Lane).
+    # regressed on the mixes of the two rounds before and on the log mix `expected` (R, K) that the
+    # deployed model was corrected for, which sums up the older past and moves its recall; what is
+    # left is news, exchangeable between rounds unless the statistic foretells it (Freedman, Lane).
     known = np.isfinite(inputs.mixes[:, :2]).all(axis=(1, 2)) & (counts.sum(axis=1) > 0)
     known &= np.isfinite(inputs.statistics[:, 0]).all(axis=1)
-    inputs, counts = inputs[known], counts[known]
+    inputs, counts, expected = inputs[known], counts[known], expected[known]
     n_pairs, n_classes = counts.shape
     if n_pairs < 6:
         return float("nan")
     logs = np.log(smooth_shares(counts))
     mixes = logs - logs.mean(axis=1, keepdims=True)
-    past = [inputs.mixes[:, 0], inputs.mixes[:, 0] - inputs.mixes[:, 1]]
+    past = [inputs.mixes[:, 0], inputs.mixes[:, 1], expected]
     statistics = inputs.statistics[:, 0]
-    null = np.stack([_demeaned(one).ravel() for one in past], axis=1)
-    news = _without(null, _demeaned(mixes).ravel()).reshape(n_pairs, n_classes)
+    past = [one - one.mean(axis=1, keepdims=True) for one in past]
+    null = np.stack([_detrended(one).ravel() for one in past], axis=1)
+    news = _without(null, _detrended(mixes).ravel()).reshape(n_pairs, n_classes)
     if statistics.shape[1] == n_classes:
         centred = statistics - statistics.mean(axis=1, keepdims=True)
-        own = _without(null, _demeaned(centred).ravel())
+        own = _without(null, _detrended(centred).ravel())
         told = own.reshape(1, n_pairs, n_classes) / max(float(np.linalg.norm(own)), 1e-12)
 
         def reached(order: Codes) -> float:
             return float(np.tensordot(told[0], news[order], axes=2) ** 2)
     else:
         # a round's news on an orthogonal basis of what the statistics may tell
-        basis = np.linalg.qr(_demeaned(statistics))[0][:, : max(1, n_pairs // 4)]
+        basis = np.linalg.qr(_detrended(statistics))[0][:, : max(1, n_pairs // 4)]
 
         def reached(order: Codes) -> float:
             return float(((basis.T @ news[order]) ** 2).sum())
@@ -125,13 +132,15 @@ def response_p_value(
     return at_least / (1 + n_permutations)
 
 
-def _demeaned(values: Array) -> Array:
-    centred: Array = values - values.mean(axis=0)
-    return centred
+def _detrended(values: Array) -> Array:
+    """Take a level and a line in time from every column (R, K): both sides may only drift."""
+    time = np.arange(float(len(values)))
+    line = np.stack([np.ones(len(values)), time - time.mean()], axis=1)
+    return _without(line, values)
 
 
 def _without(null: Array, values: Array) -> Array:
-    """Residuals (n,) of a regression on the columns of the null (n, p)."""
+    """Residuals (n, ...) of a regression on the columns of the null (n, p)."""
     solution = np.linalg.lstsq(null, values, rcond=None)[0]
     left: Array = values - null @ solution
     return left

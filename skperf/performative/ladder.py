@@ -8,80 +8,53 @@ from skperf.performative.response import Form
 COSTLY = 2000  # parameters above which a map with a matrix is refitted more rarely
 KINDS = ("fixed", "tied", "curve", "linear")
 INPUTS = ("statistic", "previous", "lags", "shares", "confusion", "covariates")
-RECENT = (1.0, 0.9)
+ONE, RECENT = (1.0,), (1.0, 0.9)
+S, S2, X, X2, X3 = "statistic", "statistic_2", "mix", "mix_2", "mix_3"
+# name after the kind, inputs that have to be allowed, form, decays
+MAPS: tuple[tuple[str, str, tuple[str, ...], Form, tuple[float, ...]], ...] = (
+    ("fixed", "", (), Form(), RECENT),
+    ("fixed", "", ("previous",), Form(), (0.6, 0.2)),
+    ("tied", "", (S,), Form((S,)), RECENT),
+    ("curve", "", (S,), Form(("curve",)), RECENT),
+    ("linear", "", (S,), Form((S,), (S,)), ONE),
+    ("tied", ": mix", ("previous",), Form((X,)), RECENT),
+    ("tied", ": trend", ("previous",), Form(anchor="previous"), (0.95, 0.8)),
+    ("tied", ": mix, statistic", ("previous", S), Form((X, S)), RECENT),
+    ("tied", ": momentum", ("lags",), Form(("change",), (), "previous"), (0.95,)),
+    ("tied", ": lags", ("lags",), Form((X, X2, X3), (), "previous"), (1.0, 0.95)),
+    ("tied", ": lags, statistic", ("lags", S), Form((X, X2, S, S2)), ONE),
+    ("linear", ": delayed", ("lags", S), Form((S, S2, X), (S, S2)), ONE),
+    ("tied", ": shares", ("shares",), Form(("shares",)), RECENT),
+    ("tied", ": mix, shares", ("shares", "previous"), Form((X, "shares")), ONE),
+    ("tied", ": confusion", ("confusion", S), Form((S, "taken")), ONE),
+    ("linear", ": confusion", ("confusion",), Form(("taken",), ("confusions",)), ONE),
+    ("linear", ": covariates", ("covariates",), Form((), ("covariates",)), RECENT),
+    ("linear", ": mix, covariates", ("covariates", "previous"), Form((X,), ("covariates",)), ONE),
+    ("linear", ": statistic, covariates", ("covariates", S), Form((S,), ("covariates",)), ONE),
+)
 
 
-def forms(
+def candidates(
     kinds: Iterable[str],
     inputs: Iterable[str],
     *,
     entry_a_class: bool,
-    n_covariates: int = 0,
-    confusable: bool = True,
-    decays: tuple[float, ...] | None = None,
-) -> dict[str, tuple[Form, float, str]]:
-    """List the maps of some kinds over some inputs: name -> form, decay and kind."""
-    kinds, inputs = set(kinds), set(inputs)
-    found: dict[str, tuple[Form, float, str]] = {}
-
-    def add(name: str, form: Form, kind: str, horizons: tuple[float, ...]) -> None:
-        if kind not in kinds:
-            return
-        for decay in horizons if decays is None else decays:
-            label = name if decay == 1.0 or decays is not None else f"{name}, decay {decay}"
-            found[label] = (form, decay, kind)
-
-    levels = (1.0, 0.9, 0.6, 0.2) if {"previous", "lags"} & inputs else RECENT
-    add("fixed", Form(), "fixed", levels)
-    if "statistic" in inputs:
-        if entry_a_class:
-            add("tied", Form(("statistic",)), "tied", RECENT)
-            add("curve", Form(("curve",)), "curve", RECENT)
-            add("linear", Form(("statistic",), ("statistic",)), "linear", (1.0,))
-        else:
-            add("linear", Form((), ("statistic",)), "linear", RECENT)
-    if "previous" in inputs:
-        add("tied: mix", Form(("mix",)), "tied", RECENT)
-        add("tied: trend", Form((), (), "previous"), "tied", (0.95, 0.8))
-        if entry_a_class and "statistic" in inputs:
-            add("tied: mix, statistic", Form(("mix", "statistic")), "tied", RECENT)
-    if "lags" in inputs:
-        add("tied: momentum", Form(("change",), (), "previous"), "tied", (0.95,))
-        add("tied: lags", Form(("mix", "mix_2", "mix_3"), (), "previous"), "tied", (1.0, 0.95))
-        if entry_a_class and "statistic" in inputs:
-            both = ("mix", "mix_2", "statistic", "statistic_2")
-            add("tied: lags, statistic", Form(both), "tied", (1.0,))
-            add(
-                "linear: delayed",
-                Form(("statistic", "statistic_2", "mix"), ("statistic", "statistic_2")),
-                "linear",
-                (1.0,),
-            )
-    if "shares" in inputs:
-        add("tied: shares", Form(("shares",)), "tied", RECENT)
-        add("tied: mix, shares", Form(("mix", "shares")), "tied", (1.0,))
-    if "confusion" in inputs and entry_a_class and confusable:
-        add("tied: confusion", Form(("statistic", "taken")), "tied", (1.0,))
-        add("linear: confusion", Form(("taken",), ("confusions",)), "linear", (1.0,))
-    if "covariates" in inputs and n_covariates:
-        add("linear: covariates", Form((), ("covariates",)), "linear", RECENT)
-        add("linear: mix, covariates", Form(("mix",), ("covariates",)), "linear", (1.0,))
-        if entry_a_class:
-            add(
-                "linear: statistic, covariates",
-                Form(("statistic",), ("covariates",)),
-                "linear",
-                (1.0,),
-            )
+    n_parameters: int,
+    decay: float | None = None,
+    alone: bool = False,
+) -> dict[str, Candidate]:
+    """List the maps of some kinds over some inputs; `decay` holds for all where it is given."""
+    allowed, found = set(inputs), {}
+    for kind, name, needed, form, decays in MAPS:
+        if kind not in set(kinds) or not set(needed) <= allowed:
+            continue
+        if not entry_a_class and S in needed:
+            if kind != "linear" or needed != (S,):
+                continue
+            form = Form((), (S,))  # there is no slope that classes could share
+        # a map with a matrix is dear: among others it is fitted anew after a twentieth more rounds
+        growth = 1.0 if alone or not form.free else 1.2 if n_parameters > COSTLY else 1.05
+        for faded in decays if decay is None else (decay,):
+            label = kind + name if faded == 1.0 or decay else f"{kind}{name}, decay {faded}"
+            found[label] = Candidate(form, faded, growth=growth, kind=kind)
     return found
-
-
-def candidate(
-    form: Form, decay: float, kind: str, *, n_statistics: int, n_classes: int, alone: bool
-) -> Candidate:
-    """Say how a map of a form is fitted."""
-    costly = bool(form.free) and n_statistics * n_classes > COSTLY
-    growth = 1.0
-    if form.free and not alone:
-        growth = 1.2 if costly else 1.05
-    return Candidate(form, decay, growth=growth, kind=kind)

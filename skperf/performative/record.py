@@ -179,7 +179,8 @@ class Record:
         first = np.maximum(worth * prior, 1e-9)
         second = np.maximum(worth * (1 - prior), 1e-9)
         bounds: Array = beta.ppf(tails, first, second)
-        # far out in a tail the quantile may cross the mean
+        # shares are counts over the size; far out in a tail the quantile may cross the mean
+        bounds = np.stack([np.floor(bounds[0] * size), np.ceil(bounds[1] * size)]) / size
         return np.stack([np.minimum(bounds[0], prior), np.maximum(bounds[1], prior)])
 
     # ---- batches

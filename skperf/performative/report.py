@@ -75,13 +75,19 @@ def quick_diagnostics(record: Record) -> dict[str, Any]:
 def full_diagnostics(record: Record, n_permutations: int) -> dict[str, Any]:
     """All diagnostics, with the test whether the mix answers the model."""
     inputs, counts = record.anticipation.trajectory.pairs()
+    told = record.losses[-len(record.anticipation.trajectory) :]
+    expected = np.log([one["predicted"] for one in told[: len(counts)]] or np.zeros((0, 1)))
     generator = np.random.default_rng(record.options.seed)
     gains = {name: float(v.mean()) if len(v) else np.nan for name, v in gains_of(record).items()}
     found = prequential(record)
     saved = found["none"] - found["adapter"]
     return quick_diagnostics(record) | {
         "response_p_value": response_p_value(
-            inputs[-LATEST:], counts[-LATEST:], n_permutations=n_permutations, generator=generator
+            inputs[-LATEST:],
+            counts[-LATEST:],
+            expected[-LATEST:],
+            n_permutations=n_permutations,
+            generator=generator,
         ),
         "gain_nothing": 0.0,
         "gain_previous_mix": gains["last"],

@@ -63,6 +63,7 @@ def pairs(step, n_rounds=40, seed=0):
     """Record of a world: ``step(statistic, log_mix, rng)`` gives the next log mix."""
     rng = np.random.default_rng(seed)
     record, logs, statistic = Trajectory.empty(K, K), np.zeros(K), rng.uniform(0.4, 1.0, size=K)
+    told = []
     for t in range(n_rounds):
         logs = step(statistic, logs, rng)
         counts = rng.multinomial(500, softmax(logs)).astype(float)
@@ -70,12 +71,14 @@ def pairs(step, n_rounds=40, seed=0):
         expected = record.mixes[-1] if t else np.zeros(K)
         statistic = np.clip(0.5 + 0.2 * expected + rng.normal(scale=0.1, size=K), 0, 1)
         record = record.append(t, statistic, counts)
-    return record.pairs()
+        told.append(expected)
+    return *record.pairs(), np.array(told[:-1])
 
 
-def p_value(inputs, counts, n_permutations=59, seed=0):
+def p_value(inputs, counts, expected, n_permutations=59, seed=0):
     generator = np.random.default_rng(seed)
-    return response_p_value(inputs, counts, n_permutations=n_permutations, generator=generator)
+    keywords = {"n_permutations": n_permutations, "generator": generator}
+    return response_p_value(inputs, counts, expected, **keywords)
 
 
 def test_an_answer_is_found():

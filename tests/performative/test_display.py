@@ -29,6 +29,9 @@ def test_from_estimator(lived):
     assert one.ax_ is ax
     assert list(one.lines_) == ["adapter"]
     assert one.lines_["adapter"].get_linewidth() == 3
+    titled = display.plot(title="a world that answers")
+    assert titled.ax_[0].get_title() == "a world that answers"
+    assert titled.ax_[1].get_legend().get_title().get_text() == "class"
     with pytest.raises(NotFittedError):
         TrajectoryDisplay.from_estimator(PerformativeAdapter())
 
