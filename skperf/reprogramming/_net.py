@@ -1,6 +1,7 @@
 """The skorch net that trains programs, and nothing but programs."""
 
 from contextlib import nullcontext, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ class ProgramNet(Net):
 
     Its rows are the numbers of pictures, which are read batch by batch.
     """
+
+    module_: Any
 
     def __init__(
         self,

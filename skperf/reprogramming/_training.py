@@ -34,6 +34,7 @@ from skperf.reprogramming.pictures import Pictures
 from skperf.reprogramming.programmed import ProgrammedEncoder
 from skperf.reprogramming.programs import Prompts
 from skperf.reprogramming.rejection import FEATURE_SCORES
+from skperf.reprogramming.residual import unit
 
 #: Learning rates of the border where texts are trained beside it, and where it is alone.
 BORDER_RATES = {"beside texts": 0.03, "alone": 0.1}
@@ -167,7 +168,7 @@ def embed(task: Task, pictures: Pictures, batch_size: int, module=None) -> Tenso
             else:
                 outputs = encoder.encode_image(placed)
                 if task.zero_shot is not None:
-                    outputs = torch.nn.functional.normalize(outputs, dim=-1)
+                    outputs = unit(outputs)
             pieces.append(outputs.cpu())
     # a copy, since tensors of inference mode take no part in training
     return torch.cat(pieces).clone()

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from skperf.reprogramming.encoders import FrozenEncoder
 from skperf.reprogramming.heads import Head
 from skperf.reprogramming.programmed import ProgrammedEncoder
 from skperf.reprogramming.rejection import agreement
-from skperf.reprogramming.residual import mixed
+from skperf.reprogramming.residual import mixed, unit
 
 
 class ReprogrammedClassifier(nn.Module):
@@ -137,7 +136,7 @@ class ReprogrammedClassifier(nn.Module):
 
     def _encode(self, placed: Tensor) -> Tensor:
         outputs = self.encoder.encode_image(placed, self.model)
-        return functional.normalize(outputs, dim=-1) if self.unit else outputs
+        return unit(outputs) if self.unit else outputs
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

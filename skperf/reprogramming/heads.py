@@ -22,6 +22,8 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skperf.reprogramming.residual import unit
+
 Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
 
 #: Ridge of the probe, on features whose mean square length is 1.
@@ -151,12 +153,12 @@ class Cache(Head):
     def __init__(self, cached: Cached, weight: float, sharpness: float) -> None:
         super().__init__(cached)
         self.weight, self.sharpness = weight, sharpness
-        self.register_buffer("keys", functional.normalize(cached.outputs, dim=-1))
+        self.register_buffer("keys", unit(cached.outputs))
         self.register_buffer("votes", cache_votes(cached))
 
     def forward(self, outputs: Tensor) -> Tensor:
         """Compute class logits: outputs (n, d) -> (n, n_classes)."""
-        nearness = functional.normalize(outputs, dim=-1) @ self.keys.T  # type: ignore[operator]
+        nearness = unit(outputs) @ self.keys.T  # type: ignore[operator]
         near = torch.exp(self.sharpness * (nearness - 1))
         return self.texts(outputs) + self.weight * near @ self.votes  # type: ignore[operator]
 
@@ -193,7 +195,7 @@ class Adapter(Head):
         """Compute class logits: outputs (n, d) -> (n, n_classes)."""
         moved = ((outputs @ self.down).relu() @ self.up).relu()
         mixed = self.share * moved + (1 - self.share) * outputs
-        return self.texts(functional.normalize(mixed, dim=-1))
+        return self.texts(unit(mixed))
 
 
 class Attributes(Head):
@@ -249,7 +251,7 @@ def fit_probe(cached: Cached, folds: Folds) -> Fitted:
 
 def fit_cache(cached: Cached, folds: Folds) -> Fitted:
     """Choose weight and sharpness; every row is left out of the votes for itself."""
-    keys = functional.normalize(cached.outputs, dim=-1)
+    keys = unit(cached.outputs)
     nearness, votes, texts = keys @ keys.T, cache_votes(cached), cached.texts()
     trials: dict[tuple[float, float], Tensor] = {}
     for sharpness in CACHE_SHARPNESS:

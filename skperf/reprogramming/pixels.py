@@ -74,18 +74,19 @@ class PixelPipeline:
         size = size or self.size or (height, width)
         scaled = self.scaled_size((height, width), size)
         window = [
-            _window(s, wanted, self.rounded_crop) for s, wanted in zip(scaled, size, strict=True)
+            _window(have, wanted, self.rounded_crop)
+            for have, wanted in zip(scaled, size, strict=True)
         ]
-        rows, columns = (slice(max(0, start), max(0, start) + n) for start, n in window)
-        placed = resampled(images, scaled, self.interpolation, rows, columns)
+        placed = resampled(images, scaled, self.interpolation, *window)
         missing = [side - have for side, have in zip(size, placed.shape[-2:], strict=True)]
-        if any(missing):
-            top, left = missing[0] // 2, missing[1] // 2
-            canvas = placed.new_tensor(self.fill).view(1, -1, 1, 1).expand(1, placed.shape[1], 1, 1)
-            canvas = canvas.expand(len(placed), -1, *size).clone()
-            canvas[..., top : top + placed.shape[-2], left : left + placed.shape[-1]] = placed
-            return canvas
-        return placed
+        if not any(missing):
+            return placed
+        extra = 0 if self.resize == "contain" or self.rounded_crop else 1
+        top, left = ((side + extra) // 2 for side in missing)
+        canvas = placed.new_tensor(self.fill).view(1, -1, 1, 1).expand(1, placed.shape[1], 1, 1)
+        canvas = canvas.expand(len(placed), -1, *size).clone()
+        canvas[..., top : top + placed.shape[-2], left : left + placed.shape[-1]] = placed
+        return canvas
 
     def scaled_size(self, source: Size, size: Size) -> Size:
         """Size of a picture once scaled, before it is cropped or filled up to `size`."""
@@ -100,7 +101,7 @@ class PixelPipeline:
         if self.resize == "contain":
             ratio = max(height / size[0], width / size[1])
             return min(size[0], round(height / ratio)), min(size[1], round(width / ratio))
-        if size[0] != size[1]:
+        if size[0] != size[1] and not (own and self.scaled is not None):
             ratio = max(size[0] / height, size[1] / width)
             return max(size[0], round(height * ratio)), max(size[1], round(width * ratio))
         short = size[0]
@@ -141,9 +142,11 @@ class PixelPipeline:
 PLAIN = PixelPipeline()
 
 
-def _window(have: int, wanted: int, rounded: bool) -> tuple[int, int]:
+def _window(have: int, wanted: int, rounded: bool) -> slice:
+    if have <= wanted:
+        return slice(0, have)
     start = round((have - wanted) / 2) if rounded else (have - wanted) // 2
-    return (start, wanted) if have > wanted else (0, have)
+    return slice(start, start + wanted)
 
 
 def patch_grid(source: Size, patch: int, most: int, eps: float = 1e-5) -> Size:
@@ -162,24 +165,30 @@ def patch_grid(source: Size, patch: int, most: int, eps: float = 1e-5) -> Size:
     return grid(low)
 
 
+#: Bits of PIL's fixed-point weights.
+_BITS = 22
+
+
 @lru_cache(maxsize=128)
 def _weights(n_in: int, n_out: int, interpolation: str) -> Tensor:
-    """Weights of PIL's filters along one side: -> (n_out, n_in)."""
+    """Weights of PIL's filters along one side, times 2 ** 22: -> (n_out, n_in)."""
     scale = n_in / n_out
-    weights = torch.zeros(n_out, n_in)
+    weights = np.zeros((n_out, n_in))
     if interpolation == "nearest":
-        weights[torch.arange(n_out), [int((i + 0.5) * scale) for i in range(n_out)]] = 1
-        return weights
+        # PIL adds the step up, and its rounding with it
+        places = np.cumsum([0.5 * scale] + [scale] * (n_out - 1)).astype(int)
+        weights[np.arange(n_out), places.clip(0, n_in - 1)] = 2**_BITS
+        return torch.from_numpy(weights)
     function, reach = FILTERS[interpolation]
     stretch = max(1.0, scale)
     for i in range(n_out):
         centre = (i + 0.5) * scale
         first = max(0, int(centre - reach * stretch + 0.5))
         last = min(n_in, int(centre + reach * stretch + 0.5))
-        row = [function((j - centre + 0.5) / stretch) for j in range(first, last)]
-        total = sum(row)
-        weights[i, first:last] = torch.tensor([w / total for w in row])
-    return weights
+        row = np.array([function((j - centre + 0.5) * (1 / stretch)) for j in range(first, last)])
+        row = row * (1 / sum(row)) * 2**_BITS
+        weights[i, first:last] = np.trunc(row + np.copysign(0.5, row))
+    return torch.from_numpy(weights)
 
 
 def resampled(
@@ -189,21 +198,25 @@ def resampled(
     height, width = images.shape[-2:]
     if (height, width) == size:
         return images[..., rows, columns]
-    # PIL keeps 8 bits after each of its two passes
-    levels = images * 255
-    if width == size[1]:
-        levels = levels[..., columns]
-    else:
-        levels = _rounded(levels @ _weights(width, size[1], interpolation)[columns].to(levels).T)
-    if height == size[0]:
-        levels = levels[..., rows, :]
-    else:
-        levels = _rounded(_weights(height, size[0], interpolation)[rows].to(levels) @ levels)
-    return levels / 255
+    # whole numbers in double precision: exactly PIL's arithmetic, 8 bits after each pass
+    levels = (images.double() * 255).round()
+    across = _weights(width, size[1], interpolation)[columns].to(levels.device)
+    down = _weights(height, size[0], interpolation)[rows].to(levels.device)
+
+    def wide(levels: Tensor) -> Tensor:
+        return levels[..., columns] if width == size[1] else _rounded(levels @ across.T)
+
+    def high(levels: Tensor) -> Tensor:
+        return levels[..., rows, :] if height == size[0] else _rounded(down @ levels)
+
+    # PIL's order of the passes, found by trying it
+    vertical_first = size[0] < height and 2 * (width - size[1]) < height - size[0]
+    levels = wide(high(levels)) if vertical_first else high(wide(levels))
+    return (levels / 255).to(images.dtype)
 
 
 def _rounded(levels: Tensor) -> Tensor:
-    return (levels + 0.5).floor().clamp(0, 255)
+    return ((levels + 2 ** (_BITS - 1)) / 2**_BITS).floor().clamp(0, 255)
 
 
 def read_processor(processor: Any, guess: PixelPipeline) -> PixelPipeline:

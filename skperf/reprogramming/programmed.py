@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from skperf.reprogramming.encoders import FrozenEncoder
 from skperf.reprogramming.programs import InputProgram, Prompts, TextProgram
-from skperf.reprogramming.residual import mixed
+from skperf.reprogramming.residual import mixed, unit
 
 
 class ProgrammedEncoder(nn.Module):
@@ -86,7 +85,7 @@ class ProgrammedEncoder(nn.Module):
             seen = placed if weights is None else self.program.add(placed, weights)
             outputs = self.encoder.encode_image(seen)
         if self.has_unit_embeddings:
-            outputs = functional.normalize(outputs, dim=-1)
+            outputs = unit(outputs)
         self.outputs = outputs.detach()
         return outputs
 
@@ -140,7 +139,7 @@ class ProgrammedEncoder(nn.Module):
         if self.head is None:
             return prompts
         offsets = self.head.weight if wanted is None else self.head.weight[wanted]
-        return functional.normalize(prompts + offsets, dim=-1)
+        return unit(prompts + offsets)
 
     def set_none_level(self, plain: Tensor, weight: Tensor | None) -> None:
         """Place the logit of "none of these" above those of zero-shot.

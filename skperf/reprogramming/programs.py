@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from skperf.reprogramming.encoders import FrozenEncoder
 from skperf.reprogramming.pixels import PLAIN, PixelPipeline
+from skperf.reprogramming.residual import unit
 from skperf.reprogramming.tokens import Tokens
 
 #: Prompts that go through the text tower at once.
@@ -300,7 +301,7 @@ class Prompts:
             encoder.encode_text(self.tokens[start : start + PROMPTS_AT_ONCE], hook, model)
             for start in range(0, len(self.tokens), PROMPTS_AT_ONCE)
         ]
-        embeddings = functional.normalize(torch.cat(pieces), dim=-1)
+        embeddings = unit(torch.cat(pieces))
         sums = embeddings.new_zeros(self.n_classes, embeddings.shape[1])
         # the length of the mean is lost, so the sum will do
-        return functional.normalize(sums.index_add(0, self.groups, embeddings), dim=-1)
+        return unit(sums.index_add(0, self.groups, embeddings))

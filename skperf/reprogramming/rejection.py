@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from skperf.reprogramming.residual import unit
+
 
 def concept_matching(similarities: Tensor, temperature: float = 1.0) -> Tensor:
     """Largest softmax probability (MCM on cosines, maximal softmax on logits).
@@ -101,12 +103,12 @@ class Neighbours:
     def fit(cls, outputs: Tensor, codes: Tensor) -> "Neighbours":
         """Keep them, some thousands at most: outputs (n, d), codes (n,)."""
         step = -(-len(outputs) // 5000)
-        kept = functional.normalize(outputs[::step], dim=-1)
+        kept = unit(outputs[::step])
         return cls(kept, max(1, min(10, round(0.02 * len(kept)))))
 
     def score(self, outputs: Tensor) -> Tensor:
         """Cosine with the k-th nearest training row: outputs (n, d) -> (n,)."""
-        near = functional.normalize(outputs, dim=-1) @ self.rows.T
+        near = unit(outputs) @ self.rows.T
         return near.topk(self.k, 1).values[:, -1]
 
 

@@ -30,6 +30,13 @@ class Representations:
         return images @ classes.T
 
 
+def unit(embeddings: Tensor) -> Tensor:
+    """Scale rows to unit length: embeddings (n, d) -> (n, d)."""
+    # not functional.normalize, which leaves the very short rows of small networks short
+    length = embeddings.norm(dim=-1, keepdim=True)
+    return embeddings / length.clamp_min(torch.finfo(embeddings.dtype).tiny)
+
+
 def mixed(
     reprogrammed: Tensor, zero_shot: Tensor, alpha: float, *, renormalize: bool = False
 ) -> Tensor:
@@ -42,7 +49,7 @@ def mixed(
     if alpha in (0, 1):
         return zero_shot if alpha else reprogrammed
     mix = (1 - alpha) * reprogrammed + alpha * zero_shot
-    return functional.normalize(mix, dim=-1) if renormalize else mix
+    return unit(mix) if renormalize else mix
 
 
 @dataclass(frozen=True)
