@@ -128,7 +128,11 @@ def fit_program(
         splits = [(train, held_out if len(held_out) else train)]
     nets, epochs = [], settings.max_epochs
     if crossed:
-        nets = [trained(settings, labelled, *split, seed) for split in splits]
+        # as many steps as all rows get: scores move with them
+        steps = -(-len(codes) // settings.batch_size)
+        for part, test in splits:
+            each = round(epochs * steps / -(-len(part) // settings.batch_size))
+            nets.append(trained(settings, labelled, part, test, seed, each))
         if settings.training.early_stopping:
             epochs = max(1, round(float(np.median([_best_epoch(net) for net in nets]))))
     net = trained(settings, labelled, train, held_out, seed, epochs)

@@ -565,8 +565,8 @@ def _channels(module: nn.Module) -> int | None:
 
 
 def _exponential(parameter: Tensor | None) -> float:
-    return 1.0 if parameter is None else float(parameter.detach().exp().mean())
+    return 1.0 if parameter is None else float(parameter.detach().float().exp().mean())
 
 
 def _number(parameter: Tensor | None) -> float:
-    return 0.0 if parameter is None else float(parameter.detach().mean())
+    return 0.0 if parameter is None else float(parameter.detach().float().mean())

@@ -89,7 +89,9 @@ class FittedProgram:
     def known_score(self, name: str | None) -> str:
         """Check the name of a score; by default the one that was chosen."""
         name = self.choice.score if name is None or name == "auto" else name
-        known = {*SCORES, *self.scorers, *self.choice.thresholds}
+        known = {*SCORES, *self.scorers}
+        if self.programmed.has_unit_embeddings:
+            known.add("disagreement")
         if name not in known:
             raise ValueError(f"there is no score {name!r} here; there are {sorted(known)}.")
         return name

@@ -110,8 +110,17 @@ def choose(
         trained = settings.trains_none and task.zero_shot is not None
         score = "max_logit" if trained else best_score(judged, similarities, settings)
     trials = {task.head: scale * similarities + bias, **heads}
-    losses = {name: sharpened_loss(logits, judged) for name, logits in trials.items()}
-    head = settings.head if settings.head in heads else min(losses, key=lambda n: losses[n])
+    weight = judged.weight / judged.weight.sum()
+    rows = {name: sharpened_losses(logits, judged) for name, logits in trials.items()}
+    losses = {name: float(each @ weight.to(each)) for name, each in rows.items()}
+    head = settings.head if settings.head in heads else task.head
+    if heads and settings.head not in heads:
+        # the program has to be better beyond the error of the comparison: the heads were fitted
+        # with settings chosen on more rows than it is judged on
+        head = min(heads, key=lambda name: losses[name])
+        gains = rows[head] - rows[task.head]
+        error = float(gains.std(correction=0)) / len(gains) ** 0.5
+        head = task.head if losses[head] - losses[task.head] > error else head
     return Choice(alpha, scale, score, thresholds, curve, head, losses)
 
 
@@ -145,8 +154,7 @@ def calibrated(scale: float, similarities: Tensor, codes: Tensor, weight: Tensor
     return scale * float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 
 
-def sharpened_loss(logits: Tensor, judged: Judged) -> float:
-    """Loss of logits (m, n_classes) at their own best temperature."""
+def sharpened_losses(logits: Tensor, judged: Judged) -> Tensor:
+    """Losses of logits (m, n_classes) at their own best temperature: -> (m,)."""
     scale = calibrated(1.0, logits, judged.codes, judged.weight)
-    losses = functional.cross_entropy(scale * logits, judged.codes, reduction="none")
-    return float(losses @ judged.weight.to(losses) / judged.weight.sum())
+    return functional.cross_entropy(scale * logits, judged.codes, reduction="none")
