@@ -50,7 +50,11 @@ class BenchmarkTable(Directive):
         rows = records["rows"] if isinstance(records, dict) else records
         # names of columns may hold commas, so only a list that was asked for is taken apart
         asked = self.options.get("columns")
-        columns = [c.strip() for c in asked.split(",")] if asked else list(rows[0])
+        columns = (
+            [column.strip() for column in asked.split(",")]
+            if asked
+            else list(dict.fromkeys(column for row in rows for column in row))
+        )
         unknown = [column for column in columns if not any(column in row for row in rows)]
         if unknown:
             raise self.error(f"{path.name} has no column {', '.join(unknown)}")
@@ -93,7 +97,8 @@ def _link(here, page):
     link = addnodes.pending_xref(
         "", refdomain="std", reftype="doc", reftarget=f"/{page}", refdoc=here, refexplicit=True
     )
-    return link + nodes.inline(text=title)
+    link += nodes.inline(text=title)
+    return link
 
 
 def _origin(origin):
