@@ -14,6 +14,7 @@ from skperf.influence._methods import (
     GradientDot,
     LiSSA,
     Nearest,
+    Replay,
     TracIn,
 )
 from skperf.influence._scorer import InfluenceScorer
@@ -36,5 +37,6 @@ __all__ = [
     "LiSSA",
     "Nearest",
     "Recipe",
+    "Replay",
     "TracIn",
 ]

@@ -20,7 +20,8 @@ from skperf.backbone.network import Network
 from skperf.backbone.outputs import resolve_output
 from skperf.backbone.parameters import Parameters, checksum, select_parameters
 from skperf.backbone.rows import Rows
-from skperf.influence._methods import GGN, Exact, Method, Nearest, TracIn
+from skperf.influence._methods import GGN, Exact, Method, Nearest, Replay, TracIn
+from skperf.influence._replay import ReplayEnsemble, replay_of
 from skperf.influence.captures import record
 from skperf.influence.damping import horizon_time
 from skperf.influence.horizon import FurtherTraining, further_trained
@@ -111,7 +112,10 @@ class Learned:
         ]
         first, choices = members[0].problem.network, self.choices
         output = first.loss if choices.output == "loss" else _output(choices.output, first.loss)
-        return Ensemble(
+        made: Any = Ensemble
+        if isinstance(self.method, Replay):
+            made = partial(ReplayEnsemble, replay=self._replayed(networks[0]))
+        ensemble: Ensemble = made(
             members,
             output,
             budget_in_bytes(choices.memory_budget),
@@ -120,6 +124,16 @@ class Learned:
             _candidates(choices.candidates, self.y),
             self.features,
         )
+        return ensemble
+
+    def _replayed(self, network: Network) -> Any:
+        """Find the run, its rows brought back where pickling has left them out."""
+        kept: Any = self.stages[0].fit.lift
+        if kept.run.data is None:
+            rows = (self.X, self.y, self.weights)
+            budget = self.choices.memory_budget
+            return replay_of(self.estimators[0], network, self.method, rows, budget)
+        return kept
 
     def _staged(self, networks: list[Network], stage: Stage) -> Network:
         return with_weights(networks[stage.member], stage.state, double=self._double)
@@ -377,6 +391,14 @@ def _params_of(fitted: Any) -> dict[str, Any]:
 def _stages(learned: Learned, networks: list[Network]) -> list[Stage]:
     """Fit the method on every network that scores are summed over."""
     found: list[tuple[int, Mapping[str, Tensor] | None, float, dict[str, Any]]]
+    if isinstance(learned.method, Replay):
+        if len(networks) > 1:
+            raise ValueError("method='replay' takes one network, whose run it goes back through.")
+        rows = (learned.X, learned.y, learned.weights)
+        budget = learned.choices.memory_budget
+        run: Any = replay_of(learned.estimators[0], networks[0], learned.method, rows, budget)
+        fit = Fitted([], run, 1.0, run.unit, {"n_steps": len(run.run.steps)})
+        return [Stage(0, None, 1.0, {}, learned.planned(networks[0]), fit)]
     if isinstance(learned.method, TracIn):
         found = _checkpoints(learned, networks)
     else:

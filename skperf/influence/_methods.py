@@ -323,6 +323,32 @@ class Exact(Method):
         self.curvature = curvature
 
 
+class Replay(Method):
+    """The derivative of the whole training run, by going back through its steps.
+
+    Parameters
+    ----------
+    run : TrainingRun, optional
+        The run that trained the network, where it was not trained by the scorer.
+    tolerance : float, default=0.05
+        Largest relative error of a query's gradient in the directions that go back for all.
+    folder : str, optional
+        Where checkpoints are kept, and an interrupted pass goes on from; by default in memory.
+    """
+
+    name = "replay"
+    constraints: ClassVar[dict[str, Any]] = {
+        "run": "no_validation",
+        "tolerance": [Interval(Real, 0, 1, closed="left")],
+        "folder": [str, None],
+    }
+
+    def __init__(self, run=None, tolerance=0.05, folder=None):
+        self.run = run
+        self.tolerance = tolerance
+        self.folder = folder
+
+
 class Nearest(BaseEstimator):
     """Training rows that are scored: those nearest to the query in the last features.
 
@@ -354,6 +380,7 @@ RECORDS: dict[str, type[Method]] = {
         DataInf,
         GIF,
         Exact,
+        Replay,
     )
 }
 

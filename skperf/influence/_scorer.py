@@ -1,5 +1,6 @@
 """Which training rows made a prediction: the estimator."""
 
+import warnings
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -29,7 +30,15 @@ from skperf.influence._members import (
     learn,
     with_damping,
 )
-from skperf.influence._methods import RECORDS, SELECTIONS, Method, Nearest, resolve_method
+from skperf.influence._methods import (
+    RECORDS,
+    SELECTIONS,
+    Method,
+    Nearest,
+    Replay,
+    resolve_method,
+)
+from skperf.influence._replay import SMOOTH_ENOUGH, ReplayEnsemble, recording
 from skperf.influence.generalized import REMOVALS
 from skperf.influence.problem import LOSS_UNIT
 from skperf.influence.tiles import budget_in_bytes
@@ -243,8 +252,12 @@ class InfluenceScorer(
                 )
                 weights = torch.as_tensor(sample_weight)
             choices = self._choices()
+            method = choices.method
+            estimator = self.estimator
+            if isinstance(method, Replay):
+                estimator = recording(estimator, method)
             fitted = fitted_members(
-                self.estimator,
+                estimator,
                 rows,
                 y,
                 sample_weight=sample_weight,
@@ -294,7 +307,8 @@ class InfluenceScorer(
         problem = learned.opened().first
         self.coverage_ = problem.coverage
         self.classes_ = problem.network.classes
-        vars(self).pop("_self_influence", None)
+        for name in ("_self_influence", "_smoothness"):
+            vars(self).pop(name, None)
 
     def _asked(self, X, y):
         """Open what scores need, for rows and their targets."""
@@ -303,7 +317,7 @@ class InfluenceScorer(
         ensemble = self._learned.opened()
         return ensemble, rows, ensemble.first.network.targets(y).cpu()
 
-    def influence(self, X, y, *, out=None, aggregate=None, rows=None, tokens=None):
+    def influence(self, X, y, *, out=None, aggregate=None, rows=None, tokens=None, change="weight"):
         """Estimate the influence of every training row on every query.
 
         Parameters
@@ -323,11 +337,19 @@ class InfluenceScorer(
             Leave out the sum over the tokens of queries, (n_query, length, n_train), or of
             training rows, (n_query, n_train, length).
 
+        change : {"weight", "label"}, default="weight"
+            With ``method="replay"``, "label" asks how the loss on a query would change if a
+            training row had another label: (n_query, n_train, n_classes).
+
         Returns
         -------
         ndarray of shape (n_query, n_train) or (n_train,)
             Positive = proponent.
         """
+        if change not in ("weight", "label"):
+            raise ValueError(f"change must be 'weight' or 'label', got {change!r}.")
+        if change == "label":
+            return self._through_the_run(X, y, "change='label'", "labels")
         if tokens not in (None, "queries", "rows"):
             raise ValueError(f"tokens must be None, 'queries' or 'rows', got {tokens!r}.")
         if (rows is not None or tokens) and (out is not None or aggregate or (rows and tokens)):
@@ -342,6 +364,50 @@ class InfluenceScorer(
         if tokens is not None:
             return ensemble.by_token(X, targets, tokens)
         return ensemble.matrix(X, targets, out=out, aggregate=aggregate)
+
+    def _through_the_run(self, X, y, what, question):
+        ensemble, rows, targets = self._asked(X, y)
+        if not isinstance(ensemble, ReplayEnsemble):
+            raise ValueError(f"{what} needs method='replay', got {self.method_!r}.")
+        return getattr(ensemble, question)(rows, targets)
+
+    def hyperparameter_gradient(self, X, y):
+        """Differentiate the loss on queries by the settings of the training run.
+
+        Only with ``method="replay"``.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, ...)
+            Queries.
+        y : array-like of shape (n_query, ...)
+            Their labels or targets.
+
+        Returns
+        -------
+        dict of ndarray of shape (n_query,)
+            Derivatives by ``lr`` (of which a schedule takes multiples) and ``weight_decay``.
+        """
+        return self._through_the_run(X, y, "hyperparameter_gradient", "hyperparameters")
+
+    @property
+    def smoothness_(self):
+        check_is_fitted(self)
+        ensemble = self._learned.opened()
+        if not isinstance(ensemble, ReplayEnsemble):
+            raise AttributeError(f"smoothness_ belongs to method='replay', not {self.method_!r}.")
+        if "_smoothness" not in vars(self):
+            self._smoothness = ensemble.smoothness(self._learned.choices.seed)
+            if self._smoothness < SMOOTH_ENOUGH:
+                warnings.warn(
+                    f"the run is rough: smoothness_ is {self._smoothness:.3f}, below "
+                    f"{SMOOTH_ENOUGH}, and single scores say little of what training again would "
+                    "do. A smaller rate, a warm-up, larger batches, GELU for ReLU or fewer "
+                    "epochs make it smoother.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        return self._smoothness
 
     def transform(self, X):
         """Estimate influence on the loss at the predicted labels.
@@ -681,7 +747,7 @@ class InfluenceScorer(
         steps = sorted({int(step) for step in steps})
         return _trust.diagnosis(self._learned, X, y, n_train=n_train, steps=steps)
 
-    def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None):
+    def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None, drop=None):
         """Compute the linear datamodeling score from subset retraining.
 
         The network is retrained on random subsets of the training rows; the summed influences
@@ -702,6 +768,9 @@ class InfluenceScorer(
             own training is repeated: at once where it is a network of ours without dropout and
             normalisation, by refits otherwise, spread over `n_jobs`. A bare module has no
             training to repeat and gets ``Recipe()``.
+        drop : float, optional
+            With ``method="replay"``, the share of rows left out of the very same run (its
+            initial weights and batches), in place of fresh trainings on subsets.
 
         Returns
         -------
@@ -709,6 +778,12 @@ class InfluenceScorer(
             Mean over queries of a Spearman correlation; 1 is perfect.
         """
         check_is_fitted(self)
+        if drop is not None:
+            ensemble, X, targets = self._asked(X, y)
+            if not isinstance(ensemble, ReplayEnsemble):
+                raise ValueError(f"drop= needs method='replay', got {self.method_!r}.")
+            seed = self._learned.choices.seed
+            return ensemble.same_seed_score(X, targets, drop=drop, n_subsets=n_subsets, seed=seed)
         X, y = check_targets(self, X, y)
         return _trust.datamodeling_score(
             self._learned, X, y, n_subsets=n_subsets, fraction=fraction, recipe=recipe

@@ -1,0 +1,162 @@
+"""The scorer with method="replay", against the run itself and against refits."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_iris
+from sklearn.frozen import FrozenEstimator
+from skorch import NeuralNetClassifier
+from torch import nn
+
+from skperf import InfluenceScorer, Net, TrainingRun
+from skperf.influence import Replay
+
+X, y = load_iris(return_X_y=True)
+X = X.astype(np.float32)
+NAMES = np.array(["setosa", "versicolor", "virginica"])[y]
+TRAIN, QUERY = slice(0, None, 2), slice(1, None, 10)
+
+
+def module():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def net(**params):
+    settings = {"optimizer": torch.optim.SGD, "lr": 0.05, "max_epochs": 15, "batch_size": 25}
+    return Net(module(), **settings | params)
+
+
+def scorer(estimator=None, method="replay", **params):
+    estimator = net() if estimator is None else estimator
+    return InfluenceScorer(estimator, method=method, random_state=0, **params)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return scorer().fit(X[TRAIN], NAMES[TRAIN])
+
+
+def losses(estimator):
+    proba = estimator.predict_proba(X[QUERY])
+    return -np.log(proba[np.arange(len(proba)), y[QUERY]])
+
+
+def test_scores_are_what_refits_do(fitted):
+    found = fitted.influence(X[QUERY], NAMES[QUERY])
+    assert found.shape == (15, 75)
+    assert fitted.unit_ == "loss"
+    base, actual = losses(fitted.estimator_), []
+    for row in range(0, 75, 7):
+        weights = np.ones(75)
+        weights[row] = 0
+        again = clone(fitted.estimator_).fit(X[TRAIN], NAMES[TRAIN], sample_weight=weights)
+        actual.append(losses(again) - base)
+    assert np.corrcoef(np.ravel(actual), found[:, ::7].T.ravel())[0, 1] > 0.99
+    same = clone(fitted.estimator_).fit(X[TRAIN], NAMES[TRAIN], sample_weight=np.ones(75))
+    assert np.array_equal(losses(same), base)
+
+
+def test_every_question_reads_one_matrix(fitted):
+    exact = scorer(method=Replay(tolerance=0)).fit(X[TRAIN], NAMES[TRAIN])
+    found = exact.influence(X[QUERY], NAMES[QUERY])
+    tolerance = {"rtol": 1e-3, "atol": 1e-5 * np.abs(found).max()}
+    for how in ("sum", "mean"):
+        np.testing.assert_allclose(
+            exact.influence(X[QUERY], NAMES[QUERY], aggregate=how),
+            getattr(found, how)(0),
+            **tolerance,
+        )
+    out = np.empty_like(found)
+    assert exact.influence(X[QUERY], NAMES[QUERY], out=out) is out
+    np.testing.assert_allclose(out, found, **tolerance)
+    top = exact.top_k(X[QUERY], NAMES[QUERY], k=3)
+    np.testing.assert_allclose(top.values, -np.sort(-found, 1)[:, :3], **tolerance)
+    groups = exact.group_influence([[0, 3], [5]], X[QUERY], NAMES[QUERY])
+    np.testing.assert_allclose(groups[:, 0], found[:, 0] + found[:, 3], **tolerance)
+    own = exact.influence(X[TRAIN], NAMES[TRAIN]).diagonal()
+    np.testing.assert_allclose(exact.self_influence_, own, rtol=1e-3, atol=1e-6)
+    predicted = exact.transform(X[QUERY])
+    labels = exact.estimator_.predict(X[QUERY])
+    np.testing.assert_allclose(predicted, exact.influence(X[QUERY], labels), **tolerance)
+    odds = scorer(method=Replay(tolerance=0), output="log_odds").fit(X[TRAIN], NAMES[TRAIN])
+    both = np.corrcoef(odds.influence(X[QUERY], NAMES[QUERY]).ravel(), found.ravel())[0, 1]
+    assert both > 0.5
+
+
+def test_labels_and_settings(fitted):
+    found = fitted.influence(X[QUERY], NAMES[QUERY], change="label")
+    assert found.shape == (15, 75, 3)
+    row, new = 40, 2
+    changed = NAMES[TRAIN].copy()
+    changed[row] = "virginica"
+    again = clone(fitted.estimator_).fit(X[TRAIN], changed)
+    actual = losses(again) - losses(fitted.estimator_)
+    assert np.corrcoef(actual, found[:, row, new])[0, 1] > 0.95
+    slopes = fitted.hyperparameter_gradient(X[QUERY], NAMES[QUERY])
+    up, down = (
+        losses(clone(fitted.estimator_).set_params(lr=0.05 + h).fit(X[TRAIN], NAMES[TRAIN]))
+        for h in (1e-3, -1e-3)
+    )
+    assert np.corrcoef((up - down) / 2e-3, slopes["lr"])[0, 1] > 0.999
+    assert set(slopes) == {"lr", "weight_decay"}
+
+
+def test_smoothness_and_the_score_of_the_same_run(fitted):
+    assert fitted.smoothness_ > 0.95
+    assert fitted.score(X[QUERY], NAMES[QUERY], drop=0.1, n_subsets=15) > 0.9
+    rough = scorer(net(lr=3.0, max_epochs=30)).fit(X[TRAIN], NAMES[TRAIN])
+    with pytest.warns(UserWarning, match="the run is rough"):
+        assert rough.smoothness_ < 0.95
+
+
+def test_weights_and_pickles():
+    weights = np.random.default_rng(0).uniform(0.5, 2, 75)
+    weights[4] = 0
+    one = scorer().fit(X[TRAIN], NAMES[TRAIN], sample_weight=weights)
+    found = one.influence(X[QUERY], NAMES[QUERY])
+    assert not found[:, 4].any()
+    loaded = pickle.loads(pickle.dumps(one))
+    np.testing.assert_allclose(
+        loaded.influence(X[QUERY], NAMES[QUERY]), found, rtol=1e-5, atol=1e-9
+    )
+
+
+def test_other_forms_of_estimators():
+    stock = NeuralNetClassifier(
+        nn.Sequential(module(), nn.Softmax(1)), lr=0.05, max_epochs=3, train_split=None, verbose=0
+    )
+    assert scorer(stock).fit(X[TRAIN], NAMES[TRAIN]).influence(X[:2], NAMES[:2]).shape == (2, 75)
+    trained = net(record_run=True, random_state=0).fit(X[TRAIN], NAMES[TRAIN])
+    frozen = scorer(FrozenEstimator(trained)).fit(X[TRAIN], NAMES[TRAIN])
+    assert frozen.influence(X[:2], NAMES[:2]).shape == (2, 75)
+    with pytest.raises(ValueError, match="does not reproduce its end"):
+        scorer(FrozenEstimator(trained)).fit(X[TRAIN][::-1].copy(), NAMES[TRAIN])
+    with pytest.raises(ValueError, match="comes without one: give an estimator"):
+        scorer(module()).fit(X[TRAIN], y[TRAIN])
+    with pytest.raises(ValueError, match="needs method='replay'"):
+        scorer(method="gradient_dot").fit(X, y).influence(X[:2], y[:2], change="label")
+
+
+def test_a_loop_of_ones_own():
+    own = module()
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1, momentum=0.9)
+    inputs, targets = torch.tensor(X[TRAIN]), torch.tensor(y[TRAIN])
+    batches = [(rows, (inputs[rows], targets[rows])) for rows in torch.arange(75).split(25)] * 5
+    with TrainingRun.record(own, optimizer, batches) as run:
+        for _, (some, wanted) in run:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(own(some), wanted).backward()
+            optimizer.step()
+    method = Replay(run=run)
+    found = scorer(own, method).fit(X[TRAIN], y[TRAIN]).influence(X[QUERY], y[QUERY])
+    weights = np.ones(75)
+    weights[30] = 0
+    actual = losses(run.reweighted(weights)) - losses(run.reweighted(np.ones(75)))
+    assert np.corrcoef(actual, found[:, 30])[0, 1] > 0.99
+    with pytest.raises(ValueError, match="run ends at other weights than estimator has"):
+        scorer(module(), method).fit(X[TRAIN], y[TRAIN])
