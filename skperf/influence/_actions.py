@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten, unflatten
 from skperf.backbone.rows import Rows
-from skperf.influence._members import Learned
+from skperf.influence._members import Learned, with_damping
 from skperf.influence._methods import GIF
 from skperf.influence.captures import recording
 from skperf.influence.curvature import RowSpace
@@ -22,6 +22,7 @@ from skperf.influence.neighbours import features_of, nearest
 from skperf.influence.problem import Problem, curvature_rows
 from skperf.influence.repair import (
     Labelled,
+    Lesson,
     accuracy,
     best_scale,
     distance,
@@ -32,8 +33,8 @@ from skperf.influence.repair import (
     smallest_flip,
 )
 
-SIGNS = {"descend": -1.0, "ascend": 1.0, "relabel": -1.0}
-_MOST_GUARDS, _FEWEST_GUARDS = 5000, 20
+WAYS = ("ascend", "descend", "relabel")
+_MOST_GUARDS, _FEWEST_GUARDS, _MOST_KEPT = 5000, 20, 500
 _SCALES = tuple(2.0**i for i in range(-10, 4))
 Report = dict[str, Any]
 
@@ -71,27 +72,79 @@ def repaired(
     total = ensemble.matrix(X, network.targets(y).cpu(), aggregate="sum")
     # what a row would do if it were not fitted yet: its slope is 1 - p times that of its log odds
     worth = total / np.maximum(1 - np.exp(-_losses(problem)), 1e-7)
-    chosen = np.argsort(-worth if how == "descend" else worth, kind="stable")[:k]
-    queries = network.inputs(X), network.targets(y)
+    worth = worth if how == "descend" else -worth
+    chosen = np.argsort(-worth, kind="stable")[:k]
     judges = _judges(learned, network, guard, chosen)
-    options: Report = {"learning_rate": learning_rate, "max_steps": max_steps}
-    plain = dict(options)
-    if precondition is True or (precondition == "auto" and learned.method.name == "ggn"):
-        options["precondition"] = natural(learned)
-    limits = {"before": accuracy(network, start, judges["guard"]), "max_drop": max_drop}
-    rows = _rows_to_train(learned, network, chosen, how)
-    outcome, report = _guarded(
-        network, start, rows, queries, judges["guard"], limits, SIGNS[how], options
+    task = _Repair(
+        network,
+        start,
+        (network.inputs(X), network.targets(y)),
+        judges,
+        accuracy(network, start, judges["guard"]),
+        max_drop,
+        {"learning_rate": learning_rate, "max_steps": max_steps},
     )
+    natural_steps = precondition is True or (
+        precondition == "auto" and learned.method.name == "ggn"
+    )
+    ways = _natural_ways(learned) if natural_steps else [None]
+    weights = np.maximum(worth[chosen], 0)
+    weights = weights / weights.mean() if weights.any() else np.ones(k)
+    weights = weights * (-1.0 if how == "ascend" else 1.0)
+    lesson = Lesson(
+        _rows_to_train(learned, network, chosen, how),
+        torch.as_tensor(weights).to(network.device, network.dtype),
+        judges["kept"],
+    )
+    outcome, report = task.run(lesson, ways)
     report["indices"] = chosen
     for name, values in (("judged_before", start), ("judged_after", outcome)):
         report[name] = accuracy(network, values, judges["judged"])
     if baselines:
-        report["baselines"] = _baselines(
-            learned, network, start, (X, y), k, queries, judges, limits, options, plain
-        )
+        report["baselines"] = _baselines(learned, task, (X, y), k, ways)
     write(network, outcome)
     return network, {"action": f"repair:{how}", **report}
+
+
+@dataclass(frozen=True)
+class _Repair:
+    """What to flip, from where, and what limits the way."""
+
+    network: Network
+    start: Parameters
+    queries: Labelled
+    judges: dict[str, Labelled]
+    before: float
+    max_drop: float
+    options: Report
+
+    def run(self, lesson: Lesson, ways: list[Any]) -> tuple[Parameters, Report]:
+        """Take the first of several ways to step that flips all queries within the guard."""
+        best: tuple[Parameters, Report] | None = None
+        for way in ways:
+            found = self._along(lesson, way)
+            if best is None or found[1]["flipped"].sum() > best[1]["flipped"].sum():
+                best = found
+            if best[1]["flipped"].all():
+                break
+        assert best is not None
+        return best
+
+    def _along(self, lesson: Lesson, way: Any) -> tuple[Parameters, Report]:
+        network, start, guard = self.network, self.start, self.judges["guard"]
+        path = smallest_flip(network, start, lesson, self.queries, precondition=way, **self.options)
+        parameters, share, kept = largest_allowed(
+            network, start, path.parameters, guard, before=self.before, max_drop=self.max_drop
+        )
+        report = {
+            "flipped": predicted_as(network, parameters, self.queries).cpu().numpy(),
+            "n_steps": path.n_steps,
+            "displacement": distance(start, parameters),
+            "guard_before": self.before,
+            "guard_after": kept,
+            "share_of_path": share,
+        }
+        return parameters, report
 
 
 def _losses(problem: Problem) -> NDArray[Any]:
@@ -122,7 +175,12 @@ def _judges(
         judged = others
         if len(guard[0]) == 0:
             raise ValueError("guard holds no rows; leave it out to guard by training rows.")
-    pairs = {"guard": guard, "judged": (learned.X[judged], np.asarray(learned.y)[judged])}
+    held = rng.permutation(len(learned.X))[:_MOST_KEPT]
+    pairs = {
+        "guard": guard,
+        "judged": (learned.X[judged], np.asarray(learned.y)[judged]),
+        "kept": (learned.X[held], np.asarray(learned.y)[held]),
+    }
     return {
         name: (network.inputs(rows), network.targets(labels))
         for name, (rows, labels) in pairs.items()
@@ -142,29 +200,6 @@ def _rows_to_train(learned: Learned, network: Network, chosen: NDArray[Any], how
     return inputs, targets
 
 
-def _guarded(
-    network: Network,
-    start: Parameters,
-    rows: Labelled,
-    queries: Labelled,
-    guard: Labelled,
-    limits: Report,
-    sign: float,
-    options: Report,
-) -> tuple[Parameters, Report]:
-    path = smallest_flip(network, start, rows, queries, sign=sign, **options)
-    parameters, share, kept = largest_allowed(network, start, path.parameters, guard, **limits)
-    report = {
-        "flipped": predicted_as(network, parameters, queries).cpu().numpy(),
-        "n_steps": path.n_steps,
-        "displacement": distance(start, parameters),
-        "guard_before": limits["before"],
-        "guard_after": kept,
-        "share_of_path": share,
-    }
-    return parameters, report
-
-
 def natural(learned: Learned) -> Any:
     """Multiply by the damped inverse curvature of the first member."""
     member = learned.opened().members[0]
@@ -181,42 +216,42 @@ def natural(learned: Learned) -> Any:
     return apply
 
 
+def _natural_ways(learned: Learned) -> list[Any]:
+    """Take steps at the damping of the scores, and at a tenth and ten times of it."""
+    ways, damping = [natural(learned)], learned.stages[0].fit.report.get("damping")
+    choices = learned.choices
+    if isinstance(damping, float) and choices.damping != "flow":
+        for factor in (0.1, 10.0):
+            other = with_damping(learned, factor * damping, None, choices.learning_rate)
+            ways.append(natural(other))
+    return ways
+
+
 def _baselines(
-    learned: Learned,
-    network: Network,
-    start: Parameters,
-    asked: tuple[Rows, Any],
-    k: int,
-    queries: Labelled,
-    judges: dict[str, Labelled],
-    limits: Report,
-    options: Report,
-    plain: Report,
+    learned: Learned, task: _Repair, asked: tuple[Rows, Any], k: int, ways: list[Any]
 ) -> dict[str, Report]:
     rng = np.random.default_rng(learned.settings.seed)
-    X, y = asked
-    labels = np.asarray(learned.y)
+    network, (X, y), labels = task.network, asked, np.asarray(learned.y)
     same = np.flatnonzero(np.isin(labels, y)) if labels.ndim == 1 else np.arange(0)
     close = nearest(features_of(network, learned.X), features_of(network, X), k)
-    pools: dict[str, tuple[NDArray[Any], Report]] = {
-        "same_class": (same, options),
-        "same_class_plain": (same, plain),
-        "random": (np.arange(len(labels)), plain),
-        "nearest": (np.unique(close), options),
+    pools = {
+        "same_class": (same, ways),
+        "same_class_plain": (same, [None]),
+        "random": (np.arange(len(labels)), [None]),
+        "nearest": (np.unique(close), ways),
     }
-    if options == plain:
+    if ways == [None]:
         del pools["same_class_plain"]
     found = {}
-    for name, (pool, how) in pools.items():
+    for name, (pool, own) in pools.items():
         if len(pool) == 0:
             continue
         picked = rng.choice(pool, min(k, len(pool)), replace=False)
         rows = _rows_to_train(learned, network, picked, "descend")
-        _, report = _guarded(network, start, rows, queries, judges["guard"], limits, -1.0, how)
+        _, report = task.run(Lesson(rows, kept=task.judges["kept"]), own)
         found[name] = {**report, "indices": picked}
     # the most that any choice of rows could do: the queries themselves, at the labels asked for
-    _, upper = _guarded(network, start, queries, queries, judges["guard"], limits, -1.0, options)
-    found["query_itself"] = upper
+    found["query_itself"] = task.run(Lesson(task.queries, kept=task.judges["kept"]), ways)[1]
     return found
 
 

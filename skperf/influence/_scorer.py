@@ -805,10 +805,10 @@ class InfluenceScorer(
     ):
         """Correct predictions by a few steps on the training rows that matter to them.
 
-        The rows are those that would matter most if they were not fitted yet, and the steps
-        raise the odds of their labels, which never saturate. Neither the queries nor their
-        labels are trained on. Of the paths that flip the predictions, the one that moves the
-        parameters least is kept.
+        The rows are those that would matter most if they were not fitted yet, each counting by
+        how much; the steps raise the odds of their labels, which never saturate, while the loss
+        of 500 training rows is held. Neither the queries nor their labels are trained on. Of
+        the paths that flip the predictions, the one that moves the parameters least is kept.
 
         Parameters
         ----------
@@ -849,8 +849,8 @@ class InfluenceScorer(
             it) and ``baselines``.
         """
         check_is_fitted(self)
-        if how not in _actions.SIGNS:
-            raise ValueError(f"how must be one of {sorted(_actions.SIGNS)}, got {how!r}.")
+        if how not in _actions.WAYS:
+            raise ValueError(f"how must be one of {_actions.WAYS}, got {how!r}.")
         X, y = check_targets(self, X, y)
         network, report = _actions.repaired(
             self._learned,

@@ -26,7 +26,7 @@ HINT = (
 )
 
 
-class Unusual(Exception):
+class Unusual(ValueError):
     """A layer whose gradients do not factorise over the rows."""
 
     def __init__(self, layer: Layer, reason: str) -> None:

@@ -8,12 +8,9 @@ others in proportion to their share stands for the rest of the trace; see
 :mod:`~skperf.influence.output_rows`.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from skperf.backbone.parameters import Parameters, flatten, unflatten
 from skperf.backbone.rows import Rows
 from skperf.influence.gradients import Gradients, gram
 from skperf.influence.mapping import mapped
+from skperf.influence.output_rows import prepare_forward_mode
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class CurvatureProduct:
 
     def __call__(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
         """Multiply: vectors (m, n_parameters) -> (m, n_parameters)."""
-        _prepare_forward_mode()
+        prepare_forward_mode()
         everything = torch.arange(len(self.inputs)) if rows is None else rows
         share = 1.0 if rows is None else float(self.weights.sum() / self.weights[rows].sum())
         result = self.damping * vectors
@@ -193,14 +191,6 @@ _DIFFERENTIABLE = (
     nn.RMSNorm,
     nn.modules.batchnorm._NormBase,
 )
-
-
-@cache
-def _prepare_forward_mode() -> None:
-    # torch compiles some rules at first use and then warns about its own compiler
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import_module("torch._decomp.decompositions_for_jvp")
 
 
 Multiply = Callable[[Tensor], Tensor]

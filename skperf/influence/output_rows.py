@@ -1,7 +1,10 @@
 """Rows of the curvature at the outputs: which ones are worth pulling back."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -45,6 +48,7 @@ def loss_rows(
         elif bool((targets == loss.ignore_index).any()):
             weights = weights * (targets != loss.ignore_index).to(weights)
         return softmax_rows(outputs, weights, kept_trace=kept_trace, max_rows=max_rows)
+    prepare_forward_mode()
     values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets).double())
     # a loss that is not convex in the outputs lends its positive part
     sizes = (values.clamp_min(0) * weights.double()[:, None]).flatten()
@@ -60,6 +64,14 @@ def loss_rows(
     share = float(sizes[ranked].sum() / total) if total > 0 else 1.0
     cotangents = rows.to(outputs.dtype).view(-1, *outputs.shape[1:])
     return OutputRows(which, cotangents, min(share, 1.0), outputs)
+
+
+@cache
+def prepare_forward_mode() -> None:
+    """Load torch's rules of forward mode, without the warnings about its own compiler."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import_module("torch._decomp.decompositions_for_jvp")
 
 
 def sampled_rows(
@@ -84,31 +96,37 @@ def sampled_rows(
     scale = (total / n_rows) ** 0.5
 
     def cotangents(outputs: Tensor, rows: Tensor) -> Tensor:
-        own = targets[examples[rows]].to(outputs.device)
-        parts = []
-        for output, target, row in zip(outputs, own, rows.tolist(), strict=True):
+        # numbers of each row's own, so that batches never change them
+        chances = []
+        for row in rows.tolist():
             generator = torch.Generator().manual_seed(seed * 1_000_003 + row)
-            parts.append(_drawn(loss, output[None], target[None], generator)[0] * scale)
-        return torch.stack(parts)
+            chances.append(torch.rand(outputs.shape[1:], generator=generator))
+        own = targets[examples[rows]].to(outputs.device)
+        return _drawn(loss, outputs, own, torch.stack(chances).to(outputs)) * scale
 
     return OutputRows(examples, cotangents, 0.0, None)
 
 
-def _drawn(loss: Loss, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one row of the curvature of an example: output (1, ...), target (1, ...)."""
+def _drawn(loss: Loss, outputs: Tensor, targets: Tensor, chances: Tensor) -> Tensor:
+    """Draw one row of the curvature of each example.
+
+    Shapes: outputs (m, ...), targets (m, ...), chances (m, ...) in [0, 1) -> (m, ...).
+    """
     if isinstance(loss, CrossEntropy):
-        last = target.shape == output.shape or target.shape[1:] == output.shape[1:-1]
-        logits = output if last else output.movedim(1, -1)
-        chances = logits.softmax(-1).flatten(0, -2).cpu()
-        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(output.device)
-        labels = drawn.view(logits.shape[:-1])
-        if not target.is_floating_point():
-            labels = labels.masked_fill(target == loss.ignore_index, loss.ignore_index)
-        return CrossEntropy(ignore_index=loss.ignore_index).slope(output, labels)
-    signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        last = targets.shape == outputs.shape or targets.shape[1:] == outputs.shape[1:-1]
+        axis = -1 if last else 1
+        reached = outputs.softmax(axis).cumsum(axis) <= chances.select(axis, 0).unsqueeze(axis)
+        labels = reached.sum(axis).clamp_max(outputs.shape[axis] - 1)
+        if not targets.is_floating_point():
+            labels = labels.masked_fill(targets == loss.ignore_index, loss.ignore_index)
+        slopes = CrossEntropy(ignore_index=loss.ignore_index).slope(outputs, labels)
+        # the slope is that of a mean over the places, the curvature has one share of it for each
+        counts = (labels != loss.ignore_index).flatten(1).sum(1).sqrt()
+        return slopes * counts.to(slopes).view(-1, *[1] * (slopes.ndim - 1))
+    signs = (chances < 0.5).to(outputs) * 2 - 1
     if isinstance(loss, SquaredError):
-        return signs * (2 * loss.factor / output[0].numel()) ** 0.5
-    diagonal = loss.hessian(output, target).diagonal(dim1=1, dim2=2).view(output.shape)
+        return signs * (2 * loss.factor / outputs[0].numel()) ** 0.5
+    diagonal = loss.hessian(outputs, targets).diagonal(dim1=1, dim2=2).view(outputs.shape)
     return signs * diagonal.sqrt()
 
 

@@ -17,11 +17,11 @@ from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters
 from skperf.backbone.rows import Rows
-from skperf.influence.captures import HINT, Unusual, alone, record, recording
+from skperf.influence.captures import HINT, Call, Unusual, Watch, alone, record, recording
 from skperf.influence.gradients import written_out
 from skperf.influence.layers import CONVOLUTIONS, Layer, Place, find_layers, one_by_one
 
-_LOOKED_AT = 512
+_LOOKED_AT, _SPREAD = 512, 12
 _RTOL = {torch.float64: 1e-8}
 
 
@@ -58,6 +58,7 @@ def plan(network: Network, X: Rows, parameters: Parameters, how: str) -> Plan:
         }
         truth, cotangent = _truth(network, rows, parameters)
         kept = _verified(network, rows, parameters, places, truth, cotangent)
+        kept = _equivariant(network, network.inputs(X[spread_rows(X)]), parameters, kept)
         rest = [name for name in parameters if not any(name in names for names in kept)]
         if rest and how == "factorised":
             raise ValueError(
@@ -78,6 +79,54 @@ def telling_rows(X: Rows) -> Any:
     order = np.argsort(-sums, kind="stable")
     where = [0, len(order) // 2, len(order) - 1] if len(order) > 2 else [0, len(order) - 1, 0]
     return order[where]
+
+
+def spread_rows(X: Rows) -> Any:
+    """Choose rows over the whole length: X (n, ...) -> (m,)."""
+    return np.unique(np.linspace(0, len(X) - 1, _SPREAD).astype(int))
+
+
+def _equivariant(
+    network: Network,
+    rows: Rows,
+    parameters: Parameters,
+    places: dict[tuple[str, ...], tuple[Place, ...]],
+) -> dict[tuple[str, ...], tuple[Place, ...]]:
+    """Keep the layers whose inputs follow the rows wherever these stand in a batch."""
+    # a network that sorts its rows gives itself away in one of two orders, one that sends rows to
+    # different layers by the sizes of what they get
+    n = len(rows)
+    order = torch.arange(n).flip(0)
+    layers = [layer for layer in Plan(places).layers(network.module, parameters) if layer.sites]
+    seen = []
+    for batch in (rows, rows[order]):
+        watch = Watch(n)
+        with forward_hooks(watch.hooks(layers)):
+            network(batch)
+        seen.append(watch.calls)
+    kept = {}
+    for layer in layers:
+        pairs = zip(seen[0][layer.name], seen[1][layer.name], strict=False)
+        same = len(seen[0][layer.name]) == len(seen[1][layer.name]) == len(layer.places)
+        if same and all(_follows(one, two, order) for one, two in pairs):
+            kept[layer.names] = layer.places
+    return kept
+
+
+def _follows(one: Call, two: Call, order: Tensor) -> bool:
+    place, n = one.place, len(order)
+    if place.axis is None:
+        return True
+    parts = []
+    for call in (one, two):
+        inputs = call.inputs.movedim(place.axis, 0)
+        if len(inputs) != n * place.fold:
+            return False
+        shape = (place.fold, n) if place.rows_last else (n, place.fold)
+        apart = inputs.unflatten(0, shape)
+        parts.append(apart.transpose(0, 1) if place.rows_last else apart)
+    first, second = parts[0][order].double(), parts[1].double()
+    return bool((first - second).abs().max() <= 1e-3 * first.abs().max().clamp_min(1e-30))
 
 
 def _places(network: Network, rows: Rows, layer: Layer) -> tuple[Place, ...] | None:

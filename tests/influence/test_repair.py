@@ -12,7 +12,7 @@ from skperf.backbone.parameters import fingerprint, select_parameters
 from skperf.influence import GGN, InfluenceScorer, _actions, repair
 from skperf.influence._actions import natural, products
 from skperf.influence.captures import recording
-from skperf.influence.repair import best_scale, distance, harmonic_mean, smallest_flip
+from skperf.influence.repair import Lesson, best_scale, distance, harmonic_mean, smallest_flip
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_path_stops_where_the_label_flips():
     network = Network(module, np.arange(2))
     start = select_parameters(module)
     row = torch.ones(1, 1, dtype=torch.float64), torch.tensor([1])
-    path = smallest_flip(network, start, row, row, learning_rate=1.0, max_steps=200)
+    path = smallest_flip(network, start, Lesson(row), row, learning_rate=1.0, max_steps=200)
     assert path.flipped.all()
     # both weights move alike and meet in the middle
     assert path.length == pytest.approx(np.sqrt(0.5), rel=0.02)
@@ -117,7 +117,9 @@ def test_smaller_steps_are_tried_where_they_can_get_there(monkeypatch, learning_
     monkeypatch.setattr(repair, "_path", counted)
     start = select_parameters(module)
     network = Network(module, np.arange(2))
-    path = smallest_flip(network, start, row, row, learning_rate=learning_rate, max_steps=100)
+    path = smallest_flip(
+        network, start, Lesson(row), row, learning_rate=learning_rate, max_steps=100
+    )
     assert path.flipped.all()
     assert len(taken) == n_paths
 

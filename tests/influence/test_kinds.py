@@ -1,0 +1,456 @@
+"""Every kind of network, input and loss, against autograd row by row."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from skperf import from_module
+from skperf.backbone.losses import Focal, Margin, resolve_loss
+from skperf.influence import GGN, InfluenceScorer
+from skperf.influence.output_rows import prepare_forward_mode
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+N = 11
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+
+
+class Sorted(Base):
+    """Sorts its rows by length, as before packing."""
+
+    def forward(self, x):
+        order = (x[:, :, 0] > 0).sum(1).argsort(stable=True)
+        return self.last(self.first(x[order].mean(1)).tanh()[order.argsort()])
+
+
+class Query(Base):
+    """A fixed query goes through a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("query", torch.randn(1, 5))
+
+    def forward(self, x):
+        asked = self.first(self.query).tanh()
+        return self.last((torch.einsum("nld,qh->nlh", x[..., :1], asked)).tanh().mean(1))
+
+
+class TimeFirst(Base):
+    def forward(self, x):
+        return self.last(self.first(x.transpose(0, 1)).tanh().mean(0))
+
+
+class Folded(Base):
+    """Frames are folded into the batch."""
+
+    def forward(self, x):
+        frames = self.first(x.reshape(-1, 5)).tanh()
+        return self.last(frames.reshape(len(x), x.shape[1], 8).mean(1))
+
+
+class FoldedTimeMajor(Base):
+    def forward(self, x):
+        frames = self.first(x.transpose(0, 1).reshape(-1, 5)).tanh()
+        return self.last(frames.reshape(x.shape[1], len(x), 8).mean(0))
+
+
+class Positions(Base):
+    """A table of positions is asked with a range, as nanoGPT does, and with (1, length)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.other = nn.Embedding(9, 5), nn.Embedding(9, 5)
+
+    def forward(self, x):
+        where = torch.arange(x.shape[1])
+        return self.last(self.first(x + self.table(where) + self.other(where[None])).tanh().mean(1))
+
+
+class Siamese(Base):
+    def forward(self, x):
+        left, right = self.first(x[:, 0]).tanh(), self.first(x[:, 1:]).tanh().mean(1)
+        return self.last(left - right)
+
+
+class ClassToken(nn.Module):
+    """A parameter of a module around others, and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.lift, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.block = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), self.lift(x)], 1)
+        return self.last(self.block(tokens)[:, 0])
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.last = kind(5, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.body(x)[0].mean(1))
+
+
+class Adapted(nn.Module):
+    """A frozen layer with low-rank changes, as LoRA makes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.down, self.up = nn.Linear(5, 2, bias=False), nn.Linear(2, 8, bias=False)
+        self.last = nn.Linear(8, 3)
+        for p in [*self.first.parameters(), *self.last.parameters()]:
+            p.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last((self.first(x) + self.up(self.down(x))).tanh().mean(1))
+
+
+class Experts(Base):
+    """Rows take one of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(5, 8)
+
+    def forward(self, x):
+        x = x.mean(1)
+        first = x[:, 0] > 0
+        hidden = x.new_zeros(len(x), 8)
+        hidden[first], hidden[~first] = self.first(x[first]), self.other(x[~first])
+        return self.last(hidden.tanh())
+
+
+NETWORKS = {
+    kind.__name__: kind
+    for kind in (
+        Sorted,
+        Query,
+        TimeFirst,
+        Folded,
+        FoldedTimeMajor,
+        Positions,
+        Siamese,
+        ClassToken,
+        Adapted,
+        Experts,
+    )
+} | {kind.__name__: lambda kind=kind: Recurrent(kind) for kind in (nn.LSTM, nn.GRU, nn.RNN)}
+
+
+def rows(length=4):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(N, length, 5)), rng.integers(0, 3, N)
+
+
+def brute(module, run, loss, trained=None):
+    """Gradient of each row's loss, run alone: -> (n, n_parameters)."""
+    module.eval()
+    own = [p for p in module.parameters() if trained is None or p.requires_grad]
+    found = []
+    for i in range(N):
+        value = loss(run(module, slice(i, i + 1)), i)
+        parts = torch.autograd.grad(value, own, allow_unused=True, materialize_grads=True)
+        found.append(torch.cat([part.reshape(-1) for part in parts]))
+    return torch.stack(found).detach()
+
+
+def assert_products(scorer, X, y, gradients, rtol=1e-8):
+    expected = (gradients @ gradients.T).numpy()
+    scores = scorer.fit(X, y).influence(X, y)
+    np.testing.assert_allclose(scores, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
+    np.testing.assert_allclose(scorer.self_influence_, np.diag(expected), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    torch.manual_seed(0)
+    module = NETWORKS[name]().double()
+    # as many places as rows: the dimensions cannot be told by their sizes
+    X, y = rows(N if name in ("Sorted", "TimeFirst", "Folded") else 4)
+    inputs, codes = torch.as_tensor(X), torch.as_tensor(y)
+    gradients = brute(
+        module,
+        lambda m, part: m(inputs[part]),
+        lambda outputs, i: cross_entropy(outputs, codes[i : i + 1]),
+        trained=True,
+    )
+    scorer = InfluenceScorer(module, method="gradient_dot", batch_size=4)
+    assert_products(scorer, X, y, gradients)
+    assert scorer.coverage_ == 1
+
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 12,
+}
+
+
+def hugging_face(name):
+    import transformers as hf
+
+    small = {"num_labels": 3, "pad_token_id": 0, **SIZES}
+    made = {
+        "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**small)),
+        "distilbert": lambda: hf.DistilBertForSequenceClassification(
+            hf.DistilBertConfig(
+                num_labels=3,
+                vocab_size=40,
+                dim=16,
+                n_layers=1,
+                n_heads=2,
+                hidden_dim=20,
+                max_position_embeddings=12,
+            )
+        ),
+        "gpt2": lambda: hf.GPT2ForSequenceClassification(
+            hf.GPT2Config(
+                num_labels=3,
+                vocab_size=40,
+                n_embd=16,
+                n_layer=1,
+                n_head=2,
+                n_positions=12,
+                pad_token_id=0,
+            )
+        ),
+        "llama": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**small)),
+    }
+    torch.manual_seed(0)
+    return made[name]().double().eval()
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_text_networks_with_their_masks(name):
+    module = hugging_face(name)
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(1, 40, (N, 7)), rng.integers(0, 3, N)
+    lengths = rng.integers(3, 8, N)
+    mask = (np.arange(7) < lengths[:, None]).astype(int)
+    ids = ids * mask
+    given = {"input_ids": torch.as_tensor(ids), "attention_mask": torch.as_tensor(mask)}
+    codes = torch.as_tensor(y)
+    gradients = brute(
+        module,
+        lambda m, part: m(**{k: v[part] for k, v in given.items()}).logits,
+        lambda outputs, i: cross_entropy(outputs, codes[i : i + 1]),
+    )
+    for X in (ids, {"input_ids": ids, "attention_mask": mask}):
+        assert_products(InfluenceScorer(module, method="gradient_dot"), X, y, gradients, rtol=1e-6)
+
+
+def test_a_vision_transformer_with_its_class_token():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")}
+    config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=3, **sizes)
+    module = ViTForImageClassification(config).double().eval()
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(N, 1, 8, 8)), rng.integers(0, 3, N)
+    inputs, codes = torch.as_tensor(X), torch.as_tensor(y)
+    gradients = brute(
+        module,
+        lambda m, part: m(inputs[part]).logits,
+        lambda outputs, i: cross_entropy(outputs, codes[i : i + 1]),
+    )
+    assert_products(InfluenceScorer(module, method="gradient_dot"), X, y, gradients, rtol=1e-6)
+
+
+def language_model(tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(tie_word_embeddings=tied, **SIZES)
+    return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_language_models_by_sequence_and_by_token(tied):
+    module = language_model(tied)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 40, (N, 7))
+    X, y = ids[:, :-1], ids[:, 1:].copy()
+    y[np.arange(6) >= rng.integers(3, 7, N)[:, None]] = -100
+    inputs, codes = torch.as_tensor(X), torch.as_tensor(y)
+    n_tokens = (codes >= 0).sum(1)
+
+    def token_loss(outputs, i, token=None):
+        losses = cross_entropy(outputs[0], codes[i], reduction="none", ignore_index=-100)
+        return (losses.sum() if token is None else losses[token]) / n_tokens[i]
+
+    gradients = brute(module, lambda m, part: m(inputs[part]).logits, token_loss)
+    scorer = InfluenceScorer(module, method="gradient_dot")
+    assert_products(scorer, X, y, gradients, rtol=1e-6)
+    scale = float((gradients @ gradients.T).abs().max())
+    own = list(module.parameters())
+    tokens = [
+        torch.cat(
+            [
+                g.reshape(-1)
+                for g in torch.autograd.grad(
+                    token_loss(module(inputs[2:3]).logits, 2, t), own, materialize_grads=True
+                )
+            ]
+        )
+        for t in range(6)
+    ]
+    expected = (torch.stack(tokens) @ gradients.T).numpy()
+    apart = scorer.influence(X[2:4], y[2:4], tokens="queries")
+    assert apart.shape == (2, 6, N)
+    np.testing.assert_allclose(apart[0], expected, rtol=1e-6, atol=1e-8 * scale)
+    of_rows = scorer.influence(X[:3], y[:3], tokens="rows")
+    assert of_rows.shape == (3, N, 6)
+    np.testing.assert_allclose(of_rows[:, 2], expected[:, :3].T, rtol=1e-6, atol=1e-8 * scale)
+    whole = scorer.influence(X[:3], y[:3])
+    np.testing.assert_allclose(of_rows.sum(2), whole, rtol=1e-6, atol=1e-8 * scale)
+
+
+def test_sampled_rows_of_the_curvature_are_right_in_the_mean():
+    """Their outer products come to the Gauss-Newton matrix of all tokens."""
+    module = nn.Sequential(nn.Linear(3, 4)).double()
+    torch.manual_seed(0)
+    X, y = np.random.default_rng(0).normal(size=(N, 5, 3)), np.arange(5 * N).reshape(N, 5) % 4
+    y[::2, 3:] = -100
+    scorers = [
+        InfluenceScorer(module, method=GGN(*options), damping=0.1, random_state=1).fit(X, y)
+        for options in ((1.0, None), (0.9, 8_000))
+    ]
+    exact, sampled = (s._learned.stages[0].fit.lift.curvature.rows for s in scorers)
+    one, two = (torch.cat([f.values for f in rows], 1) for rows in (exact, sampled))
+    expected = one.T @ one
+    assert len(two) == 8_000
+    assert float((two.T @ two - expected).norm() / expected.norm()) < 0.06
+    shapes = [s.influence(X[:2], y[:2]).shape for s in scorers]
+    assert shapes == [(2, N), (2, N)]
+
+
+def huber(outputs, targets):
+    return nn.functional.huber_loss(outputs, targets, reduction="none", delta=0.5).mean(1)
+
+
+def targets_of(kind):
+    rng = np.random.default_rng(1)
+    return {
+        "codes": rng.integers(0, 3, N),
+        "shares": rng.dirichlet(np.ones(3), N),
+        "labels": rng.integers(0, 2, (N, 3)).astype(float),
+        "numbers": rng.normal(size=(N, 3)),
+    }[kind]
+
+
+WEIGHT = torch.tensor([5.0, 1.0, 0.5], dtype=torch.float64)
+LOSSES = {
+    "weighted": (nn.CrossEntropyLoss(weight=WEIGHT), "codes"),
+    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.2), "codes"),
+    "shares": (nn.CrossEntropyLoss(), "shares"),
+    "labels": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), "labels"),
+    "numbers": (nn.MSELoss(), "numbers"),
+    "focal": (Focal(gamma=1.5), "codes"),
+    "hinge": (Margin(p=2), "codes"),
+    "own": (huber, "numbers"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    """Gradients, shares and Gauss-Newton matrix, with every row's Hessian written out."""
+    given, kind = LOSSES[name]
+    y, loss = targets_of(kind), resolve_loss(given)
+    prepare_forward_mode()
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X = np.random.default_rng(0).normal(size=(N, 4))
+    inputs, targets = torch.as_tensor(X), torch.as_tensor(y)
+    own = dict(module.named_parameters())
+    gradients = brute(
+        module,
+        lambda m, part: m(inputs[part]),
+        lambda outputs, i: loss.value(outputs, targets[i : i + 1])[0],
+    )
+    weights = torch.ones(N, dtype=torch.float64)
+    if name == "weighted":
+        weights = WEIGHT[targets]
+    shares, curvature = weights / weights.sum(), 0
+    for i in range(N):
+        jacobian = torch.func.jacrev(
+            lambda p, i=i: torch.func.functional_call(module, p, (inputs[i],))
+        )(own)
+        matrix = torch.cat([jacobian[n].reshape(3, -1) for n in own], 1).detach()
+        hessian = torch.func.hessian(lambda z, i=i: loss.value(z[None], targets[i : i + 1])[0])(
+            module(inputs[i]).detach()
+        )
+        values, vectors = torch.linalg.eigh(hessian)
+        positive = (vectors * values.clamp_min(0)) @ vectors.T
+        curvature = curvature + shares[i] * matrix.T @ positive @ matrix
+    damped = curvature + 0.1 * torch.eye(len(curvature))
+    expected = gradients @ torch.linalg.solve(damped, (gradients * shares[:, None]).T)
+    for method in ("exact", GGN(1.0, None), "cg"):
+        scorer = InfluenceScorer(module, method=method, loss=given, damping=0.1).fit(X, y)
+        tolerance = 1e-3 if method == "cg" else 1e-7
+        np.testing.assert_allclose(
+            scorer.influence(X, y), expected, rtol=tolerance, atol=tolerance * 0.1
+        )
+    np.testing.assert_allclose(scorer.loss_, loss.value(module(inputs), targets).detach())
+
+
+def test_maps_have_one_label_a_place():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(N, 1, 5, 4)), rng.integers(0, 3, (N, 5, 4))
+    inputs, codes = torch.as_tensor(X), torch.as_tensor(y)
+    gradients = brute(
+        module,
+        lambda m, part: m(inputs[part]),
+        lambda outputs, i: cross_entropy(outputs, codes[i : i + 1]),
+    )
+    assert_products(InfluenceScorer(module, method="gradient_dot"), X, y, gradients)
+    assert InfluenceScorer(module).fit(X, y).transform(X[:2]).shape == (2, N)
+
+
+def test_several_inputs_and_half_precision():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 4), nn.Linear(2, 4)
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, a, b):
+            return self.last((self.left(a) + self.right(b)).tanh())
+
+    torch.manual_seed(0)
+    module = Two().double()
+    rng = np.random.default_rng(0)
+    X, y = (rng.normal(size=(N, 3)), rng.normal(size=(N, 2))), rng.integers(0, 3, N)
+    one, two, codes = torch.as_tensor(X[0]), torch.as_tensor(X[1]), torch.as_tensor(y)
+    gradients = brute(
+        module,
+        lambda m, part: m(one[part], two[part]),
+        lambda outputs, i: cross_entropy(outputs, codes[i : i + 1]),
+    )
+    assert_products(InfluenceScorer(module, method="gradient_dot"), X, y, gradients)
+    half = Two().bfloat16()
+    for method in ("ggn", "exact", "ekfac", "trak", "cg"):
+        scorer = InfluenceScorer(from_module(half), method=method).fit(X, y)
+        scores = scorer.influence(X, y)
+        assert scores.dtype == np.float32
+        assert np.isfinite(scores).all()
+        assert half.last.weight.dtype == torch.bfloat16
