@@ -18,6 +18,8 @@ from skperf.influence._methods import (
     TracIn,
 )
 from skperf.influence._scorer import InfluenceScorer
+from skperf.influence.checkpoints import read_checkpoints
+from skperf.influence.diffusion import PerDraw, noised
 from skperf.influence.retraining import Recipe
 
 __all__ = [
@@ -36,7 +38,10 @@ __all__ = [
     "InfluenceScorer",
     "LiSSA",
     "Nearest",
+    "PerDraw",
     "Recipe",
     "Replay",
     "TracIn",
+    "noised",
+    "read_checkpoints",
 ]
