@@ -170,7 +170,7 @@ def physical_limit(workload, key):
     if key != "skperf GGN (default)":
         return None
     scorer = InfluenceScorer(from_module(workload.modules[0]), random_state=0)
-    r = scorer.fit(workload.X_train, workload.y_train).fits_[0].report["n_rows"]
+    r = scorer.fit(workload.X_train, workload.y_train)._learned.stages[0].fit.report["n_rows"]
     grams = r * r * sums + 2 * (n + q) * r * sums
     solved = r**3 / 3 + r * r * (n + q) + 2 * n * q * r
     return (dot + 2 * r * size + grams + solved) / gemm_rate()

@@ -50,7 +50,7 @@ def scores(workload):
     for pull in PULLS:
         with patch.object(damping, "_PULL", pull):
             found["GGN", "pull", pull] = lds(workload, scorer.with_damping("auto"))
-    gram = scorer.fits_[0].lift.curvature.gram
+    gram = scorer._learned.stages[0].fit.lift.curvature.gram
     mean = float(gram.square().sum() / gram.diagonal().sum())
     for share in SHARES:
         damped = scorer.with_damping(share * mean)

@@ -2,14 +2,20 @@
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from benchmarks.data import fetch_newsgroups, fetch_spam_assassin, fetch_wordllama
+from benchmarks.data import (
+    fetch_mnist,
+    fetch_newsgroups,
+    fetch_spam_assassin,
+    fetch_wordllama,
+)
 from skperf import MLP, Net
 from skperf.backbone.architectures import SmallConvNet
-from skperf.datasets import fetch_fashion_mnist
+from skperf.datasets import fetch_fashion_mnist, load_email_vectors, load_fashion_mnist
 
 
 def halves(rows, seed):
@@ -91,3 +97,61 @@ def tanh_net(width, rows, seed):
             nn.functional.cross_entropy(module(X[batch]), codes[batch]).backward()
             optimizer.step()
     return module.double()
+
+
+def untuned(seed):
+    """Yield (name, whether it chose a default, network, rows, number trained on)."""
+    table = load_breast_cancer(return_X_y=True)
+    table = StandardScaler().fit_transform(table[0]).astype(np.float32), table[1]
+    mail = load_email_vectors()
+    mail = np.asarray(mail.data, np.float32), np.unique(mail.target, return_inverse=True)[1]
+    images = fetch_mnist(return_X_y=True)
+    small = nn.functional.avg_pool2d(torch.as_tensor(_pixels(images[0])), 2).flatten(1).numpy()
+    images = small, np.asarray(images[1]).astype(int)
+    digit = load_digits(return_X_y=True)
+    digit = (digit[0] / 16).astype(np.float32), digit[1]
+    cloth = load_fashion_mnist(return_X_y=True)
+    cloth = _pixels(cloth[0]), np.asarray(cloth[1])
+    spam = [np.concatenate(parts) for parts in zip(*mails(seed), strict=True)]
+    post = [np.concatenate(parts) for parts in zip(*news(seed), strict=True)]
+    convolutional = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(784, 10)),
+    )
+    for name, chose, rows, n, net, n_epochs in (
+        ("breast cancer, MLP 30-32-2", True, table, 150, _relu(30, 32, 2), 60),
+        ("e-mails, MiniLM, MLP 384-32-2", True, mail, len(mail[1]) // 3, _relu(384, 32, 2), 60),
+        ("MNIST, MLP 196-48-10", True, images, 2000, _relu(196, 48, 10), 40),
+        ("digits, MLP 64-24-10", False, digit, 500, _relu(64, 24, 10), 100),
+        ("Fashion-MNIST, CNN 8-16", False, cloth, 1200, convolutional, 15),
+        ("SpamAssassin, MLP 256-32-2", False, spam, 2000, _relu(256, 32, 2), 40),
+        ("20 Newsgroups, MLP 256-64-20", False, post, 3000, _relu(256, 64, 20), 40),
+    ):
+        order = np.random.default_rng(seed).permutation(len(rows[1]))[:6000]
+        X, y = rows[0][order], np.unique(rows[1], return_inverse=True)[1][order]
+        yield name, chose, _trained(net, X[:n], y[:n], n_epochs, seed), (X, y), n
+
+
+def _pixels(images):
+    images = np.asarray(images, np.float32).reshape(-1, 1, 28, 28)
+    return images / 255 if images.max() > 1 else images
+
+
+def _relu(n_inputs, width, n_classes):
+    return nn.Sequential(nn.Linear(n_inputs, width), nn.ReLU(), nn.Linear(width, n_classes))
+
+
+def _trained(net, X, y, n_epochs, seed):
+    torch.manual_seed(seed)
+    for part in net:
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    X, y = torch.as_tensor(X), torch.as_tensor(y)
+    for _ in range(n_epochs):
+        for rows in torch.randperm(len(X)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(X[rows]), y[rows]).backward()
+            optimizer.step()
+    return net.eval()
