@@ -59,7 +59,20 @@ class PerDraw(nn.Module):
         self.denoiser = denoiser
 
     def forward(self, images: Tensor, levels: Tensor) -> Tensor:
-        """Predict: images (n, n_draws, ...), levels (n, n_draws) -> (n, n_draws, ...)."""
+        """Predict the noise of every draw.
+
+        Parameters
+        ----------
+        images : Tensor of shape (n, n_draws, ...)
+            Noised images.
+        levels : Tensor of shape (n, n_draws)
+            Their levels.
+
+        Returns
+        -------
+        Tensor of shape (n, n_draws, ...)
+            The noise.
+        """
         predicted = self.denoiser(images.flatten(0, 1), levels.flatten())
         if not isinstance(predicted, Tensor):
             predicted = predicted[0] if isinstance(predicted, tuple) else predicted.sample
