@@ -381,7 +381,6 @@ def removal(
 ) -> Removal:
     """Set rows aside and state what is to be forgotten: removed (n_train,)."""
     problem = learned.plain_problem()
-    need_labels(learned, problem.network, "remove")
     method = learned.method if isinstance(learned.method, GIF) else GIF(curvature="ggn")
     options = method.options() | {k: v for k, v in given.items() if v is not None}
     known = learned.stages[0].fit.report.get("damping")

@@ -307,10 +307,12 @@ def _check_loss(network: Network, X: Rows, y: Any) -> None:
     numbers = values.ndim == 1 and values.dtype.kind == "f"
     if labels and numbers and (values != np.round(values)).any():
         raise ValueError(f"y holds numbers, and the loss is {name}, of class labels. {hint}")
+    if not labels or values.ndim == 1:
+        return
     with torch.no_grad():
         outputs = network(network.inputs(X[:1]))
-    same = values.ndim > 1 and values.shape[1:] == outputs.shape[1:]
-    if labels and same and values.dtype.kind in "iub":
+    same = values.shape[1:] == outputs.shape[1:]
+    if same and values.dtype.kind in "iub":
         raise ValueError(
             f"y of shape {values.shape} holds integers, one for each of the network's outputs, and "
             f"the loss is {name}: are these yes-or-no labels, or shares of classes? {hint} Shares "

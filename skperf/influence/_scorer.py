@@ -909,7 +909,9 @@ class InfluenceScorer(
             the training rows that are kept, and for a class of its rows too, which then take
             no part in the direction.
         max_drop : float, default=0.01
-            How much accuracy on the rows that choose may be lost when rows are removed.
+            How much accuracy on the rows that choose may be lost when rows are removed; where
+            targets are no labels, by how much their mean loss may rise. Minus the loss then
+            stands for the accuracy in the report.
         max_iter : int, default=50
             Iterations of the solver.
         baseline : bool, default=True

@@ -21,7 +21,7 @@ from skperf.influence.captures import HINT, Call, Unusual, Watch, alone, record,
 from skperf.influence.gradients import written_out
 from skperf.influence.layers import CONVOLUTIONS, Layer, Place, find_layers, one_by_one
 
-_LOOKED_AT, _SPREAD = 512, 12
+_LOOKED_AT, _SPREAD = 512, 6
 _RTOL = {torch.float64: 1e-8}
 
 
@@ -51,11 +51,7 @@ def plan(network: Network, X: Rows, parameters: Parameters, how: str) -> Plan:
         if how == "reference":
             return Plan({}, _must_loop(network, rows, parameters, parameters))
         layers = [layer for layer in find_layers(network.module, parameters) if layer.sites]
-        places = {
-            layer.names: where
-            for layer in layers
-            if (where := _places(network, rows, layer)) is not None
-        }
+        places = _places(network, rows, layers)
         truth, cotangent = _truth(network, rows, parameters)
         kept = _verified(network, rows, parameters, places, truth, cotangent)
         kept = _equivariant(network, network.inputs(X[spread_rows(X)]), parameters, kept)
@@ -129,30 +125,33 @@ def _follows(one: Call, two: Call, order: Tensor) -> bool:
     return bool((first - second).abs().max() <= 1e-3 * first.abs().max().clamp_min(1e-30))
 
 
-def _places(network: Network, rows: Rows, layer: Layer) -> tuple[Place, ...] | None:
+def _places(
+    network: Network, rows: Rows, layers: Sequence[Layer]
+) -> dict[tuple[str, ...], tuple[Place, ...]]:
     """Compare the shapes in batches of two and of three."""
     shapes = []
     for n in (2, 3):
-        seen: list[tuple[torch.Size, torch.Size]] = []
+        seen: dict[tuple[str, ...], list[Any]] = {layer.names: [] for layer in layers}
 
-        def look(
-            module: nn.Module,
-            args: tuple[Any, ...],
-            output: Any,
-            seen: list[tuple[torch.Size, torch.Size]] = seen,
-        ) -> None:
-            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-                raise Unusual(layer, "does not turn one tensor into another")
-            seen.append((args[0].shape, output.shape))
+        def look(layer: Layer, seen: dict[tuple[str, ...], list[Any]] = seen) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                simple = args and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+                seen[layer.names].append((args[0].shape, output.shape) if simple else None)
 
-        try:
-            with torch.no_grad(), forward_hooks(dict.fromkeys(layer.sites, look)):
-                network(rows[:n])
-        except Unusual:
-            return None
+            return hook
+
+        hooks = {site: look(layer) for layer in layers for site in layer.sites}
+        with torch.no_grad(), forward_hooks(hooks):
+            network(rows[:n])
         shapes.append(seen)
-    two, three = shapes
-    if len(two) != len(three) or not two:
+    found = {
+        layer.names: _of_shapes(layer, *(seen[layer.names] for seen in shapes)) for layer in layers
+    }
+    return {names: where for names, where in found.items() if where is not None}
+
+
+def _of_shapes(layer: Layer, two: list[Any], three: list[Any]) -> tuple[Place, ...] | None:
+    if len(two) != len(three) or not two or None in two or None in three:
         return None
     places = []
     for (input_2, output_2), (input_3, output_3) in zip(two, three, strict=True):

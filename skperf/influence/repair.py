@@ -43,8 +43,16 @@ def _as_labelled(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def accuracy(network: Network, parameters: Parameters, rows: Labelled) -> float:
-    """Share of rows predicted as labelled."""
-    return float(predicted_as(network, parameters, rows).double().mean())
+    """Share of rows predicted as labelled; minus the mean loss where there are no labels."""
+    if network.loss.kind in ("classes", "labels"):
+        return float(predicted_as(network, parameters, rows).double().mean())
+    total, (inputs, targets) = 0.0, rows
+    with torch.no_grad():
+        for start in range(0, len(inputs), network.batch_size):
+            part = slice(start, start + network.batch_size)
+            outputs = network(inputs[part], parameters)
+            total += float(network.loss.value(outputs, targets[part]).sum())
+    return -total / len(inputs)
 
 
 @dataclass(frozen=True)

@@ -472,7 +472,6 @@ def test_what_cannot_be_known_is_asked_for(digits):
     for call in (
         lambda: scorer.repair(X[:1], X[:1, :3]),
         lambda: scorer.transform(X),
-        lambda: scorer.remove([0]),
     ):
         with pytest.raises(ValueError, match="predicted labels"):
             call()
