@@ -32,7 +32,6 @@ from benchmarks import runner
 from benchmarks.reprogramming_tasks import ENCODERS, PROMPT, make_tasks
 from skperf.metrics import fpr_at_95_tpr, ood_auroc
 from skperf.reprogramming import RELEASED_SETTINGS, Reprogrammer
-from skperf.reprogramming._judging import represent
 from skperf.reprogramming.rejection import concept_matching, max_logit
 
 RESULTS = Path(__file__).parent / "results"
@@ -194,7 +193,7 @@ def reprogrammed(encoder, tokenizer, task, seed, *, epochs, **more):
     def at(alpha):
         def score(images):
             if id(images) not in seen:
-                seen[id(images)] = represent(model.net_.module_, torch.as_tensor(images), 256)
+                seen[id(images)] = model._fitted.representations(model._pictures(images))
             return seen[id(images)].similarities(alpha)
 
         return figures(score)(task)

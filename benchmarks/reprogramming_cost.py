@@ -28,6 +28,7 @@ from benchmarks import runner
 from benchmarks.timing import interleaved
 from skperf.datasets import load_fashion_mnist, load_text_image_encoder
 from skperf.reprogramming import RELEASED_SETTINGS, Reprogrammer
+from skperf.reprogramming._training import Labelled, reopened
 
 RESULTS = Path(__file__).parent / "results" / "reprogramming_cost.json"
 FASHION = ["t-shirt", "trousers", "pullover", "dress", "coat"]
@@ -58,14 +59,14 @@ def step_cost(repeats):
     shared |= {"validation_fraction": 0.0, "alpha": 0.0, "random_state": 0}
     # with it, a fit embeds the plain rows once, which is no part of a step
     shared |= {"training_alpha": 0.0, "head": "prompts"}
-    images = torch.as_tensor(X)
     for text in ("none", "table"):
         model = Reprogrammer(encoder, text=text, **shared).fit(X, y)
-        net = model.net_.set_params(callbacks=[])
+        task, rows = model._task.reopened(), np.arange(len(y))
+        net = reopened(model.net_, task).set_params(callbacks=[])
+        labelled = Labelled(task, model._pictures(X), y, None, None)
 
-        def epoch(net=net):
-            with net.module_.encoder.open():
-                net.learn(images, y, None)
+        def epoch(net=net, labelled=labelled, rows=rows):
+            net.learn(labelled, y, None, rows)
 
         functions[f"step, text={text!r}"] = epoch
     timed = interleaved(functions, repeats=repeats)

@@ -1,6 +1,7 @@
 """What a `Reprogrammer` may be told: parameters, the two records of options, and their limits."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Integral, Real
@@ -23,6 +24,7 @@ _NOT_NEGATIVE = [Interval(Real, 0, None, closed="left")]
 _COUNT = [Interval(Integral, 1, None, closed="left")]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Pixels(BaseEstimator):
     """How pictures are read, brought to the encoder's size and programmed.
 
@@ -69,34 +71,20 @@ default="auto"
         "augment": [callable, None],
     }
 
-    def __init__(
-        self,
-        image_shape=None,
-        *,
-        channels="first",
-        input_range=(0.0, 1.0),
-        normalize="auto",
-        canvas="auto",
-        resize="auto",
-        interpolation="auto",
-        shrink=None,
-        bound="tanh",
-        clip="inward",
-        augment=None,
-    ):
-        self.image_shape = image_shape
-        self.channels = channels
-        self.input_range = input_range
-        self.normalize = normalize
-        self.canvas = canvas
-        self.resize = resize
-        self.interpolation = interpolation
-        self.shrink = shrink
-        self.bound = bound
-        self.clip = clip
-        self.augment = augment
+    image_shape: Any = None
+    channels: Any = "first"
+    input_range: Any = (0.0, 1.0)
+    normalize: Any = "auto"
+    canvas: Any = "auto"
+    resize: Any = "auto"
+    interpolation: Any = "auto"
+    shrink: Any = None
+    bound: Any = "tanh"
+    clip: Any = "inward"
+    augment: Any = None
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Training(BaseEstimator):
     """How the programs of a `Reprogrammer` are trained and judged.
 
@@ -183,56 +171,29 @@ class Training(BaseEstimator):
         "net_params": [dict, None],
     }
 
-    def __init__(
-        self,
-        lr="auto",
-        *,
-        text_lr="auto",
-        head_lr="auto",
-        weight_decay=0.0,
-        text_decay=0.0,
-        schedule="cosine",
-        warmup=0.05,
-        validation_fraction=0.1,
-        early_stopping=False,
-        n_iter_no_change=5,
-        class_weight=None,
-        focal_gamma=0.0,
-        focal_alpha=1.0,
-        training_alpha=0.5,
-        none_margin=2.0,
-        mapping_m=1,
-        mapping_smoothing=1.0,
-        renormalize=False,
-        logit_scale="encoder",
-        n_directions=8,
-        smoothing=0.01,
-        query_budget=None,
-        net_params=None,
-    ):
-        self.lr = lr
-        self.text_lr = text_lr
-        self.head_lr = head_lr
-        self.weight_decay = weight_decay
-        self.text_decay = text_decay
-        self.schedule = schedule
-        self.warmup = warmup
-        self.validation_fraction = validation_fraction
-        self.early_stopping = early_stopping
-        self.n_iter_no_change = n_iter_no_change
-        self.class_weight = class_weight
-        self.focal_gamma = focal_gamma
-        self.focal_alpha = focal_alpha
-        self.training_alpha = training_alpha
-        self.none_margin = none_margin
-        self.mapping_m = mapping_m
-        self.mapping_smoothing = mapping_smoothing
-        self.renormalize = renormalize
-        self.logit_scale = logit_scale
-        self.n_directions = n_directions
-        self.smoothing = smoothing
-        self.query_budget = query_budget
-        self.net_params = net_params
+    lr: Any = "auto"
+    text_lr: Any = "auto"
+    head_lr: Any = "auto"
+    weight_decay: Any = 0.0
+    text_decay: Any = 0.0
+    schedule: Any = "cosine"
+    warmup: Any = 0.05
+    validation_fraction: Any = 0.1
+    early_stopping: Any = False
+    n_iter_no_change: Any = 5
+    class_weight: Any = None
+    focal_gamma: Any = 0.0
+    focal_alpha: Any = 1.0
+    training_alpha: Any = 0.5
+    none_margin: Any = 2.0
+    mapping_m: Any = 1
+    mapping_smoothing: Any = 1.0
+    renormalize: Any = False
+    logit_scale: Any = "encoder"
+    n_directions: Any = 8
+    smoothing: Any = 0.01
+    query_budget: Any = None
+    net_params: Any = None
 
 
 #: The records of options, by the parameter that holds them.
@@ -357,11 +318,11 @@ class Settings:
         )
 
 
-def takes_options(init):
+def takes_options(init: Callable[..., None]) -> Callable[..., None]:
     """Decorate a constructor so that it takes fields of the records by their bare names."""
 
     @wraps(init)
-    def initialised(self, *args, **params):
+    def initialised(self: Any, *args: Any, **params: Any) -> None:
         options = {name: params.pop(name) for name in [*params] if name in RECORD_OF}
         init(self, *args, **params)
         if options:
