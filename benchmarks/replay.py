@@ -214,76 +214,98 @@ def bare_loop(run: Run, module: nn.Module) -> None:
         optimizer.step()
 
 
+def arithmetic(run: Run, module: nn.Module, directions: int) -> float:
+    """Multiplications and additions of the way back: one loss and its Hessian products a step."""
+    rows = float(np.mean([len(step.rows) for step in run.steps]))
+    products = []
+    handles = [
+        part.register_forward_hook(
+            lambda part, args, output: products.append(
+                2 * output[0].numel() * part.weight[0].numel()
+            )
+        )
+        for part in module.modules()
+        if isinstance(part, nn.Linear | nn.Conv2d)
+    ]
+    with torch.no_grad():
+        module(run.data.inputs.array[:1])
+    for handle in handles:
+        handle.remove()
+    # forwards and by the weights for every layer, by the inputs for all but the first; a moved
+    # layer meets its own input and its moved input, of which the first has none
+    first, others = products[0], sum(products[1:])
+    once = 2 * first + 3 * others
+    return len(run.steps) * rows * (once + directions * (2 * first + 6 * others))
+
+
+def product_rate() -> float:
+    """Operations a second of a large matrix product."""
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    started = time.process_time()
+    for _ in range(10):
+        left @ right
+    return 20 * 1024**3 / (time.process_time() - started)
+
+
 def speed() -> None:
     rows = []
     cases = [
-        (
-            Configuration(
-                f"MLP 64-{width}-10, {kind.__name__}", digits, (width,), nn.Tanh, kind, lr
-            ),
-            q,
-        )
+        Configuration(f"MLP 64-{width}-10, {kind.__name__}", digits, (width,), nn.Tanh, kind, lr)
         for width in (32, 512)
         for kind, lr in ((torch.optim.SGD, 0.1), (torch.optim.Adam, 0.002))
-        for q in (60,)
     ]
-    cases += [(Configuration("CNN, SGD", fashion, lr=0.1, batch_size=100, max_epochs=2), 1)]
-    for config, _ in cases:
+    cases += [Configuration("CNN, SGD", fashion, lr=0.1, batch_size=100, max_epochs=2)]
+    for config in cases:
         net, _, (X, y, X_query, y_query) = trained(config, 0)
         run = net.run_.recorded
-        more = net.run_.data_of(
-            np.concatenate([X_query, X[:40]]), np.concatenate([y_query, y[:40]])
-        )
-        is_convolutional = not config.widths
-        settings = (
-            {"one query": (0.0, slice(0, 1), False), "aggregate of 100": (0.0, slice(0, 100), True)}
-            if is_convolutional
-            else {
-                "100 queries, exact": (0.0, slice(0, 100), False),
-                "100 queries, error 0.05": (0.05, slice(0, 100), False),
-                "100 queries, error 0.2": (0.2, slice(0, 100), False),
-                "aggregate of 100": (0.0, slice(0, 100), True),
+        X_more, y_more = np.concatenate([X_query, X[:40]]), np.concatenate([y_query, y[:40]])
+        more = net.run_.data_of(X_more, y_more)
+        # tolerance, queries, aggregated
+        asked: dict[str, tuple[float, int, bool]] = {"mean of 100": (0.0, 100, True)}
+        if config.widths:
+            asked |= {
+                "100 queries, exact": (0.0, 100, False),
+                "100 queries, error 0.2": (0.2, 100, False),
             }
-        )
-        tasks = {"bare": lambda run=run: bare_loop(run, run.module)}
-        for name, (tolerance, part, mean) in settings.items():
+        else:
+            asked["one query"] = (0.0, 1, False)
+        tasks: dict[str, Any] = {"bare loop": lambda run=run: bare_loop(run, run.module)}
+        directions = {"bare loop": 0}
+        for name, (tolerance, q, mean) in asked.items():
             fitted = replayed(run, Budget(tolerance=tolerance))
+            part = slice(0, q)
+            basis = fitted.basis(more.inputs[part], more.targets[part], aggregate=mean)
+            directions[name] = len(basis.directions)
             tasks[name] = lambda f=fitted, p=part, m=mean, more=more: f.influence(
                 more.inputs[p], more.targets[p], aggregate=m
             )
         samples: dict[str, list[float]] = {name: [] for name in tasks}
+        rates = []
         for turn in range(4):
+            rates.append(product_rate())
             for name, task in tasks.items():
                 started = time.process_time()
                 task()
                 if turn:
                     samples[name].append(time.process_time() - started)
-        bare = float(np.median(samples["bare"]))
+        bare, rate = float(np.median(samples["bare loop"])), float(np.median(rates))
         for name, values in samples.items():
             middle = float(np.median(values))
-            n_directions = 0
-            if name != "bare":
-                tolerance, part, mean = settings[name]
-                basis = replayed(run, Budget(tolerance=tolerance)).basis(
-                    more.inputs[part], more.targets[part], aggregate=mean
-                )
-                n_directions = len(basis.directions)
-            rows.append(
-                {
-                    "network": config.name,
-                    "task": name,
-                    "steps": len(run.steps),
-                    "directions": n_directions,
-                    "CPU ms": middle * 1e3,
-                    "times the bare loop": middle / bare,
-                    "least": min(values) / bare,
-                    "greatest": max(values) / bare,
-                }
-            )
-            print(
-                *(f"{v:.2f}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True
-            )
-    runner.save(runner.RESULTS / "replay_speed.json", rows)
+            row = {
+                "network": config.name,
+                "task": name,
+                "directions": directions[name],
+                "CPU ms": middle * 1e3,
+                "times the bare loop": middle / bare,
+                "least": min(values) / bare,
+                "greatest": max(values) / bare,
+            }
+            if name != "bare loop":
+                limit = arithmetic(run, copy.deepcopy(run.module), directions[name]) / rate
+                row["times the arithmetic"] = middle / limit
+            rows.append(row)
+            print(*(f"{v:.2f}" if isinstance(v, float) else v for v in row.values()), flush=True)
+        runner.save(runner.RESULTS / "replay_speed.json", rows)
 
 
 def memory() -> None:
