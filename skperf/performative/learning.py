@@ -25,12 +25,7 @@ from skperf.performative.record import (
     effective,
     worst_share,
 )
-from skperf.performative.trajectory import (
-    KEPT_ROUNDS,
-    Trajectory,
-    centred_log,
-    smoothed_confusion,
-)
+from skperf.performative.trajectory import KEPT_ROUNDS, Trajectory, centred_log, smoothed_confusion
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]

@@ -18,9 +18,7 @@ from skperf.performative.label_shift import (
     probabilities,
     smooth_shares,
 )
-from skperf.performative.trajectory import (
-    measure_by_name,
-)
+from skperf.performative.trajectory import measure_by_name
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
