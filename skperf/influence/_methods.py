@@ -221,13 +221,7 @@ class LiSSA(Method):
     }
 
     def __init__(
-        self,
-        scale=None,
-        n_samples=None,
-        n_repeats=1,
-        tol=1e-4,
-        max_iter=5000,
-        curvature="ggn",
+        self, scale=None, n_samples=None, n_repeats=1, tol=1e-4, max_iter=5000, curvature="ggn"
     ):
         self.scale = scale
         self.n_samples = n_samples
@@ -291,13 +285,7 @@ class GIF(Method):
     }
 
     def __init__(
-        self,
-        select="gradient",
-        ratio=0.05,
-        ridge=1e-3,
-        tol=1e-4,
-        max_iter=50,
-        curvature="hessian",
+        self, select="gradient", ratio=0.05, ridge=1e-3, tol=1e-4, max_iter=50, curvature="hessian"
     ):
         self.select = select
         self.ratio = ratio

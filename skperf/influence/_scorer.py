@@ -23,21 +23,8 @@ from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_rows, check_targets
 from skperf.backbone.losses import resolve_loss
 from skperf.influence import _actions, _rows, _trust
-from skperf.influence._members import (
-    OUTPUTS,
-    Choices,
-    fitted_members,
-    learn,
-    with_damping,
-)
-from skperf.influence._methods import (
-    RECORDS,
-    SELECTIONS,
-    Method,
-    Nearest,
-    Replay,
-    resolve_method,
-)
+from skperf.influence._members import OUTPUTS, Choices, fitted_members, learn, with_damping
+from skperf.influence._methods import RECORDS, SELECTIONS, Method, Nearest, Replay, resolve_method
 from skperf.influence._replay import SMOOTH_ENOUGH, ReplayEnsemble, recording
 from skperf.influence.generalized import REMOVALS
 from skperf.influence.problem import LOSS_UNIT

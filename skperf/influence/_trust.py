@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._opening import fit_estimator, open_network
-from skperf.backbone.losses import CrossEntropy, Loss
+from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
 from skperf.influence._members import Learned, learning_rate_of, with_damping
 from skperf.influence.captures import recording
+from skperf.influence.gradients import squared_norms
 from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
+from skperf.influence.layers import to_vectors
 from skperf.influence.problem import random_vector
 from skperf.influence.retraining import Recipe, half_subsets, stacked_outputs, train_subsets
 from skperf.influence.solvers import arnoldi
@@ -299,9 +301,6 @@ def _numbers(learned: Learned, X: Rows, y: Any) -> Bunch:
 def _trajectory(learned: Learned) -> Bunch:
     """How far the weights are from a minimum: the mean gradient beside those of single rows."""
     problem = learned.plain_problem()
-    from skperf.influence.gradients import squared_norms
-    from skperf.influence.layers import to_vectors
-
     gradients = problem.train_gradients()
     single = float(squared_norms(gradients).mean().sqrt())
     mean = to_vectors(problem.layers, gradients, problem.parameters).mean(0)
@@ -425,8 +424,3 @@ def _by_query(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
     sizes = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
     correlations: NDArray[Any] = (one * two).sum(1) / np.maximum(sizes, 1e-300)
     return correlations
-
-
-def plain_cross_entropy(loss: Loss) -> bool:
-    """Whether a loss is the cross-entropy of labels without anything added."""
-    return isinstance(loss, CrossEntropy) and loss.weight is None and not loss.label_smoothing

@@ -149,14 +149,7 @@ def _attention(
 ) -> Any:
     plain = torch.ops.aten._scaled_dot_product_attention_math
     return plain(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
 
 

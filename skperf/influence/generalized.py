@@ -221,10 +221,4 @@ def _ascent(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_ite
     return g * chosen
 
 
-REMOVALS = {
-    "gif": _gif,
-    "freeze": _freeze,
-    "project": _project,
-    "plain": _plain,
-    "ascent": _ascent,
-}
+REMOVALS = {"gif": _gif, "freeze": _freeze, "project": _project, "plain": _plain, "ascent": _ascent}

@@ -20,13 +20,7 @@ from skperf.influence.generalized import (
 )
 from skperf.influence.gradients import Gradients
 from skperf.influence.layers import Layer, find_layers, from_vectors, to_vectors
-from skperf.influence.problem import (
-    LOSS_UNIT,
-    Fitted,
-    Problem,
-    plain_terms,
-    random_vector,
-)
+from skperf.influence.problem import LOSS_UNIT, Fitted, Problem, plain_terms, random_vector
 from skperf.influence.solvers import conjugate_gradient, largest_eigenvalue, neumann
 from skperf.influence.tiles import Terms
 

@@ -10,10 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def mapped(
-    function: Callable[..., Any],
-    *stacked: Any,
-    chunk_size: int | None = None,
-    looped: bool = False,
+    function: Callable[..., Any], *stacked: Any, chunk_size: int | None = None, looped: bool = False
 ) -> Any:
     """Apply a function to every entry along the first dimension of trees of tensors."""
     if not looped:

@@ -190,9 +190,7 @@ def _train_and_rows(
     rows = curvature_rows(problem, kept_trace=kept_trace, max_rows=max_rows, curvature=curvature)
     n = problem.n_train
     everything = problem.gather(
-        problem.X,
-        _both(problem, rows),
-        torch.cat([torch.arange(n), rows.examples]),
+        problem.X, _both(problem, rows), torch.cat([torch.arange(n), rows.examples])
     )
     return take(everything, slice(0, n)), take(everything, slice(n, None)), rows.kept_trace
 

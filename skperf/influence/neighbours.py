@@ -57,12 +57,7 @@ def features_of(network: Network, X: Rows) -> Tensor:
 
 
 def nearest(
-    train: Tensor,
-    queries: Tensor,
-    k: int,
-    *,
-    groups: NDArray[Any] | None = None,
-    chunk: int = 256,
+    train: Tensor, queries: Tensor, k: int, *, groups: NDArray[Any] | None = None, chunk: int = 256
 ) -> NDArray[np.intp]:
     """Find the k nearest rows by Euclidean distance, of every group if there are any.
 

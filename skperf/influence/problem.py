@@ -13,7 +13,7 @@ from skperf.backbone.parameters import Parameters
 from skperf.backbone.rows import Rows
 from skperf.influence.captures import Recorder, recording
 from skperf.influence.curvature import CurvatureProduct
-from skperf.influence.gradients import Gradients, inner, paired, take, written_out
+from skperf.influence.gradients import Gradients, paired, written_out
 from skperf.influence.layers import Layer
 from skperf.influence.output_rows import Cotangents, OutputRows, loss_rows, sampled_rows
 from skperf.influence.tiles import Shelf, Terms, gather
@@ -236,12 +236,6 @@ def random_vector(problem: Problem) -> Tensor:
     generator = torch.Generator().manual_seed(problem.settings.seed)
     vector = torch.randn(size, generator=generator, dtype=torch.float64)
     return vector.to(problem.network.device, problem.network.dtype)
-
-
-def scores_of(problem: Problem, fitted: Fitted, queries: Gradients, rows: Tensor) -> Tensor:
-    """Score queries against some training rows: -> (n_queries, m)."""
-    terms, train = fitted.lift(problem, queries), take(fitted.train, rows)
-    return inner([factor for _, factor in terms], [train[i] for i, _ in terms]) * fitted.scale
 
 
 def self_scores(problem: Problem, fitted: Fitted, queries: Gradients, rows: Gradients) -> Tensor:

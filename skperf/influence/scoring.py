@@ -1,7 +1,7 @@
 """Run queries through the tiles of a fitted ensemble."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
 
@@ -255,10 +255,6 @@ class Ensemble:
             self.seen["features"] = features_of(network, self.first.X)
         own, asked = self.seen["features"], features_of(network, X)
         return nearest(own, asked, self.candidates.k, groups=self.candidates.groups)
-
-    def with_output(self, output: Loss | Output) -> "Ensemble":
-        """Ask about something else."""
-        return replace(self, output=output)
 
 
 def _token_gradients(

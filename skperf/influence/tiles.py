@@ -20,14 +20,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.progress import track
 from skperf.backbone.rows import Rows
 from skperf.influence.captures import Recorder, Tape
-from skperf.influence.gradients import (
-    Factor,
-    Gradients,
-    convert,
-    inner,
-    take,
-    with_tensors,
-)
+from skperf.influence.gradients import Factor, Gradients, convert, inner, take, with_tensors
 from skperf.influence.output_rows import Cotangents
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
