@@ -23,7 +23,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import checksum
 from skperf.backbone.rows import Rows
 from skperf.components._ablation import Ablation
-from skperf.components._saving import write_attributions
+from skperf.components._saving import PairsBunch, write_attributions
 from skperf.components._study import (
     DEFAULT_FRACTION,
     Settings,
@@ -34,13 +34,7 @@ from skperf.components._study import (
     study_of,
     table_of,
 )
-from skperf.components.edits import (
-    Guarded,
-    Outcomes,
-    edit,
-    rows_of,
-    wish_of,
-)
+from skperf.components.edits import Guarded, Outcomes, edit, rows_of, wish_of
 from skperf.components.gates import Asked
 from skperf.components.groups import WorstGroup
 from skperf.components.lasting import make_lasting
@@ -473,7 +467,7 @@ class ComponentAttributor(
         strength = np.abs(study.fit.coefficients).mean(0)
         strongest = np.sort(np.argsort(-strength, kind="stable")[:k])
         found = pair_effects(study.known_masks(), outcomes, study.fit, strongest)
-        return Bunch(
+        return PairsBunch(
             pairs=found.pairs,
             values=study.shaped(found.values),
             stderr=study.shaped(found.stderr),

@@ -9,6 +9,15 @@ from sklearn.utils import Bunch
 _COLUMNS = ("module", "kind", "unit")
 
 
+class PairsBunch(Bunch):
+    """What pairs of components do: a Bunch whose ``values`` are not the dictionary's."""
+
+    @property
+    def values(self) -> np.ndarray:  # type: ignore[override]
+        """Second differences (n_examples, P)."""
+        return np.asarray(self["values"])
+
+
 def write_attributions(path: Any, components: np.recarray, **arrays: np.ndarray) -> None:
     """Write arrays beside the table of components to a file ``.npz``."""
     table: dict[str, Any] = {name: np.asarray(components[name]) for name in _COLUMNS}

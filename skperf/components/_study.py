@@ -54,12 +54,6 @@ class Settings:
     n_jobs: int | None
     verbose: int
 
-    def same_question(self, other: "Settings") -> bool:
-        """Whether measurements of one serve the other."""
-        return (self.output, self.method) == (other.output, other.method) and repr(
-            self.regressor
-        ) == repr(other.regressor)
-
 
 @dataclass(frozen=True)
 class Study:
@@ -114,7 +108,6 @@ class Study:
         *,
         alike: bool = False,
         plain: bool = False,
-        base: NDArray[np.bool_] | None = None,
     ) -> Question:
         """Put a question to the network about the rows of `fit`, or about others (n, ...)."""
         network = _another(network)  # gates, folding and order of weights are the circuit's own
@@ -129,15 +122,11 @@ class Study:
                     f"ablation has {len(donors)} donors, one for each row of fit; here are "
                     f"{len(rows)} rows. Fit on these rows, with a donor for each."
                 )
-        base = self.base if base is None else base
         wiring = self.wiring.plainly() if plain else self.wiring
-        closed = None if base is None else torch.as_tensor(base)
+        closed = None if self.base is None else torch.as_tensor(self.base)
         raw = rows.nbytes > _MOST_BYTES
         asked = Asked(
-            rows if raw else network.inputs(rows),
-            targets_of(network, self.measure, y),
-            donors,
-            raw,
+            rows if raw else network.inputs(rows), targets_of(network, self.measure, y), donors, raw
         )
         if not wiring.plain and is_small(network.module):
             in_image_order(network, asked[:2].ready(network).rows)
@@ -192,7 +181,6 @@ class Study:
                 question,
                 measured,
                 plan,
-                sums=self.settings.regressor == "ridge",
                 n_jobs=self.settings.n_jobs,
                 verbose=self.settings.verbose,
                 stop=None if self.settings.tol is None else study._stop(question),
@@ -210,8 +198,7 @@ class Study:
         if self.settings.method == "gradient":
             return first_order(intact_gradients(question), baseline)
         measured = Measurements(baseline, self.n_components)
-        sums = self.known.moments is not None
-        spend(question, measured, self.known.done, sums=sums, n_jobs=self.settings.n_jobs)
+        spend(question, measured, self.known.done, n_jobs=self.settings.n_jobs)
         if self.regressor is not None:
             return _from_regressor(self._regress(measured), self.n_components)
         return attribute(question, measured, self.learned)[0]

@@ -30,11 +30,7 @@ def welch_order(target: Array, reference: Array | None, *, increase: bool) -> Or
 
 
 def budgeted_order(
-    target: Array,
-    reference: Array | None,
-    *,
-    increase: bool,
-    target_error: Array | None = None,
+    target: Array, reference: Array | None, *, increase: bool, target_error: Array | None = None
 ) -> Order:
     """Rank components by gain for the targets against harm to the references.
 

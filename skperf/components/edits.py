@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skperf.components.editing import ORDERS, choose_k, grid_of_k
 from skperf.components.gates import Asked, Circuit
-from skperf.components.measures import HasRows, Measure
+from skperf.components.measures import Measure
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -108,11 +108,7 @@ class Outcomes:
         return values.flatten(1).double().mean(1).numpy(), right
 
 
-def edit(
-    outcomes: Outcomes,
-    attributions: Array,
-    stderr: Array,
-) -> tuple[Mask, dict[str, Any]]:
+def edit(outcomes: Outcomes, attributions: Array, stderr: Array) -> tuple[Mask, dict[str, Any]]:
     """Choose what to ablate: -> mask (n_components,)."""
     wish = outcomes.wish
     order = wish.order(attributions, stderr)
@@ -125,11 +121,7 @@ def edit(
         candidates, drop = sorted({0, *steps, k}), np.inf
     sign = 1 if wish.increases else -1
     best, path = choose_k(
-        order,
-        candidates,
-        outcomes,
-        aim=lambda step: sign * step["target_output"],
-        max_drop=drop,
+        order, candidates, outcomes, aim=lambda step: sign * step["target_output"], max_drop=drop
     )
     chosen = best if wish.k == "auto" else int(wish.k)
     mask = np.ones(n_components, bool)
@@ -193,7 +185,7 @@ class _Noting:
     measure: Measure
     right: list[Array] = field(default_factory=list)
 
-    def __call__(self, outputs: Tensor, asked: HasRows) -> Tensor:
+    def __call__(self, outputs: Tensor, asked: Asked) -> Tensor:
         targets = asked.targets
         labelled = targets is not None and not targets.is_floating_point() and targets.ndim == 1
         if labelled and targets is not None and outputs.ndim == 2 and outputs.shape[1] > 1:

@@ -32,7 +32,7 @@ def ridge(
     anchor: Array | None = None,
     penalty: float | None = None,
 ) -> Fit:
-    """Ridge regression around a prior, by way of one m x m eigendecomposition.
+    """Ridge regression around a prior, by one eigendecomposition of the smaller side.
 
     Shapes: masks (n_masks, n_components), outcomes (n_masks, n_examples), slopes (n_guesses,),
     anchor (n_examples,).
@@ -50,12 +50,11 @@ def ridge(
     mean = _mean(prior, slopes, Y.shape[1], V.shape[1])
     variance = np.ones(V.shape[1]) if prior is None else prior.variance
     residual = Y - V @ mean.T
-    values, vectors = np.linalg.eigh((V * variance) @ V.T)
-    spectrum = _Spectrum(np.maximum(values, 0.0), vectors, vectors.T @ residual, residual)
+    values, vectors = _spectrum_of(V * np.sqrt(variance))
+    spectrum = _Spectrum(values, vectors, vectors.T @ residual, residual)
     penalty = _choose(spectrum, Y, n_masks) if penalty is None else penalty
     left_out = spectrum.left_out(penalty)
-    solver = (vectors / (spectrum.values + penalty)) @ vectors.T
-    spread = variance[:, None] * (V.T @ solver)
+    spread = variance[:, None] * (V.T @ vectors) / (values + penalty) @ vectors.T
     coefficients = mean + (spread @ residual).T
     square = (spread[:, :n_masks] ** 2 @ spectrum.noise(penalty)[:n_masks]).T
     unmoved = 1 - np.einsum("jm,mj->j", spread, V)
@@ -66,68 +65,6 @@ def ridge(
         penalty,
         mean_correlation((Y - left_out)[:n_masks].T, Y[:n_masks].T),
     )
-
-
-class Moments:
-    """Sums over masks from which ridge can be fitted without the masks."""
-
-    def __init__(self, n_components: int, n_examples: int) -> None:
-        self.count = 0
-        self.masks = np.zeros(n_components)
-        self.outcomes = np.zeros(n_examples)
-        self.squares = np.zeros(n_examples)
-        self.gram = np.zeros((n_components, n_components))
-        self.cross = np.zeros((n_components, n_examples))
-
-    def add(self, masks: NDArray[np.generic], outcomes: Array, sign: int = 1) -> None:
-        """Take masks in, or out again.
-
-        Shapes: masks (n_masks, n_components), outcomes (n_masks, n_examples).
-        """
-        V = np.asarray(masks, np.float64)
-        self.count += sign * len(V)
-        self.masks += sign * V.sum(0)
-        self.outcomes += sign * outcomes.sum(0)
-        self.squares += sign * (outcomes**2).sum(0)
-        self.gram += sign * (V.T @ V)
-        self.cross += sign * (V.T @ outcomes)
-
-
-def ridge_from_moments(
-    moments: Moments,
-    prior: Prior | None = None,
-    *,
-    slopes: Array | None = None,
-    penalty: float | None = None,
-) -> Fit:
-    """Ridge regression around a prior, from sums alone: slopes (n_guesses,)."""
-    # As :func:`ridge`, but the penalty minimises generalised cross-validation, `(RSS / m) / (1 -
-    # df / m)^2`, and the standard errors take residuals to be alike.
-    m = moments.count
-    centre, level = moments.masks / m, moments.outcomes / m
-    gram = moments.gram - m * np.outer(centre, centre)
-    cross = moments.cross - m * np.outer(centre, level)
-    total = np.maximum(moments.squares - m * level**2, _TINY)
-    mean = _mean(prior, slopes, len(level), len(gram))
-    variance = np.ones(len(gram)) if prior is None else prior.variance
-    root = np.sqrt(variance)
-    values, vectors = np.linalg.eigh(root[:, None] * gram * root)
-    values = np.maximum(values, 0.0)
-    pulled = cross - gram @ mean.T
-    rotated = vectors.T @ (root[:, None] * pulled)
-    power = total - (mean * (cross + pulled).T).sum(1)
-    if penalty is None:
-        penalty = _choose_gcv(values, rotated, power, total, m)
-    solved = rotated / (values + penalty)[:, None]
-    rss = power - 2 * (solved * rotated).sum(0) + (values[:, None] * solved**2).sum(0)
-    freedom = 1 + (values / (values + penalty)).sum()
-    error = np.maximum(rss, 0.0) / max(m - freedom, 1.0)
-    coefficients = mean + (root[:, None] * (vectors @ solved)).T
-    unit = variance * (vectors**2 * (values / (values + penalty) ** 2)).sum(1)
-    unmoved = (vectors**2 * (penalty / (values + penalty))).sum(1)
-    square = error[:, None] * unit + _prior_noise(prior, slopes, unmoved)
-    intercept = level - coefficients @ centre
-    return Fit(coefficients, intercept, np.sqrt(square), penalty, float("nan"))
 
 
 def mean_correlation(predicted: Array, actual: Array) -> float:
@@ -160,7 +97,8 @@ class _Spectrum:
     def noise(self, penalty: float) -> Array:
         """Variances of the outcomes, ``e_i^2 / sum_k (I - H)_ik^2``, without bias if alike."""
         share = self.values / (self.values + penalty)
-        left = (self.vectors**2 * (1 - share) ** 2).sum(1) - 1 / len(self.vectors)
+        # beside the span of the masks, where there are more of them than gates, I - H is 1
+        left = 1 - (self.vectors**2 * (1 - (1 - share) ** 2)).sum(1) - 1 / len(self.vectors)
         noise: Array = self._misfit(share) ** 2 / np.maximum(left, 1e-9)[:, None]
         return noise
 
@@ -175,7 +113,7 @@ def _choose(spectrum: _Spectrum, Y: Array, n_masks: int) -> float:
     # of cautious penalties are then alike within their noise. All examples count as one, for
     # they share the masks.
     scale = Y[:n_masks].std(0) + _TINY
-    unit = float(spectrum.values.mean())
+    unit = float(spectrum.values.sum() / len(Y))
     candidates = PENALTIES * unit + _TINY
     errors = [((spectrum.left_out(c)[:n_masks] / scale) ** 2).mean() for c in candidates]
     evidence = -0.5 * n_masks * np.log(np.array(errors) + _TINY)
@@ -184,17 +122,14 @@ def _choose(spectrum: _Spectrum, Y: Array, n_masks: int) -> float:
     return unit * (1 / kept - 1) + _TINY
 
 
-def _choose_gcv(values: Array, rotated: Array, power: Array, total: Array, m: int) -> float:
-    best, chosen = np.inf, float(PENALTIES[-1] * values.mean())
-    for candidate in PENALTIES * values.mean() + _TINY:
-        solved = rotated / (values + candidate)[:, None]
-        rss = power - 2 * (solved * rotated).sum(0) + (values[:, None] * solved**2).sum(0)
-        freedom = 1 + (values / (values + candidate)).sum()
-        if freedom < m:
-            error = float((rss / total).mean()) / (1 - freedom / m) ** 2
-            if error < best:
-                best, chosen = error, float(candidate)
-    return chosen
+def _spectrum_of(A: Array) -> tuple[Array, Array]:
+    """Eigenvalues and vectors of A A' other than zero: (m, n) -> (r,), (m, r)."""
+    if len(A) <= A.shape[1]:
+        values, vectors = np.linalg.eigh(A @ A.T)
+        return np.maximum(values, 0.0), vectors
+    values, inner = np.linalg.eigh(A.T @ A)
+    known = values > 1e-10 * max(float(values[-1]), _TINY)
+    return values[known], A @ inner[:, known] / np.sqrt(values[known])
 
 
 def _mean(prior: Prior | None, slopes: Array | None, n_examples: int, n_components: int) -> Array:

@@ -102,11 +102,7 @@ class Circuit:
     """A network, a view of ours, with a gate on every chosen component."""
 
     def __init__(
-        self,
-        network: Network,
-        wiring: Wiring,
-        rule: Rule | None = None,
-        base: Tensor | None = None,
+        self, network: Network, wiring: Wiring, rule: Rule | None = None, base: Tensor | None = None
     ) -> None:
         rule = Rule() if rule is None else rule
         self.base = base  # (n_components,): gates that are closed already
@@ -195,8 +191,8 @@ class Circuit:
                 assert len(values) == 1
                 name = f"{tap.spot.module}.{tap.spot.side}".lstrip(".")
                 own = weights.get(name, self.network.module.get_parameter(name))
-                factors = _padded(values[0].index_select(0, tap.channels), own.shape[tap.spot.dim])
-                weights[name] = own * _along(factors[None], tap.spot.dim, own.ndim)
+                factors = padded(values[0].index_select(0, tap.channels), own.shape[tap.spot.dim])
+                weights[name] = own * along(factors, tap.spot.dim, own.ndim)
         with substituted(self.network.module, weights), tapped(self.network.module, functions):
             yield
 
@@ -303,47 +299,12 @@ class Circuit:
         gates = values.index_select(1, tap.channels)
 
         def mix(output: Tensor, call: int) -> Tensor:
-            layout = self.wiring.layouts.get((tap.spot, call))
-            dim = tap.spot.dim % output.ndim
-            weights = _spread(gates, layout, dim, output, len(asked))
-            weights = self._at_positions(weights, layout, dim, output, tap)
-            if callable(self.rule.kind):
-                return torch.lerp(self.rule.kind(output), output, weights)
-            instead = self._stand_in(tap, call, layout, dim, output, len(asked))
-            return output * weights if instead is None else torch.lerp(instead, output, weights)
+            key, size = (tap.spot, call), len(asked)
+            layout = self.wiring.layouts.get(key)
+            instead = self.instead.get(key, tap.bias)
+            return blend(output, gates, instead, layout, tap.spot.dim, self.rule, size)
 
         return mix
-
-    def _stand_in(
-        self, tap: Tap, call: int, layout: Layout | None, dim: int, output: Tensor, n_rows: int
-    ) -> Tensor | None:
-        instead = self.instead.get((tap.spot, call), tap.bias)
-        if instead is None:
-            return None
-        if instead.ndim == 1:
-            return _along(_padded(instead, output.shape[dim])[None], dim, output.ndim).to(output)
-        if layout is None:  # one donor, and one row of its shape
-            return instead[0].to(output).expand_as(output)
-        whole = layout.split(output, n_rows).shape
-        rows = instead if len(instead) == n_rows else _for_each(instead, n_rows)
-        return layout.join(rows.expand(whole)).to(output)
-
-    def _at_positions(
-        self, weights: Tensor, layout: Layout | None, dim: int, output: Tensor, tap: Tap
-    ) -> Tensor:
-        if self.rule.positions is None:
-            return weights
-        others = [
-            a for a in range(output.ndim) if a != dim and (layout is None or a != layout.axis)
-        ]
-        if layout is None or len(others) != 1:
-            raise ValueError(
-                f"positions={self.rule.positions} need tensors of rows, positions and channels; "
-                f"at {tap.spot.module!r} the tensor has shape {tuple(output.shape)}."
-            )
-        chosen = torch.zeros(output.shape[others[0]], dtype=output.dtype, device=output.device)
-        chosen[list(self.rule.positions)] = 1
-        return 1 - _along(chosen[None], others[0], output.ndim) * (1 - weights)
 
     def _averages(self) -> dict[tuple[Spot, int], Tensor]:
         """Means of the donors' activations, one for each channel, position or class."""
@@ -416,8 +377,48 @@ def _channels(
     return channels
 
 
-def _padded(values: Tensor, size: int) -> Tensor:
-    return functional.pad(values, (0, size - values.shape[-1]), value=1.0)
+def blend(
+    output: Tensor,
+    gates: Tensor,
+    instead: Tensor | None,
+    layout: Layout | None,
+    dim: int,
+    rule: Rule,
+    n_rows: int,
+) -> Tensor:
+    """Put what stands in where gates are closed.
+
+    Shapes: output (.., n_channels, ..), gates (r, n_channels) with r 1, or a divisor of n_rows;
+    instead (n_channels,) or rows in front, (r, inner, ...).
+    """
+    dim = dim % output.ndim
+    weights = _spread(gates, layout, dim, output, n_rows)
+    if rule.positions is not None:
+        weights = _at_positions(weights, layout, dim, output, rule.positions)
+    if callable(rule.kind):
+        return torch.lerp(rule.kind(output), output, weights)
+    if instead is None:
+        return output * weights
+    if instead.ndim == 1:
+        instead = along(padded(instead, output.shape[dim], 0), dim, output.ndim)
+    elif layout is None:  # one donor, and one row of its shape
+        instead = instead[0]
+    else:
+        whole = layout.split(output, n_rows).shape
+        instead = layout.join(_for_each(instead, n_rows).expand(whole))
+    return torch.lerp(instead.to(output).expand_as(output), output, weights)
+
+
+def along(values: Tensor, dim: int, ndim: int) -> Tensor:
+    """Lay values along one of so many dimensions: (size,) -> (1, .., size, .., 1)."""
+    shape = [1] * ndim
+    shape[dim] = len(values)
+    return values.reshape(shape)
+
+
+def padded(values: Tensor, size: int, beyond: float = 1.0) -> Tensor:
+    """Fill up with what leaves a channel as it is: (..., n) -> (..., size)."""
+    return functional.pad(values, (0, size - values.shape[-1]), value=beyond)
 
 
 def _for_each(table: Tensor, n_rows: int) -> Tensor:
@@ -429,9 +430,9 @@ def _for_each(table: Tensor, n_rows: int) -> Tensor:
 
 def _spread(gates: Tensor, layout: Layout | None, dim: int, output: Tensor, n_rows: int) -> Tensor:
     """Lay gates over an output: gates (r, n_channels) -> something that broadcasts with it."""
-    gates = _padded(gates, output.shape[dim])
+    gates = padded(gates, output.shape[dim]).to(output)
     if len(gates) == 1:
-        return _along(gates, dim, output.ndim)
+        return along(gates[0], dim, output.ndim)
     assert layout is not None
     rows = _for_each(gates, n_rows)
     inner = output.shape[layout.axis] // n_rows
@@ -441,7 +442,15 @@ def _spread(gates: Tensor, layout: Layout | None, dim: int, output: Tensor, n_ro
     return (rows if layout.axis < dim else rows.T).reshape(shape)
 
 
-def _along(table: Tensor, dim: int, ndim: int) -> Tensor:
-    shape = [1] * ndim
-    shape[dim] = table.shape[1]
-    return table.reshape(shape)
+def _at_positions(
+    weights: Tensor, layout: Layout | None, dim: int, output: Tensor, positions: tuple[int, ...]
+) -> Tensor:
+    others = [a for a in range(output.ndim) if a != dim and (layout is None or a != layout.axis)]
+    if layout is None or len(others) != 1:
+        raise ValueError(
+            f"positions={positions} need tensors of rows, positions and channels; here is one of "
+            f"shape {tuple(output.shape)}."
+        )
+    chosen = torch.zeros(output.shape[others[0]], dtype=output.dtype, device=output.device)
+    chosen[list(positions)] = 1
+    return 1 - along(chosen, others[0], output.ndim) * (1 - weights)

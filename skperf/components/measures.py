@@ -3,26 +3,13 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skperf.backbone.losses import Loss
 from skperf.backbone.outputs import OUTPUTS
-from skperf.backbone.rows import Rows
-
-
-class HasRows(Protocol):
-    """Rows and their targets."""
-
-    @property
-    def rows(self) -> Rows:
-        """Inputs (n, ...)."""
-
-    @property
-    def targets(self) -> Tensor | None:
-        """Targets (n, ...)."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +29,8 @@ class Measure:
         """Whether targets must be labels of classes."""
         return isinstance(self.output, str) and self.output not in ("loss", "value")
 
-    def __call__(self, outputs: Tensor, asked: HasRows) -> Tensor:
-        """Read the numbers: outputs (n, ...) -> (n,) or (n, n_numbers)."""
+    def __call__(self, outputs: Tensor, asked: Any) -> Tensor:
+        """Read the numbers of rows that are `Asked`: outputs (n, ...) -> (n,) or (n, n_numbers)."""
         targets = asked.targets
         if isinstance(self.output, str):
             if self.output == "value":

@@ -1,4 +1,4 @@
-"""Run the passes of a plan, in pieces and in any order of workers, and keep only sums."""
+"""Run the passes of a plan, in pieces and in any order of workers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from skperf.backbone._workers import spread
 from skperf.backbone.progress import track
 from skperf.components.designs import GRADIENT_COST, Plan, bernoulli_masks, path_gates
-from skperf.components.estimation import Moments
 from skperf.components.gates import Asked, Circuit
 from skperf.components.measures import Measure
 from skperf.components.priors import PathSums
 
 Array = NDArray[np.float64]
 _MASKS, _PATHS, _SINGLES = 32, 8, 64
-ROWS_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,11 @@ class Measurements:
     paths: PathSums | None = None
     path_values: list[Array] = field(default_factory=list)
     rows: list[Array] = field(default_factory=list)
-    moments: Moments | None = None
     singles: list[Array] = field(default_factory=list)
 
     @property
     def outcomes(self) -> Array:
-        """Outputs under the first masks, as many as are kept, (m, n_examples)."""
+        """Outputs under the masks, (m, n_examples)."""
         return np.concatenate(self.rows) if self.rows else np.zeros((0, len(self.baseline)))
 
     @property
@@ -99,31 +96,6 @@ class Measurements:
         if self.done.singles < self.n_components:
             return None
         return self.baseline[:, None] - np.concatenate(self.singles).T
-
-    def take_masks(self, masks: NDArray[Any], outcomes: Array) -> None:
-        """Add outcomes of masks: masks (m, n_components), outcomes (m, n_examples)."""
-        if self.moments is None:
-            self.rows.append(outcomes)
-        else:
-            self.moments.add(masks, outcomes)
-        self.done = replace(self.done, masks=self.done.masks + len(masks))
-
-    def wants_sums(self) -> bool:
-        """Whether there are more masks than components, and many."""
-        kept = sum(len(block) for block in self.rows)
-        return self.moments is None and kept > max(ROWS_KEPT, self.n_components)
-
-    def sum_up(self, question: Question) -> None:
-        """Replace outcomes by sums."""
-        self.moments = Moments(self.n_components, len(self.baseline))
-        start = 0
-        for block in self.rows:
-            numbers = range(start, start + len(block))
-            masks = bernoulli_masks(question.seed, numbers, self.n_components, question.fraction)
-            self.moments.add(masks, block)
-            start = numbers.stop
-        kept = self.outcomes[:ROWS_KEPT]
-        self.rows = [kept]
 
 
 def measure_baseline(question: Question) -> Array:
@@ -137,7 +109,6 @@ def spend(
     measured: Measurements,
     plan: Plan,
     *,
-    sums: bool = True,
     n_jobs: int | None = None,
     verbose: int = 0,
     stop: Callable[[], bool] | None = None,
@@ -161,10 +132,10 @@ def spend(
             measured.done = replace(measured.done, singles=singles)
     if plan.masks:
         pieces = _pieces(done.masks, plan.masks, _MASKS)
-        for masks, outcomes in _run(_masks, question, pieces, n_jobs, "masks", verbose):
-            measured.take_masks(masks, outcomes)
-            if sums and measured.wants_sums():
-                measured.sum_up(question)
+        for outcomes in _run(_masks, question, pieces, n_jobs, "masks", verbose):
+            measured.rows.append(outcomes)
+            masks = measured.done.masks + len(outcomes)
+            measured.done = replace(measured.done, masks=masks)
             if stop is not None and stop():
                 break
 
@@ -207,19 +178,16 @@ def _paths(question: Question, numbers: range) -> tuple[PathSums, Array]:
     for number in numbers:
         gates, tested = question.gates(number)
         outputs, gradients = question.circuit.gradients(
-            question.asked,
-            question.measure,
-            torch.as_tensor(np.array(gates)),
-            first=number,
+            question.asked, question.measure, torch.as_tensor(np.array(gates)), first=number
         )
         sums.add(gradients.double().numpy(), tested)
         values.append(outputs.double().numpy())
     return sums, np.stack(values)
 
 
-def _masks(question: Question, numbers: range) -> tuple[NDArray[np.bool_], Array]:
+def _masks(question: Question, numbers: range) -> Array:
     masks = bernoulli_masks(question.seed, numbers, question.n_components, question.fraction)
-    return masks, question.outcomes(masks, numbers.start)
+    return question.outcomes(masks, numbers.start)
 
 
 def _singles(question: Question, numbers: range) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skperf.components.designs import bernoulli_masks
-from skperf.components.estimation import Fit, mean_correlation, ridge, ridge_from_moments
+from skperf.components.estimation import Fit, mean_correlation, ridge
 from skperf.components.passes import Measurements, Question
 from skperf.components.priors import (
     Population,
@@ -54,14 +54,10 @@ def attribute(
         assert slopes is not None
         return _path_only(question, measured, prior, slopes), Learned(shared, slopes)
     penalty = learned.penalty if learned else None
-    if measured.moments is not None:
-        fit = ridge_from_moments(measured.moments, prior, slopes=slopes, penalty=penalty)
-        fit = replace(fit, oob_score=_held_out_score(question, measured, prior, slopes, fit))
-    else:
-        outcomes = measured.outcomes
-        anchor = measured.baseline if prior is None else None
-        masks = _masks(question, range(len(outcomes)))
-        fit = ridge(masks, outcomes, prior, slopes=slopes, anchor=anchor, penalty=penalty)
+    outcomes = measured.outcomes
+    anchor = measured.baseline if prior is None else None
+    masks = _masks(question, range(len(outcomes)))
+    fit = ridge(masks, outcomes, prior, slopes=slopes, anchor=anchor, penalty=penalty)
     return fit, Learned(shared, slopes, fit.penalty)
 
 
@@ -123,25 +119,6 @@ def _on_paths(question: Question, numbers: list[int], guesses: list[Array]) -> A
         gates, _ = question.gates(number)
         features.append([np.einsum("nj,nj->n", gates, guess) for guess in guesses])
     return np.array(features).transpose(1, 0, 2)
-
-
-def _held_out_score(
-    question: Question,
-    measured: Measurements,
-    prior: Prior | None,
-    slopes: Array | None,
-    fit: Fit,
-) -> float:
-    """Correlation on the masks whose outcomes are kept, by a fit that leaves them out."""
-    assert measured.moments is not None
-    outcomes = measured.outcomes[:_MASKS_FOR_SLOPES]
-    masks = _masks(question, range(len(outcomes)))
-    measured.moments.add(masks, outcomes, sign=-1)
-    try:
-        without = ridge_from_moments(measured.moments, prior, slopes=slopes, penalty=fit.penalty)
-    finally:
-        measured.moments.add(masks, outcomes)
-    return mean_correlation(without.coefficients @ masks.T.astype(np.float64), outcomes.T)
 
 
 def _masks(question: Question, numbers: range) -> NDArray[np.bool_]:

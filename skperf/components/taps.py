@@ -108,7 +108,10 @@ class OpenAttention(nn.MultiheadAttention):
         """Attend as the parent does."""
         projection = self._modules["out_proj"]
         assert projection is not None
-        self._modules["out_proj"] = self.__dict__["_identity"]
+        identity, weight = self.__dict__["_identity"], projection.get_parameter("weight")
+        if identity.weight.dtype != weight.dtype or identity.weight.device != weight.device:
+            identity = self.__dict__["_identity"] = identity.to(weight)  # cast or moved since
+        self._modules["out_proj"] = identity
         try:
             heads, weights = super().forward(*args, **kwargs)
         finally:

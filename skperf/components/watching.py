@@ -41,6 +41,7 @@ class _Mixing:
     module: str
     axes: range
     attends: bool = False
+    blind: bool = False
     open: bool = True
     used: bool = False
 
@@ -111,7 +112,7 @@ class Watcher(TorchFunctionMode):
         if func is torch.einsum:
             self._takes_by_parameter(args)
         result = func(*args, **kwargs)
-        if func in _PRODUCTS and result.ndim >= (3 if "bmm" in func.__name__ else 4):
+        if func in _PRODUCTS and result.ndim >= self._least_axes(func):
             leaf = self._mixing(result, range(result.ndim - 1))
             return leaf.clone() + (result - result.detach())
         return result
@@ -157,7 +158,11 @@ class Watcher(TorchFunctionMode):
     def unrecognised(self) -> list[str]:
         """Modules that attend, but in which no heads were found."""
         found = {site.module for site in self.heads}
-        many = [m.module for m in self.mixings if m.attends and not m.used and m.leaf.ndim >= 4]
+        many = [
+            m.module
+            for m in self.mixings
+            if m.attends and not m.used and (m.leaf.ndim >= 4 or m.blind)
+        ]
         return list(dict.fromkeys(name for name in many if name not in found))
 
     def fused(self) -> list[str]:
@@ -173,10 +178,16 @@ class Watcher(TorchFunctionMode):
         self, result: Tensor, axes: range, scores: Tensor | None = None, *, attends: bool = False
     ) -> Tensor:
         leaf = result.detach().clone().requires_grad_(True)
-        self.mixings.append(_Mixing(leaf, self.running[-1], axes, attends or scores is not None))
+        # what runs without gradients, in an autograd function of its own, can't be seen through
+        blind = not torch.is_grad_enabled()
+        attends = attends or scores is not None or blind
+        self.mixings.append(_Mixing(leaf, self.running[-1], axes, attends, blind))
         if scores is not None and leaf.ndim >= 4:
             self._feeds_attention(scores)
         return leaf
+
+    def _least_axes(self, func: Any) -> int:
+        return 3 if "bmm" in func.__name__ or not torch.is_grad_enabled() else 4
 
     def _feeds_attention(self, tensor: Any) -> None:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -187,9 +198,9 @@ class Watcher(TorchFunctionMode):
         recent = self.made[-_REMEMBERED:]
         if not recent:
             return []
-        grads = torch.autograd.grad(
-            tensor.sum(), [made.leaf for made in recent], retain_graph=True, allow_unused=True
-        )
+        leaves = [made.leaf for made in recent]
+        with torch.enable_grad():
+            grads = torch.autograd.grad(tensor.sum(), leaves, retain_graph=True, allow_unused=True)
         return [made for made, grad in zip(recent, grads, strict=True) if grad is not None]
 
     def _reads_parameters(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -255,7 +266,8 @@ class Watcher(TorchFunctionMode):
                 self.taken[part] = tensor.data_ptr()
                 self.kept.append(tensor)  # so that no other tensor gets its address
                 dim = described[3] if described[3] < 0 else min(described[3], tensor.ndim - 1)
-                self._takes(name, part, tensor, dim)
+                with torch.enable_grad():  # a model may run parts of itself without
+                    self._takes(name, part, tensor, dim)
 
         return hook
 
@@ -319,7 +331,8 @@ class Watcher(TorchFunctionMode):
             ):
                 continue
             if spot in other.spots:  # the inner of two modules may have seen the same heads
-                if len(site.module) < len(other.module):
+                names = {known.module for known in self.heads if known.kind == site.kind}
+                if len(site.module) < len(other.module) and site.module not in names:
                     self.heads[position] = replace(other, module=site.module)
                 return
             if other.module == site.module and self._reads_alike(other, part):
@@ -395,17 +408,19 @@ def _blocks(tensor: Tensor, dim: int, mixing: _Mixing) -> tuple[int, int, int] |
             if moved is None or (bool(moved.all()) and leaf.shape[axis] > 1):
                 break
             sets.append(moved)
-        found = _as_blocks(sets) if len(sets) == leaf.shape[axis] else None
+        # positions and heads along one axis, as in a convolution made anew for every row, are none
+        shared = leaf.ndim > 3
+        found = _as_blocks(sets, shared) if len(sets) == leaf.shape[axis] else None
         if found is not None:
             return found
     alone = sum(leaf.shape[axis] == 1 for axis in mixing.axes) > 1  # of rows, and of heads
     return (1, 0, tensor.shape[dim]) if alone and leaf.ndim >= 4 else None
 
 
-def _as_blocks(sets: list[Tensor]) -> tuple[int, int, int] | None:
-    """Read sets of channels as blocks side by side; several entries may share one."""
+def _as_blocks(sets: list[Tensor], shared: bool) -> tuple[int, int, int] | None:
+    """Read sets of channels as blocks side by side; several entries may have one in common."""
     spans = {tuple(moved.nonzero()[:, 0].tolist()) for moved in sets}
-    if len(spans) < 2 or () in spans:
+    if len(spans) < 2 or () in spans or (len(spans) < len(sets) and not shared):
         return None
     ordered = sorted(spans)
     start, width = ordered[0][0], len(ordered[0])

@@ -225,6 +225,8 @@ def _layout(together: Tensor, alone: list[Tensor]) -> Layout | None:
         for layout in (Layout(axis), Layout(axis, in_turn=True)):
             split = layout.split(together, n_rows)
             rows = torch.stack([tensor.movedim(axis, 0) for tensor in alone])
+            if not rows.numel():  # rows that are routed elsewhere
+                return None
             scale = float(rows.abs().max()) + 1e-30
             if bool(((split - rows).abs() <= 1e-4 * scale).all()):
                 return layout

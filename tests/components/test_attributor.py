@@ -233,19 +233,6 @@ def test_more_budget_later_equals_all_at_once(method):
         np.testing.assert_allclose(later.attributions_, whole.attributions_, atol=1e-8)
 
 
-def test_sums_replace_many_masks_and_change_nothing(monkeypatch):
-    module, X, y = made(Residual)
-    options = {"fraction": 0.2, "method": "regression", "budget": 401, "random_state": 0}
-    whole = ComponentAttributor(module, **options).fit(X, y)
-    monkeypatch.setattr(passes_module, "ROWS_KEPT", 100)
-    summed = ComponentAttributor(module, **options).fit(X, y)
-    assert summed._study.measured.moments is not None
-    assert len(summed._study.measured.outcomes) == 100
-    np.testing.assert_allclose(summed.attributions_, whole.attributions_, atol=0.05)
-    assert summed.oob_score_ == pytest.approx(whole.oob_score_, abs=0.05)
-    np.testing.assert_allclose(summed.attribute(X[:3], y[:3]), summed.attributions_[:3], atol=1e-6)
-
-
 @pytest.mark.parametrize(("backend", "n_jobs"), [("loky", 2), ("threading", 3)])
 def test_workers_change_nothing(backend, n_jobs):
     module, X, y = made(Residual)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression, Ridge
 
-from skperf.components.estimation import Moments, mean_correlation, ridge, ridge_from_moments
+from skperf.components.estimation import mean_correlation, ridge
 from skperf.components.priors import (
     PathSums,
     mixture,
@@ -68,25 +68,27 @@ def test_the_out_of_bag_score_equals_leaving_masks_out_by_hand():
     assert fit.oob_score == pytest.approx(mean_correlation(np.array(predicted).T, OUTCOMES.T))
 
 
-def test_sums_give_the_same_fit_as_rows_however_they_are_cut():
+def test_more_masks_than_components_give_the_fit_of_the_kernel():
     prior, slopes = some_prior(), np.array([0.2, 0.7, 0.1, -0.1])
-    moments = Moments(N, EXAMPLES)
-    for part in (slice(0, 7), slice(7, 31), slice(31, None)):
-        moments.add(MASKS[part], OUTCOMES[part])
-    by_rows = ridge(MASKS, OUTCOMES, prior, slopes=slopes, penalty=2.0)
-    by_sums = ridge_from_moments(moments, prior, slopes=slopes, penalty=2.0)
-    np.testing.assert_allclose(by_sums.coefficients, by_rows.coefficients, atol=1e-8)
-    np.testing.assert_allclose(by_sums.intercept, by_rows.intercept, atol=1e-8)
-    np.testing.assert_allclose(by_sums.stderr, by_rows.stderr, rtol=0.5)
+    few = ridge(MASKS, OUTCOMES, prior, slopes=slopes, penalty=2.0)
+    # the kernel of the masks themselves, as where there are fewer masks than components
+    V = np.vstack([MASKS]) - MASKS.mean(0)
+    residual = OUTCOMES - OUTCOMES.mean(0) - V @ mixture(prior, slopes).T
+    inverse = np.linalg.inv((V * prior.variance) @ V.T + 2.0 * np.eye(M))
+    spread = prior.variance[:, None] * (V.T @ inverse)
+    np.testing.assert_allclose(few.coefficients, mixture(prior, slopes) + (spread @ residual).T)
+    hat = (V * prior.variance) @ V.T @ inverse + 1 / M
+    left = residual - hat @ residual
+    noise = left**2 / ((np.eye(M) - hat) ** 2).sum(1)[:, None]
+    unmoved = 1 - np.einsum("jm,mj->j", spread, V)
+    square = (spread**2 @ noise).T + (unmoved * slopes[0]) ** 2 * prior.noise
+    np.testing.assert_allclose(few.stderr, np.sqrt(square))
 
 
 def test_the_penalty_is_small_for_clean_outcomes_and_large_for_noise():
     clean = ridge(MASKS, MASKS @ TRUTH.T).penalty
     noise = ridge(MASKS, rng.normal(size=(M, EXAMPLES))).penalty
     assert clean < 1e-2 < noise
-    moments = Moments(N, EXAMPLES)
-    moments.add(MASKS, MASKS @ TRUTH.T)
-    assert ridge_from_moments(moments).penalty < 1e-1
 
 
 @pytest.mark.parametrize("n_masks", [15, 30, 150])
