@@ -14,9 +14,6 @@ need fetched files.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -24,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import runner
 from benchmarks.components_networks import NETWORKS, n_logits
 from skperf import from_module
 from skperf.backbone.architectures import SmallConvNet
@@ -403,14 +401,14 @@ TITLES = {
 
 def table():
     """Lines of the guide's table, from the file of results alone."""
-    results = json.loads(RESULTS.read_text())["results"]
+    results = runner.load(RESULTS)
     rules = ("before", "attribution", "released ranking", "magnitude", "random")
     lines = [
         "| task | seeds | k of N | " + " | ".join(rules) + " |",
         "|---" * (len(rules) + 3) + "|",
     ]
     for task, title in TITLES.items():
-        runs = [run for run in results.values() if run["task"] == task]
+        runs = [run for run in results if run["task"] == task]
         if not runs:
             continue
         ours, theirs = (
@@ -429,12 +427,6 @@ def table():
     return lines
 
 
-def commit():
-    """Name the commit that the package is at."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", default=list(TASKS))
@@ -444,19 +436,14 @@ def main():
         print("\n".join(table()))
         return
     torch.set_num_threads(1)
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    stored = {
-        "command": "python -m benchmarks.components_edits",
-        "results": stored.get("results", {}),
-    }
+    rows = runner.load(RESULTS) if RESULTS.exists() else []
     for task in options.tasks:
         for seed in options.seeds:
-            found = {"task": task, "seed": seed, "commit": commit(), **TASKS[task](seed)}
-            stored["results"][f"{task} {seed}"] = found
-            print(task, seed, found, flush=True)
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(stored, indent=1, default=float) + "\n")
+            rows = [row for row in rows if (row["task"], row["seed"]) != (task, seed)]
+            rows.append({"task": task, "seed": seed, **TASKS[task](seed)})
+            print(rows[-1], flush=True)
+            runner.save(RESULTS, rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -30,7 +30,7 @@ Ablation = str | float | Callable[[Tensor], Tensor]
 ABLATIONS = ("zero", "zero_output", "mean", "resample")
 _ROWS_PER_PASS = 64
 _SMALL_BATCH = 32
-_GRADIENT_FLOATS = 60_000_000
+_GRADIENT_FLOATS = 16_000_000
 
 
 @dataclass(frozen=True)
