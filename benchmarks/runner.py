@@ -75,6 +75,13 @@ WORKLOADS = (
     ),
     Workload(
         "performative",
+        "Worlds that drift, change or do nothing",
+        "performative_drift",
+        ("performative_drift.json",),
+        "guide/performative",
+    ),
+    Workload(
+        "performative",
         "The price of refits and corrections",
         "performative_speed",
         ("performative_speed.json",),
