@@ -108,7 +108,8 @@ class OpenAttention(nn.MultiheadAttention):
         """Attend as the parent does."""
         projection = self._modules["out_proj"]
         assert projection is not None
-        identity, weight = self.__dict__["_identity"], projection.get_parameter("weight")
+        identity, weight = self.__dict__["_identity"], projection._parameters["weight"]
+        assert weight is not None
         if identity.weight.dtype != weight.dtype or identity.weight.device != weight.device:
             identity = self.__dict__["_identity"] = identity.to(weight)  # cast or moved since
         self._modules["out_proj"] = identity

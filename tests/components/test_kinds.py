@@ -192,6 +192,8 @@ def test_heads_through_adapters_and_padded_encoders(n):
     np.testing.assert_allclose(
         model.counterfactual(masks), truth(module, X, y, cut, masks), **CLOSE
     )
+    edited = model.ablate(masks[1]).decision_function(X)[range(n), y]
+    np.testing.assert_allclose(edited, model.counterfactual(masks[1])[:, 0], **CLOSE)
     np.testing.assert_allclose(
         model.counterfactual(np.ones(8))[:, 0], model.baseline_output_, **CLOSE
     )
