@@ -26,6 +26,7 @@ from skperf.reprogramming.heads import (
     Folds,
     candidates,
     folds_of,
+    of_single_rows,
 )
 from skperf.reprogramming.judging import Choice, Judged, choose
 from skperf.reprogramming.label_mapping import cooccurrence, labels_of_interest, random_mapping
@@ -140,7 +141,11 @@ def fit_program(
     if settings.max_epochs and settings.encoder is not None:
         _warn_of_retention(len(judged.codes), settings.ood_retention)
     heads = fit_heads(settings, labelled, generator, judged.rows)
-    choice = choose(settings, task, judged, {n: h.logits[judged.rows] for n, h in heads.items()})
+    logits = {name: fitted.logits[judged.rows] for name, fitted in heads.items()}
+    choice = choose(settings, task, judged, logits)
+    if settings.compares_heads and of_single_rows(torch.as_tensor(codes)):
+        # a row left out leaves nothing of its class: no comparison says anything
+        choice = replace(choice, head="probe")
     counted += sum(known.module_.n_queries for known in [net, *nets])
     head = heads[choice.head].head if choice.head in heads else None
     return assemble(settings, labelled, net, choice, head, counted), net

@@ -202,6 +202,16 @@ def test_nobody_is_better_off_with_a_probe(towers, parameters):
     assert model.score(X[200:], y[200:]) >= theirs - 2 * np.sqrt(0.25 / 300)
 
 
+def test_one_row_a_class_is_learned_from(towers, pictures, parameters):
+    X, y = pictures
+    rows = np.arange(3)
+    with pytest.warns(UserWarning, match="ood_retention"):
+        model = Reprogrammer(towers, **parameters).fit(X[rows], y[rows])
+    assert model.head_ == "probe"
+    zero_shot = Reprogrammer(towers, **parameters | {"max_epochs": 0}).fit(X, y)
+    assert model.score(X, y) > zero_shot.score(X, y)
+
+
 def test_class_weight_and_augmentation(towers, pictures, parameters):
     X, y = pictures
     kept = np.flatnonzero((y != "bird") | (np.arange(120) % 4 == 0))
