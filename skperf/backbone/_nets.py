@@ -330,22 +330,7 @@ class Net(NeuralNetClassifier):
     def _labelled(
         self, rows: Rows, labels: np.ndarray, sample_weight: ArrayLike | None = None
     ) -> LabelledRows:
-        """Bring validated rows into the form that training takes.
-
-        Parameters
-        ----------
-        rows : Rows
-            Validated.
-        labels : ndarray of shape (n,)
-            Labels or targets.
-        sample_weight : array-like of shape (n,), optional
-            Weights.
-
-        Returns
-        -------
-        LabelledRows
-            A data set whose items are gathered in batches.
-        """
+        """Bring validated rows into the form that training takes: (n, ...), (n,), (n,)."""
         network = self.to_network()
         codes = network.codes(labels).cpu()
         targets: Any = codes.to(network.dtype) if self._takes_numbers() else codes

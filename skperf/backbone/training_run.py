@@ -396,6 +396,12 @@ class Recording:
         """Close the record."""
         if not self.steps:
             raise ValueError("no step was recorded: the run has none.")
+        end = self.state()
+        if self.states is not None and not torch.equal(self.states[-1], end):
+            raise ValueError(
+                "the weights were changed after the last step, as EarlyStopping(load_best=True) "
+                "does: a run ends where its last step leads."
+            )
         return Run(
             self.initial,
             loss,
@@ -407,7 +413,7 @@ class Recording:
             max_norm,
             self.masks,
             self.states,
-            self.state(),
+            end,
             self.base_lr,
         )
 

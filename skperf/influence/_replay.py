@@ -26,7 +26,7 @@ from skperf.influence.scoring import Ensemble, Tile
 from skperf.influence.tiles import budget_in_bytes
 
 # of `smoothness`, chosen on wine (benchmarks/replay_configurations.py, THRESHOLD_DATA)
-SMOOTH_ENOUGH = 0.95
+SMOOTH_ENOUGH = 0.98
 _NO_RUN = (
     "method='replay' goes back through the training, and {} comes without one: give an estimator "
     "that is fitted here (skperf.Net, a skorch classifier, None), or "

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_iris
-from skorch.callbacks import GradientNormClipping, LRScheduler
+from skorch.callbacks import Callback, GradientNormClipping, LRScheduler
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -92,12 +92,19 @@ def test_nothing_is_recorded_unless_asked_for():
     assert not hasattr(net, "run_")
 
 
+class Doubling(Callback):
+    def on_train_end(self, net, **kwargs):
+        with torch.no_grad():
+            net.module_.output.weight.mul_(2)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
         ({"optimizer": torch.optim.LBFGS}, "a run of LBFGS can't be gone back through"),
         ({"iterator_train": torch.utils.data.DataLoader}, "needs iterator_train=TensorBatches"),
         ({"callbacks": [GradientNormClipping(1.0, np.inf)]}, "of the 2-norm"),
+        ({"callbacks": [Doubling()]}, "changed after the last step"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_by_name(params, message):
