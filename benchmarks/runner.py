@@ -51,6 +51,20 @@ WORKLOADS = (
         ("growth.json",),
         "benchmarks",
     ),
+    Workload(
+        "replay",
+        "Influence through the run against retraining",
+        "replay quality",
+        ("replay_quality.json",),
+        "guide/replay",
+    ),
+    Workload(
+        "replay",
+        "Influence through the run: time",
+        "replay speed",
+        ("replay_speed.json",),
+        "guide/replay",
+    ),
     Workload("cluster", "A dask cluster", "cluster", ("cluster.json",), "guide/clusters"),
     Workload(
         "performative",
