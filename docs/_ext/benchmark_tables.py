@@ -57,7 +57,9 @@ class BenchmarkTable(Directive):
         )
         unknown = [column for column in columns if not any(column in row for row in rows)]
         if unknown:
-            raise self.error(f"{path.name} has no column {', '.join(unknown)}")
+            # `tests/benchmarks/test_runner.py` names the results that wait to be made anew
+            text = "The committed result is that of an older form of this benchmark and not shown."
+            return [nodes.paragraph(text=f"{text} It has no column {', '.join(unknown)}.")]
         head = [HEADINGS.get(column, column) for column in columns]
         found = [_table(head, [[row.get(column) for column in columns] for row in rows])]
         origin = records.get("provenance") if isinstance(records, dict) else None

@@ -11,8 +11,8 @@ import pytest
 from benchmarks import runner
 
 ROOT = Path(__file__).parents[2]
-# results that were not there yet when their pages were written: the pages say so
-AWAITED = {"replay_quality.json"}
+# results that are not there yet, or are of an older form of their benchmark: the pages say so
+AWAITED = {"replay_quality.json", "influence_repair.json"}
 PAGES = sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "docs" / "guide").glob("*.md"))
 
 
@@ -48,6 +48,16 @@ def test_every_table_of_the_pages_is_the_result_of_a_workload():
     }
     assert shown
     assert sorted(shown - made) == []
+
+
+def test_every_column_that_a_page_asks_for_is_in_the_result():
+    asked = re.compile(r"benchmark-table\} (\S+)\n:columns: (.*)")
+    for page in PAGES:
+        for result, columns in asked.findall(page.read_text()):
+            if result in AWAITED:
+                continue
+            known = {key for row in runner.load(runner.RESULTS / result) for key in row}
+            assert {column.strip() for column in columns.split(",")} - known == set()
 
 
 def test_every_workload_is_a_script_whose_results_are_committed():
