@@ -232,8 +232,8 @@ def fit_probe(cached: Cached, folds: Folds) -> Fitted:
     """Choose prior and ridge by the loss of rows left out, then fit on all rows."""
     seen = _left_out(cached, folds)
     best: tuple[float, float, float, Tensor] | None = None
-    priors = PRIORS if cached.zero_shot is not None else (0.0,)
-    ridges = RIDGES
+    priors: tuple[float, ...] = PRIORS if cached.zero_shot is not None else (0.0,)
+    ridges: tuple[float, ...] = RIDGES
     if of_single_rows(cached.codes):
         priors, ridges = (min(ONE_ROW[0], max(priors)),), (ONE_ROW[1],)
     for prior in priors:

@@ -282,7 +282,7 @@ def read_configuration(source: Any, guess: PixelPipeline) -> PixelPipeline:
         if all(isinstance(v, Sequence | np.ndarray | Tensor) for v in (mean, std)):
             known |= {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
             break
-    if isinstance(_get(source, "interpolation"), str) and source_is_filter(source):
+    if _get(source, "interpolation") in PIL_CODES:
         known["interpolation"] = _get(source, "interpolation")
     mode = _get(source, "resize_mode")
     if mode is not None:  # open_clip
@@ -298,11 +298,6 @@ def read_configuration(source: Any, guess: PixelPipeline) -> PixelPipeline:
         if mode == "border":
             known |= {"fill": known.get("mean", (0.0,)), "scaled": None}
     return replace(guess, **known)
-
-
-def source_is_filter(source: Any) -> bool:
-    """Whether a configuration names one of PIL's filters."""
-    return _get(source, "interpolation") in PIL_CODES
 
 
 def _read_composition(steps: Sequence[Any], guess: PixelPipeline) -> PixelPipeline:
