@@ -31,7 +31,7 @@ from benchmarks import runner
 from benchmarks.influence_workloads import BUILDERS, load
 from benchmarks.timing import interleaved
 from skperf import from_module
-from skperf.influence import InfluenceScorer
+from skperf.influence import EKFAC, GGN, InfluenceScorer
 from skperf.metrics import linear_datamodeling_score
 
 RESULTS = Path(__file__).parent / "results" / "influence_speed.json"
@@ -135,15 +135,15 @@ def agreements(workload, scores):
     if workload.name in ("W1", "W1s"):
         scorer = InfluenceScorer(from_module(workload.modules[0]))
         damping = scorer.fit(workload.X_train, workload.y_train).damping_
-        exact = ours(workload, damping=damping, kept_trace=1.0, max_rows=8000)
+        exact = ours(workload, damping=damping, method=GGN(kept_trace=1.0, max_rows=8000))
         pearson = _pearson(exact, scores["skperf GGN (default)"])
         notes["skperf GGN (default)"] = f"Pearson {pearson:.4f} with all curvature rows"
-        same = {"damping": 1e-3, "curvature": "empirical", "rank": None}
+        same = {"damping": 1e-3, "method": EKFAC(rank=None, curvature="empirical")}
         theirs = peers.kronfluence(workload, 1e-3, empirical=True)
-        pearson = _pearson(ours(workload, method="ekfac", **same), theirs)
+        pearson = _pearson(ours(workload, **same), theirs)
         notes["kronfluence EKFAC"] = f"Pearson {pearson:.6f} with ours of the same empirical Fisher"
     if "skperf EKFAC" in scores:
-        full = ours(workload, method="ekfac", rank=None)
+        full = ours(workload, method=EKFAC(rank=None))
         pearson = _pearson(full, scores["skperf EKFAC"])
         notes["skperf EKFAC"] = f"Pearson {pearson:.4f} with the full EKFAC score"
     return notes

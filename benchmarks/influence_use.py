@@ -146,7 +146,7 @@ def repair(seed):
         for way, outcomes in found.items():
             yield {
                 "task": name,
-                "chose the default": chose,
+                "chose the default": "yes" if chose else "no",
                 "way": way,
                 "mis-predictions": len(outcomes),
                 **_mean(outcomes),
