@@ -272,5 +272,5 @@ def smoothed_confusion(
     return _ratio(table + smoothing * pooled, totals + smoothing, pooled).ravel()
 
 
-def _ratio(part: Array, whole: Array, otherwise: Any) -> Array:
+def _ratio(part: NDArray[Any], whole: NDArray[Any], otherwise: Any) -> Array:
     return np.where(whole > 0, part / np.where(whole > 0, whole, 1.0), otherwise)
