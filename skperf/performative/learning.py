@@ -206,6 +206,7 @@ def _with_labels(
     """Remember labelled rows, and find base mix and calibrations anew when it is time."""
     if not len(codes):
         return record
+    n_known = len(np.unique(record.memory.codes))
     kept = weight > 0
     proba = probabilities(record.corrector.calibrated(logits))
     record = replace(
@@ -214,11 +215,14 @@ def _with_labels(
         confusion=record.confusion + soft_confusion(proba, codes, weight),
     )
     n_rounds = record.anticipation.n_rounds
-    new = len(np.unique(record.memory.codes)) > len(np.unique(record.memory.codes))
+    new = len(np.unique(record.memory.codes)) > n_known
     more = n_rounds in REFINED_AT and len(record.memory.codes) > 1.5 * record.base_rows
-    if record.options.refines_base and (more or (new and n_rounds > 1)):
+    refined = record.options.refines_base and (more or (new and n_rounds > 1))
+    if refined:
         record = record.with_base(record.found_base(), len(record.memory.codes))
-    if n_rounds >= 1.3 * record.calibrated_at and any(record.options.calibrations):
+    # biases are relative to the base mix: a new one asks for new ones
+    due = refined or n_rounds >= 1.3 * record.calibrated_at
+    if due and any(record.options.calibrations):
         record = _with_calibrations(replace(record, calibrated_at=n_rounds))
     return record
 

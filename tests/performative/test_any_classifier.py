@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.sparse import coo_matrix
 from scipy.special import softmax
 from sklearn.compose import make_column_transformer
@@ -182,6 +183,34 @@ def test_labels_that_come_one_round_late(frozen):
     late.partial_fit(*waiting, rounds=14)
     with pytest.raises(ValueError, match="has all its labels"):
         late.partial_fit(*waiting, rounds=14)
+
+
+def test_rows_after_a_record_without_rows_tell_the_base_mix(lived):
+    adapter, _ = lived
+    skewed = LogisticRegression().fit(*World(seed=8).draw(3000, prior=[0.7, 0.1, 0.1, 0.1]))
+    record = adapter.trajectory_
+    again = PerformativeAdapter(FrozenEstimator(skewed), **QUICK)
+    again.fit_trajectory(record.statistics, record.counts)
+    np.testing.assert_allclose(again.base_prior_, 1 / K)
+    again.partial_fit(*World(seed=9).draw(2000, prior=np.full(K, 1 / K)))
+    assert again.base_prior_[0] == pytest.approx(0.7, abs=0.08)
+
+
+def test_a_new_base_mix_does_not_upset_the_calibration():
+    """Wild scores are calibrated with biases relative to a base mix, which later rows correct."""
+    world = World(seed=2)
+    X, y = world.draw(60)
+    wild = torch.nn.Linear(3, K).double()
+    model = LogisticRegression(C=1e4).fit(X, y)
+    with torch.no_grad():
+        wild.weight.copy_(8 * torch.tensor(model.coef_))
+        wild.bias.copy_(8 * torch.tensor(model.intercept_) + torch.tensor([4.0, 0, 0, -4.0]))
+    adapter = PerformativeAdapter(wild, **QUICK)
+    live(adapter, world, 20, size=300)
+    record = adapter.prequential_
+    assert adapter.calibrator_ is not None
+    assert (record.accuracy[4:] > record.accuracy_none[4:] - 0.2).all()  # no round is lost
+    assert record.accuracy[4:].mean() > record.accuracy_none[4:].mean()
 
 
 def test_labels_may_trickle_in(frozen, world):
