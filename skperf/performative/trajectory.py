@@ -258,7 +258,8 @@ def smoothed_shares(
     weight = np.ones(len(cells)) if weight is None else weight
     totals, hits = (np.bincount(cells, w, minlength=n_cells) for w in (weight, weight * right))
     pooled = hits.sum() / max(float(totals.sum()), TINY)
-    return _ratio(hits + pooled * smoothing, totals + smoothing, pooled)
+    part, whole = np.asarray(hits + pooled * smoothing), np.asarray(totals + smoothing)
+    return _ratio(part.astype(np.float64), whole.astype(np.float64), pooled)
 
 
 def smoothed_confusion(
