@@ -29,7 +29,11 @@ def test_after_set_params_every_method_answers_as_fitted(name):
     np.testing.assert_array_equal(np.asarray(call(estimator)), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in ANSWERS if name != EDITED])
+# they measure the classifiers they are given, as these are now
+MEASURING = {"PerformativeAdapter.statistic_of", "PerformativeAdapter.rank_models"}
+
+
+@pytest.mark.parametrize("name", sorted(set(ANSWERS) - MEASURING - {EDITED}))
 def test_weights_that_changed_since_are_refused_by_name(name):
     make, call = CALLS[name]
     module = network()

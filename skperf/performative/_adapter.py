@@ -13,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._nets import seed_of
+from skperf.backbone._opening import has_network, source_of
 from skperf.backbone._sklearn import (
     DOC_LINK,
     Interval,
@@ -22,6 +23,7 @@ from skperf.backbone._sklearn import (
 )
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import as_array, check_rows
+from skperf.backbone.parameters import checksum
 from skperf.performative import _inputs, _steps, learning
 from skperf.performative._inputs import encode
 from skperf.performative._options import options_of
@@ -444,7 +446,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             for number, counted, statistic in zip(numbers, counts, statistics, strict=True):
                 record = learning.counted_round(record, number, counted, statistic)
             if fitted is not None:
-                self.estimator_ = fitted
+                self.estimator_, self._weights = fitted, _weights_of(fitted)
             self._frozen_params = params
             self._publish(record)
             _steps.warn_of_little(record, None)
@@ -487,6 +489,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
                 self.record_, estimator, X, y, finds_base=finds_base
             )
             self._frozen_params = self.get_params(deep=False)
+            self._weights = _weights_of(self.estimator_)
             self._publish(record)
         return self
 
@@ -899,7 +902,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
     def _begin(self, data, classes=None):
         seed, params = seed_of(self.random_state), self.get_params(deep=False)
         self.estimator_, record, measured = begin(self.estimator, params, data, seed, classes)
-        self._frozen_params = params
+        self._frozen_params, self._weights = params, _weights_of(self.estimator_)
         # before any round the statistic is that of the classifier on its first rows
         strata = _steps.strata_codes(record, data.strata)
         codes, rows = encode(data.y[measured.rows], record.classes), measured.rows
@@ -915,6 +918,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
     def _learn(self, data, measured=None):
         if data.rounds is not None:  # without rounds there is nothing to learn
             self._check_has_estimator()
+            if measured is None:
+                self._check_weights()
             record = self.record_
             self._publish(_steps.learn(record, self.estimator_, data, measured, self.verbose))
 
@@ -933,6 +938,14 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
                 "the record through replace_estimator."
             )
 
+    def _check_weights(self):
+        """Refuse a network whose weights moved since the record was started with it."""
+        if _weights_of(self.estimator_) != self._weights:
+            raise ValueError(
+                "the weights of estimator_ have changed since fit: what is recorded belongs to "
+                "another model. Give the changed one to replace_estimator, or fit anew."
+            )
+
     def _check_has_estimator(self):
         if not hasattr(self, "estimator_"):
             raise NotFittedError(
@@ -943,6 +956,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
     def _opened(self):
         check_is_fitted(self, "record_")
         self._check_has_estimator()
+        self._check_weights()
         return Opened(self.estimator_, self.record_.classes, self.record_.log_base)
 
     def _corrected(self, X, statistic):
@@ -959,3 +973,9 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
     def _publish(self, record):
         vars(self).update(_steps.published(record))
         self._said = getattr(self, "_said", set())
+
+
+def _weights_of(fitted):
+    """Digest of the weights of a network inside, None where there is no module."""
+    module = source_of(fitted) if has_network(fitted) else None
+    return None if module is None else checksum(module)
