@@ -96,6 +96,13 @@ WORKLOADS = (
     ),
     Workload(
         "performative",
+        "Twenty classifiers behind an adapter",
+        "performative_classifiers",
+        ("performative_classifiers.json",),
+        "guide/performative",
+    ),
+    Workload(
+        "performative",
         "The price of refits and corrections",
         "performative_speed",
         ("performative_speed.json",),
