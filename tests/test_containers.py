@@ -197,7 +197,7 @@ def influence(estimator, X, y, kind):
 
 
 def components(estimator, X, y, kind):
-    output = "logit" if kind in ("values", "labels") else "margin"
+    output = {"values": "value", "labels": "loss"}.get(kind, "margin")
     attributor = ComponentAttributor(
         estimator, components="neurons", output=output, budget=40, fraction=0.3, random_state=0
     )
@@ -288,6 +288,7 @@ MEANINGLESS = {
     ("from_module.predict_proba", "labels"): "yes-or-no labels are given by predict",
     ("from_module.decision_function", "labels"): "yes-or-no labels are given by predict",
     ("ComponentAttributor.transform", "values"): "no label is predicted",
+    ("ComponentAttributor.transform", "labels"): "the loss at one's own predictions is given by y",
     ("InfluenceScorer.transform", "values"): "at the predicted number the loss is flat",
     ("InfluenceScorer.repair", "values"): "there is no label to repair",
     ("InfluenceScorer.repair", "labels"): "there is no single label to repair",
@@ -353,12 +354,16 @@ def _expected(call, plain, X, y, method, kind):
         module = seeded(Plain())
         with torch.no_grad():
             predicted = (module(torch.tensor(X)) > 0).numpy().astype(np.float32)
-        if method == "transform":
+        if isinstance(plain, InfluenceScorer) and method == "transform":
             return plain.influence(X, predicted)
+        if isinstance(plain, ComponentAttributor) and method == "transform":
+            return plain.attribute(X, predicted)
         if method == "predict":
             return predicted
-        if not isinstance(plain, InfluenceScorer):
+        if not isinstance(plain, InfluenceScorer | ComponentAttributor):
             return np.asarray((predicted == y).all(1).mean())
+    if kind == "labels" and method in ("edit", "ablate"):
+        return (np.asarray(call(plain, X, y)) > 0).astype(float)
     found = np.asarray(call(plain, X, y), dtype=float)
     return found > 0 if kind == "labels" and method == "remove" else found
 

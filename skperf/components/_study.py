@@ -239,6 +239,11 @@ class Study:
         plain = self.question(network, plain=True)
         numbers = range(3)
         masks = bernoulli_masks(self.seed, numbers, self.n_components, self.fraction, fresh=True)
+        # half of them, so that hardly any kind of component is passed by; of a few components a
+        # sparse mask may ablate none
+        masks[0] = bernoulli_masks(self.seed, range(1), self.n_components, 0.5, fresh=True)[0]
+        for mask in masks[:-1]:
+            mask[self.seed % self.n_components] &= not mask.all()
         masks[-1] = True  # nothing ablated must change nothing
         gates = torch.as_tensor(masks[:1].astype(np.float32))
         n_rows = question.n_rows
