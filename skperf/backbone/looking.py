@@ -51,7 +51,7 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
         plain = replace(network, readout=None, draws=False)
         (inputs,) = next(plain.batches(few))
         try:
-            returned = plain(inputs, own)
+            returned = plain(inputs, own or None)
         except Exception as error:
             raise ValueError(
                 f"{type(network.module).__name__} does not run on the first rows of X, of shape "

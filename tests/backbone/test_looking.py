@@ -16,7 +16,7 @@ from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegr
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from skperf import MLP, Net, from_module
+from skperf import MLP, InfluenceScorer, Net, from_module
 from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from skperf.backbone.rows import Rows
@@ -444,3 +444,17 @@ def test_a_hugging_face_data_set_is_read_by_its_columns():
     expected = from_module(module).predict_proba(ids)
     got = from_module(module).predict_proba(Columns(ids))
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_module_predicts_and_is_refused_where_its_weights_are_varied():
+    linear = nn.Linear(4, 3)
+    scripted = torch.jit.trace(linear, F[:2])
+    with pytest.warns(UserWarning, match="copied whole"):
+        proba = from_module(scripted).predict_proba(X)
+    np.testing.assert_allclose(proba, from_module(linear).predict_proba(X), rtol=1e-5)
+    with (
+        pytest.warns(UserWarning, match="copied whole"),
+        pytest.raises(ValueError, match="the module that it was made from"),
+    ):
+        InfluenceScorer(scripted).fit(X, y)
