@@ -325,7 +325,6 @@ class Recording:
         keep: int = 0,
     ) -> None:
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        groups = []
         for group in optimizer.param_groups:
             unknown = [p for p in group["params"] if id(p) not in names]
             if unknown:
@@ -333,14 +332,12 @@ class Recording:
                     f"optimizer trains {len(unknown)} tensors that are no parameters of "
                     f"{type(module).__name__}; a run is recorded of one module."
                 )
-            groups.append(tuple(names[id(p)] for p in group["params"] if p.requires_grad))
         if optimizer.state:
             raise ValueError(
                 "optimizer has taken steps already; a run is recorded from its first step on."
             )
         self.module, self.optimizer = module, optimizer
-        self.groups = tuple(groups)
-        self.masks = masks or {}
+        self.masks, self.keep = masks or {}, keep
         self.initial = own_copy(module)
         self.steps: list[Step] = []
         self.left = keep  # bytes of states that may still be kept
@@ -348,8 +345,9 @@ class Recording:
         self.base_lr = tuple(
             float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
         )
-        if keep:
-            self.states = [self.state()]
+        self.groups: tuple[tuple[str, ...], ...] = ()  # known at the first step
+        self.moved: str | None = None  # what was done to the weights beside the steps
+        self.versions = [p._version for p in module.parameters()]
 
     def before_step(
         self,
@@ -358,7 +356,19 @@ class Recording:
         batch: tuple[Rows, Tensor] | None = None,
     ) -> None:
         """Note the batch and the settings of a step that is about to be taken: rows (b,)."""
+        names = {id(p): n for n, p in self.module.named_parameters() if p.requires_grad}
+        groups = tuple(
+            tuple(names[id(p)] for p in group["params"] if id(p) in names)
+            for group in self.optimizer.param_groups
+        )
+        if self.keep and self.versions != [p._version for p in self.module.parameters()]:
+            self.moved = "weights were changed beside the steps"
+        if self.steps and groups != self.groups:
+            self.moved = "layers were frozen or thawed after the first step"
         if not self.steps:
+            # callbacks have frozen by now what does not train; no weight has moved
+            self.groups = groups
+            self.states = [self.state(self.initial)] if self.keep else None
             for own, theirs in zip(self.initial.modules(), self.module.modules(), strict=True):
                 own.training = theirs.training
         settings = tuple(
@@ -371,6 +381,7 @@ class Recording:
 
     def after_step(self) -> None:
         """Keep the state after a step, as long as there is room."""
+        self.versions = [p._version for p in self.module.parameters()]
         if self.states is None:
             return
         state = self.state()
@@ -380,12 +391,13 @@ class Recording:
         else:
             self.states.append(state)
 
-    def state(self) -> Tensor:
+    def state(self, module: nn.Module | None = None) -> Tensor:
         """Everything that the next step starts from (n_values,)."""
-        named = dict(self.module.named_parameters())
+        module = self.module if module is None else module
+        named = dict(module.named_parameters())
         parameters = [named[name] for group in self.groups for name in group]
         settings = tuple(self.optimizer.param_groups)
-        buffers = floating_buffers(self.module).values()
+        buffers = floating_buffers(module).values()
         return _flat_state(
             parameters, self.optimizer, slots_of(type(self.optimizer), settings), buffers
         )
@@ -397,6 +409,10 @@ class Recording:
         if not self.steps:
             raise ValueError("no step was recorded: the run has none.")
         end = self.state()
+        if self.moved is not None:
+            raise ValueError(
+                f"{self.moved}, by a callback perhaps: no run can be gone back through then."
+            )
         if self.states is not None and not torch.equal(self.states[-1], end):
             raise ValueError(
                 "the weights were changed after the last step, as EarlyStopping(load_best=True) "

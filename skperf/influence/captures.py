@@ -161,6 +161,15 @@ def alone(network: Network, inputs: Rows, layer: Layer, cotangent: Tensor) -> Te
 
     def gradient(row: Rows, slope: Tensor) -> Tensor:
         single = row.map(lambda leaf: leaf[None])
+        if layer.looped:
+            # some kernels, such as those of packed sequences, take no tensors of torch.func
+            leaves = {name: value.detach().requires_grad_() for name, value in own.items()}
+            with torch.enable_grad():
+                output = network(single, leaves)[0]
+            found = torch.autograd.grad(
+                output, list(leaves.values()), slope, materialize_grads=True, allow_unused=True
+            )
+            return torch.cat([part.reshape(-1) for part in found])
         _, pull_back, *_ = vjp(lambda values: network(single, values)[0], own)
         (gradients,) = pull_back(slope)
         return torch.cat([part.reshape(-1) for part in gradients.values()])

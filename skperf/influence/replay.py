@@ -510,6 +510,8 @@ def replayed(run: Run, budget: Budget | None = None, *, check: bool = True) -> R
     budget = Budget() if budget is None else budget
     _check_reversible(run)
     if run.states is not None:
+        if check:
+            _check_steps(run, run.states)
         return Replayed(run, run.states[-1], budget)
     if run.end is not None and not check:
         return Replayed(run, run.end, budget)
@@ -527,6 +529,21 @@ def replayed(run: Run, budget: Budget | None = None, *, check: bool = True) -> R
             "and step (clipping is given as max_norm=...), or a layer is not deterministic."
         )
     return Replayed(run, end, budget)
+
+
+def _check_steps(run: Run, states: list[Tensor]) -> None:
+    """Take some steps again from where they started: states (n_steps + 1) of (n_values,)."""
+    # all of them would cost as much as the training
+    for t in sorted(set(torch.linspace(0, len(run.steps) - 1, 8).long().tolist())):
+        trainer = Trainer(run)
+        trainer.load(states[t], t)
+        trainer.step(run.data and run.data.weights)
+        if not torch.equal(trainer.state(), states[t + 1]):
+            raise ValueError(
+                f"run does not reproduce its step {t}: taken again it leads elsewhere. The net's "
+                "own get_loss or train_step, or a callback, changes the loss, the gradients or the "
+                "weights, or a layer is not deterministic."
+            )
 
 
 def _check_reversible(run: Run) -> None:

@@ -454,3 +454,35 @@ def test_several_inputs_and_half_precision():
         assert scores.dtype == np.float32
         assert np.isfinite(scores).all()
         assert half.last.weight.dtype == torch.bfloat16
+
+
+class _Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 5, padding_idx=0)
+        self.recurrent = nn.GRU(5, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, tokens):
+        lengths = (tokens != 0).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.table(tokens), lengths, batch_first=True, enforce_sorted=False
+        )
+        return self.head(self.recurrent(packed)[1][-1])
+
+
+def test_packed_sequences_are_differentiated_row_by_row():
+    torch.manual_seed(0)
+    module, tokens, y = _Packed(), torch.randint(1, 11, (7, 6)), torch.arange(7) % 3
+    for row in range(7):
+        tokens[row, 2 + row % 4 :] = 0
+    expected = []
+    for row in range(7):
+        loss = cross_entropy(module(tokens[row : row + 1]), y[row : row + 1])
+        slopes = torch.autograd.grad(loss, list(module.parameters()))
+        expected.append(torch.cat([slope.flatten() for slope in slopes]))
+    expected = torch.stack(expected)
+    scorer = InfluenceScorer(from_module(module), method="gradient_dot").fit(tokens, y)
+    torch.testing.assert_close(
+        torch.as_tensor(scorer.influence(tokens, y)), expected @ expected.T, rtol=1e-4, atol=1e-5
+    )

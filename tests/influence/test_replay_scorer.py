@@ -9,6 +9,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.frozen import FrozenEstimator
 from skorch import NeuralNetClassifier
+from skorch.callbacks import Callback
 from torch import nn
 
 from skperf import InfluenceScorer, Net, TrainingRun
@@ -160,3 +161,61 @@ def test_a_loop_of_ones_own():
     assert np.corrcoef(actual, found[:, 30])[0, 1] > 0.99
     with pytest.raises(ValueError, match="run ends at other weights than estimator has"):
         scorer(module(), method).fit(X[TRAIN], y[TRAIN])
+
+
+class _Frozen(Callback):
+    def __init__(self, last):
+        self.last = last
+
+    def on_epoch_begin(self, net, **kwargs):
+        next(net.module_.parameters()).requires_grad_(len(net.history) > self.last)
+
+
+class _Halved(Callback):
+    def on_grad_computed(self, net, named_parameters, **kwargs):
+        for _, parameter in named_parameters:
+            parameter.grad.mul_(0.5)
+
+
+class _Clamped(Callback):
+    def on_epoch_begin(self, net, **kwargs):
+        with torch.no_grad():
+            next(net.module_.parameters()).clamp_(-0.1, 0.1)
+
+
+class _Penalised(Net):
+    def get_loss(self, *args, **kwargs):
+        return super().get_loss(*args, **kwargs) + 0.01 * sum(
+            p.abs().sum() for p in self.module_.parameters()
+        )
+
+
+def _fit_replay(net=Net, **kwargs):
+    estimator = net(module(), max_epochs=2, batch_size=64, random_state=0, **kwargs)
+    return InfluenceScorer(estimator, method="replay").fit(X, y)
+
+
+def test_layers_that_a_callback_freezes_do_not_train_in_the_run():
+    scorer = _fit_replay(callbacks=[("frozen", _Frozen(99))])
+    weights = np.ones(150)
+    scores, losses = scorer.influence(X[50:53], y[50:53])[:, 7], []
+    for by in (0.1, -0.1):
+        weights[7] = 1 + by
+        again = clone(scorer.estimator_).fit(X, y, sample_weight=weights)
+        p = again.predict_proba(X[50:53])
+        losses.append(-np.log(p[np.arange(3), y[50:53]]))
+    np.testing.assert_allclose(-(losses[0] - losses[1]) / 0.2, scores, rtol=0.05, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"callbacks": [("frozen", _Frozen(1))]}, "frozen or thawed"),
+        ({"callbacks": [("clamped", _Clamped())]}, "weights were changed"),
+        ({"callbacks": [("halved", _Halved())]}, "does not reproduce its step"),
+        ({"net": _Penalised}, "does not reproduce its step"),
+    ],
+)
+def test_a_training_that_is_more_than_its_steps_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        _fit_replay(**kwargs)
