@@ -86,13 +86,20 @@ class CrossEntropy(Loss):
                 outputs, targets, reduction="none", ignore_index=self.ignore_index
             )
         logits = _class_axis_second(outputs, targets)
+        inside = self.label_smoothing or targets.is_floating_point() or targets.ndim > 1
+        weight = self.weight if inside else None
         losses = functional.cross_entropy(
             logits,
             targets.to(logits.dtype) if targets.is_floating_point() else targets,
+            None if weight is None else weight.to(logits),
             reduction="none",
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
         )
+        if weight is not None and not targets.is_floating_point():
+            # torch's mean over one row: what the row weighs as a whole is left to `weights`
+            own = self._of_labels(targets).to(losses).view(len(losses), -1).sum(1)
+            return losses.view(len(losses), -1).sum(1) / own.clamp_min(1e-30)
         if losses.ndim == 1:
             return losses
         if targets.is_floating_point():
@@ -102,7 +109,8 @@ class CrossEntropy(Loss):
 
     def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Softmax minus the (smoothed) label: outputs (n, K), targets (n,) -> (n, K)."""
-        if outputs.ndim != 2 or targets.ndim != 1:
+        inside = self.weight is not None and self.label_smoothing > 0
+        if outputs.ndim != 2 or targets.ndim != 1 or inside:
             return super().slope(outputs, targets)
         k = outputs.shape[1]
         slope = outputs.softmax(1)
@@ -119,7 +127,8 @@ class CrossEntropy(Loss):
         if outputs.ndim != 2:
             return super().hessian(outputs, targets)
         p = outputs.softmax(1)
-        return torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        sizes = self.sizes(targets).to(p)[:, None, None]
+        return (torch.diag_embed(p) - p[:, :, None] * p[:, None]) * sizes
 
     def weights(self, targets: Tensor) -> Tensor | None:
         """Weight of each row's class: targets (n,), (n, ...) or shares (n, K) -> (n,)."""
@@ -128,11 +137,36 @@ class CrossEntropy(Loss):
             return len(targets) / (int((counts > 0).sum()) * counts[targets].double())
         if self.weight is None:
             return None
-        weight = self.weight.to(targets.device)
         if targets.is_floating_point():
-            return targets @ weight.to(targets.dtype)
-        own = weight[targets.clamp_min(0)] * (targets != self.ignore_index)
+            return None  # torch's mean is over rows then, whatever their shares weigh
+        own = self._of_labels(targets)
         return own if own.ndim == 1 else own.flatten(1).mean(1)
+
+    def _of_labels(self, targets: Tensor) -> Tensor:
+        assert self.weight is not None
+        own = self.weight.to(targets.device)[targets.clamp_min(0)]
+        return own * (targets != self.ignore_index)
+
+    def sizes(self, targets: Tensor) -> Tensor:
+        """Size of the Hessian at each place, in covariances of its predicted label.
+
+        Shapes: targets (n, ...), or shares (n, K, ...) -> (n, ...).
+        """
+        smooth, shared = self.label_smoothing, targets.is_floating_point()
+        if self.weight is None:
+            # shares of labels need not sum to one
+            if shared:
+                return targets.sum(1) * (1 - smooth) + smooth
+            return targets != self.ignore_index
+        weight = self.weight.to(targets.device)
+        if shared:
+            own = targets.movedim(1, -1) @ weight.to(targets.dtype)
+            return (1 - smooth) * own + smooth * weight.mean()
+        own = self._of_labels(targets)
+        counted = targets != self.ignore_index
+        means = own.view(len(own), -1).sum(1) / counted.view(len(own), -1).sum(1).clamp_min(1)
+        full = (1 - smooth) * own + smooth * weight.mean() * counted
+        return full / means.clamp_min(1e-30).view(-1, *[1] * (own.ndim - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,10 +260,8 @@ class Margin(Loss):
         return gaps.masked_fill(mine, 0).sum(1) / outputs.shape[1]
 
     def weights(self, targets: Tensor) -> Tensor | None:
-        """Weight of each row's class (to the power p): targets (n,) -> (n,)."""
-        if self.weight is None:
-            return None
-        return self.weight.to(targets.device)[targets] ** self.p
+        """Weight of each row's class: targets (n,) -> (n,)."""
+        return None if self.weight is None else self.weight.to(targets.device)[targets]
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,7 +371,7 @@ def _class_axis_second(outputs: Tensor, targets: Tensor) -> Tensor:
     if outputs.ndim < 3:
         return outputs
     if targets.is_floating_point():
-        return outputs.movedim(-1, 1) if targets.shape == outputs.shape else outputs
+        return outputs  # shares (n, K, ...) are as torch takes them
     if targets.shape[1:] == outputs.shape[1:-1] and targets.shape[1:] != outputs.shape[2:]:
         return outputs.movedim(-1, 1)
     if targets.shape[1:] == outputs.shape[2:]:

@@ -232,7 +232,7 @@ def _at_outputs(
     loss = product.network.loss
     if isinstance(loss, CrossEntropy) and outputs.ndim == 2 and targets.ndim == 1:
         p = outputs.softmax(1)
-        counted = weights * (targets != loss.ignore_index)
+        counted = weights * loss.sizes(targets).to(weights)
         return lambda moved: counted[:, None] * p * (moved - (p * moved).sum(1, keepdim=True))
     if outputs.ndim < 3 and not isinstance(loss, CrossEntropy | BinaryCrossEntropy | SquaredError):
         values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets))

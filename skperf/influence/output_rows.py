@@ -43,10 +43,7 @@ def loss_rows(
     Shapes: outputs (n, K) or (n,), targets (n, ...), weights (n,).
     """
     if isinstance(loss, CrossEntropy) and outputs.ndim == 2:
-        if targets.is_floating_point():  # shares of labels that need not sum to one
-            weights = weights * targets.sum(1).to(weights)
-        elif bool((targets == loss.ignore_index).any()):
-            weights = weights * (targets != loss.ignore_index).to(weights)
+        weights = weights * loss.sizes(targets).to(weights)
         return softmax_rows(outputs, weights, kept_trace=kept_trace, max_rows=max_rows)
     prepare_forward_mode()
     values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets).double())
@@ -113,7 +110,8 @@ def _drawn(loss: Loss, outputs: Tensor, targets: Tensor, chances: Tensor) -> Ten
     Shapes: outputs (m, ...), targets (m, ...), chances (m, ...) in [0, 1) -> (m, ...).
     """
     if isinstance(loss, CrossEntropy):
-        last = targets.shape == outputs.shape or targets.shape[1:] == outputs.shape[1:-1]
+        # shares are as torch takes them, their classes second
+        last = not targets.is_floating_point() and targets.shape[1:] == outputs.shape[1:-1]
         axis = -1 if last else 1
         reached = outputs.softmax(axis).cumsum(axis) <= chances.select(axis, 0).unsqueeze(axis)
         labels = reached.sum(axis).clamp_max(outputs.shape[axis] - 1)
@@ -122,6 +120,8 @@ def _drawn(loss: Loss, outputs: Tensor, targets: Tensor, chances: Tensor) -> Ten
         slopes = CrossEntropy(ignore_index=loss.ignore_index).slope(outputs, labels)
         # the slope is that of a mean over the places, the curvature has one share of it for each
         counts = (labels != loss.ignore_index).flatten(1).sum(1).sqrt()
+        if loss.weight is not None:
+            slopes = slopes * loss.sizes(targets).to(slopes).sqrt().unsqueeze(axis)
         return slopes * counts.to(slopes).view(-1, *[1] * (slopes.ndim - 1))
     signs = (chances < 0.5).to(outputs) * 2 - 1
     if isinstance(loss, SquaredError):

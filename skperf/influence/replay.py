@@ -533,11 +533,12 @@ def replayed(run: Run, budget: Budget | None = None, *, check: bool = True) -> R
 
 def _check_steps(run: Run, states: list[Tensor]) -> None:
     """Take some steps again from where they started: states (n_steps + 1) of (n_values,)."""
+    weights = None if run.data is None else run.data.weights
     # all of them would cost as much as the training
     for t in sorted(set(torch.linspace(0, len(run.steps) - 1, 8).long().tolist())):
         trainer = Trainer(run)
         trainer.load(states[t], t)
-        trainer.step(run.data and run.data.weights)
+        trainer.step(weights)
         if not torch.equal(trainer.state(), states[t + 1]):
             raise ValueError(
                 f"run does not reproduce its step {t}: taken again it leads elsewhere. The net's "

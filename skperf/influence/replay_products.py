@@ -126,7 +126,10 @@ class Differentiator:
 
     def _checked_chain(self, given: Given) -> "Chain | None":
         """Find a plain chain of layers, and hold its products against autograd's."""
-        if self.labels and not isinstance(self.run.loss, CrossEntropy):
+        loss = self.run.loss
+        if self.labels and not (
+            isinstance(loss, CrossEntropy) and (loss.weight is None or not loss.label_smoothing)
+        ):
             return None
         with drawing(given.step.stream):
             links = find_chain(self.module, given.inputs, self.run)
@@ -400,8 +403,8 @@ class ChainTaken:
         loss = self.chain.loss
         if isinstance(loss, CrossEntropy) and not self.targets.is_floating_point():
             share = self.outputs.softmax(1)
-            if bool((self.targets == loss.ignore_index).any()):
-                scale = scale * (self.targets != loss.ignore_index)
+            if loss.weight is not None or bool((self.targets == loss.ignore_index).any()):
+                scale = scale * loss.sizes(self.targets).to(scale)
             centred = moved - torch.bmm(moved, share[:, :, None])
             return centred * (share * scale[:, None])[:, None]
         hessian = loss.hessian(self.outputs, self.targets) * scale[:, None, None]

@@ -110,3 +110,37 @@ def test_one_output_a_row():
     loss, z, t = SquaredError(), torch.tensor([1.0, 4.0]), torch.tensor([[3.0], [1.0]])
     torch.testing.assert_close(loss.value(z, t), torch.tensor([4.0, 9.0]))
     torch.testing.assert_close(loss.slope(z, t), torch.tensor([-4.0, 6.0]))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 3)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_are_torchs_whatever_the_targets(shape, shared, smoothing):
+    generator = torch.Generator().manual_seed(0)
+    n, weight = 6, torch.tensor([5.0, 1.0, 0.5])
+    outputs = torch.randn(n, 3, *shape, generator=generator)
+    targets = torch.randint(0, 3, (n, *shape), generator=generator)
+    if shared:
+        targets = torch.randn(n, 3, *shape, generator=generator).softmax(1)
+    module = nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+    loss = resolve_loss(module)
+    alone = torch.stack([module(o[None], t[None]) for o, t in zip(outputs, targets, strict=True)])
+    torch.testing.assert_close(loss.value(outputs, targets), alone)
+    weights = loss.weights(targets)
+    weights = torch.ones(n) if weights is None else weights
+    torch.testing.assert_close((weights * alone).sum() / weights.sum(), module(outputs, targets))
+    if not shape:
+        for o, t, own in zip(outputs, targets, loss.hessian(outputs, targets), strict=True):
+            expected = torch.autograd.functional.hessian(lambda z, t=t: module(z[None], t[None]), o)
+            torch.testing.assert_close(own, expected)
+
+
+def test_class_weights_of_the_squared_margin_are_not_squared():
+    module = nn.MultiMarginLoss(p=2, weight=torch.tensor([5.0, 1.0, 0.5]))
+    outputs, loss = (
+        torch.randn(3, 3, generator=torch.Generator().manual_seed(0)),
+        resolve_loss(module),
+    )
+    codes = torch.arange(3)
+    found = (loss.value(outputs, codes) * loss.weights(codes)).mean()
+    torch.testing.assert_close(found, module(outputs, codes))
