@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.metaestimators import available_if
-from torch import nn
+from torch import Tensor, nn
 
 from skperf.backbone._validation import as_labels, check_rows
 from skperf.backbone.looking import Seen, look
@@ -28,31 +28,8 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
     It is fitted from the beginning, and ``clone`` returns it as it is, so that a large
     network is never copied.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The network; never switched, written to or copied.
-    classes : array-like of shape (n_classes,), optional
-        Labels in the order of the outputs' columns; by default 0, 1, ...
-    forward : callable, optional
-        As in :func:`from_module`.
-    readout : callable, optional
-        As in :func:`from_module`.
-    loss : str, nn.Module or callable, optional
-        As in :func:`from_module`.
-    batch_size : int, default=256
-        Rows that go through the module at once.
-    before : callable, optional
-        Applied to rows first: the steps of a pipeline before the network.
-    width : int, optional
-        Columns that the rows must have.
-    names : ndarray of str, optional
-        Names that the columns of a DataFrame must have, in this order.
-
-    Attributes
-    ----------
-    classes_ : ndarray of shape (n_classes,)
-        The labels.
+    Arguments as in :func:`from_module`; `before` are the steps of a pipeline before the network,
+    `width` and `names` the columns that rows must have.
     """
 
     def __init__(
@@ -151,8 +128,9 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         ValueError
             If the rows are not those the network takes, or an output is not finite.
         """
-        logits: np.ndarray = self._outputs(X).numpy()
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+        logits = self._outputs(X)
+        axis = self._class_axis(logits)
+        return (logits.diff(dim=axis).squeeze(axis) if logits.shape[axis] == 2 else logits).numpy()
 
     @available_if(_classifies)
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -173,7 +151,8 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         ValueError
             If the rows are not those the network takes, or an output is not finite.
         """
-        return np.asarray(self._outputs(X).softmax(1).numpy())
+        outputs = self._outputs(X)
+        return np.asarray(outputs.softmax(self._class_axis(outputs)).numpy())
 
     def predict(self, X: Any) -> np.ndarray:
         """Predict labels, or the outputs themselves where targets are no classes.
@@ -196,9 +175,7 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         outputs = self._outputs(X)
         kind = self.resolved_loss().kind
         if kind == "classes":
-            network = self.to_network(self._rows(X)[:1])
-            assert network.classes is not None
-            return np.asarray(network.classes[outputs.argmax(1).numpy()])
+            return np.asarray(self.classes_[outputs.argmax(self._class_axis(outputs)).numpy()])
         if kind == "labels":
             return np.asarray((outputs > 0).long().numpy())
         values: np.ndarray = outputs.numpy()
@@ -318,16 +295,16 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         seen, name = self._looked, type(self.module).__name__
         if seen is None or self.resolved_loss().kind != "classes":
             return
-        if not seen.shape:
+        if not seen.shape or (seen.shape == (1,) and self.classes is None):
             raise ValueError(
                 f"{name} must return logits of shape (n, n_classes); its readout returned one "
                 "number a row. If its targets are numbers, say loss='squared_error'."
             )
         known = self._known_classes()
-        if known is not None and len(seen.shape) == 1 and seen.shape[0] != len(known):
+        if known is not None and len(known) not in seen.shape:
             raise ValueError(
-                f"{name} returns {seen.shape[0]} outputs a row, but classes= names {len(known)}: "
-                f"{known.tolist()[:20]}."
+                f"{name} returns {' x '.join(map(str, seen.shape))} outputs a row, but classes= "
+                f"names {len(known)}: {known.tolist()[:20]}."
             )
         if seen.shape == (2,) and labels is not None and labels.ndim == 1 and self.classes is None:
             values = np.unique(labels)
@@ -377,9 +354,16 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
     def _rows(self, X: Any) -> Rows:
         return Rows.of(X) if self.before is not None else check_rows(self, X)
 
-    def _outputs(self, X: Any) -> Any:
+    def _outputs(self, X: Any) -> Tensor:
         rows = self._rows(X)
-        return self.to_network(rows).logits(rows)
+        network = self.to_network(rows)  # looks
+        self._check_seen(None)
+        return network.logits(rows)
+
+    def _class_axis(self, outputs: Tensor) -> int:
+        """Axis of the classes: behind the tokens in (n, L, K), else the second."""
+        fits = self.classes is None or outputs.shape[-1] == len(self.classes)
+        return 2 if outputs.ndim == 3 and fits and not self._classes_first else 1
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         loss = "" if self.loss is None else f", loss={describes(self.resolved_loss())}"
@@ -457,9 +441,11 @@ def from_module(
         resolve_loss(loss)
     if device is not None and Network(module, None).device.type != str(device).split(":")[0]:
         module = own_copy(module).to(device)
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}.")
     if classes is not None:
         labels = np.asarray(classes)
-        if labels.ndim != 1 or len(np.unique(labels)) != len(labels):
+        if labels.ndim != 1 or len(set(labels.tolist())) != len(labels):
             raise ValueError(f"classes must be a list of different labels, got {classes!r}.")
         classes = labels
     return FrozenEstimator(

@@ -25,6 +25,7 @@ from skperf.backbone.architectures import MLP
 from skperf.backbone.losses import Loss, Own, resolve_loss
 from skperf.backbone.network import (
     Network,
+    chained,
     first_column,
     log_odds_of_probability,
     log_of_probabilities,
@@ -55,6 +56,7 @@ _LEARNED = (
     "feature_names_in_",
     "seed_",
     "drawn_state_",
+    "returns_record_",
 )
 
 
@@ -165,6 +167,7 @@ class Net(NeuralNetClassifier):
     recording_: Recording | None = None
     iterator_: Any = None
     n_steps_ = 0
+    returns_record_ = False
 
     def __init__(
         self,
@@ -303,6 +306,8 @@ class Net(NeuralNetClassifier):
         self.n_steps_ = 0
         for name in ("run_", "train_masks_", "train_initial_"):
             self.__dict__.pop(name, None)
+        if not isinstance(self.batch_size, int) or (self.batch_size < 1 and self.batch_size != -1):
+            raise ValueError(f"batch_size must be a positive number or -1, got {self.batch_size}.")
         with drawing_from(torch.Generator().manual_seed(self.seed_)):
             self.initialize()
 
@@ -336,7 +341,10 @@ class Net(NeuralNetClassifier):
         targets: Any = codes.to(network.dtype) if self._takes_numbers() else codes
         if sample_weight is not None:
             weight = check_sample_weight(sample_weight, range(len(rows)), dtype=np.float64)
-            targets = (targets, torch.as_tensor(weight).to(network.dtype))
+            kept = torch.as_tensor(weight).to(network.dtype)
+            if not bool(kept.isfinite().all()):
+                raise ValueError(f"sample_weight holds {weight.max():.3g}, beyond {network.dtype}.")
+            targets = (targets, kept)
         return LabelledRows(rows, labels, targets, network.inputs)
 
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:
@@ -362,10 +370,26 @@ class Net(NeuralNetClassifier):
         streams = self.streams_
         with nullcontext() if streams is None else streams.step(self.n_steps_):
             outputs = self.infer(inputs, **fit_params)
+        self.returns_record_ = not isinstance(outputs, Tensor)
+        self._check_outputs(tensor_of(outputs))
         loss = self.get_loss(outputs, targets, X=inputs, training=True)
         loss.backward()
         mask_gradients(self.module_, vars(self).get("train_masks_", {}))
         return {"loss": loss, "y_pred": outputs}
+
+    def _check_outputs(self, outputs: Tensor) -> None:
+        """Refuse outputs that the criterion would not hold against codes: (n, ...)."""
+        k, criterion, kind = len(self.classes_), type(self.criterion_).__name__, self.loss_.kind
+        if not outputs.requires_grad:
+            raise ValueError("nothing in module trains: see its requires_grad, and train_only.")
+        wanted = 1 if self._takes_numbers() else max(2, k)
+        fits = outputs.shape[1:] == (wanted,) or (wanted == 1 and outputs.ndim == 1)
+        fits |= kind == "own" and criterion not in ("NLLLoss", "BCELoss")
+        if kind == "values" or not fits:
+            raise ValueError(
+                f"module returns outputs of shape {tuple(outputs.shape)} for the {k} classes of y, "
+                f"which don't fit criterion={criterion}; CrossEntropyLoss takes (n, {max(2, k)})."
+            )
 
     def train_step(self, batch: Any, **fit_params: Any) -> Any:
         """Take a step."""
@@ -506,7 +530,7 @@ class Net(NeuralNetClassifier):
             view(self.module_),
             self.classes_,
             batch_size=max(256, self.batch_size),
-            readout=self._readout(),
+            readout=chained(tensor_of if self.returns_record_ else None, self._readout()),
             loss=resolve_loss(self.criterion_),
         )
 
@@ -533,10 +557,13 @@ class Net(NeuralNetClassifier):
                     "Give the class instead, or leave these parameters out."
                 )
             self.module_ = own_copy(self.module)
-            return self
-        accepted = inspect.signature(self.module).parameters
-        widths = getattr(self, "module_widths_", {})
-        self.module_ = self.module(**{n: w for n, w in widths.items() if n in accepted} | given)
+        else:
+            accepted = inspect.signature(self.module).parameters
+            widths = getattr(self, "module_widths_", {})
+            widths = {name: width for name, width in widths.items() if name in accepted}
+            self.module_ = self.module(**widths | given)
+        if Network(self.module_, None).dtype.itemsize < 4:
+            self.module_.float()  # half precision is computed in float32, as in a view
         return self
 
     def initialize_criterion(self) -> Self:
@@ -613,7 +640,7 @@ class Net(NeuralNetClassifier):
     def _logits(self, X: Any) -> Tensor:
         if "forward_iter" in vars(self):
             # a scorer among the callbacks, which keeps the outputs of the epoch's batches
-            outputs = torch.cat([part.detach() for part in self.forward_iter(X)])
+            outputs = torch.cat([tensor_of(part).detach() for part in self.forward_iter(X)])
             readout = self._readout()
             return (outputs if readout is None else readout(outputs)).cpu()
         network = self.to_network()

@@ -44,4 +44,6 @@ def check_sample_weight(sample_weight: Any, X: Any, *, dtype: Any = None) -> np.
     # scikit-learn reads off X the number of rows, and what kind of array to make
     if dtype is not None and not hasattr(X, "dtype"):
         X = np.empty((len(X), 1))
+    if np.asarray(sample_weight).dtype.kind not in "biufO":
+        raise ValueError("sample_weight must hold numbers.")
     return np.asarray(_check_sample_weight(sample_weight, X, dtype=dtype, ensure_non_negative=True))

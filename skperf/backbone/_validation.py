@@ -85,6 +85,8 @@ def check_labelled_rows(
     _check_targets_finite(labels)
     check_consistent_length(range(len(rows)), labels)
     if reset:  # later labels are held against the classes that fit has seen
+        if labels.dtype == object and len({isinstance(label, str) for label in labels}) > 1:
+            raise ValueError("y mixes texts with labels of another type: use one type.")
         check_classification_targets(labels)
     return rows, np.asarray(labels)
 
@@ -167,8 +169,10 @@ def _check_targets_finite(y: np.ndarray) -> None:
 
 
 def _check_finite(leaf: Any, name: str) -> None:
-    array = as_array(leaf)
-    if getattr(array, "dtype", np.dtype(object)).kind != "f":
+    array = np.asarray(as_array(leaf))
+    if array.dtype == object:
+        array = np.asarray(array.tolist())
+    if array.dtype.kind != "f":
         return
     for start in range(0, len(array), _PIECE):
         finite = np.isfinite(array[start : start + _PIECE]).reshape(-1, array[:1].size or 1)

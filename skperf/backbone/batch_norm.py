@@ -42,6 +42,8 @@ class _BatchStatistics(TorchFunctionMode):
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
     """Let whatever this thread runs normalise by the batch; refused without such layers."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
     if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
         raise ValueError(
             f"{type(module).__name__} has no batch normalisation layer: there are no "

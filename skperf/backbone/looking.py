@@ -52,13 +52,16 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
         (inputs,) = next(plain.batches(few))
         try:
             returned = plain(inputs, own or None)
+            outputs = returned if network.readout is None else network.readout(returned)
         except Exception as error:
             raise ValueError(
                 f"{type(network.module).__name__} does not run on the first rows of X, of shape "
                 f"{few.shape}: {type(error).__name__}: {error}"
             ) from error
         if network.readout is not None:
-            outputs = network.readout(returned)
+            if not isinstance(outputs, Tensor) or not outputs.ndim:
+                seen = outputs if isinstance(outputs, Tensor) else type(outputs).__name__
+                raise TypeError(f"readout must return a tensor (n, K) or (n,), got {seen}.")
             return Seen(network.readout, tuple(outputs.shape[1:]), mode.drawn)
     entry, outputs = _entry(returned, len(few), n_labels, network)
     final = _final(outputs, n_labels, loss)
@@ -119,13 +122,19 @@ def _final(outputs: Tensor, n_labels: int | None, loss: Loss | None) -> Readout 
     last = _last_operation(outputs)
     shares = outputs.detach()
     single = outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
+    sums_to_one = outputs.ndim == 2 and bool((shares.sum(1) - 1).abs().max() < 1e-4)
+    bounded = bool(((shares >= 0) & (shares <= 1)).all())
+    if last is None and bounded and (single or (outputs.ndim == 2 and not sums_to_one)):
+        raise ValueError(
+            "the network hides how its outputs come about (by no_grad, say), and those of the "
+            f"first rows lie between 0 and 1: are they probabilities, or logits? {_HINT}"
+        )
     if loss is not None and loss.kind == "labels":
         return logits_of_shares if last == "Sigmoid" else None
     if single:
         return log_odds_of_probability if last == "Sigmoid" else two_logits
     if outputs.ndim == 2:
-        sums_to_one = bool((shares.sum(1) - 1).abs().max() < 1e-4) and bool((shares >= 0).all())
-        if last == "Softmax" or sums_to_one:
+        if last == "Softmax" or (sums_to_one and bounded):
             return log_of_probabilities
         if last == "Sigmoid":
             raise ValueError(
@@ -136,17 +145,18 @@ def _final(outputs: Tensor, n_labels: int | None, loss: Loss | None) -> Readout 
     return None
 
 
-_SHAPE_ONLY = ("View", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Alias", "Clone", "T")
+_SHAPE_ONLY = ("View", "Squeeze", "Unsqueeze", "Select", "Slice", "Alias", "Clone", "T", "Clamp")
 
 
 def _last_operation(outputs: Tensor) -> str | None:
-    """Name the operation that made the outputs, changes of shape apart."""
+    """Name the operation that made the outputs, changes of shape and clamps apart."""
     node: Any = outputs.grad_fn
     for _ in range(10):
         if node is None:
             return None
-        name = type(node).__name__.removesuffix("0").removesuffix("Backward")
-        if not name.rstrip("0123456789").endswith(_SHAPE_ONLY):
+        # such as SqueezeBackward1
+        name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+        if not name.endswith(_SHAPE_ONLY):
             return name
         node = node.next_functions[0][0]
     return None

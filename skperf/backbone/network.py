@@ -119,6 +119,10 @@ class Network:
         values = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
         if self.classes is not None and values.ndim == 1:
             return self.codes(values)
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"y must hold numbers for this loss, got {values.dtype}.")
+        if self.loss.kind == "labels" and values.size and (values.min() < 0 or values.max() > 1):
+            raise ValueError(f"y must lie in 0..1 for this loss, got up to {np.abs(values).max()}.")
         if self.loss.kind in ("values", "labels") or values.dtype.kind == "f":
             return torch.as_tensor(values).to(self.device, self.dtype)
         return torch.as_tensor(values).to(self.device)
@@ -303,6 +307,8 @@ def _fits(rows: Tensor, moved: Tensor) -> bool:
 
 
 def _as_tensor(array: NDArray[Any]) -> Tensor:
+    if array.dtype == object:
+        array = np.asarray(array.tolist())  # numbers in a nullable table
     if array.dtype.kind not in "biufc":
         raise ValueError(
             f"X has type {array.dtype}, where the network takes numbers: encode texts and "

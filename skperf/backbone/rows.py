@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils.data import DataLoader, IterableDataset, default_collate
@@ -189,6 +190,8 @@ def _leaf(value: Any, name: str) -> Any:
                 f"{name} holds rows of different lengths; pad them to one length, and pass the "
                 "attention mask beside them: X={'input_ids': ..., 'attention_mask': ...}."
             ) from error
+    if issparse(value):
+        raise TypeError(f"{name} is sparse, where a network takes dense rows: {name}.toarray().")
     if len(value.shape) == 0:
         raise ValueError(f"{name} must hold one entry for each row, got a single value.")
     return value

@@ -100,7 +100,7 @@ def test_a_single_logit_separates_two_classes():
 
 def test_a_wrong_number_of_classes_is_refused():
     classifier = from_module(nn.Linear(4, 3), ["a", "b"])
-    with pytest.raises(ValueError, match="one column for each"):
+    with pytest.raises(ValueError, match="classes= names 2"):
         classifier.predict(X)
 
 

@@ -1,0 +1,180 @@
+"""What a new user tries: odd networks, odd arrays, arguments that can't be meant."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+from torch import nn
+
+from skperf import InfluenceScorer, Net, from_module
+from skperf.backbone.batch_norm import prediction_time_batch_norm
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(30, 4)).astype(np.float32)
+y = np.arange(30) % 3
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, u, v):
+        return self.first(u) - self.second(v)
+
+
+class Through(nn.Module):
+    def __init__(self, function, width=3):
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear, self.function = nn.Linear(4, width), function
+
+    def forward(self, inputs):
+        return self.function(self.linear(inputs))
+
+
+def softmax(values, axis):
+    shares = np.exp(values - values.max(axis, keepdims=True))
+    return shares / shares.sum(axis, keepdims=True)
+
+
+def test_the_classes_of_tokens_stand_behind_the_tokens():
+    tokens = RNG.normal(size=(5, 6, 4)).astype(np.float32)
+    for width in (2, 3):
+        module = nn.Linear(4, width)
+        logits = module(torch.tensor(tokens)).detach().numpy()
+        classifier = from_module(module, classes=list("abc")[:width])
+        np.testing.assert_allclose(classifier.predict_proba(tokens), softmax(logits, 2), rtol=1e-4)
+        assert (classifier.predict(tokens) == np.array(list("abc"))[logits.argmax(2)]).all()
+        want = logits[..., 1] - logits[..., 0] if width == 2 else logits
+        np.testing.assert_allclose(classifier.decision_function(tokens), want, rtol=1e-4, atol=1e-6)
+    # maps, as torch has them
+    maps = RNG.normal(size=(5, 4, 6)).astype(np.float32)
+    module = nn.Conv1d(4, 3, 1)
+    want = softmax(module(torch.tensor(maps)).detach().numpy(), 1)
+    classifier = from_module(module, classes=list("abc"))
+    np.testing.assert_allclose(classifier.predict_proba(maps), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z.sigmoid().squeeze(1),
+        lambda z: z.sigmoid().clamp(1e-6, 1 - 1e-6),
+        lambda z: z.sigmoid()[:, 0],
+        lambda z: z.sigmoid().reshape(-1).unsqueeze(1),
+    ],
+    ids=["squeeze", "clamp", "select", "unsqueeze"],
+)
+def test_one_probability_is_never_read_as_a_logit(function):
+    module = Through(function, 1)
+    p = module.linear(torch.tensor(X)).sigmoid().detach().numpy()
+    found = from_module(module).predict_proba(X)
+    np.testing.assert_allclose(found, np.hstack([1 - p, p]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_hidden_probabilities_are_asked_about(width):
+    module = Through(lambda z: z.detach().sigmoid(), width)
+    with pytest.raises(ValueError, match=r"probabilities, or logits.*readout="):
+        from_module(module).predict_proba(X)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripted_modules_predict_and_are_refused_where_parameters_vary():
+    module = nn.Sequential(nn.Linear(4, 3))
+    for scripted in (torch.jit.script(module), torch.jit.trace(module, torch.zeros(2, 4))):
+        want = from_module(module).predict_proba(X)
+        np.testing.assert_allclose(from_module(scripted).predict_proba(X), want, rtol=1e-6)
+        with pytest.raises(ValueError, match="scripted module, whose parameters can't be varied"):
+            InfluenceScorer(from_module(scripted)).fit(X, y).influence(X[:2], y[:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a positive"),
+        ({"batch_size": 2.5}, "batch_size must be a positive"),
+        ({"readout": lambda returned: 3}, "readout must return a tensor.*got int"),
+        ({"readout": lambda returned: returned.sum()}, "readout must return a tensor"),
+        ({"readout": lambda returned: returned[:, 0]}, "its readout returned one number a row"),
+        ({"readout": lambda returned: returned[:, :1]}, "its readout returned one number a row"),
+        ({"classes": list("abcd")}, "3 outputs a row, but classes= names 4"),
+    ],
+)
+def test_from_module_names_the_argument(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        from_module(nn.Linear(4, 3), **options).predict(X)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "message"),
+    [
+        ("binary_cross_entropy", np.full((30, 3), 5), "y must lie in 0..1"),
+        ("squared_error", np.full((30, 3), "a"), "must hold numbers"),
+        ("squared_error", np.full(30, "a"), "y must hold numbers"),
+    ],
+)
+def test_targets_that_the_loss_cannot_mean(loss, targets, message):
+    with pytest.raises(ValueError, match=message):
+        InfluenceScorer(from_module(nn.Linear(4, 3), loss=loss)).fit(X, targets)
+
+
+def test_several_inputs_may_be_nullable_tables_or_objects():
+    want = Net(Two, max_epochs=2, random_state=0).fit((X, X), y).predict_proba((X, X))
+    for other in (pd.DataFrame(X).astype("Float32"), X.astype(object)):
+        net = Net(Two, max_epochs=2, random_state=0).fit({"u": X, "v": other}, y)
+        np.testing.assert_allclose(net.predict_proba({"v": other, "u": X}), want, rtol=1e-5)
+    missing = X.astype(object)
+    missing[3, 1] = np.nan
+    with pytest.raises(ValueError, match=r"X\['v'\] contains NaN or infinity, first at row 3"):
+        Net(Two).fit({"u": X, "v": missing}, y)
+    with pytest.raises(TypeError, match=r"X\['v'\] is sparse"):
+        Net(Two).fit({"u": X, "v": csr_matrix(X)}, y)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [lambda z: (z, z * 0), lambda z: {"other": z * 0, "logits": z}],
+    ids=["tuple", "dict"],
+)
+def test_a_net_may_return_a_record(returned):
+    plain = Net(Through, module__function=nn.Identity(), max_epochs=3, random_state=0).fit(X, y)
+    net = Net(Through, module__function=returned, max_epochs=3, random_state=0).fit(X, y)
+    np.testing.assert_array_equal(net.predict_proba(X), plain.predict_proba(X))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_trains_in_float32(kind):
+    module = nn.Linear(4, 3).to(kind)
+    found = Net(module, max_epochs=3, random_state=0).fit(X, y).predict_proba(X)
+    want = Net(module.float(), max_epochs=3, random_state=0).fit(X, y).predict_proba(X)
+    np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "weight", "message"),
+    [
+        ({"module": nn.Linear(4, 2)}, y, None, r"outputs of shape \(30, 2\) for the 3 classes"),
+        ({"module": nn.Linear(4, 5)}, y, None, r"; CrossEntropyLoss takes \(n, 3\)"),
+        ({"criterion": nn.MSELoss}, y, None, "criterion=MSELoss"),
+        ({"criterion": nn.BCEWithLogitsLoss}, y, None, "criterion=BCEWithLogitsLoss"),
+        ({"train_only": []}, y, None, "train_only"),
+        ({"batch_size": 0}, y, None, "batch_size"),
+        ({"batch_size": -5}, y, None, "batch_size"),
+        ({"module": nn.Linear(4, 3).requires_grad_(False)}, y, None, "requires_grad"),
+        ({}, np.array([1, "a", 2.5], dtype=object)[y], None, "y mixes texts"),
+        ({}, y, ["a"] * 30, "sample_weight must hold numbers"),
+        ({}, y, np.full(30, 1e300), r"sample_weight holds 1e\+300"),
+    ],
+)
+def test_net_names_the_argument(options, labels, weight, message):
+    options = {"module": nn.Linear(4, 3)} | options
+    with pytest.raises(ValueError, match=message):
+        Net(**options, max_epochs=1).fit(X, labels, sample_weight=weight)
+
+
+def test_prediction_time_batch_norm_wants_a_module():
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got str"):
+        prediction_time_batch_norm("net").__enter__()
