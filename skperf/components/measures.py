@@ -34,7 +34,7 @@ class Measure:
         targets = asked.targets
         if isinstance(self.output, str):
             if self.output == "value":
-                return _guarded(outputs if outputs.ndim == 1 else outputs[:, 0], len(outputs))
+                return _guarded(_single(outputs), len(outputs))
             assert targets is not None
             if self.output == "loss":
                 return self.loss.value(outputs, targets)
@@ -63,6 +63,18 @@ def checked_output(output: Any) -> None:
 
 
 NAMES = (*OUTPUTS, "value")
+
+
+def _single(outputs: Tensor) -> Tensor:
+    """Take the only number a row: outputs (n,), (n, 1) or the two logits of one, (n, 2) -> (n,)."""
+    if outputs.ndim == 2 and outputs.shape[1] == 2 and not outputs[:, 0].any():
+        return outputs[:, 1]
+    if outputs[:1].numel() > 1:
+        raise ValueError(
+            "output='value' is of a network with one output a row, and this one has "
+            f"{tuple(outputs.shape[1:])}: say which, as output=lambda outputs: outputs[:, 0]."
+        )
+    return outputs.reshape(len(outputs))
 
 
 def _guarded(values: Any, n_rows: int) -> Tensor:

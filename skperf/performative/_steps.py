@@ -311,7 +311,11 @@ def warn_in_a_search() -> None:
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "_fit_and_score":
         frame = frame.f_back
-    if frame is not None and hasattr(frame.f_locals.get("train"), "of_rounds"):
+    if frame is None:
+        return
+    # newer versions of scikit-learn make plain arrays of the indices they were called with
+    called = frame.f_back.f_locals.get("kwargs", {})
+    if hasattr(called.get("train", frame.f_locals.get("train")), "of_rounds"):
         warnings.warn(
             "fitted in a search along rounds, but without rounds: nothing is corrected. Pass "
             "rounds= to its fit as well, or let it route one column: "

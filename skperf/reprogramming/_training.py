@@ -158,6 +158,12 @@ def trained(settings, labelled, train, held_out, seed, max_epochs=None) -> Progr
     stop = settings.training.early_stopping and len(held_out) > 0
     net = make_net(settings, task, len(train), len(held_out), seed, epochs, stop)
     net.begin(task.n_classes)
+    watching = [n for n, c in net.callbacks_ if str(vars(c).get("monitor")).startswith("valid_")]
+    if watching and epochs and not stop:
+        raise ValueError(
+            f"net_params: callbacks {watching} watch rows held out, but none are while these "
+            "are trained on; let them watch 'train_loss', or give more rows."
+        )
     prepare_head(net, settings, labelled, train)
     net.learn(
         labelled, labelled.codes, labelled.weight, train, held_out if stop else None, task.draws
@@ -368,7 +374,9 @@ def make_net(settings, task, n_train, n_held_out, seed, max_epochs, stop) -> Pro
     if rate == "auto":
         rate = BORDER_RATES["alone" if task.prompts is None else "beside texts"]
     own = dict(training.net_params or {})
-    callbacks = [*_callbacks(settings, n_train, max_epochs, stop), *own.pop("callbacks", [])]
+    added = own.pop("callbacks", None) or []
+    added = added if isinstance(added, list | tuple) else [added]
+    callbacks = [*_callbacks(settings, n_train, max_epochs, stop), *added]
     params = {
         "criterion": ClassObjective,
         "criterion__contrastive": settings.objective == "contrastive",

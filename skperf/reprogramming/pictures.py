@@ -37,8 +37,8 @@ class Pictures:
         if form.any_rows:
             rows = np.asarray(X, dtype=np.float64)
             return cls(rows.reshape(len(rows), -1), form)
-        if not isinstance(X, np.ndarray):
-            return cls(X, form)
+        if not isinstance(X, np.ndarray) or (X.dtype == object and X.ndim == 1):
+            return cls(list(X) if isinstance(X, np.ndarray) else X, form)
         if X.ndim == 2:
             X = X.reshape(len(X), *_row_shape(X.shape[1], form.image_shape))
         elif X.ndim == 4:
@@ -106,6 +106,11 @@ def _picture(item: Any, form: PictureForm) -> Tensor:
     elif isinstance(item, tuple | list):
         item = item[0]
     if hasattr(item, "getbands"):  # PIL
+        if item.mode[0] in "IF":  # which PIL cuts off at 255
+            raise ValueError(
+                f"X holds a picture of mode {item.mode!r}, of more than 8 bits; convert it to 8 "
+                "bits, or give an array of floats in [0, 1]."
+            )
         grey = item.mode in ("L", "1")
         array = np.asarray(item.convert("L" if grey else "RGB"))
         array = array[None] if grey else np.moveaxis(array, -1, 0)

@@ -64,6 +64,7 @@ class PixelPipeline:
     patch: int | None = None  # with "patches": their side and most of them
     max_patches: int = 256
     shrink: int | None = None  # a first resize, as the released code has it
+    reversed_channels: bool = False  # blue first, as MobileViT has it
 
     def place(self, images: Tensor, size: Size | None = None) -> Tensor:
         """Bring pictures to the encoder's size: (n, channels, height, width) in [0, 1]."""
@@ -124,6 +125,8 @@ class PixelPipeline:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Subtract the means and divide by the deviations: images (n, channels, ...)."""
+        if self.reversed_channels:
+            images = images.flip(1)
         if self.mean is None or self.std is None:
             return images
         mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
@@ -228,7 +231,7 @@ def read_processor(processor: Any, guess: PixelPipeline) -> PixelPipeline:
         return read_configuration(source, guess)
     size, crop = _get(source, "size"), _get(source, "crop_size")
     known: dict[str, Any] = {"rounded_crop": False}
-    if _get(source, "do_resize", size is not None) is False:
+    if not getattr(source, "do_resize", size is not None):
         known["resize"] = "none"
     elif _get(size, "shortest_edge"):
         known |= {"resize": "cover", "scaled": (int(_get(size, "shortest_edge")),) * 2}
@@ -251,16 +254,55 @@ def read_processor(processor: Any, guess: PixelPipeline) -> PixelPipeline:
     if resample is not None:
         known["interpolation"] = _filter_name(resample)
     mean, std = _affine(source)
-    return replace(guess, **known, mean=mean, std=std)
+    flipped = bool(_get(source, "do_flip_channel_order", False))
+    return _agreeing(source, replace(guess, **known, mean=mean, std=std, reversed_channels=flipped))
+
+
+#: Mean difference to a processor's own pictures, in grey levels, above which a reading is wrong.
+_MOST_LEVELS = 2.5
+
+
+def _agreeing(source: Any, read: PixelPipeline) -> PixelPipeline:
+    """Choose the reading that does what the processor does to two pictures, or refuse it."""
+    if not callable(source) or read.size is None or read.resize == "patches":
+        return read
+    readings = [read, replace(read, resize="squash")]
+    if read.scaled is not None:
+        # some processors enlarge `size` before they crop, in code and not in a setting
+        larger = int(read.scaled[0] / _get(source, "crop_pct", 224 / 256))
+        readings.append(replace(read, resize="cover", scaled=(larger, larger)))
+    errors = np.zeros(len(readings))
+    for sides in ((1.05, 1.4), (4.0, 0.8)):
+        lines = (np.linspace(0, 255, round(a * b)) for a, b in zip(sides, read.size, strict=True))
+        down, across = np.meshgrid(*lines, indexing="ij")
+        probe = np.stack([down, across, 255 - down * across / 255], -1).astype(np.uint8)
+        image = torch.from_numpy(probe).permute(2, 0, 1)[None].float() / 255
+        try:
+            own = np.asarray(source(images=probe, return_tensors="np")["pixel_values"])
+        except Exception:  # what cannot be asked is believed
+            return read
+        for i, one in enumerate(readings):
+            ours = one.normalise(one.place(image)).numpy()
+            if ours.shape == own.shape:  # else the encoder takes no such picture
+                levels = np.abs(ours - own).mean((0, 2, 3)) * 255 * np.array(one.std or 1.0)
+                errors[i] = max(errors[i], levels.mean())
+    best = int((errors * (errors > _MOST_LEVELS)).argmin())
+    if errors[best] > _MOST_LEVELS:
+        raise ValueError(
+            f"processor {type(source).__name__} does more to a picture than its settings say: "
+            f"as read they differ from its own output by {errors[best]:.0f} grey levels. Give "
+            "processor={'size': ..., 'mean': ..., 'std': ...} and pictures prepared till there."
+        )
+    return readings[best]
 
 
 def _affine(source: Any) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Means and deviations for pictures in [0, 1] of a processor that scales as it likes."""
-    rescaled = _get(source, "do_rescale", True)
+    rescaled = getattr(source, "do_rescale", True)  # None is no, and no default
     factor = float(_get(source, "rescale_factor", 1 / 255)) if rescaled else 1.0
     offset = 1.0 if rescaled and _get(source, "rescale_offset", False) else 0.0
     mean, std = np.zeros(3), np.ones(3)
-    if _get(source, "do_normalize", True) and source.image_mean is not None:
+    if getattr(source, "do_normalize", True) and source.image_mean is not None:
         mean, std = (np.ravel(np.asarray(v, float)) for v in (source.image_mean, source.image_std))
         if _get(source, "include_top", False):  # of EfficientNet: divides a second time
             std = std * std

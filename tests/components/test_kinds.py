@@ -442,6 +442,11 @@ def test_outputs_of_every_kind():
     ):
         model = ComponentAttributor(regressor, output=output, **options).fit(X, y)
         np.testing.assert_allclose(model.baseline_output_, expected, rtol=1e-4, atol=1e-5)
+    # of a bare module with one output, which is taken for a classifier of two labels
+    bare = ComponentAttributor(one, output="value", **options).fit(X)
+    np.testing.assert_allclose(bare.baseline_output_, value[:, 0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="network with one output a row, and this one has"):
+        ComponentAttributor(three, output="value", **options).fit(X)
     labels = rng.integers(0, 2, (12, 3))
     many = ComponentAttributor(
         from_module(three, loss="binary_cross_entropy"), output="loss", **options

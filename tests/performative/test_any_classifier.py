@@ -1,9 +1,12 @@
 """Any classifier on rows as they are, honest measurement, and a correction that may be nothing."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from joblib import parallel_backend
 from scipy.sparse import coo_matrix
 from scipy.special import softmax
 from sklearn.compose import make_column_transformer
@@ -16,12 +19,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.frozen import FrozenEstimator
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import FixedThresholdClassifier
+from sklearn.model_selection import FixedThresholdClassifier, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import SVC
 
 from skperf import PerformativeAdapter, PerformativeWarning
+from skperf.model_selection import RoundForwardSplit
 from tests.performative.conftest import K, World, live
 
 QUICK = {"adapter": ["fixed", "tied"], "random_state": 0}
@@ -328,6 +332,21 @@ def test_a_calendar_is_read(frozen):
         adapter.partial_fit(X, y)
     with pytest.raises(ValueError, match="of 3 columns"):
         adapter.partial_fit(X, y, covariates=[1.0])
+    with pytest.raises(ValueError, match="covariates must be numbers"):
+        adapter.partial_fit(X, y, covariates=[[pd.Timestamp("2024-01-01")] * 3])
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_search_that_forgot_the_rounds_warns(n_jobs):
+    rng = np.random.default_rng(0)
+    X, y, rounds = rng.normal(size=(400, 3)), np.arange(400) % 3, np.arange(400) // 40
+    adapter = PerformativeAdapter(LogisticRegression(), adapter="fixed", random_state=0)
+    options = {"cv": RoundForwardSplit(7), "groups": rounds, "error_score": "raise"}
+    # in a worker the warning is an error, as everywhere in these tests
+    with parallel_backend("threading", n_jobs=n_jobs), warnings.catch_warnings():
+        warnings.simplefilter("error", PerformativeWarning)
+        with pytest.raises(PerformativeWarning, match="without rounds: nothing is corrected"):
+            cross_validate(adapter, X, y, n_jobs=n_jobs, **options)
 
 
 @pytest.mark.filterwarnings("ignore:the correction is withdrawn")

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, SiglipImageProcessor, ViTImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    LevitImageProcessor,
+    MobileViTImageProcessor,
+    PoolFormerImageProcessor,
+    SiglipImageProcessor,
+    ViTImageProcessor,
+)
 
 from skperf.reprogramming.pixels import (
     PIL_CODES,
@@ -45,6 +53,18 @@ PROCESSORS = [
     CLIPImageProcessor(do_resize=False, crop_size={"height": 32, "width": 32}),
     SiglipImageProcessor(size={"height": 40, "width": 36}),
     ViTImageProcessor(size={"height": 48, "width": 48}),
+    # these enlarge the size before they crop, in code and not in a setting
+    ConvNextImageProcessor(size={"shortest_edge": 32}),
+    ConvNextImageProcessor(size={"shortest_edge": 384}),
+    LevitImageProcessor(
+        size={"shortest_edge": 36}, crop_size={"height": 36, "width": 36}, do_normalize=False
+    ),
+    PoolFormerImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, crop_pct=0.8
+    ),
+    MobileViTImageProcessor(
+        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}, do_rescale=True
+    ),
 ]
 
 
@@ -54,10 +74,19 @@ def test_processors_of_transformers_are_read_whole(processor, source):
     array, pipeline = picture(*source), read_processor(processor, PLAIN)
     options = {"return_tensors": "np"}
     plain = processor(Image.fromarray(array), do_rescale=False, do_normalize=False, **options)
+    if pipeline.reversed_channels:  # a part of the normalisation, here
+        plain["pixel_values"] = plain["pixel_values"][:, ::-1]
     assert np.abs(placed(pipeline, array) - plain["pixel_values"][0]).max() <= 1
     whole = processor(Image.fromarray(array), **options)["pixel_values"][0]
     ours = pipeline.normalise(torch.tensor(placed(pipeline, array) / 255)[None])[0]
     np.testing.assert_allclose(ours, whole, atol=0.02)
+
+
+def test_a_processor_that_does_more_than_its_settings_say_is_refused():
+    both = {"shortest_edge": 32, "longest_edge": 48}  # keeps the long edge below 48
+    processor = CLIPImageProcessor(size=both, crop_size={"height": 32, "width": 32})
+    with pytest.raises(ValueError, match=r"CLIPImageProcessor.* does more to a picture"):
+        read_processor(processor, PLAIN)
 
 
 def test_configurations_of_open_clip_timm_and_openai():

@@ -278,7 +278,7 @@ def test_batch_statistics_on_request(towers, pictures, parameters):
 
 
 def test_callbacks_are_added(towers, pictures, parameters):
-    from skorch.callbacks import Callback
+    from skorch.callbacks import Callback, EarlyStopping
 
     class Mine(Callback):
         pass
@@ -286,6 +286,28 @@ def test_callbacks_are_added(towers, pictures, parameters):
     params = {"callbacks": [("mine", Mine())]}
     model = Reprogrammer(towers, net_params=params, **parameters).fit(*pictures)
     assert {"schedule", "mine"} <= {name for name, _ in model.net_.callbacks_}
+    for given in (None, Mine()):
+        model = Reprogrammer(towers, net_params={"callbacks": given}, **parameters).fit(*pictures)
+        assert "schedule" in {name for name, _ in model.net_.callbacks_}
+    watching = {"callbacks": [EarlyStopping(monitor="valid_loss")]}
+    with pytest.raises(ValueError, match="watch rows held out, but none"):
+        Reprogrammer(
+            towers, net_params=watching, training=Training(early_stopping=False), **parameters
+        ).fit(*pictures)
+
+
+def test_lists_of_pictures_in_arrays_and_of_16_bits(towers, parameters):
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 255, (40, 24, 24, 3), dtype=np.uint8)
+    X = np.empty(40, dtype=object)
+    X[:] = [Image.fromarray(array) for array in arrays]
+    y = np.array(["red", "blue"])[np.arange(40) % 2]
+    model = Reprogrammer(towers, **parameters).fit(X, y)
+    expected = model.decision_function(arrays.transpose(0, 3, 1, 2))
+    np.testing.assert_allclose(model.decision_function(X), expected, atol=1e-5)
+    deep = Image.fromarray(arrays[0, ..., 0].astype(np.uint16) * 200)
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        model.predict([deep])
 
 
 def test_changed_weights_are_noticed(towers, pictures, parameters):
