@@ -341,10 +341,7 @@ class Net(NeuralNetClassifier):
         targets: Any = codes.to(network.dtype) if self._takes_numbers() else codes
         if sample_weight is not None:
             weight = check_sample_weight(sample_weight, range(len(rows)), dtype=np.float64)
-            kept = torch.as_tensor(weight).to(network.dtype)
-            if not bool(kept.isfinite().all()):
-                raise ValueError(f"sample_weight holds {weight.max():.3g}, beyond {network.dtype}.")
-            targets = (targets, kept)
+            targets = (targets, torch.as_tensor(weight).to(network.dtype))
         return LabelledRows(rows, labels, targets, network.inputs)
 
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:

@@ -46,4 +46,7 @@ def check_sample_weight(sample_weight: Any, X: Any, *, dtype: Any = None) -> np.
         X = np.empty((len(X), 1))
     if np.asarray(sample_weight).dtype.kind not in "biufO":
         raise ValueError("sample_weight must hold numbers.")
-    return np.asarray(_check_sample_weight(sample_weight, X, dtype=dtype, ensure_non_negative=True))
+    weight = _check_sample_weight(sample_weight, X, dtype=dtype, ensure_non_negative=True)
+    if not 1e-30 < (largest := float(weight.max())) < 1e30:  # their sums leave single precision
+        raise ValueError(f"sample_weight holds {largest:.3g}: scale the weights to about 1.")
+    return np.asarray(weight)

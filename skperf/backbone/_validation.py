@@ -85,8 +85,6 @@ def check_labelled_rows(
     _check_targets_finite(labels)
     check_consistent_length(range(len(rows)), labels)
     if reset:  # later labels are held against the classes that fit has seen
-        if labels.dtype == object and len({isinstance(label, str) for label in labels}) > 1:
-            raise ValueError("y mixes texts with labels of another type: use one type.")
         check_classification_targets(labels)
     return rows, np.asarray(labels)
 
@@ -166,6 +164,8 @@ def _check_targets_finite(y: np.ndarray) -> None:
         raise ValueError(f"Input y contains NaN or infinity, first at row {row}.")
     if y.dtype == object and any(value is None or value != value for value in y.ravel()):
         raise ValueError("Input y contains NaN: every row needs a target.")
+    if y.dtype == object and len({isinstance(value, str) for value in y.ravel()}) > 1:
+        raise ValueError("y mixes texts with labels of another type: use one type.")
 
 
 def _check_finite(leaf: Any, name: str) -> None:

@@ -266,6 +266,8 @@ def removed_rows(learned: Learned, indices: Any, class_: Any) -> NDArray[Any]:
     else:
         removed = np.zeros(len(learned.X), dtype=bool)
         indices = np.asarray(indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "biu"):
+            raise ValueError(f"indices must be a list of row numbers or a mask, got {indices!r}.")
         given = np.flatnonzero(indices) if indices.dtype == bool else indices.astype(int)
         if len(given) and (given.min() < 0 or given.max() >= len(removed)):
             raise ValueError(f"indices must lie between 0 and {len(removed) - 1}.")

@@ -7,7 +7,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import nn
 
-from skperf import InfluenceScorer, Net, from_module
+from skperf import InfluenceScorer, Net, PerformativeAdapter, from_module
 from skperf.backbone.batch_norm import prediction_time_batch_norm
 
 RNG = np.random.default_rng(0)
@@ -178,3 +178,23 @@ def test_net_names_the_argument(options, labels, weight, message):
 def test_prediction_time_batch_norm_wants_a_module():
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got str"):
         prediction_time_batch_norm("net").__enter__()
+
+
+@pytest.mark.parametrize("estimator", [InfluenceScorer, PerformativeAdapter])
+@pytest.mark.parametrize("size", [1e300, 1e-300])
+def test_weights_of_an_absurd_size_are_refused(estimator, size):
+    with pytest.raises(ValueError, match="sample_weight holds 1e"):
+        estimator(from_module(nn.Linear(4, 3))).fit(X, y, sample_weight=np.full(30, size))
+
+
+@pytest.mark.parametrize("indices", [[0.5], "a", 5, [[0], [1]]], ids=repr)
+def test_rows_to_forget_are_numbers_of_rows(indices):
+    scorer = InfluenceScorer(from_module(nn.Linear(4, 3))).fit(X, y)
+    with pytest.raises(ValueError, match="indices must be a list of row numbers or a mask"):
+        scorer.remove(indices=indices)
+
+
+def test_influence_refuses_labels_of_mixed_types():
+    mixed = np.array([1, "a", 2.5], dtype=object)[y]
+    with pytest.raises(ValueError, match="y mixes texts"):
+        InfluenceScorer(from_module(nn.Linear(4, 3))).fit(X, mixed)
