@@ -44,6 +44,9 @@ def members_of_groups(groups: Any, n: int) -> list[NDArray[Any]]:
     members = []
     for group in groups:
         group = np.asarray(group)
+        unknown = group.size and (group.ndim != 1 or group.dtype.kind not in "biu")
+        if unknown or (group.dtype == bool and len(group) != n):
+            raise ValueError(f"a group must be a list of row indices or a mask of {n} rows.")
         rows = np.flatnonzero(group) if group.dtype == bool else group.astype(int)
         if len(rows) == 0 or rows.min() < 0 or rows.max() >= n:
             raise ValueError(f"a group is empty or holds rows outside 0..{n - 1}.")

@@ -95,6 +95,8 @@ class Ensemble:
         shape = (len(X), self.n_train) if aggregate is None else (self.n_train,)
         if out is not None and out.shape != shape:
             raise ValueError(f"out has shape {out.shape}, expected {shape}.")
+        if out is not None and getattr(out.dtype, "kind", "f") != "f":
+            raise ValueError(f"out holds {out.dtype}, which would cut scores off: give floats.")
         if out is not None and aggregate is not None:
             out[:] = 0
         for queries, rows, scores in self.tiles(X, targets):

@@ -550,3 +550,13 @@ def test_unit_and_sign_on_a_row_scored_against_itself(data, net, scorer):
     matrix = scorer.influence(X[:120], y[:120])
     np.testing.assert_allclose(np.diag(matrix), scorer.self_influence_, rtol=1e-2, atol=1e-6)
     assert source_of(scorer.estimator_) is net.module_
+
+
+def test_groups_and_out_of_the_wrong_kind_are_refused():
+    X, y = load_iris(return_X_y=True)
+    scorer = InfluenceScorer(method="gradient_dot", random_state=0).fit(X, y)
+    for group in ([0.5, 1.7], np.array([True, False]), [[1, 2]]):
+        with pytest.raises(ValueError, match="a group must be"):
+            scorer.group_influence([group], X[:2], y[:2])
+    with pytest.raises(ValueError, match="out holds int64"):
+        scorer.influence(X[:2], y[:2], out=np.zeros((2, 150), int))
