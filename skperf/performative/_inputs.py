@@ -1,6 +1,7 @@
 """What users hand to the adapter, checked and encoded."""
 
 import datetime
+import re
 import warnings
 
 import numpy as np
@@ -66,6 +67,13 @@ def check_rounds(rounds, n_rows):
             raise ValueError("rounds contain NaT: every row needs a round.")
         return values
     if values.dtype.kind in "UT":
+        names = np.unique(values.astype(str)).tolist()
+        by_number = [re.sub(r"\d+", lambda found: found[0].zfill(20), name) for name in names]
+        if by_number != sorted(by_number):  # "r10" comes before "r9"
+            raise ValueError(
+                f"rounds are strings whose order is not that of their numbers: {names[:3]}...; "
+                "fill the numbers up with zeros, or give integers or dates."
+            )
         return values.astype(str)
     try:
         numbers = values.astype(np.float64)

@@ -26,6 +26,7 @@ from sklearn.svm import SVC
 
 from skperf import PerformativeAdapter, PerformativeWarning
 from skperf.model_selection import RoundForwardSplit
+from skperf.performative._inputs import check_rounds
 from tests.performative.conftest import K, World, live
 
 QUICK = {"adapter": ["fixed", "tied"], "random_state": 0}
@@ -334,6 +335,15 @@ def test_a_calendar_is_read(frozen):
         adapter.partial_fit(X, y, covariates=[1.0])
     with pytest.raises(ValueError, match="covariates must be numbers"):
         adapter.partial_fit(X, y, covariates=[[pd.Timestamp("2024-01-01")] * 3])
+
+
+def test_rounds_named_by_numbers_that_do_not_sort_are_refused():
+    numbers = np.arange(12)
+    named = np.array([f"r{number:02d}" for number in numbers])
+    for good in (named, np.array(["b", "aa", "2024-01-10", "2024-01-09"] * 3)):
+        np.testing.assert_array_equal(check_rounds(good, 12), good)
+    with pytest.raises(ValueError, match="order is not that of their numbers"):
+        check_rounds(np.array([f"r{number}" for number in numbers]), 12)
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
