@@ -63,7 +63,7 @@ class BenchmarkTable(Directive):
         head = [HEADINGS.get(column, column) for column in columns]
         found = [_table(head, [[row.get(column) for column in columns] for row in rows])]
         origin = records.get("provenance") if isinstance(records, dict) else None
-        return found + ([_origin(origin)] if origin else [])
+        return [*found, _origin(origin) if origin else _unknown_origin()]
 
 
 class WorkloadTable(Directive):
@@ -101,6 +101,11 @@ def _link(here, page):
     )
     link += nodes.inline(text=title)
     return link
+
+
+def _unknown_origin():
+    text = "Recorded with the code of the first edition; not run again with the present code."
+    return nodes.paragraph(text=text, classes=["origin"])
 
 
 def _origin(origin):
