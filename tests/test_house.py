@@ -28,7 +28,7 @@ MANY_PARAMETERS: dict[str, int] = {}
 LONG_FILES = {
     "components/_study.py": 453,
     "influence/_members.py": 464,
-    "influence/replay.py": 456,
+    "influence/replay.py": 470,
 }
 MOST_LINES = 34_100  # to be 25,000
 
