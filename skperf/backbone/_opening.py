@@ -61,19 +61,14 @@ def fit_estimator(
     A classifier is cloned and fitted; what is frozen, a module, or has to_module() is used as
     it is; None means :func:`default_net`.
     """
-    rows = Rows.of(X)
-    if isinstance(estimator, nn.Module):
-        return ModuleClassifier(estimator).looked_at(rows, y, loss)
+    inner = estimator.estimator if isinstance(estimator, FrozenEstimator) else estimator
+    if isinstance(inner, nn.Module):
+        inner = ModuleClassifier(inner)
+    if isinstance(inner, ModuleClassifier):
+        return inner.looked_at(Rows.of(X), y, loss)
     if isinstance(estimator, FrozenEstimator):
-        inner = estimator.estimator
-        if isinstance(inner, nn.Module):
-            inner = ModuleClassifier(inner)
-        if isinstance(inner, ModuleClassifier):
-            return inner.looked_at(rows, y, loss)
         check_is_fitted(estimator)
         return estimator
-    if isinstance(estimator, ModuleClassifier):
-        return estimator.looked_at(rows, y, loss)
     if callable(getattr(estimator, "to_module", None)):
         if isinstance(estimator, BaseEstimator):
             check_is_fitted(estimator)
@@ -93,7 +88,7 @@ def fit_estimator(
             UserWarning,
             stacklevel=3,
         )
-    fresh = clone(estimator)
+    rows, fresh = Rows.of(X), clone(estimator)
     if isinstance(fresh, NeuralNetClassifier | NeuralNetBinaryClassifier):
         fresh = net_of(fresh)
     elif isinstance(fresh, NeuralNet):
