@@ -7,6 +7,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from skperf import (
     ComponentAttributor,
+    ComponentEditor,
     InfluenceScorer,
     Net,
     PerformativeAdapter,
@@ -20,6 +21,7 @@ ESTIMATORS = {
     "reprogrammer": Reprogrammer(),
     "influence": InfluenceScorer(),
     "components": ComponentAttributor(),
+    "editor": ComponentEditor(random_state=0),
     "net": default_net(random_state=0),
 }
 WEIGHTS = "check_sample_weight_equivalence_on_dense_data"
