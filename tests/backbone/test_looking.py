@@ -180,16 +180,22 @@ def objective_gradient(network, targets, weights):
     return max(float(g.abs().max()) for g in gradients)
 
 
-@pytest.mark.parametrize("class_weight", [None, "balanced", {0: 5.0, 1: 1.0, 2: 0.5}])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("class_weight", "weighted"),
+    [
+        (None, False),
+        (None, True),
+        ("balanced", False),
+        ({0: 5.0, 1: 1.0, 2: 0.5}, False),
+        ({0: 5.0, 1: 1.0, 2: 0.5}, True),
+    ],
+)
 def test_logistic_regression_is_at_rest_on_what_is_read_of_it(class_weight, weighted):
-    rows = np.r_[0:20, 50:150]
-    weights = np.linspace(0.5, 2, 150) if weighted and class_weight != "balanced" else np.ones(150)
+    weights = np.linspace(0.5, 2, 150) if weighted else np.ones(150)
     model = LogisticRegression(C=0.3, class_weight=class_weight, tol=1e-10, max_iter=10_000)
     model.fit(X, y, sample_weight=weights)
     network = open_network(model)
     assert objective_gradient(network, network.targets(y), weights) < 1e-5
-    assert len(rows)
 
 
 def test_other_models_of_scikit_learn_are_at_rest_too():
