@@ -175,6 +175,12 @@ class Learned:
 def shares_of(loss: Loss, targets: Tensor, weights: Tensor | None) -> Tensor:
     """Share of each row in the mean loss: targets (n, ...), weights (n,) -> (n,)."""
     shares = torch.ones(len(targets), dtype=torch.float64) if weights is None else weights
+    # scikit-learn balances weighted counts, and anew without each row
+    if getattr(loss, "balanced", False) and not bool((shares == shares[0]).all()):
+        raise ValueError(
+            "sample_weight differs between rows and class_weight is 'balanced', whose weights then "
+            "depend on both: give the estimator the class weights as a dict."
+        )
     of_classes = loss.weights(targets)
     if of_classes is not None:
         shares = shares * of_classes.double().cpu()

@@ -560,3 +560,12 @@ def test_groups_and_out_of_the_wrong_kind_are_refused():
             scorer.group_influence([group], X[:2], y[:2])
     with pytest.raises(ValueError, match="out holds int64"):
         scorer.influence(X[:2], y[:2], out=np.zeros((2, 150), int))
+
+
+def test_balanced_classes_with_unequal_row_weights_are_refused_by_name():
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(30, 4)), np.arange(30) % 3
+    model = FrozenEstimator(LogisticRegression(class_weight="balanced").fit(X, y))
+    with pytest.raises(ValueError, match=r"class_weight is 'balanced'.* as a dict"):
+        InfluenceScorer(model).fit(X, y, sample_weight=np.linspace(1, 2, 30))
+    InfluenceScorer(model).fit(X, y, sample_weight=np.full(30, 2.0))
