@@ -1,14 +1,12 @@
 """A classifier with a changed copy of its network."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._opening import source_of
-from skperf.backbone.network import Forward, Network, Readout
-from skperf.backbone.rows import Rows
+from skperf.backbone.network import Network
 
 
 class EditedClassifier(ModuleClassifier):
@@ -26,20 +24,10 @@ class EditedClassifier(ModuleClassifier):
         Labels in the order of the logits' columns.
     edit_report : dict
         What was done and what it cost.
-    forward : callable, optional
-        As in :func:`from_module`.
-    readout : callable, optional
-        As in :func:`from_module`.
-    loss : str, nn.Module or callable, optional
-        As in :func:`from_module`.
-    batch_size : int, default=256
-        Rows that go through the module at once.
-    before : callable, optional
-        Applied to rows first: the steps of a pipeline before the network.
-    width : int, optional
-        Columns that the rows must have.
-    names : ndarray of str, optional
-        Names that the columns of a DataFrame must have, in this order.
+    **options : dict
+        Of the module: ``forward``, ``readout``, ``loss`` and ``batch_size`` as in
+        :func:`from_module`; ``before``, the steps of a pipeline before the network; ``width`` and
+        ``names``, the columns that rows must have.
 
     Attributes
     ----------
@@ -55,26 +43,9 @@ class EditedClassifier(ModuleClassifier):
         module: nn.Module,
         classes: Any,
         edit_report: dict[str, Any],
-        *,
-        forward: Forward | None = None,
-        readout: Readout | None = None,
-        loss: Any = None,
-        batch_size: int = 256,
-        before: Callable[[Rows], Rows] | None = None,
-        width: int | None = None,
-        names: Any = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            module,
-            classes,
-            forward=forward,
-            readout=readout,
-            loss=loss,
-            batch_size=batch_size,
-            before=before,
-            width=width,
-            names=names,
-        )
+        super().__init__(module, classes, **options)
         self.estimator = estimator
         self.edit_report = edit_report
 

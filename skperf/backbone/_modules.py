@@ -1,12 +1,14 @@
 """A torch module as a fitted scikit-learn estimator."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.frozen import FrozenEstimator
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.metaestimators import available_if
 from torch import Tensor, nn
 
@@ -18,96 +20,24 @@ from skperf.backbone.rows import Rows
 from skperf.backbone.views import original, own_copy, view
 
 
-def _classifies(self: "ModuleClassifier") -> bool:
-    return self.resolved_loss().kind == "classes"
+class OfLogits:
+    """What a fitted classifier answers by the outputs of its network."""
 
+    classes_: np.ndarray
 
-class ModuleClassifier(ClassifierMixin, BaseEstimator):
-    """A trained torch module that predicts like a scikit-learn estimator.
+    def _outputs(self, X: Any) -> Tensor:
+        """Compute the outputs of rows, on the CPU: X (n, ...) -> (n, n_classes) or (n, ...)."""
+        raise NotImplementedError
 
-    It is fitted from the beginning, and ``clone`` returns it as it is, so that a large
-    network is never copied.
+    def _kind(self) -> str:
+        """Kind of the targets, as a loss names it."""
+        return "classes"
 
-    Arguments as in :func:`from_module`; `before` are the steps of a pipeline before the network,
-    `width` and `names` the columns that rows must have.
-    """
+    def _classifies(self) -> bool:
+        return self._kind() == "classes"
 
-    def __init__(
-        self,
-        module: nn.Module,
-        classes: Any = None,
-        *,
-        forward: Forward | None = None,
-        readout: Readout | None = None,
-        loss: Any = None,
-        batch_size: int = 256,
-        before: Callable[[Rows], Rows] | None = None,
-        width: int | None = None,
-        names: Any = None,
-    ) -> None:
-        self.module = module
-        self.classes = classes
-        self.forward = forward
-        self.readout = readout
-        self.loss = loss
-        self.batch_size = batch_size
-        self.before = before
-        self.width = width
-        self.names = names
-        # what one row has shown, and whether the classes of its outputs come before positions
-        self._looked: Seen | None = None
-        self._classes_first = False
-
-    def __sklearn_clone__(self) -> "ModuleClassifier":
-        return self
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        if not _classifies(self):
-            tags.estimator_type = "regressor"
-        return tags
-
-    @property
-    def classes_(self) -> np.ndarray:
-        found = self._known_classes()
-        if found is None:
-            raise AttributeError(
-                f"the classes of {type(self.module).__name__} are not known before it has seen a "
-                "row: give the labels, skperf.from_module(module, classes=[...])."
-            )
-        return found
-
-    @property
-    def n_features_in_(self) -> int:
-        if self.width is None:
-            raise AttributeError("n_features_in_ is not known: any width is passed on.")
-        return int(self.width)
-
-    @property
-    def feature_names_in_(self) -> np.ndarray:
-        if self.names is None:
-            raise AttributeError("feature_names_in_ is not known: names are passed by.")
-        return np.asarray(self.names, dtype=object)
-
-    def fit(self, X: Any = None, y: Any = None) -> "ModuleClassifier":
-        """Do nothing: the module is trained.
-
-        Parameters
-        ----------
-        X : object
-            Not used.
-        y : object
-            Not used.
-
-        Returns
-        -------
-        ModuleClassifier
-            Itself.
-        """
-        return self
+    def _class_axis(self, outputs: Tensor) -> int:
+        return 1
 
     @available_if(_classifies)
     def decision_function(self, X: Any) -> np.ndarray:
@@ -172,14 +102,97 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         ValueError
             If the rows are not those the network takes, or an output is not finite.
         """
-        outputs = self._outputs(X)
-        kind = self.resolved_loss().kind
+        outputs, kind = self._outputs(X), self._kind()
         if kind == "classes":
             return np.asarray(self.classes_[outputs.argmax(self._class_axis(outputs)).numpy()])
         if kind == "labels":
             return np.asarray((outputs > 0).long().numpy())
         values: np.ndarray = outputs.numpy()
         return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+
+
+class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
+    """A trained torch module that predicts like a scikit-learn estimator.
+
+    It is fitted from the beginning, and ``clone`` returns it as it is, so that a large
+    network is never copied.
+
+    Arguments as in :func:`from_module`; `before` are the steps of a pipeline before the network,
+    `width` and `names` the columns that rows must have.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        classes: Any = None,
+        *,
+        forward: Forward | None = None,
+        readout: Readout | None = None,
+        loss: Any = None,
+        batch_size: int = 256,
+        before: Callable[[Rows], Rows] | None = None,
+        width: int | None = None,
+        names: Any = None,
+    ) -> None:
+        self.module = module
+        self.classes = classes
+        self.forward = forward
+        self.readout = readout
+        self.loss = loss
+        self.batch_size = batch_size
+        self.before = before
+        self.width = width
+        self.names = names
+        if width is not None:
+            self.n_features_in_ = int(width)
+        if names is not None:
+            self.feature_names_in_ = np.asarray(names, dtype=object)
+        # what one row has shown, and whether the classes of its outputs come before positions
+        self._looked: Seen | None = None
+        self._classes_first = False
+
+    def __sklearn_clone__(self) -> "ModuleClassifier":
+        return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        if not self._classifies():
+            tags.estimator_type = "regressor"
+        return tags
+
+    @property
+    def classes_(self) -> np.ndarray:  # type: ignore[override]
+        found = self._known_classes()
+        if found is None:
+            raise AttributeError(
+                f"the classes of {type(self.module).__name__} are not known before it has seen a "
+                "row: give the labels, skperf.from_module(module, classes=[...])."
+            )
+        return found
+
+    @property
+    def loss_(self) -> Loss:
+        return resolve_loss("cross_entropy" if self.loss is None else self.loss)
+
+    def fit(self, X: Any = None, y: Any = None) -> "ModuleClassifier":
+        """Do nothing: the module is trained.
+
+        Parameters
+        ----------
+        X : object
+            Not used.
+        y : object
+            Not used.
+
+        Returns
+        -------
+        ModuleClassifier
+            Itself.
+        """
+        return self
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy; the coefficient of determination where targets are numbers.
@@ -198,9 +211,7 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         float
             The larger the better.
         """
-        from sklearn.metrics import accuracy_score, r2_score
-
-        metric = r2_score if self.resolved_loss().kind in ("values", "own") else accuracy_score
+        metric = r2_score if self._kind() in ("values", "own") else accuracy_score
         return float(metric(as_labels(y), self.predict(X), sample_weight=sample_weight))
 
     def to_network(self, X: Rows | None = None) -> Network:
@@ -216,17 +227,18 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         Network
             The view, with what is known of its outputs and its loss.
         """
-        seen = self._seen(X)
-        return Network(
-            view(self.module),
-            self._known_classes() if self.resolved_loss().kind == "classes" else None,
-            self.batch_size,
-            self.readout if seen is None else seen.readout,
-            self.forward,
-            loss=self.resolved_loss(),
+        if self._looked is None and X is not None and len(X):
+            known = None if self.classes is None else len(self.classes)
+            # the same for every thread that looks
+            self._looked = look(self._blank(), X, n_labels=known, loss=self.loss_)
+        seen = self._looked
+        return replace(
+            self._blank(),
+            classes=self._known_classes() if self._classifies() else None,
+            readout=self.readout if seen is None else seen.readout,
+            loss=self.loss_,
             trainable=trained_names(self.module),
-            before=self.before,
-            draws=False if seen is None else seen.draws,
+            draws=seen is not None and seen.draws,
         )
 
     def to_module(self) -> nn.Module:
@@ -237,63 +249,32 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         nn.Module
             The module itself where it returns them, else one around it.
         """
-        seen = self._seen(None)
-        readout = self.readout if seen is None else seen.readout
-        return replace(self.to_network(), module=self.module, readout=readout).to_module()
+        return replace(self.to_network(), module=self.module).to_module()
 
-    def resolved_loss(self) -> Loss:
-        """Give the loss as a record.
-
-        Returns
-        -------
-        Loss
-            By default cross-entropy.
-        """
-        return resolve_loss("cross_entropy" if self.loss is None else self.loss)
-
-    def looked_at(self, X: Rows, y: Any = None, loss: Loss | None = None) -> "ModuleClassifier":
-        """Run a row, so that readout, classes and loss are known.
-
-        Parameters
-        ----------
-        X : Rows
-            Rows.
-        y : array-like, optional
-            Targets, which say what the outputs are.
-        loss : Loss, optional
-            Where none was declared.
-
-        Returns
-        -------
-        ModuleClassifier
-            One that knows.
-        """
-        found = self.resolved_loss() if self.loss is not None or loss is None else loss
+    def _looked_at(self, X: Rows, y: Any = None, loss: Loss | None = None) -> "ModuleClassifier":
+        """Run a row, so that readout, classes and loss (where none was declared) are known."""
+        # what was edited is used as it is
+        other = copy(self) if type(self) is ModuleClassifier else self
         labels = as_labels(y)
-        n_labels = None
-        if found.kind == "classes" and labels is not None and labels.ndim == 1:
-            n_labels = len(np.unique(labels))
-        known = self._known_classes()
+        if self.loss is None:
+            other.loss = loss
+        known, n_labels = self._known_classes(), None
         if known is not None:
             n_labels = len(known)
-        other = (
-            type(self)(**self.get_params(deep=False)) if type(self) is ModuleClassifier else self
-        )
-        if other is not self:
-            other.loss = found
-            other.classes = self._named_classes(labels)
-        seen = look(
-            self._blank(), X, n_labels=n_labels, loss=found if found.kind != "classes" else None
-        )
+        elif other._classifies() and labels is not None and labels.ndim == 1:
+            n_labels = len(np.unique(labels))
+        other.classes = self._named_classes(labels)
+        seen = other._looked = look(self._blank(), X, n_labels=n_labels, loss=other.loss_)
         # classes of maps stand in torch's place, before the positions; those of tokens behind
-        first = labels is not None and labels.ndim > 1 and labels.shape[1:] == seen.shape[1:]
-        other._looked, other._classes_first = seen, first
+        other._classes_first = (
+            labels is not None and labels.ndim > 1 and labels.shape[1:] == seen.shape[1:]
+        )
         other._check_seen(labels)
         return other
 
     def _check_seen(self, labels: Any) -> None:
         seen, name = self._looked, type(self.module).__name__
-        if seen is None or self.resolved_loss().kind != "classes":
+        if seen is None or not self._classifies():
             return
         if not seen.shape or (seen.shape == (1,) and self.classes is None):
             raise ValueError(
@@ -332,33 +313,19 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         return np.arange(seen.shape[1] if tokens else seen.shape[0])
 
     def _blank(self) -> Network:
+        module = view(self.module)
         return Network(
-            view(self.module),
-            None,
-            self.batch_size,
-            self.readout,
-            self.forward,
-            before=self.before,
+            module, None, self.batch_size, self.readout, self.forward, before=self.before
         )
 
-    def _seen(self, X: Rows | None) -> Seen | None:
-        if self._looked is None and X is not None and len(X):
-            known = None if self.classes is None else len(self.classes)
-            loss = self.resolved_loss()
-            # the same for every thread that looks
-            self._looked = look(
-                self._blank(), X, n_labels=known, loss=None if loss.kind == "classes" else loss
-            )
-        return self._looked
-
-    def _rows(self, X: Any) -> Rows:
-        return Rows.of(X) if self.before is not None else check_rows(self, X)
-
     def _outputs(self, X: Any) -> Tensor:
-        rows = self._rows(X)
+        rows = Rows.of(X) if self.before is not None else check_rows(self, X)
         network = self.to_network(rows)  # looks
         self._check_seen(None)
         return network.logits(rows)
+
+    def _kind(self) -> str:
+        return self.loss_.kind
 
     def _class_axis(self, outputs: Tensor) -> int:
         """Axis of the classes: behind the tokens in (n, L, K), else the second."""
@@ -366,7 +333,7 @@ class ModuleClassifier(ClassifierMixin, BaseEstimator):
         return 2 if outputs.ndim == 3 and fits and not self._classes_first else 1
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
-        loss = "" if self.loss is None else f", loss={describes(self.resolved_loss())}"
+        loss = "" if self.loss is None else f", loss={describes(self.loss_)}"
         return f"{type(self).__name__}({type(self.module).__name__}{loss})"
 
 

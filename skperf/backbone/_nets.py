@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from skperf.backbone._batches import LabelledRows, TensorBatches
+from skperf.backbone._modules import OfLogits
 from skperf.backbone._sklearn import check_sample_weight
 from skperf.backbone._training import TrainingRun
 from skperf.backbone._validation import check_labelled_rows, check_rows
@@ -90,7 +91,7 @@ class OfProbabilities:
         return losses
 
 
-class Net(NeuralNetClassifier):
+class Net(OfLogits, NeuralNetClassifier):
     """Skorch classifier for ordinary training of a logits-producing module.
 
     It differs from :class:`skorch.NeuralNetClassifier` where that one surprises people who
@@ -483,37 +484,6 @@ class Net(NeuralNetClassifier):
         self.module_.eval()
         return self
 
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Compute class probabilities.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Rows.
-
-        Returns
-        -------
-        ndarray of shape (n, n_classes)
-            The softmax of the logits.
-        """
-        return np.asarray(self._logits(X).softmax(1).numpy())
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Predict labels.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Rows.
-
-        Returns
-        -------
-        ndarray of shape (n,)
-            The label with the largest logit.
-        """
-        codes = self._logits(X).argmax(1).numpy()
-        return np.asarray(self.classes_[codes])
-
     def to_network(self) -> Network:
         """Open the trained module.
 
@@ -634,7 +604,7 @@ class Net(NeuralNetClassifier):
             self.iterator_ = iterator
         return iterator
 
-    def _logits(self, X: Any) -> Tensor:
+    def _outputs(self, X: Any) -> Tensor:
         if "forward_iter" in vars(self):
             # a scorer among the callbacks, which keeps the outputs of the epoch's batches
             outputs = torch.cat([tensor_of(part).detach() for part in self.forward_iter(X)])

@@ -65,7 +65,7 @@ def fit_estimator(
     if isinstance(inner, nn.Module):
         inner = ModuleClassifier(inner)
     if isinstance(inner, ModuleClassifier):
-        return inner.looked_at(Rows.of(X), y, loss)
+        return inner._looked_at(Rows.of(X), y, loss)
     if isinstance(estimator, FrozenEstimator):
         check_is_fitted(estimator)
         return estimator
@@ -111,7 +111,10 @@ def open_network(fitted: Any, loss: Loss | None = None) -> Network:
     Scikit-learn's linear models and multi-layer perceptrons are converted exactly, in their own
     precision.
     """
-    network = _opened(fitted)
+    inner, before = _inner(fitted)
+    network = _opened(inner)
+    if before is not None:
+        network = replace(network, before=before)
     if loss is None:
         return network
     classes = network.classes if loss.kind == "classes" else None
@@ -120,19 +123,17 @@ def open_network(fitted: Any, loss: Loss | None = None) -> Network:
 
 def source_of(fitted: Any) -> nn.Module | None:
     """Find the user's own module, None where an estimator is converted; never to be run."""
-    fitted = _inner(fitted)
-    if isinstance(fitted, nn.Module):
-        return fitted
-    if isinstance(fitted, ModuleClassifier):
-        module: nn.Module = fitted.module
-        return module
-    if isinstance(fitted, NeuralNet):
-        trained: nn.Module = fitted.module_
-        return trained
-    if callable(getattr(fitted, "to_module", None)):
-        given: nn.Module = fitted.to_module()
-        return given
-    return None
+    inner, _ = _inner(fitted)
+    module: nn.Module | None = None
+    if isinstance(inner, nn.Module):
+        module = inner
+    elif isinstance(inner, ModuleClassifier):
+        module = inner.module
+    elif isinstance(inner, NeuralNet):
+        module = inner.module_
+    elif callable(getattr(inner, "to_module", None)):
+        module = inner.to_module()
+    return module
 
 
 def class_logits(fitted: Any, X: Any) -> np.ndarray:
@@ -162,8 +163,8 @@ def class_logits(fitted: Any, X: Any) -> np.ndarray:
 
 def has_network(fitted: Any) -> bool:
     """Whether :func:`open_network` would open a classifier."""
-    inner = _inner(fitted)
-    kinds = (nn.Module, NeuralNet, *_CONVERTED)
+    inner, _ = _inner(fitted)
+    kinds = (nn.Module, NeuralNet, *(kind for kind, _ in _CONVERSIONS))
     return isinstance(inner, kinds) or callable(getattr(inner, "to_module", None))
 
 
@@ -171,56 +172,52 @@ def has_network(fitted: Any) -> bool:
 class Steps:
     """The steps of a fitted pipeline before its network."""
 
-    pipeline: Any
+    pipelines: tuple[Any, ...]
 
     def __call__(self, rows: Rows) -> Rows:
         """Transform rows: (n, ...) -> (n, ...)."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
-            return Rows.of(self.pipeline.transform(_given(rows, self.pipeline)))
+            for pipeline in self.pipelines:
+                rows = Rows.of(pipeline.transform(_given(rows, pipeline)))
+        return rows
 
 
-def _inner(fitted: Any) -> Any:
-    """Look through freezing, searches and pipelines."""
+def _inner(fitted: Any) -> tuple[Any, Steps | None]:
+    """Look through freezing, searches and pipelines, whose steps before the last are kept."""
+    steps: tuple[Any, ...] = ()
     while True:
         if isinstance(fitted, FrozenEstimator):
             fitted = fitted.estimator
         elif isinstance(fitted, BaseSearchCV):
+            if not hasattr(fitted, "best_estimator_"):
+                raise ValueError(
+                    f"estimator is a {type(fitted).__name__} with refit=False, which keeps no "
+                    "fitted model: search with refit=True."
+                )
             fitted = fitted.best_estimator_
         elif isinstance(fitted, Pipeline):
+            if len(fitted.steps) > 1:
+                steps = (*steps, fitted[:-1])
             fitted = fitted.steps[-1][1]
         else:
-            return fitted
+            return fitted, Steps(steps) if steps else None
 
 
-def _opened(fitted: Any) -> Network:
-    if isinstance(fitted, FrozenEstimator):
-        return _opened(fitted.estimator)
-    if isinstance(fitted, BaseSearchCV):
-        if not hasattr(fitted, "best_estimator_"):
-            raise ValueError(
-                f"estimator is a {type(fitted).__name__} with refit=False, which keeps no fitted "
-                "model: search with refit=True."
-            )
-        return _opened(fitted.best_estimator_)
-    if isinstance(fitted, Pipeline):
-        network = _opened(fitted.steps[-1][1])
-        if len(fitted.steps) == 1:
-            return network
-        return replace(network, before=Steps(fitted[:-1]))
-    if isinstance(fitted, nn.Module):
-        return ModuleClassifier(fitted).to_network()
-    if isinstance(fitted, ModuleClassifier):
-        return fitted.to_network()
-    if isinstance(fitted, NeuralNet):
-        return _of_net(fitted)
+def _opened(inner: Any) -> Network:
+    if isinstance(inner, nn.Module):
+        inner = ModuleClassifier(inner)
+    if isinstance(inner, ModuleClassifier):
+        return inner.to_network()
+    if isinstance(inner, NeuralNet):
+        return _of_net(inner)
     for kind, conversion in _CONVERSIONS:
-        if isinstance(fitted, kind):
-            return conversion(fitted)
-    if callable(getattr(fitted, "to_module", None)):
-        return ModuleClassifier(fitted.to_module(), fitted.classes_).to_network()
+        if isinstance(inner, kind):
+            return conversion(inner)
+    if callable(getattr(inner, "to_module", None)):
+        return ModuleClassifier(inner.to_module(), inner.classes_).to_network()
     raise TypeError(
-        f"estimator has no torch network inside: {type(fitted).__name__}. Needed is a skorch net, "
+        f"estimator has no torch network inside: {type(inner).__name__}. Needed is a skorch net, "
         "a torch.nn.Module that returns logits, an object with to_module(), or scikit-learn's "
         "LogisticRegression, Ridge, LinearRegression or MLP."
     )
@@ -390,18 +387,13 @@ def _from_linear_regression(fitted: Any) -> Network:
     return Network(_linear(coefficients, intercept), None, loss=SquaredError(), penalty=penalty)
 
 
-_CONVERSIONS: tuple[tuple[Any, Callable[[Any], Network]], ...] = (
-    (LogisticRegression | LogisticRegressionCV, _from_logistic_regression),
-    (MLPClassifier | MLPRegressor, _from_mlp),
-    (LinearRegression | Ridge, _from_linear_regression),
-)
-_CONVERTED = (
-    LogisticRegression,
-    LogisticRegressionCV,
-    MLPClassifier,
-    MLPRegressor,
-    LinearRegression,
-    Ridge,
+_CONVERSIONS: tuple[tuple[type, Callable[[Any], Network]], ...] = (
+    (LogisticRegression, _from_logistic_regression),
+    (LogisticRegressionCV, _from_logistic_regression),
+    (MLPClassifier, _from_mlp),
+    (MLPRegressor, _from_mlp),
+    (LinearRegression, _from_linear_regression),
+    (Ridge, _from_linear_regression),
 )
 
 

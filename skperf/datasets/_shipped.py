@@ -51,18 +51,9 @@ def load_fashion_mnist(*, subset: str = "all", return_X_y: bool = False) -> Any:
     Xiao, Rasul, Vollgraf: Fashion-MNIST: a novel image dataset for benchmarking machine learning
     algorithms. arXiv:1708.07747. Copyright 2017 Zalando SE, MIT licence.
     """
+    description = "3,000 images of Fashion-MNIST; MIT licence, copyright 2017 Zalando SE."
     arrays = load_arrays(data_file("fashion_mnist.npz"))
-    chosen = chosen_subsets(subset)
-    target = np.concatenate([arrays[f"target_{each}"] for each in chosen])
-    sizes = [len(arrays[f"target_{each}"]) for each in chosen]
-    return image_bunch(
-        np.concatenate([arrays[f"images_{each}"] for each in chosen]),
-        target,
-        FASHION_NAMES,
-        "3,000 images of Fashion-MNIST; MIT licence, copyright 2017 Zalando SE.",
-        return_X_y=return_X_y,
-        is_train=np.repeat([each == "train" for each in chosen], sizes),
-    )
+    return subset_bunch(arrays, subset, FASHION_NAMES, description, return_X_y=return_X_y)
 
 
 def load_faces(*, return_X_y: bool = False) -> Any:
@@ -200,6 +191,27 @@ def image_bunch(
         target_names=np.array(target_names),
         DESCR=description,
         **more,
+    )
+
+
+def subset_bunch(
+    arrays: dict[str, np.ndarray],
+    subset: str,
+    target_names: Any,
+    description: str,
+    *,
+    return_X_y: bool,
+) -> Any:
+    """Put the rows of a subset, of "train" and "test", into the form of a loader."""
+    chosen = chosen_subsets(subset)
+    targets = [arrays[f"target_{each}"] for each in chosen]
+    return image_bunch(
+        np.concatenate([arrays[f"images_{each}"] for each in chosen]),
+        np.concatenate(targets),
+        target_names,
+        description,
+        return_X_y=return_X_y,
+        is_train=np.repeat([each == "train" for each in chosen], [len(t) for t in targets]),
     )
 
 

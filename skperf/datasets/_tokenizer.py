@@ -39,11 +39,6 @@ class WordPieceTokenizer:
         """Return the ids of one text, without padding."""
         return [START, *(code for word in words_of(text) for code in self._pieces_of(word))]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the words that ids stand for."""
-        pieces = [self.pieces[int(code)] for code in ids if int(code) not in (PADDING, START)]
-        return " ".join(pieces).replace(f" {CONTINUED}", "")
-
     def _pieces_of(self, word: str) -> list[int]:
         codes: list[int] = []
         start = 0

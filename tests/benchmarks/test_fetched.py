@@ -11,7 +11,6 @@ from benchmarks.data.conversions import pack_texts
 from benchmarks.data.efficientnet import EfficientNetLite0, _SamePaddedConv2d
 from benchmarks.data.recipes import RECIPES, Recipe, prepare
 from benchmarks.data.text import WordVectors
-from skperf.datasets import fetch_imagenet_classes
 
 FETCHERS = {
     "fetch_mnist": "mnist",
@@ -213,6 +212,6 @@ def test_fetched_images():
 
 @pytest.mark.fetched("imagenet_classes")
 def test_class_names():
-    names = fetch_imagenet_classes(download_if_missing=False)
+    names = np.load(RECIPES["imagenet_classes"].path())["names"].tolist()
     assert len(names) == 1000
     assert names[:2] == ["tench", "goldfish"]

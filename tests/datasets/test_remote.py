@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,10 +50,10 @@ def server(tmp_path, monkeypatch):
     handler = functools.partial(Handler, directory=str(folder))
     found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=found.serve_forever, daemon=True).start()
-    for name, source in _remote.SOURCES.items():
-        known = {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in source.sha256}
+    for name, (_, files) in _remote.SOURCES.items():
+        known = {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in files}
         address = f"http://127.0.0.1:{found.server_port}/"
-        monkeypatch.setitem(_remote.SOURCES, name, replace(source, address=address, sha256=known))
+        monkeypatch.setitem(_remote.SOURCES, name, (address, known))
     pytest.importorskip("pooch").get_logger().setLevel("WARNING")
     yield asked
     found.shutdown()
@@ -69,18 +68,19 @@ def test_images_are_downloaded_once(server, tmp_path, fetch):
     np.testing.assert_array_equal(everything.target, TARGET)
     assert everything.is_train.tolist() == [True] * 3 + [False] * 2
     assert len(server) == 4
-    # a second time nothing is asked for, and nothing but the converted file was left
+    # a second time nothing is asked for, and nothing but the four files was left
     data, target = fetch(subset="test", data_home=home, download_if_missing=False, return_X_y=True)
     np.testing.assert_allclose(data * 255, IMAGES[3:].reshape(2, -1), atol=1e-4)
     np.testing.assert_array_equal(target, TARGET[3:])
     assert len(server) == 4
-    assert len(list(home.iterdir())) == 1
+    (folder,) = home.iterdir()
+    assert {file.name for file in folder.iterdir()} == set(_remote.IDX_FILES)
 
 
 def test_class_names_are_downloaded_to_the_cache(server, tmp_path, monkeypatch):
     monkeypatch.setenv("SKPERF_DATA", str(tmp_path / "cache"))
     assert datasets.fetch_imagenet_classes() == ["tench", "goldfish"]
-    assert (tmp_path / "cache" / "imagenet_classes.npz").exists()
+    assert (tmp_path / "cache" / "imagenet_classes").exists()
 
 
 def test_a_file_with_another_hash_is_refused(server, tmp_path):
@@ -89,11 +89,11 @@ def test_a_file_with_another_hash_is_refused(server, tmp_path):
     served.write_bytes(gzip.compress(bytes(16) + IMAGES[:2].tobytes()))
     with pytest.raises(ValueError, match=r"(?s)hash.*t10k-images.*does not match"):
         datasets.fetch_mnist(data_home=tmp_path / "home")
-    assert list((tmp_path / "home").iterdir()) == []
+    assert not (tmp_path / "home" / "mnist" / served.name).exists()
 
 
 def test_nothing_is_downloaded_unasked(server, tmp_path):
-    with pytest.raises(OSError, match=r"mnist_whole\.npz is missing and download_if_missing"):
+    with pytest.raises(OSError, match=r"mnist lacks files and download_if_missing"):
         datasets.fetch_mnist(data_home=tmp_path / "home", download_if_missing=False)
     assert server == []
     assert not (tmp_path / "home").exists()
@@ -112,10 +112,10 @@ def test_an_unknown_subset_is_refused(server, tmp_path):
 
 @pytest.mark.parametrize("name", _remote.SOURCES)
 def test_recorded_sources(name):
-    source = _remote.SOURCES[name]
-    assert source.address.startswith("https://")
-    assert source.address.endswith("/")
-    assert all(len(known) == 64 and int(known, 16) for known in source.sha256.values())
+    address, files = _remote.SOURCES[name]
+    assert address.startswith("https://")
+    assert address.endswith("/")
+    assert all(len(known) == 64 and int(known, 16) for known in files.values())
 
 
 def test_import_stays_light():

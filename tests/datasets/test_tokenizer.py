@@ -51,7 +51,8 @@ def test_too_long_a_text_is_refused(tokenizer):
 
 @given(text=st.text(max_size=40))
 def test_any_text_survives_the_round_trip(shipped, text):
-    assert shipped.decode(shipped.encode(text)) == " ".join(words_of(text))
+    pieces = [shipped.pieces[code] for code in shipped.encode(text)[1:]]
+    assert " ".join(pieces).replace(" ##", "") == " ".join(words_of(text))
 
 
 def test_accents_case_and_punctuation_do_not_matter(shipped):
