@@ -73,7 +73,8 @@ def _reorder(module: nn.Module, order: torch.memory_format) -> None:
     for part in module.modules():
         for name, own in part._parameters.items():
             if own is not None and own.ndim == 4:
-                copy = own.detach().contiguous(memory_format=order)
+                # contiguous() would leave as they are the strides of a single input channel
+                copy = own.detach().to(memory_format=order, copy=True)
                 part._parameters[name] = done.setdefault(
                     id(own), nn.Parameter(copy, requires_grad=False)
                 )

@@ -96,6 +96,7 @@ class Tap:
     spot: Spot
     channels: Tensor  # (n_channels,): which gate
     bias: Tensor | None = None  # (n_channels,)
+    n_floats: int = 0  # of a parameter
 
 
 class Circuit:
@@ -119,7 +120,8 @@ class Circuit:
                 part.inplace = False  # type: ignore[assignment]
         if not wiring.plain and not rule.replaces and is_small(network.module):
             fold(network.module, wiring.followers)
-        self.taps = self._taps()
+        self.sites = self._laid()
+        self.taps = [tap for taps, _ in self.sites for tap in taps]
         # (r, inner, ...) with rows first, or (n_channels,), for each tensor
         self.instead: dict[tuple[Spot, int], Tensor] = {}
         self._means: dict[tuple[Spot, int], Tensor] = {}
@@ -184,7 +186,7 @@ class Circuit:
         """Close gates for a while: values (1, n_gates), one for each mask or one for each row."""
         functions: dict[Spot, list[Callable[[Tensor, int], Tensor]]] = {}
         weights: Parameters = {}
-        for tap in self.taps:
+        for tap in self._acting(values, asked):
             if tap.spot.is_activation:
                 functions.setdefault(tap.spot, []).append(self._gate(tap, values, asked))
             else:
@@ -224,30 +226,46 @@ class Circuit:
             self.network(inputs)
         return made
 
-    def _taps(self) -> list[Tap]:
+    def _acting(self, values: Tensor, asked: Asked) -> Iterator[Tap]:
+        """Gates of a pass: where all its rows share a mask, on whatever has fewer numbers."""
+        for taps, scaled in self.sites:
+            floats = sum(self.wiring.sizes.get(tap.spot, 0) for tap in taps) * len(asked)
+            shared = len(values) == 1 and scaled
+            yield from scaled if shared and sum(tap.n_floats for tap in scaled) < floats else taps
+
+    def _laid(self) -> list[tuple[list[Tap], list[Tap]]]:
+        """Gates of every site, and those on weights that would do the same."""
         groups: dict[tuple[Site, bool], list[int]] = {}
         for position, component in enumerate(self.wiring.components):
             site = next(site for site in self.wiring.sites if site.holds(component))
             groups.setdefault((site, component.kind == "layer"), []).append(position)
-        taps = []
+        # scaled weights would be a second copy of a large network's
+        quick = self.rule.scales and is_small(self.network.module)
+        laid = []
         for (site, whole), positions in groups.items():
             units = [-1 if whole else self.wiring.components[p].unit for p in positions]
             channels = _channels(site, units, positions, self.n_components)
             channels = channels.to(self.network.device)
+            recalled = any(spot.module in self.wiring.prefix for spot in site.spots)
             spots = site.weights if self.by_weights and site.weights else site.spots
-            for spot in spots:
-                part = self.network.module.get_submodule(spot.module)
-                bias = part._parameters.get("bias") if site.keeps_bias else None
-                if self.rule.replaces or not spot.is_activation:
-                    bias = None
-                taps.append(Tap(spot, channels, None if bias is None else bias.detach()))
-                if self.rule.replaces and not spot.is_activation:
-                    raise ValueError(
-                        f"ablation={self.rule.kind!r} replaces activations, but "
-                        f"{site.module!r} is reached by its parameter {spot.side!r} alone; use "
-                        "'zero'."
-                    )
-        return taps
+            weights = site.weights if quick and not recalled else ()
+            laid.append(
+                tuple([self._tap(site, spot, channels) for spot in own] for own in (spots, weights))
+            )
+        return laid
+
+    def _tap(self, site: Site, spot: Spot, channels: Tensor) -> Tap:
+        part = self.network.module.get_submodule(spot.module)
+        if not spot.is_activation:
+            if self.rule.replaces:
+                raise ValueError(
+                    f"ablation={self.rule.kind!r} replaces activations, but {site.module!r} is "
+                    f"reached by its parameter {spot.side!r} alone; use 'zero'."
+                )
+            return Tap(spot, channels, None, part.get_parameter(spot.side).numel())
+        bias = part._parameters.get("bias")
+        kept = site.keeps_bias and not self.rule.replaces and bias is not None
+        return Tap(spot, channels, bias.detach() if kept else None)
 
     def _batch(self, asked: Asked, measure: Measure, values: Tensor, first: int) -> Tensor:
         asked = asked.ready(self.network)
@@ -418,7 +436,8 @@ def along(values: Tensor, dim: int, ndim: int) -> Tensor:
 
 def padded(values: Tensor, size: int, beyond: float = 1.0) -> Tensor:
     """Fill up with what leaves a channel as it is: (..., n) -> (..., size)."""
-    return functional.pad(values, (0, size - values.shape[-1]), value=beyond)
+    missing = size - values.shape[-1]
+    return functional.pad(values, (0, missing), value=beyond) if missing else values
 
 
 def _for_each(table: Tensor, n_rows: int) -> Tensor:

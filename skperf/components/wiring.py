@@ -48,6 +48,7 @@ class Wiring:
     prefix: tuple[str, ...] = ()  # modules whose outputs no gate changes
     followers: Mapping[str, str] = field(default_factory=dict)  # layer -> its batch norm
     floats_per_row: int = 0
+    sizes: Mapping[Spot, int] = field(default_factory=dict)  # numbers a row, of gated activations
     plain: bool = False
 
     @property
@@ -102,6 +103,7 @@ def wire(
         seen.before(spots, network.module),
         followers,
         seen.floats // len(few),
+        {spot: sum(t.numel() for t in tensors) // len(few) for spot, tensors in together.items()},
     )
 
 
@@ -123,7 +125,9 @@ class _Seen:
         done = [
             name
             for name, end in self.ended.items()
-            if end < first and self.n_calls[name] == 1 and name in self.returns_tensor - self.hooked
+            if end <= first
+            and self.n_calls[name] == 1
+            and name in self.returns_tensor - self.hooked
         ]
         return tuple(
             name
@@ -133,6 +137,10 @@ class _Seen:
                 for other in done
             )
         )
+
+    def _once(self, spot: Spot) -> bool:
+        once = self.n_calls.get(spot.module) == 1 and spot.module not in self.hooked
+        return once and spot.module in self.returns_tensor
 
     def _first_gate(self, spots: set[Spot], module: nn.Module) -> int:
         starts = []
@@ -147,7 +155,9 @@ class _Seen:
                 ]
             # a parameter may be used by the parent of the module that holds it
             whole = [n for name in names for n in (name, name.rpartition(".")[0])]
-            starts += [self.began.get(n, 0) for n in (names if spot.is_activation else whole)]
+            # a gate behind a module acts on what it has returned, and that may be remembered
+            acts = self.ended if spot.side == "output" and self._once(spot) else self.began
+            starts += [acts.get(n, 0) for n in (names if spot.is_activation else whole)]
         return min(starts, default=0)
 
 

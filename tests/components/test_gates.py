@@ -318,7 +318,7 @@ def test_what_comes_before_the_first_gate_is_computed_once():
     module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Linear(4, 3))
     module, inputs = module.double().eval(), torch.randn(40, 4).double()
     circuit = Circuit(fresh(module), wired(module, inputs, "2"))
-    assert circuit.wiring.prefix == ("0", "1")
+    assert circuit.wiring.prefix == ("0", "1", "2")
     calls = []
     inner = circuit.network.module[0].forward
     circuit.network.module[0].__dict__["forward"] = lambda x: calls.append(1) or inner(x)
