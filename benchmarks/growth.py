@@ -112,6 +112,20 @@ def adapter_of_rounds(n):
     return lambda: PerformativeAdapter(random_state=0).fit_trajectory(statistics, counts)
 
 
+def influence_of_steps(n):
+    """Go back through a recorded run of n steps, asked about the mean loss of 100 queries."""
+    from sklearn.frozen import FrozenEstimator
+
+    from skperf import MLP, InfluenceScorer, Net
+
+    X, y = rows(500)
+    net = Net(
+        MLP, module__hidden=(32,), batch_size=50, max_epochs=n // 10, random_state=0, record_run=True
+    )
+    scorer = InfluenceScorer(FrozenEstimator(net.fit(X, y)), method="replay").fit(X, y)
+    return lambda: scorer.influence(X[:100], y[:100], aggregate="mean")
+
+
 AXES = {
     "training rows": Axis(
         "InfluenceScorer.fit", influence_of_rows, (1000, 4000, 16_000), (64_000, 200_000)
@@ -124,6 +138,7 @@ AXES = {
     "components": Axis(
         "ComponentAttributor.fit", effects_of_components, (100, 1000, 3000), (10_000, 30_000)
     ),
+    "steps": Axis("InfluenceScorer(replay).influence", influence_of_steps, (50, 200, 800), (3200,)),
     "rounds": Axis("PerformativeAdapter.fit_trajectory", adapter_of_rounds, (10, 50, 250), (1000,)),
 }
 
