@@ -119,9 +119,8 @@ def influence_of_steps(n):
     from skperf import MLP, InfluenceScorer, Net
 
     X, y = rows(500)
-    net = Net(
-        MLP, module__hidden=(32,), batch_size=50, max_epochs=n // 10, random_state=0, record_run=True
-    )
+    settings = {"batch_size": 50, "max_epochs": n // 10, "random_state": 0, "record_run": True}
+    net = Net(MLP, module__hidden=(32,), **settings)
     scorer = InfluenceScorer(FrozenEstimator(net.fit(X, y)), method="replay").fit(X, y)
     return lambda: scorer.influence(X[:100], y[:100], aggregate="mean")
 

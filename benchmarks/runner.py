@@ -47,23 +47,9 @@ WORKLOADS = (
     Workload(
         "growth",
         "How time and memory grow with each size",
-        "growth",
+        "growth --large",
         ("growth.json",),
         "benchmarks",
-    ),
-    Workload(
-        "replay",
-        "Influence through the run against retraining",
-        "replay quality",
-        ("replay_quality.json",),
-        "guide/replay",
-    ),
-    Workload(
-        "replay",
-        "Influence through the run: time",
-        "replay speed",
-        ("replay_speed.json",),
-        "guide/replay",
     ),
     Workload("cluster", "A dask cluster", "cluster", ("cluster.json",), "guide/clusters"),
     Workload(
@@ -170,12 +156,19 @@ WORKLOADS = (
         ("components_race.json",),
         "guide/components",
     ),
-    Workload("components", "The price of a mask", "components speed", ("components_speed.json",)),
+    Workload(
+        "components",
+        "The price of a mask",
+        "components speed",
+        ("components_speed.json",),
+        "guide/components",
+    ),
     Workload(
         "components",
         "Do the standard errors cover?",
         "components coverage",
         ("components_coverage.json",),
+        "guide/components",
     ),
     Workload(
         "components",

@@ -26,6 +26,7 @@ extensions = [
     "myst_nb",
     "sphinx_design",
     "benchmark_tables",
+    "component_tables",
     "gallery",
     "peer_table",
 ]

@@ -50,6 +50,15 @@ def test_every_table_of_the_pages_is_the_result_of_a_workload():
     assert sorted(shown - made) == []
 
 
+def test_no_table_of_figures_is_typed_by_hand():
+    figure = re.compile(r"[-±~<>]*\d[\d,]*\.?\d*|[-±]?\.\d+")
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            cells = [cell.strip() for cell in line.strip("| ").split("|")]
+            typed = [cell for cell in cells[1:] if figure.match(cell) and "`" not in cell]
+            assert not (line.startswith("|") and len(typed) > 1), f"{page.name}: {line}"
+
+
 def test_every_column_that_a_page_asks_for_is_in_the_result():
     asked = re.compile(r"benchmark-table\} (\S+)\n:columns: (.*)")
     for page in PAGES:
