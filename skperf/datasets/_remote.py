@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from skperf.backbone.files import beside
 from skperf.datasets._shipped import FASHION_NAMES, subset_bunch
 
 IDX_FILES = (
@@ -128,11 +129,19 @@ def fetched(
         raise ImportError(
             f"fetch_{name} downloads with pooch, which is not installed: pip install 'skperf[data]'"
         ) from None
-    # a file takes its name once it is whole and its hash is right
-    return [
-        Path(pooch.retrieve(address + file, f"sha256:{digest}", file, folder))
+    wrong = {
+        file: digest
         for file, digest in known.items()
-    ]
+        if not (folder / file).exists() or pooch.file_hash(str(folder / file)) != digest
+    }
+    if wrong:
+        folder.mkdir(parents=True, exist_ok=True)
+        # a file takes its name once it is whole and its hash is right
+        with beside(folder) as room:
+            for file, digest in wrong.items():
+                pooch.retrieve(address + file, f"sha256:{digest}", file, str(room))
+                (room / file).replace(folder / file)
+    return [folder / file for file in known]
 
 
 def _images(

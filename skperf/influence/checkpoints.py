@@ -1,9 +1,12 @@
 """Stages of a training run, read from the files that trainers leave."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
@@ -61,11 +64,14 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
-    loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path} can't be read as a checkpoint: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict.")
     state = loaded.get("state_dict", loaded)  # Lightning keeps it beside its own state
     names = [name for name in state if name.startswith("model.")]
     if "state_dict" in loaded and len(names) == len(state):

@@ -207,6 +207,16 @@ def visit_backwards(
     yield from _between(trainer, start, 0, n_steps, n_slots, shelf)
 
 
+def _kept(trainer: Trainer, kept: Any, start: Tensor, first: int, at: int) -> Tensor:
+    """Give the state at a step from what is kept, or from `start` (n_values,) at step `first`."""
+    state: Tensor | None = kept.get(at)
+    if state is None:
+        for state in states_between(trainer, start, first, at):  # noqa: B007
+            pass
+    assert state is not None
+    return state
+
+
 def _between(
     trainer: Trainer, start: Tensor, first: int, last: int, n_slots: int, shelf: Shelf | None
 ) -> Iterator[Visited]:
@@ -222,14 +232,16 @@ def _between(
     missing = [t for t in starts if t not in kept]
     if missing:
         known = [t for t in starts if t < missing[0]]
-        at, state = (known[-1], kept[known[-1]]) if known else (first, start)
+        at = known[-1] if known else first
+        state = _kept(trainer, kept, start, first, at)
         wanted = set(missing)
         for t, one in enumerate(states_between(trainer, state, at, missing[-1]), at):
             if t in wanted:
                 kept[t] = one
     for at in reversed(starts):
         # only the outermost checkpoints are worth a place on disk
-        yield from _between(trainer, kept[at], at, min(at + length, last), left, None)
+        state = _kept(trainer, kept, start, first, at)
+        yield from _between(trainer, state, at, min(at + length, last), left, None)
         del kept[at]
 
 

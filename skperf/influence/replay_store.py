@@ -1,21 +1,23 @@
 """Checkpoints on disk: whole files or none, and only those of the same pass."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from skperf.backbone.files import whole
 
 
 class Shelf:
     """States and progress of one pass back through a run, by step."""
 
-    # A file appears under its name only once it is whole (written beside it, then renamed), and
-    # its name holds a digest of the run and the directions, so that no other pass reads it.
+    # The name of a file holds a digest of the run and the directions, so that no other pass reads
+    # it. What is damaged, or removed by another process that has finished the same pass, counts as
+    # never written.
     def __init__(self, folder: str, end: Tensor, directions: Tensor) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -25,8 +27,9 @@ class Shelf:
     def __contains__(self, step: object) -> bool:
         return self._state(step).exists()
 
-    def __getitem__(self, step: int) -> Tensor:
-        return _read(self._state(step))["state"]
+    def get(self, step: int) -> Tensor | None:
+        """Read a state, if it is there and whole."""
+        return _read(self._state(step)).get("state")
 
     def __setitem__(self, step: int, state: Tensor) -> None:
         _write(self._state(step), {"state": state})
@@ -40,9 +43,9 @@ class Shelf:
 
     def resume(self, tensors: dict[str, Tensor], last: int) -> int:
         """Go to where an interrupted pass had come, if there was one; gives the step."""
-        if not self._progress.exists():
-            return last
         kept = _read(self._progress)
+        if any(name not in kept or kept[name].shape != own.shape for name, own in tensors.items()):
+            return last
         for name, own in tensors.items():
             own.copy_(kept[name])
         return int(kept["step"])
@@ -68,11 +71,13 @@ def _digest(*tensors: Tensor) -> str:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-    os.replace(beside, path)
+    with whole(path) as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError):
+        return {}

@@ -1,5 +1,6 @@
 """Run queries through the tiles of a fitted ensemble."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skperf.backbone.files import reserve
 from skperf.backbone.losses import Loss
 from skperf.backbone.outputs import Output
 from skperf.backbone.rows import Rows
@@ -93,10 +95,8 @@ class Ensemble:
         if aggregate not in (None, "sum", "mean"):
             raise ValueError(f"aggregate must be None, 'sum' or 'mean', got {aggregate!r}.")
         shape = (len(X), self.n_train) if aggregate is None else (self.n_train,)
-        if out is not None and out.shape != shape:
-            raise ValueError(f"out has shape {out.shape}, expected {shape}.")
-        if out is not None and getattr(out.dtype, "kind", "f") != "f":
-            raise ValueError(f"out holds {out.dtype}, which would cut scores off: give floats.")
+        if out is not None:
+            _check_room(out, shape)
         if out is not None and aggregate is not None:
             out[:] = 0
         for queries, rows, scores in self.tiles(X, targets):
@@ -257,6 +257,21 @@ class Ensemble:
             self.seen["features"] = features_of(network, self.first.X)
         own, asked = self.seen["features"], features_of(network, X)
         return nearest(own, asked, self.candidates.k, groups=self.candidates.groups)
+
+
+def _check_room(out: Any, shape: tuple[int, ...]) -> None:
+    """Refuse what scores can't be written to, before anything is."""
+    if not hasattr(out, "shape") or not hasattr(out, "dtype"):
+        raise TypeError(f"out must be an array or a memmap, got {type(out).__name__}.")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, expected {shape}.")
+    if getattr(out.dtype, "kind", "f") != "f":
+        raise ValueError(f"out holds {out.dtype}, which would cut scores off: give floats.")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only: open a memmap with mode 'r+' or 'w+'.")
+    if isinstance(out, np.memmap) and out.filename is not None and out.mode != "c":
+        with open(out.filename, "rb+") as file:
+            reserve(file, os.fstat(file.fileno()).st_size, f"out={out.filename}")
 
 
 def _token_gradients(

@@ -1,12 +1,8 @@
 """Cut work into tiles: gather gradients batch by batch, score block by block, keep the largest."""
 
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skperf.backbone._workers import spread
+from skperf.backbone.files import on_disk
 from skperf.backbone.network import Network
 from skperf.backbone.progress import track
 from skperf.backbone.rows import Rows
@@ -45,13 +42,12 @@ def budget_in_bytes(budget: str | float) -> int:
 
 
 class Shelf:
-    """Room for gradients: memory, or a folder of files once they exceed a budget."""
+    """Room for gradients: memory, or a folder of nameless files once they exceed a budget."""
 
     def __init__(self, budget: int, folder: str | os.PathLike[str] | None = None) -> None:
         self.budget = budget
         self.folder = folder
         self.used = 0
-        self.home: Path | None = None
 
     def empty(self, n: int, like: Factor) -> Factor:
         """Make room for gradients of one layer."""
@@ -63,12 +59,7 @@ class Shelf:
             self.used += size
             # numpy asks the system for large pages, which are cheaper to touch first
             return torch.from_numpy(np.empty((n, *like.shape[1:]), _numpy_type(like)))
-        if self.home is None:
-            self.home = Path(tempfile.mkdtemp(prefix="skperf-influence-", dir=self.folder))
-            weakref.finalize(self, shutil.rmtree, self.home, ignore_errors=True)
-        path = self.home / f"{len(list(self.home.iterdir()))}.bin"
-        stored = np.memmap(path, _numpy_type(like), "w+", shape=(n, *like.shape[1:]))
-        return torch.from_numpy(stored)
+        return torch.from_numpy(on_disk((n, *like.shape[1:]), _numpy_type(like), self.folder))
 
 
 def _numpy_type(like: Tensor) -> np.dtype[Any]:

@@ -1,14 +1,17 @@
 """A fitted program as a small file, for whoever has the same encoder."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from skperf.backbone.files import whole
 from skperf.reprogramming._net import ProgramNet
 from skperf.reprogramming._options import RECORD_OF, Settings
 from skperf.reprogramming._task import Task, on_device, prepared, settle
@@ -22,7 +25,7 @@ from skperf.reprogramming.pixels import PixelPipeline
 from skperf.reprogramming.programs import TextProgram
 from skperf.reprogramming.rejection import FEATURE_SCORES
 
-FORMAT = 2
+FORMAT = 3
 #: Parameters that give a program its meaning; they travel with it.
 _PARAMETERS = (
     "image_shape",
@@ -93,7 +96,18 @@ def write_program(
     thresholds = description["choice"]["thresholds"]
     description["choice"]["thresholds"] = {n: t for n, t in thresholds.items() if n in kept}
     tensors = {n: tensor.detach().cpu().contiguous().clone() for n, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"skperf_program": json.dumps(description)})
+    description = json.loads(json.dumps(description))
+    description["checksum"] = _checksum(description, tensors)
+    with whole(Path(path)) as unfinished:
+        save_file(tensors, unfinished, metadata={"skperf_program": json.dumps(description)})
+
+
+def _checksum(known: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    own = {name: value for name, value in known.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 _CHOSEN = ("alpha", "logit_scale", "score", "thresholds", "head")
@@ -102,7 +116,14 @@ _LOGIT_THRESHOLDS = ("mcm", "max_logit", "energy", "entropy", "disagreement")
 
 def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
     """Read a file: the parameters that belong to the program, and the program."""
-    with safe_open(path, "pt") as file:
+    try:
+        return _read(settings, path)
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged or of another version: it lacks {error}.") from error
+
+
+def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
+    with _opened_file(path) as file:
         metadata = file.metadata() or {}
         if "skperf_program" not in metadata:
             raise ValueError(f"{path} holds no program of a Reprogrammer.")
@@ -118,6 +139,8 @@ def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadPro
                 f"{error}."
             ) from error
         tensors = {name: file.get_tensor(name) for name in names}
+    if known["checksum"] != _checksum(known, tensors):
+        raise ValueError(f"{path} is damaged: it is not what was written, by its checksum.")
     classes = np.array(known["classes"])
     params = _parameters(known) | told
     reader = _reader(settings, known, encoder)
@@ -172,6 +195,13 @@ def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadPro
         n_queries=1,
     )
     return params, ReadProgram(task, fitted, net, classes, known["n_features"])
+
+
+def _opened_file(path: Any) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds no program of a Reprogrammer: {error}.") from error
 
 
 def _check(known: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Any) -> None:

@@ -350,7 +350,7 @@ def test_half_written_checkpoints_do_not_load(tmp_path, monkeypatch):
     shelf = replay_store.Shelf(str(tmp_path), torch.zeros(3), torch.ones(3))
     shelf[2] = torch.arange(3.0)
     assert 2 in shelf
-    assert torch.equal(shelf[2], torch.arange(3.0))
+    assert torch.equal(shelf.get(2), torch.arange(3.0))
 
     def killed(tensors, path):
         path.write_bytes(b"half")
@@ -362,6 +362,29 @@ def test_half_written_checkpoints_do_not_load(tmp_path, monkeypatch):
     assert 4 not in shelf
     other = replay_store.Shelf(str(tmp_path), torch.ones(3), torch.ones(3))
     assert 2 not in other
+
+
+@pytest.mark.parametrize("content", [b"", b"some text" * 99, None], ids=["empty", "text", "gone"])
+def test_checkpoints_that_were_damaged_or_removed_are_made_again(content, tmp_path, monkeypatch):
+    run = replace(RUNS["nesterov"](), states=None)
+    expected = list(replay.visit_backwards(run, Budget()))
+    size = Trainer(run).state().numel() * 8
+    shelf = replay_store.Shelf(str(tmp_path), torch.zeros(3), torch.ones(3))
+    damaged = []
+
+    def get(step, read=shelf.get):
+        if len(damaged) < 2:  # what another process that has finished the same pass leaves
+            damaged.append(step)
+            path = shelf._state(step)
+            path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
+        return read(step)
+
+    monkeypatch.setattr(shelf, "get", get)
+    found = list(replay.visit_backwards(run, Budget(2 * 8 * size), shelf))
+    assert len(damaged) == 2
+    assert [t for t, *_ in found] == [t for t, *_ in expected]
+    for (_, *states), (_, *others) in zip(found, expected, strict=True):
+        torch.testing.assert_close(states, others, rtol=0, atol=0)
 
 
 # Many queries ----------------------------------------------------------------------------------

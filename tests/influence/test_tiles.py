@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from skperf.backbone.files import on_disk
+from skperf.influence import tiles
 from skperf.influence.gradients import Dense, Outer, Tokens
 from skperf.influence.tiles import (
     Largest,
@@ -44,19 +46,26 @@ def test_examples_too_few_to_fill_a_batch_run_once_for_each_cotangent():
     assert positions[:, 0].tolist() == list(range(7))
 
 
-def test_gradients_beyond_the_budget_go_to_files_that_vanish(tmp_path):
+def test_gradients_beyond_the_budget_go_to_files_without_names(tmp_path, monkeypatch):
+    stored = []
+
+    def noted(shape, kind, folder):
+        stored.append((shape, folder))
+        return on_disk(shape, kind, folder)
+
+    monkeypatch.setattr(tiles, "on_disk", noted)
     shelf = Shelf(1000, tmp_path)
     small = shelf.empty(10, Dense(torch.zeros(1, 20)))
     large = shelf.empty(10, Outer(torch.zeros(1, 30), torch.zeros(1, 4)))
     tokens = shelf.empty(3, Tokens(torch.zeros(1, 2).long(), torch.zeros(1, 2, 5), 9))
-    assert len(list(tmp_path.glob("*/*"))) == 3
+    assert stored == [((10, 30), tmp_path), ((3, 2), tmp_path), ((3, 2, 5), tmp_path)]
+    assert list(tmp_path.iterdir()) == []
     for factor in (small, large, tokens):
         for tensor in factor.tensors:
             tensor.fill_(3)
             assert float(tensor.double().mean()) == 3
     assert tokens.n_embeddings == 9
     del shelf
-    assert list(tmp_path.iterdir()) == []
     assert float(large.outputs.sum()) == 120
 
 

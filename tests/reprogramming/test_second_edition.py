@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from skperf.backbone import prediction_time_batch_norm
-from skperf.reprogramming import Pixels, Reprogrammer, Training
+from skperf.reprogramming import Pixels, Reprogrammer, Training, _program_file
 from skperf.reprogramming._training import hold_out
 from tests.reprogramming.conftest import assert_same_state, state_of
 
@@ -340,6 +340,7 @@ def damaged(path, change):
         known = json.loads(file.metadata()["skperf_program"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(known, tensors)
+    known["checksum"] = _program_file._checksum(known, tensors)
     save_file(tensors, path, metadata={"skperf_program": json.dumps(known)})
 
 
