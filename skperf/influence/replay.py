@@ -32,7 +32,7 @@ from skperf.influence.replay_steps import (
     back_through_clipping,
     dot,
 )
-from skperf.influence.replay_store import Shelf
+from skperf.influence.replay_store import Shelf, state_at
 
 Value = Callable[[Tensor, Tensor], Tensor]
 Visited = tuple[int, Tensor, Tensor]  # a step, the state before it and the state after it
@@ -207,16 +207,6 @@ def visit_backwards(
     yield from _between(trainer, start, 0, n_steps, n_slots, shelf)
 
 
-def _kept(trainer: Trainer, kept: Any, start: Tensor, first: int, at: int) -> Tensor:
-    """Give the state at a step from what is kept, or from `start` (n_values,) at step `first`."""
-    state: Tensor | None = kept.get(at)
-    if state is None:
-        for state in states_between(trainer, start, first, at):  # noqa: B007
-            pass
-    assert state is not None
-    return state
-
-
 def _between(
     trainer: Trainer, start: Tensor, first: int, last: int, n_slots: int, shelf: Shelf | None
 ) -> Iterator[Visited]:
@@ -233,14 +223,14 @@ def _between(
     if missing:
         known = [t for t in starts if t < missing[0]]
         at = known[-1] if known else first
-        state = _kept(trainer, kept, start, first, at)
+        state = state_at(at, kept, trainer, start, first)
         wanted = set(missing)
         for t, one in enumerate(states_between(trainer, state, at, missing[-1]), at):
             if t in wanted:
                 kept[t] = one
     for at in reversed(starts):
         # only the outermost checkpoints are worth a place on disk
-        state = _kept(trainer, kept, start, first, at)
+        state = state_at(at, kept, trainer, start, first)
         yield from _between(trainer, state, at, min(at + length, last), left, None)
         del kept[at]
 

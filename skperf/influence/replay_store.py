@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skperf.backbone.files import whole
+from skperf.backbone.training_run import Trainer, states_between
 
 
 class Shelf:
@@ -61,6 +62,16 @@ class Shelf:
     @property
     def _progress(self) -> Path:
         return self.folder / f"{self.key}.safetensors"
+
+
+def state_at(at: int, kept: Any, trainer: Trainer, start: Tensor, first: int) -> Tensor:
+    """Give the state at a step from what is kept, or from `start` (n_values,) at step `first`."""
+    state: Tensor | None = kept.get(at)
+    if state is None:
+        for state in states_between(trainer, start, first, at):  # noqa: B007
+            pass
+    assert state is not None
+    return state
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -132,15 +132,15 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
         try:
             known = json.loads(metadata["skperf_program"])
             _check(known, shapes, path)
+            tensors = {name: file.get_tensor(name) for name in names}
+            if known["checksum"] != _checksum(known, tensors):
+                raise ValueError(f"{path} is damaged: it is not what was written, by its checksum.")
             encoder, told = _opened(settings, known)
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is damaged or of another version: its description lacks or garbles "
                 f"{error}."
             ) from error
-        tensors = {name: file.get_tensor(name) for name in names}
-    if known["checksum"] != _checksum(known, tensors):
-        raise ValueError(f"{path} is damaged: it is not what was written, by its checksum.")
     classes = np.array(known["classes"])
     params = _parameters(known) | told
     reader = _reader(settings, known, encoder)
