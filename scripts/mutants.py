@@ -201,15 +201,9 @@ def run_tests(tree, arguments, limit=LIMIT):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reading)
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-        os.setpgid(0, 0)
-        with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 1)
-            os.dup2(nothing.fileno(), 2)
-        os.chdir(tree)
-        sys.path.insert(0, str(tree))
-        os.write(writing, in_child(arguments).encode())
+        with contextlib.suppress(BaseException):
+            os.close(reading)
+            in_limits(tree, arguments, writing, limit)
         os._exit(0)
     os.close(writing)
     deadline = time.time() + 10 * limit
@@ -221,6 +215,18 @@ def run_tests(tree, arguments, limit=LIMIT):
         os.killpg(child, signal.SIGKILL)
     with os.fdopen(reading) as said:
         return said.read() or "time"
+
+
+def in_limits(tree, arguments, writing, limit):
+    """Run tests of a tree, silent and for so many seconds, and write what came of it to a pipe."""
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+    os.setpgid(0, 0)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    os.write(writing, in_child(arguments).encode())
 
 
 class First:

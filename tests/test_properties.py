@@ -156,8 +156,8 @@ def test_diagnostics_by_hand():
     assert identifiability(np.full((5, 3), 0.7)) == {"rank": 0, "effective_rank": 0, "spread": 0}
 
     seen, new = rng.normal(size=(6, 3)), rng.normal(size=3)
-    gaps = [min(np.linalg.norm(a - b) for b in seen if b is not a) for a in seen]
-    expected = min(np.linalg.norm(new - one) for one in seen) / max(gaps)
+    apart = np.linalg.norm(seen[:, None] - seen, axis=2) + 99 * np.eye(6)
+    expected = min(np.linalg.norm(new - one) for one in seen) / apart.min(0).max()
     assert extrapolation(new, seen) == pytest.approx(expected)
     assert extrapolation(new, seen[:1]) == 0
 
@@ -194,10 +194,10 @@ def test_smoothed_shares_and_confusions_by_counting(seed):
 
 def test_rest_and_gaps_of_linear_answers():
     target, turn = np.array([0.5, 0.3, 0.2]), 0.4
-    rest = stable_prior(lambda q: target + turn * (q - target), np.full(3, 1 / 3), tol=1e-6)
-    np.testing.assert_allclose(rest.prior, target, atol=1e-4)
+    rest = stable_prior(lambda q: target + turn * (q - target), np.full(3, 1 / 3), tol=1e-4)
+    np.testing.assert_allclose(rest.prior, target, atol=1e-3)
     assert rest.converged
-    assert rest.residual <= 1e-6
+    assert rest.residual <= 1e-4
     # an answer that swaps two classes: one step apart it moves, two steps apart it does not
     swapped = np.array([0.7, 0.2, 0.1])
     one, two = plain_gaps(lambda q: q[[1, 0, 2]], swapped)

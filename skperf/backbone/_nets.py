@@ -326,6 +326,13 @@ class Net(OfLogits, NeuralNetClassifier):
                 with suppress(_StopTraining):
                     self.fit_loop(data)
                 self.notify("on_train_end", X=data, y=labels)
+            except RuntimeError as error:
+                if self.n_steps_ or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(
+                    f"{type(self.module_).__name__} does not train on the first rows of X, of "
+                    f"shape {rows.shape}: {error}"
+                ) from error
             finally:
                 for name in ("streams_", "recording_", "iterator_"):
                     self.__dict__.pop(name, None)

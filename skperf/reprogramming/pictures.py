@@ -153,8 +153,11 @@ def _check_values(X: NDArray[Any], form: PictureForm) -> None:
     if X.dtype == np.uint8:
         return
     pieces = [X[start : start + _PIECE] for start in range(0, len(X), _PIECE)]
-    smallest = float(min(piece.min() for piece in pieces))
-    largest = float(max(piece.max() for piece in pieces))
+    try:
+        smallest = float(min(piece.min() for piece in pieces))
+        largest = float(max(piece.max() for piece in pieces))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"X holds values that are no numbers: {error}.") from error
     if not np.isfinite([smallest, largest]).all():
         kind = "NaN" if np.isnan([smallest, largest]).any() else "infinity"
         raise ValueError(f"X contains {kind}; give pictures without.")
