@@ -9,7 +9,7 @@ from skorch.dataset import Dataset, unpack_data
 
 from skperf.backbone._nets import Net, _StopTraining, seed_of
 from skperf.backbone.randomness import drawing_from
-from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, ESTIMATORS
+from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, estimated_gradient
 from skperf.reprogramming.label_mapping import (
     FROM_COUNTS,
     REFRESHED,
@@ -243,7 +243,8 @@ class ProgramNet(Net):
             return loss + self.weight_decay / 2 * weights.square().sum()
 
         with torch.no_grad():
-            module.image.grad = ESTIMATORS[self.gradient](
+            module.image.grad = estimated_gradient(
+                self.gradient,
                 loss_at,
                 module.image.detach(),
                 base,

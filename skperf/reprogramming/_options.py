@@ -1,8 +1,9 @@
 """What a `Reprogrammer` may be told: parameters, the two records of options, and their limits."""
+# ruff: noqa: RUF009 (`_option` makes fields of dataclasses)
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from sklearn.base import BaseEstimator
 
 from skperf.backbone._sklearn import Interval, Options, StrOptions
 from skperf.reprogramming.heads import HEADS
+from skperf.reprogramming.pictures import PictureForm
 from skperf.reprogramming.pixels import PIL_CODES
 from skperf.reprogramming.programs import BOUNDS, TEXT_PROGRAMS
 from skperf.reprogramming.rejection import FEATURE_SCORES, SCORES
@@ -24,14 +26,24 @@ _NOT_NEGATIVE = [Interval(Real, 0, None, closed="left")]
 _COUNT = [Interval(Integral, 1, None, closed="left")]
 
 
+def _option(default: Any, *allowed: Any) -> Any:
+    """Declare a field of a record with what it may be."""
+    return field(default=default, metadata={"allowed": list(allowed)})
+
+
 @dataclass(eq=False, repr=False, kw_only=True)
 class Pixels(BaseEstimator):
     """How pictures are read, brought to the encoder's size and programmed.
 
     Parameters
     ----------
+    rows : {"pictures", "table", "series", "spectrogram", "tokens"}, default="pictures"
+        What a row of X is. Columns of a table (n, n_features) are standardised for an encoder
+        of signals, and drawn as a picture for one of pictures; series (n, length) or
+        (n, channels, length) likewise; "spectrogram" draws series by their frequencies; tokens
+        (n, length) are ids, or texts for the `tokenizer`, for an encoder of texts.
     image_shape : tuple, optional
-        (height, width) or (channels, height, width) of flat rows.
+        (height, width) or (channels, height, width) of flat rows; (channels, length) of series.
     channels : {"first", "last"}, default="first"
         Where arrays have their channels; one channel is repeated where three are needed.
     input_range : pair of float, default=(0, 1)
@@ -57,31 +69,22 @@ default="auto"
         canvas, (n, channels, height, width), before the program is added.
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "image_shape": ["array-like", None],
-        "channels": [StrOptions({"first", "last"})],
-        "input_range": ["array-like"],
-        "normalize": [StrOptions({"auto"}), "array-like", None],
-        "canvas": [StrOptions({"auto"}), "array-like", *_COUNT],
-        "resize": [StrOptions({"auto", "cover", "squash", "contain", "none"})],
-        "interpolation": [StrOptions({"auto", *PIL_CODES})],
-        "shrink": [*_COUNT, None],
-        "bound": [StrOptions(set(BOUNDS))],
-        "clip": [StrOptions({"inward", "plain"})],
-        "augment": [callable, None],
-    }
+    _parameter_constraints: ClassVar[dict[str, list[Any]]]
 
-    image_shape: Any = None
-    channels: Any = "first"
-    input_range: Any = (0.0, 1.0)
-    normalize: Any = "auto"
-    canvas: Any = "auto"
-    resize: Any = "auto"
-    interpolation: Any = "auto"
-    shrink: Any = None
-    bound: Any = "tanh"
-    clip: Any = "inward"
-    augment: Any = None
+    rows: Any = _option(
+        "pictures", StrOptions({"pictures", "table", "series", "spectrogram", "tokens"})
+    )
+    image_shape: Any = _option(None, "array-like", None)
+    channels: Any = _option("first", StrOptions({"first", "last"}))
+    input_range: Any = _option((0.0, 1.0), "array-like")
+    normalize: Any = _option("auto", StrOptions({"auto"}), "array-like", None)
+    canvas: Any = _option("auto", StrOptions({"auto"}), "array-like", *_COUNT)
+    resize: Any = _option("auto", StrOptions({"auto", "cover", "squash", "contain", "none"}))
+    interpolation: Any = _option("auto", StrOptions({"auto", *PIL_CODES}))
+    shrink: Any = _option(None, *_COUNT, None)
+    bound: Any = _option("tanh", StrOptions(set(BOUNDS)))
+    clip: Any = _option("inward", StrOptions({"inward", "plain"}))
+    augment: Any = _option(None, callable, None)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -145,59 +148,37 @@ class Training(BaseEstimator):
         Passed on to the skorch net; its ``callbacks`` come after ours.
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "lr": [StrOptions({"auto"}), *_POSITIVE],
-        "text_lr": [StrOptions({"auto"}), *_POSITIVE],
-        "head_lr": [StrOptions({"auto"}), *_POSITIVE],
-        "weight_decay": _NOT_NEGATIVE,
-        "text_decay": _NOT_NEGATIVE,
-        "schedule": [StrOptions({"cosine", "constant"})],
-        "warmup": _NOT_NEGATIVE,
-        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
-        "early_stopping": ["boolean"],
-        "n_iter_no_change": _COUNT,
-        "class_weight": [StrOptions({"balanced"}), dict, None],
-        "focal_gamma": _NOT_NEGATIVE,
-        "focal_alpha": _POSITIVE,
-        "training_alpha": [Interval(Real, 0, 1, closed="left")],
-        "none_margin": [Interval(Real, None, None, closed="neither"), None],
-        "mapping_m": _COUNT,
-        "mapping_smoothing": _NOT_NEGATIVE,
-        "renormalize": ["boolean"],
-        "logit_scale": [StrOptions({"encoder", "calibrated"}), *_POSITIVE],
-        "n_directions": _COUNT,
-        "smoothing": _POSITIVE,
-        "query_budget": [*_COUNT, None],
-        "net_params": [dict, None],
-    }
+    _parameter_constraints: ClassVar[dict[str, list[Any]]]
 
-    lr: Any = "auto"
-    text_lr: Any = "auto"
-    head_lr: Any = "auto"
-    weight_decay: Any = 0.0
-    text_decay: Any = 0.0
-    schedule: Any = "cosine"
-    warmup: Any = 0.05
-    validation_fraction: Any = 0.1
-    early_stopping: Any = False
-    n_iter_no_change: Any = 5
-    class_weight: Any = None
-    focal_gamma: Any = 0.0
-    focal_alpha: Any = 1.0
-    training_alpha: Any = 0.5
-    none_margin: Any = 2.0
-    mapping_m: Any = 1
-    mapping_smoothing: Any = 1.0
-    renormalize: Any = False
-    logit_scale: Any = "encoder"
-    n_directions: Any = 8
-    smoothing: Any = 0.01
-    query_budget: Any = None
-    net_params: Any = None
+    lr: Any = _option("auto", StrOptions({"auto"}), *_POSITIVE)
+    text_lr: Any = _option("auto", StrOptions({"auto"}), *_POSITIVE)
+    head_lr: Any = _option("auto", StrOptions({"auto"}), *_POSITIVE)
+    weight_decay: Any = _option(0.0, *_NOT_NEGATIVE)
+    text_decay: Any = _option(0.0, *_NOT_NEGATIVE)
+    schedule: Any = _option("cosine", StrOptions({"cosine", "constant"}))
+    warmup: Any = _option(0.05, *_NOT_NEGATIVE)
+    validation_fraction: Any = _option(0.1, Interval(Real, 0, 1, closed="left"))
+    early_stopping: Any = _option(False, "boolean")
+    n_iter_no_change: Any = _option(5, *_COUNT)
+    class_weight: Any = _option(None, StrOptions({"balanced"}), dict, None)
+    focal_gamma: Any = _option(0.0, *_NOT_NEGATIVE)
+    focal_alpha: Any = _option(1.0, *_POSITIVE)
+    training_alpha: Any = _option(0.5, Interval(Real, 0, 1, closed="left"))
+    none_margin: Any = _option(2.0, Interval(Real, None, None, closed="neither"), None)
+    mapping_m: Any = _option(1, *_COUNT)
+    mapping_smoothing: Any = _option(1.0, *_NOT_NEGATIVE)
+    renormalize: Any = _option(False, "boolean")
+    logit_scale: Any = _option("encoder", StrOptions({"encoder", "calibrated"}), *_POSITIVE)
+    n_directions: Any = _option(8, *_COUNT)
+    smoothing: Any = _option(0.01, *_POSITIVE)
+    query_budget: Any = _option(None, *_COUNT, None)
+    net_params: Any = _option(None, dict, None)
 
 
 #: The records of options, by the parameter that holds them.
 RECORDS: dict[str, type[BaseEstimator]] = {"pixels": Pixels, "training": Training}
+for kind in RECORDS.values():
+    kind._parameter_constraints = {f.name: f.metadata["allowed"] for f in fields(kind)}
 #: The record that each option stands in.
 RECORD_OF = {name: record for record, kind in RECORDS.items() for name in kind().get_params()}
 
@@ -260,6 +241,14 @@ RELEASED_SETTINGS = {
     "validation_fraction": 0.0,
     "early_stopping": False,
 }
+
+
+def form_of(pixels: Any, any_rows: bool = False) -> PictureForm:
+    """Read how pictures are given."""
+    low, high = (float(bound) for bound in pixels.input_range)
+    shape = None if pixels.image_shape is None else tuple(pixels.image_shape)
+    any_rows = any_rows or pixels.rows != "pictures"
+    return PictureForm(pixels.channels, low, high, shape, any_rows)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 
 from skperf.backbone.files import whole
 from skperf.reprogramming._net import ProgramNet
-from skperf.reprogramming._options import RECORD_OF, Settings
+from skperf.reprogramming._options import RECORD_OF, Settings, form_of
 from skperf.reprogramming._task import Task, on_device, prepared, settle
-from skperf.reprogramming._training import make_net
+from skperf.reprogramming._training import make_net, record_of
 from skperf.reprogramming.encoders import FrozenEncoder, open_encoder
 from skperf.reprogramming.fitted import FittedProgram
 from skperf.reprogramming.heads import rebuilt
 from skperf.reprogramming.judging import Choice
-from skperf.reprogramming.pictures import PictureForm, Pictures
+from skperf.reprogramming.pictures import Pictures
 from skperf.reprogramming.pixels import PixelPipeline
 from skperf.reprogramming.programs import TextProgram
 from skperf.reprogramming.rejection import FEATURE_SCORES
@@ -61,6 +61,11 @@ def write_program(
         raise ValueError(
             "encoder=None stands for a built-in encoder made from the training rows; there is "
             "nobody to load its program. Use pickle."
+        )
+    if settings.pixels.rows != "pictures":
+        raise ValueError(
+            f"rows={settings.pixels.rows!r}: how rows are drawn was learned from the training rows "
+            "and has no place in a program file. Use pickle."
         )
     choice, module = fitted.choice, fitted.programmed
     text, canvas = task.text, settings.pixels.canvas
@@ -143,14 +148,9 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
             ) from error
     classes = np.array(known["classes"])
     params = _parameters(known) | told
-    reader = _reader(settings, known, encoder)
+    reader = _reader(settings, known, params, encoder)
     first = np.zeros((1, known["input_shape"][0], *known["canvas"]), dtype=np.uint8)
-    form = PictureForm(
-        reader.pixels.channels,
-        float(reader.pixels.input_range[0]),
-        float(reader.pixels.input_range[1]),
-        None if reader.pixels.image_shape is None else tuple(reader.pixels.image_shape),
-    )
+    form = form_of(reader.pixels)
     task = settle(reader, Pictures(first, form), classes)
     text = known["text"]
     if text is not None:
@@ -163,9 +163,6 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
         parts[part if part in parts else ""][rest if part in parts else name] = tensor
     module = net.module_
     _load(module, parts[""], path)
-    with torch.no_grad():
-        settled = module.embedded_prompts(task.own) if module.has_unit_embeddings else None
-    net.put_encoder(task.encoder)
     choice = Choice(**known["choice"], curve=None)
     head, scorers = None, {}
     try:
@@ -179,21 +176,7 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
             scorers = {choice.score: scorer}
     except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its head or score does not fit: {error}.") from error
-    fitted = FittedProgram(
-        encoder=task.encoder,
-        programmed=module,
-        checksum=task.encoder.checksum(),
-        settled=settled,
-        head=head,
-        scorers=scorers,
-        choice=choice,
-        renormalize=reader.training.renormalize,
-        temperature=reader.ood_temperature,
-        batch_size=reader.batch_size,
-        image_shape=task.image_shape,
-        form=form,
-        n_queries=1,
-    )
+    fitted = record_of(reader, task, net, choice, head, scorers, form, 1)
     return params, ReadProgram(task, fitted, net, classes, known["n_features"])
 
 
@@ -290,29 +273,20 @@ def _parameters(known: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def _reader(settings: Settings, known: dict[str, Any], encoder: FrozenEncoder) -> Settings:
+def _reader(
+    settings: Settings, known: dict[str, Any], params: dict[str, Any], encoder: FrozenEncoder
+) -> Settings:
     """Make the settings under which the program is put together again."""
-    params = dict(known["parameters"])
-    for record in ("pixels", "training"):
-        own = {name: value for name, value in params.items() if RECORD_OF.get(name) == record}
-        getattr(settings, record).set_params(**own)
-    settings.pixels.set_params(normalize="auto", resize="auto", interpolation="auto", shrink=None)
-    if known["set_canvas"] is not None:
-        settings.pixels.set_params(canvas=known["set_canvas"])
-    own = {name: value for name, value in params.items() if name not in RECORD_OF}
+    whole = {"normalize": "auto", "resize": "auto", "interpolation": "auto", "shrink": None}
+    for name, value in (params | whole).items():
+        if name in RECORD_OF:
+            getattr(settings, RECORD_OF[name]).set_params(**{name: value})
     texts = known["texts"]
-    prompts = {} if texts is None else dict(zip(known["classes"], texts, strict=True))
-    return replace(
-        settings,
-        **own,
-        encoder=encoder,
-        class_names=[list(names) for names in known["class_names"]],
-        prompts=prompts,
-        text="none" if texts is not None else "auto",
-        head=known["module_head"],
-        alpha=known["choice"]["alpha"],
-        ood_score="mcm",
-    )
+    changed = {name: value for name, value in params.items() if name not in RECORD_OF}
+    changed |= {"encoder": encoder, "head": known["module_head"], "ood_score": "mcm"}
+    changed["text"] = "none" if texts is not None else "auto"
+    changed["prompts"] = {} if texts is None else dict(zip(known["classes"], texts, strict=True))
+    return replace(settings, **changed)
 
 
 def _load(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Any) -> None:

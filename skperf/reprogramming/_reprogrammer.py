@@ -29,6 +29,7 @@ from skperf.reprogramming._options import (
     RECORDS,
     RELEASED_SETTINGS,
     Settings,
+    form_of,
     takes_options,
 )
 from skperf.reprogramming._program_file import read_program, write_program
@@ -43,9 +44,9 @@ from skperf.reprogramming._training import (
     zero_shot_program,
 )
 from skperf.reprogramming._training import with_classes as with_other_classes
-from skperf.reprogramming.fitted import to_module
-from skperf.reprogramming.pictures import PictureForm, Pictures, is_array, is_table
+from skperf.reprogramming.pictures import Pictures, is_array, is_table
 from skperf.reprogramming.residual import alpha_curve
+from skperf.reprogramming.tokens import tokens_for
 
 _SHARED = ("encoder", "processor", "tokenizer")
 _PRIVATE = ("_task", "_fitted", "_settings", "_n_features_out")
@@ -611,7 +612,7 @@ default="auto"
             else; programs and head are the parameters ``programmed.*`` and ``head.*``. It knows
             no rejection: :meth:`predict_inlier` does.
         """
-        return to_module(self._record())
+        return self._record().open(own=True)
 
     def save_program(self, path):
         """Write everything but the encoder to a safetensors file.
@@ -699,24 +700,42 @@ default="auto"
         known = settings.random_state
         return seed, check_random_state(seed if known is None else known)
 
-    def _form(self):
-        pixels = self._settings.pixels if hasattr(self, "_settings") else None
-        if pixels is None:
-            pixels = RECORDS["pixels"]() if self.pixels is None else self.pixels
-        low, high = (float(bound) for bound in pixels.input_range)
-        shape = None if pixels.image_shape is None else tuple(pixels.image_shape)
-        return PictureForm(pixels.channels, low, high, shape, self.encoder is None)
+    @property
+    def _pixels(self):
+        if hasattr(self, "_settings"):
+            return self._settings.pixels
+        return RECORDS["pixels"]() if self.pixels is None else self.pixels
+
+    def _given(self, X):
+        X = as_array(X)
+        if self._pixels.rows != "tokens" or not len(X):
+            return X
+        if isinstance(X[0], str):
+            if self.tokenizer is None:
+                raise ValueError("X holds texts, which must be tokenized: give tokenizer=.")
+            return tokens_for(self.tokenizer, None)(list(X)).ids.numpy()
+        ids = np.asarray(X)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min() < 0:
+            raise ValueError(
+                f"X holds {ids.dtype} of shape {ids.shape} where token ids are expected: whole "
+                "numbers from 0 on, (n, length), filled up to one length."
+            )
+        return ids
+
+    def _is_table(self, X):
+        # texts may be of any length
+        return is_table(X) and self._pixels.rows != "tokens"
 
     def _pictures(self, X, *, reset=False):
-        X = as_array(X)
-        if self.encoder is None or is_table(X):
+        X = self._given(X)
+        if self.encoder is None or self._is_table(X):
             X = check_rows(self, X, reset=reset)
             X = getattr(X, "array", X)
         elif is_array(X):
             X = np.asarray(X)
         if not len(X):
             raise ValueError("X holds no rows.")
-        return Pictures.of(X, self._form())
+        return Pictures.of(X, form_of(self._pixels, self.encoder is None))
 
     def _named_classes(self):
         names = self.class_names
@@ -728,7 +747,8 @@ default="auto"
         return np.array(firsts)
 
     def _open(self, settings, X, y, sample_weight, classes=None, *, reset=True):
-        if self.encoder is None or is_table(as_array(X)):
+        X = self._given(X)
+        if self.encoder is None or self._is_table(X):
             X, y = check_labelled_rows(self, X, y, reset=reset)
             X = getattr(X, "array", X)
         else:
@@ -739,7 +759,8 @@ default="auto"
                 )
             y = column_or_1d(as_array(y))
             check_classification_targets(y)
-        pictures = self._pictures(X) if self.encoder is not None else Pictures.of(X, self._form())
+        none = self.encoder is None
+        pictures = Pictures.of(X, form_of(self._pixels, none)) if none else self._pictures(X)
         if len(pictures) != len(y):
             raise ValueError(f"X holds {len(pictures)} pictures and y {len(y)} labels.")
         labels = np.unique(y if classes is None else np.asarray(classes))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from skperf.backbone.randomness import drawing_from
 from skperf.reprogramming._options import ALPHA_GRID, Settings
-from skperf.reprogramming.encoders import FrozenEncoder, open_encoder
+from skperf.reprogramming.encoders import FrozenEncoder, of_tokens, open_encoder
 from skperf.reprogramming.heads import HEADS
 from skperf.reprogramming.masks import MaskProgram
 from skperf.reprogramming.pictures import Pictures
@@ -25,7 +25,14 @@ from skperf.reprogramming.programs import (
     text_program,
 )
 from skperf.reprogramming.rejection import FEATURE_SCORES
-from skperf.reprogramming.rows import RowEncoder, RowProgram
+from skperf.reprogramming.rows import (
+    RowEncoder,
+    RowPicture,
+    RowProgram,
+    SignalProgram,
+    Spectrogram,
+    TokenProgram,
+)
 
 #: Prompts up to which each is kept apart, as an attribute of its class.
 MOST_ATTRIBUTES = 5000
@@ -167,7 +174,7 @@ def _warn_of_twins(zero_shot: Tensor, names: list[list[str]]) -> None:
 
 def _opened(settings: Settings, pictures: Pictures) -> FrozenEncoder:
     if settings.encoder is None:
-        rows = torch.cat(pictures.tensors(np.arange(len(pictures))))
+        rows = torch.cat(pictures.tensors(np.arange(len(pictures)))).flatten(1)
         return replace(open_encoder(RowEncoder(rows).eval()), outputs="features")
     model = on_device(settings)
     encoder = open_encoder(model, processor=settings.processor, tokenizer=settings.tokenizer)
@@ -175,7 +182,8 @@ def _opened(settings: Settings, pictures: Pictures) -> FrozenEncoder:
         raise ValueError(
             "the encoder is a plain callable, which has no gradient; use gradient='spsa' or 'rge'."
         )
-    return replace(encoder, pipeline=prepared(settings.pixels, encoder.pipeline))
+    encoder = replace(encoder, pipeline=prepared(settings.pixels, encoder.pipeline))
+    return of_tokens(encoder) if settings.pixels.rows == "tokens" else encoder
 
 
 def on_device(settings: Settings):
@@ -268,8 +276,24 @@ def _program(
     settings: Settings, encoder: FrozenEncoder, pictures: Pictures, first: Tensor
 ) -> InputProgram:
     if settings.encoder is None:
-        return RowProgram(first.shape[1])
+        return RowProgram((first.flatten(1).shape[1],))
     pixels, pipeline = settings.pixels, encoder.pipeline
+    if pixels.rows == "tokens":
+        return TokenProgram((first.shape[1],), encoder.token_width)
+    front = None
+    if pixels.rows != "pictures":
+        some = torch.cat(pictures.tensors(np.arange(len(pictures))))
+        if encoder.axes == 1 and pixels.rows != "spectrogram":
+            return _signal_program(settings, encoder, some)
+        if encoder.axes is None and encoder.text is None and isinstance(pixels.canvas, str):
+            raise ValueError(
+                f"rows={pixels.rows!r}: the encoder says neither that it takes signals nor that "
+                "it takes pictures; set canvas to the (height, width) of its pictures."
+            )
+        spectral = pixels.rows == "spectrogram"
+        flat = some.flatten(1)
+        front = Spectrogram.of(some) if spectral else RowPicture(flat.amin(0), flat.amax(0))
+        first, pipeline = front(first), replace(pipeline, resize="squash", scaled=None)
     n_channels = first.shape[1] if encoder.channels is None else encoder.channels
     if first.shape[1] not in (1, n_channels):
         raise ValueError(f"X has {first.shape[1]} channels; the encoder takes {n_channels}.")
@@ -290,10 +314,33 @@ def _program(
                     "does not say what size it takes; set canvas."
                 )
     options = {"bound": pixels.bound, "clip": pixels.clip, "pipeline": pipeline}
+    if front is not None and settings.layout == "mask":
+        raise ValueError(f"layout='mask' is for pictures; rows={pixels.rows!r} takes a border.")
     if settings.layout == "mask":
         return MaskProgram(n_channels, canvas, **options)
     border = int(settings.border)
-    return ImageProgram(n_channels, canvas, border, layout=settings.layout, **options)
+    return ImageProgram(n_channels, canvas, border, layout=settings.layout, front=front, **options)
+
+
+def _signal_program(settings: Settings, encoder: FrozenEncoder, some: Tensor) -> SignalProgram:
+    pixels = settings.pixels
+    if settings.layout == "mask":
+        raise ValueError(f"layout='mask' is for pictures; rows={pixels.rows!r} takes a border.")
+    n_channels = 1 if some.ndim == 2 else some.shape[1]
+    if n_channels not in (1, encoder.channels):
+        raise ValueError(f"X has {n_channels} channels; the encoder takes {encoder.channels}.")
+    centre, scale = some.new_zeros(()), some.new_ones(())
+    if pixels.normalize == "auto":
+        # each column of a table is a quantity of its own, the places of a series are one
+        across = (0,) if pixels.rows == "table" else tuple(range(some.ndim))
+        centre, scale = some.mean(across), some.std(across, correction=0)
+        scale = torch.where(scale > 1e-10 * some.abs().amax(), scale, 1.0)
+    elif pixels.normalize is not None:
+        centre, scale = (some.new_tensor(np.ravel(v)) for v in pixels.normalize)
+    length = some.shape[-1] if isinstance(pixels.canvas, str) else int(np.ravel(pixels.canvas)[0])
+    own = {"layout": settings.layout, "bound": pixels.bound}
+    channels = encoder.channels or n_channels
+    return SignalProgram(channels, (length,), int(settings.border), centre, scale, **own)
 
 
 def _check_mapping(settings: Settings, head: str, n_source: int, n_classes: int) -> None:

@@ -120,8 +120,7 @@ def fit_program(
     if settings.max_epochs:
         train, held_out = hold_out(codes, settings.training.validation_fraction, generator)
     few = len(held_out) < FEW_HELD_OUT and 1 < len(codes) <= MOST_CROSS_FITTED
-    # the built-in features of flat rows are for scikit-learn's use; they judge as they always did
-    crossed = few and bool(settings.max_epochs) and exact and settings.encoder is not None
+    crossed = few and bool(settings.max_epochs) and exact
     if crossed:
         splits = folds_of(codes, min(N_FOLDS, len(codes)), generator)
         train, held_out = every, every[:0]
@@ -227,6 +226,7 @@ def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[Prog
         None if task.zero_shot is None else task.zero_shot.cpu(),
         torch.cat([v for *_, v in parts if v is not None]) if task.zero_shot is None else None,
         scored,
+        None if plain is None else (plain, torch.as_tensor(full)),
     )
 
 
@@ -274,28 +274,35 @@ def cached_rows(labelled: Labelled) -> Cached:
 
 
 def assemble(settings, labelled: Labelled, net, choice: Choice, head, n_queries) -> FittedProgram:
-    """Put the fitted record together."""
-    task, module = labelled.task, net.module_
-    with torch.no_grad():
-        settled = module.embedded_prompts(task.own) if module.has_unit_embeddings else None
+    """Put the fitted record together, with the scores that go by all training rows."""
     scorers = {}
     if labelled.plain is not None:
         codes = torch.as_tensor(labelled.codes)
         scorers = {n: kind.fit(labelled.plain, codes) for n, kind in FEATURE_SCORES.items()}
+    head = head if head is None else head.requires_grad_(True)
+    form = labelled.pictures.form
+    return record_of(settings, labelled.task, net, choice, head, scorers, form, n_queries)
+
+
+def record_of(settings, task: Task, net, choice, head, scorers, form, n_queries) -> FittedProgram:
+    """Hold a net, a head and decisions in a record; the net lets go of the private view."""
+    module = net.module_
+    with torch.no_grad():
+        settled = module.embedded_prompts(task.own) if module.has_unit_embeddings else None
     net.put_encoder(task.encoder)
     return FittedProgram(
         encoder=task.encoder,
         programmed=module,
         checksum=task.encoder.checksum(),
         settled=settled,
-        head=head if head is None else head.requires_grad_(True),
+        head=head,
         scorers=scorers,
         choice=choice,
         renormalize=settings.training.renormalize,
         temperature=settings.ood_temperature,
         batch_size=settings.batch_size,
         image_shape=task.image_shape,
-        form=labelled.pictures.form,
+        form=form,
         n_queries=n_queries,
     )
 
@@ -310,7 +317,7 @@ def zero_shot_program(settings, task: Task, pictures: Pictures, seed: int):
     labelled = Labelled(task, pictures, codes, None, plain)
     net = first_net(settings, labelled, seed)
     every = np.arange(len(codes))
-    judged = judge(settings, labelled, [(every, every)], [net])
+    judged = replace(judge(settings, labelled, [(every, every)], [net]), known=None)
     # there are no labels that alpha could be chosen by, and nothing for it to mix
     choice = replace(choose(settings, task, judged, {}), curve=None, losses={})
     return assemble(settings, labelled, net, choice, None, len(pictures) + 1), net
@@ -334,8 +341,13 @@ def with_classes(settings, task: Task, fitted: FittedProgram, net: ProgramNet, c
                 module.head.weight[new] = old.head.weight[was]
         settled = module.embedded_prompts(task.own)
     other.put_encoder(task.encoder)
-    choice = replace(fitted.choice, thresholds={}, curve=None, head=task.head, losses={})
-    fitted = replace(fitted, programmed=module, settled=settled, head=None, choice=choice)
+    score = fitted.choice.score
+    if score in fitted.scorers:  # which know the old classes
+        score = "max_logit" if settings.trains_none else "mcm"
+    changed = {"thresholds": {}, "curve": None, "head": task.head, "losses": {}, "score": score}
+    choice = replace(fitted.choice, **changed)
+    own = {"settled": settled, "head": None, "scorers": {}, "choice": choice}
+    fitted = replace(fitted, programmed=module, **own)
     return task, fitted, other
 
 

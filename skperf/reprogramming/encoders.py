@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ class FrozenEncoder:
         Size, resizing, interpolation and normalisation of its images.
     channels : int, optional
         Channels that the model takes; None where it does not say.
+    axes : int, optional
+        1 for an encoder of signals, 2 for one of pictures; None where it does not say.
     logit_scale : float, default=1.0
         Factor between cosines and logits.
     logit_bias : float, default=0.0
@@ -83,6 +86,7 @@ class FrozenEncoder:
     token_embedding: str | None = None
     pipeline: PixelPipeline = PLAIN
     channels: int | None = None
+    axes: int | None = None
     logit_scale: float = 1.0
     logit_bias: float = 0.0
     probabilities: bool = False
@@ -496,12 +500,14 @@ def _open_module(model: nn.Module, processor: Any, tokenizer: Any) -> FrozenEnco
             pipeline = read_configuration(getattr(model, name), pipeline)
     if processor is not None:
         pipeline = read_processor(processor, pipeline)
+    convolution = _first_convolution(model)
     return FrozenEncoder(
         model,
         image=_module_outputs,
         outputs="unknown",
         pipeline=pipeline,
         channels=_channels(model),
+        axes=None if convolution is None else convolution.weight.ndim - 2,
     )
 
 
@@ -558,10 +564,47 @@ _OPENERS: tuple[tuple[Callable[[Any], bool], Callable[[Any, Any, Any], FrozenEnc
 )
 
 
+def _first_convolution(module: nn.Module) -> nn.Conv1d | nn.Conv2d | None:
+    kinds = (nn.Conv1d, nn.Conv2d)
+    return next((part for part in module.modules() if isinstance(part, kinds)), None)
+
+
 def _channels(module: nn.Module) -> int | None:
-    convolutions = (part for part in module.modules() if isinstance(part, nn.Conv2d))
-    first = next(convolutions, None)
+    first = _first_convolution(module)
     return None if first is None else first.in_channels
+
+
+def of_tokens(encoder: FrozenEncoder) -> FrozenEncoder:
+    """Take an encoder of texts, or the text tower of one, for rows of token ids."""
+    model, name = encoder.model, encoder.token_embedding
+    if name is None and isinstance(model, nn.Module):
+        table = next((part for part in model.modules() if isinstance(part, nn.Embedding)), None)
+        name = None if table is None else _name_in(model, table)
+    if name is None:
+        raise TypeError(
+            f"rows='tokens' needs an encoder of texts; found no token embedding in "
+            f"{type(model).__name__}."
+        )
+    image = partial(_shifted_tokens, name=name, text=encoder.text)
+    kind = "unknown" if encoder.text is None else "features"
+    own: dict[str, Any] = {"token_embedding": name, "pipeline": PLAIN, "channels": None}
+    return replace(encoder, image=image, outputs=kind, text=None, **own)
+
+
+def _shifted_tokens(model: Any, shifts: Tensor, *, name: str, text: Any) -> Any:
+    """Run texts whose embeddings are shifted: shifts (n, length, width + 1), ids last."""
+    ids = shifts[..., -1].round().long()
+
+    def shifted(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + shifts[..., :-1].to(output)
+
+    config = getattr(model, "config", None)
+    pad = getattr(getattr(config, "text_config", config), "pad_token_id", None)
+    mask = None if pad is None else (ids != pad).long()
+    with forward_hooks({model.get_submodule(name): shifted}):
+        if text is not None:
+            return text(model, Tokens(ids, mask))
+        return model(ids) if mask is None else model(input_ids=ids, attention_mask=mask)
 
 
 def _exponential(parameter: Tensor | None) -> float:

@@ -1,7 +1,8 @@
-"""What `Reprogrammer.fit` has learned: a record that answers for pictures."""
+"""What `Reprogrammer.fit` has learned: a record, and the module that it opens to answer."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +13,119 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skperf.backbone.batch_norm import batch_statistics
-from skperf.reprogramming.classifier import ReprogrammedClassifier
 from skperf.reprogramming.encoders import FrozenEncoder
 from skperf.reprogramming.heads import Head
 from skperf.reprogramming.judging import Choice
 from skperf.reprogramming.pictures import PictureForm, Pictures
 from skperf.reprogramming.programmed import ProgrammedEncoder
-from skperf.reprogramming.rejection import SCORES, retention_threshold
-from skperf.reprogramming.residual import Representations
+from skperf.reprogramming.rejection import SCORES, agreement, retention_threshold
+from skperf.reprogramming.residual import Representations, mixed, unit
+
+
+class ReprogrammedClassifier(nn.Module):
+    """From images to class logits, the encoder included."""
+
+    # Its parameters are those of a view of the encoder, `model.*`, and of the programs and the
+    # head, `programmed.*`.
+
+    settled: Tensor | None
+    text: Tensor | None
+
+    def __init__(
+        self, fitted: "FittedProgram", encoder: FrozenEncoder, *, own: bool = False
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.model = encoder.model if encoder.differentiable else None
+        self.programmed = deepcopy(fitted.programmed) if own else fitted.programmed
+        self.head = deepcopy(fitted.head) if own else fitted.head
+        if own:
+            self.programmed.encoder = encoder
+        self.alpha, self.scale = fitted.choice.alpha, fitted.choice.logit_scale
+        self.image_shape, self.renormalize = fitted.image_shape, fitted.renormalize
+        self.unit = self.programmed.has_unit_embeddings
+        self.bias = encoder.logit_bias if self.unit else 0.0
+        text = self.programmed.text
+        self.register_buffer("settled", fitted.settled)
+        self.register_buffer("text", None if text is None else text.detach().clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute class logits.
+
+        Shapes: images (n, channels, height, width) or (n, n_features) -> (n, n_classes).
+        """
+        return self.class_logits(self._placed(images))
+
+    def class_logits(self, placed: Tensor) -> Tensor:
+        """Compute class logits of images on the canvas: placed (n, ...) -> (n, n_classes)."""
+        if self.head is not None:
+            logits: Tensor = self.head(self._encode(placed))
+            return logits
+        return self.scale * self.similarities(self.represent(placed)) + self.bias
+
+    def represent(self, placed: Tensor) -> Tensor:
+        """Encode images on the canvas with the programs and the residual.
+
+        Shapes: placed (n, channels, height, width) or (n, n_features) -> (n, n_outputs).
+        """
+        if self.alpha == 1:
+            return self._encode(placed)
+        outputs = self._encode(self.programmed.program.add(placed, self.programmed.image))
+        if self.alpha == 0:
+            return outputs
+        return mixed(outputs, self._encode(placed), self.alpha, renormalize=self.renormalize)
+
+    def classes(self) -> Tensor | None:
+        """Embed the classes, with the programs and the residual: -> (n_classes, n_outputs)."""
+        # The text tower runs only where the text program has changed or its gradient is wanted.
+        programmed = self.programmed
+        if programmed.zero_shot is None:
+            return None
+        prompts = self.settled
+        if prompts is None or not self._text_is_settled():
+            prompts = programmed.embedded_prompts(self.encoder, self.model)
+        classes = programmed.shifted(prompts)
+        return mixed(classes, programmed.zero_shot, self.alpha, renormalize=self.renormalize)
+
+    def similarities(self, representation: Tensor) -> Tensor:
+        """Hold representations against the classes.
+
+        Shapes: representation (n, n_outputs) -> (n, n_classes).
+        """
+        classes = self.classes()
+        if classes is None:
+            return self.programmed.logits(representation)
+        return representation @ classes.T
+
+    def reprogram(self, placed: Tensor) -> Tensor:
+        """Add the program: placed (n, ...) -> the same shape."""
+        return self.programmed.program.add(placed, self.programmed.image)
+
+    def agreement(self, placed: Tensor) -> Tensor:
+        """Compare embeddings with and without the program: placed (n, ...) -> (n,)."""
+        return agreement(self._encode(self.reprogram(placed)), self._encode(placed))
+
+    def _text_is_settled(self) -> bool:
+        text = self.programmed.text
+        if text is None:
+            return True
+        # other than a parameter is what torch.func puts in its place
+        if not isinstance(text, nn.Parameter) or (torch.is_grad_enabled() and text.requires_grad):
+            return False
+        return self.text is not None and torch.equal(text, self.text)
+
+    def _placed(self, images: Tensor) -> Tensor:
+        if images.ndim == 2 and self.image_shape is not None:
+            images = images.view(-1, *self.image_shape)
+        return self.programmed.program.place(images).to(self.programmed.image.dtype)
+
+    def _encode(self, placed: Tensor) -> Tensor:
+        outputs = self.encoder.encode_image(placed, self.model)
+        return unit(outputs) if self.unit else outputs
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.programmed.encoder = self.encoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,23 +146,14 @@ class FittedProgram:
     form: PictureForm
     n_queries: int
 
-    def open(self) -> ReprogrammedClassifier:
-        """Open a private view of the encoder with the programs around it."""
+    def open(self, *, own: bool = False) -> ReprogrammedClassifier:
+        """Open a private view of the encoder with the programs around it, or copies of them."""
         if self.encoder.checksum() != self.checksum:
             raise ValueError(
                 "the encoder's weights are not those that the program was fitted with: they "
                 "were changed in place since. Fit again, or restore them."
             )
-        return ReprogrammedClassifier(
-            self.programmed,
-            self.encoder.private(),
-            alpha=self.choice.alpha,
-            scale=self.choice.logit_scale,
-            settled=self.settled,
-            image_shape=self.image_shape,
-            renormalize=self.renormalize,
-            head=self.head,
-        ).eval()
+        return ReprogrammedClassifier(self, self.encoder.private(), own=own).eval()
 
     def logits(self, pictures: Pictures, batch_norm: str = "stored") -> NDArray[Any]:
         """Class logits: -> (n, n_classes)."""
@@ -86,14 +183,17 @@ class FittedProgram:
 
         return self._run(pictures, scored)
 
+    @property
+    def score_names(self) -> list[str]:
+        """Scores that can be computed."""
+        compared = ["disagreement"] if self.programmed.has_unit_embeddings else []
+        return [*SCORES, *self.scorers, *compared]
+
     def known_score(self, name: str | None) -> str:
         """Check the name of a score; by default the one that was chosen."""
         name = self.choice.score if name is None or name == "auto" else name
-        known = {*SCORES, *self.scorers}
-        if self.programmed.has_unit_embeddings:
-            known.add("disagreement")
-        if name not in known:
-            raise ValueError(f"there is no score {name!r} here; there are {sorted(known)}.")
+        if name not in self.score_names:
+            raise ValueError(f"there is no score {name!r} here; there are {self.score_names}.")
         return name
 
     def inliers(self, pictures: Pictures, name: str | None = None) -> NDArray[Any]:
@@ -149,9 +249,8 @@ class FittedProgram:
 
     def with_thresholds(self, pictures: Pictures, retention: float) -> "FittedProgram":
         """Read thresholds that keep a share of given pictures."""
-        names = [*SCORES, *self.scorers]
-        names += ["disagreement"] if self.programmed.has_unit_embeddings else []
-        thresholds = {n: retention_threshold(self.scores(pictures, n), retention) for n in names}
+        scores = {name: self.scores(pictures, name) for name in self.score_names}
+        thresholds = {name: retention_threshold(each, retention) for name, each in scores.items()}
         return replace(self, choice=replace(self.choice, thresholds=thresholds))
 
     def _run(
@@ -169,8 +268,3 @@ class FittedProgram:
             for placed in pictures.batches(self.batch_size, place):
                 pieces.append(function(opened, placed.to(like)).cpu())
         return torch.cat(pieces).numpy()
-
-
-def to_module(fitted: FittedProgram) -> nn.Module:
-    """From images in [0, 1] to class logits, over a view of the encoder."""
-    return fitted.open().own()

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn import functional
 
+from skperf.reprogramming.heads import calibrated, clearly_better, sharpened_losses
 from skperf.reprogramming.rejection import (
+    FEATURE_SCORES,
     SCORES,
     agreement,
-    left_out_auroc,
+    left_out_aurocs,
     retention_threshold,
 )
 from skperf.reprogramming.residual import AlphaCurve, Representations, alpha_curve
@@ -33,6 +33,7 @@ class Judged:
     zero_shot: Tensor | None  # (n_classes, d)
     logits: Tensor | None  # (m, n_classes), without texts
     features: dict[str, Tensor] = field(default_factory=dict)  # scores of outputs, each (m,)
+    known: tuple[Tensor, Tensor] | None = None  # plain outputs (n, d) and codes (n,) of all rows
 
     @property
     def representations(self) -> list[Representations]:
@@ -108,53 +109,39 @@ def choose(
     score = settings.ood_score
     if score == "auto":
         trained = settings.trains_none and task.zero_shot is not None
-        score = "max_logit" if trained else best_score(judged, similarities, settings)
+        score = "max_logit" if trained else "mcm"
+        score = score if judged.known is None else best_score(*judged.known)
     trials = {task.head: scale * similarities + bias, **heads}
-    weight = judged.weight / judged.weight.sum()
-    rows = {name: sharpened_losses(logits, judged) for name, logits in trials.items()}
-    losses = {name: float(each @ weight.to(each)) for name, each in rows.items()}
-    head = settings.head if settings.head in heads else task.head
-    if heads and settings.head not in heads:
-        # the program has to be better beyond the error of the comparison: the heads were fitted
-        # with settings chosen on more rows than it is judged on
-        head = min(heads, key=lambda name: losses[name])
-        gains = rows[head] - rows[task.head]
-        error = float(gains.std(correction=0)) / len(gains) ** 0.5
-        head = task.head if losses[head] - losses[task.head] > error else head
+    rows = {n: sharpened_losses(each, judged.codes, judged.weight) for n, each in trials.items()}
+    share = judged.weight / judged.weight.sum()
+    losses = {name: float(each @ share.to(each)) for name, each in rows.items()}
+    head = next(iter(heads), task.head)
+    for name in [] if settings.head in heads else trials:
+        # heads after the first have to be better beyond the error of the comparison
+        if losses[name] < losses[head] and clearly_better(rows[name], rows[head], judged.weight):
+            head = name
     return Choice(alpha, scale, score, thresholds, curve, head, losses)
 
 
-def best_score(judged: Judged, similarities: Tensor, settings: Any) -> str:
-    """Find the score that best tells classes apart which it does not know of."""
-    n_classes = similarities.shape[1]
-    if n_classes < 3 or len(judged.codes) < 2 * n_classes:
-        return "mcm"
-    most = slice(0, 2000)
-    known, codes = similarities[most], judged.codes[most]
+def best_score(outputs: Tensor, codes: Tensor, usual: str = "mahalanobis") -> str:
+    """Find the score that best tells classes apart which it does not know of.
 
-    def left_out(name: str) -> float:
-        def scores(code: int) -> tuple[Tensor, Tensor]:
-            others = torch.arange(n_classes) != code
-            values = SCORES[name](known[:, others], settings.ood_temperature)
-            return values[codes != code], values[codes == code]
+    Shapes: outputs (n, d), codes (n,).
+    """
+    # the program was trained on all classes: only scores that are fitted anew can be compared
+    rows = torch.from_numpy(np.random.RandomState(0).permutation(len(codes))[:4000])
+    outputs, codes = outputs[rows], codes[rows]
+    if len(codes) < 4 * len(codes.unique()):
+        return usual
+    # a decomposition of d x d numbers for each class
+    n_tried = int(np.clip(1e9 / outputs.shape[1] ** 3, 2, 10))
+    found: dict[str, NDArray[Any]] = {}
+    for name, kind in FEATURE_SCORES.items():
 
-        return left_out_auroc(scores, n_classes)
+        def score(known: NDArray[Any], asked: NDArray[Any], kind: Any = kind) -> Tensor:
+            return kind.fit(outputs[known], codes[known]).score(outputs[asked])
 
-    return max(SCORES, key=left_out)
-
-
-def calibrated(scale: float, similarities: Tensor, codes: Tensor, weight: Tensor) -> float:
-    """Find the factor of similarities (m, n_classes) that makes the loss smallest."""
-
-    def loss(log_factor: float) -> float:
-        logits = similarities * (scale * float(np.exp(log_factor)))
-        losses = functional.cross_entropy(logits, codes, reduction="none")
-        return float(losses @ weight.to(losses) / weight.sum())
-
-    return scale * float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
-
-
-def sharpened_losses(logits: Tensor, judged: Judged) -> Tensor:
-    """Losses of logits (m, n_classes) at their own best temperature: -> (m,)."""
-    scale = calibrated(1.0, logits, judged.codes, judged.weight)
-    return functional.cross_entropy(scale * logits, judged.codes, reduction="none")
+        found[name] = left_out_aurocs(score, codes, n_tried)
+    best = max(found, key=lambda name: float(found[name].mean()))
+    gains = found[best] - found[usual]
+    return best if gains.mean() > gains.std() / len(gains) ** 0.5 else usual

@@ -29,10 +29,8 @@ def cooccurrence(
     Shapes: source_logits (n, n_source), codes (n,), weight (n,) -> (n_source, n_classes).
     """
     if top is None:
-        values, labels = (
-            source_logits.new_ones(len(codes), 1),
-            source_logits.argmax(1, keepdim=True),
-        )
+        labels = source_logits.argmax(1, keepdim=True)
+        values = torch.ones_like(labels, dtype=source_logits.dtype)
     else:
         values, labels = source_logits.softmax(1).topk(min(top, source_logits.shape[1]), 1)
     if weight is not None:
@@ -86,20 +84,12 @@ def bayesian(counts: Tensor, smoothing: float = 1.0) -> Tensor:
     return torch.where(totals > 0, mapping, 1 / len(counts))
 
 
-def _frequent(counts: Tensor, per_class: int, smoothing: float) -> Tensor:
-    return one_to_one(counts, per_class)
-
-
-def _bayesian(counts: Tensor, per_class: int, smoothing: float) -> Tensor:
-    return bayesian(counts, smoothing)
-
-
-#: How a mapping follows from counts; those not named here need none.
+#: How a mapping follows from counts, labels per class and smoothing; the others need none.
 FROM_COUNTS: dict[str, Callable[[Tensor, int, float], Tensor]] = {
-    "flm": _frequent,
-    "ilm": _frequent,
-    "blm": _bayesian,
-    "blm+": _bayesian,
+    "flm": lambda counts, per_class, _: one_to_one(counts, per_class),
+    "ilm": lambda counts, per_class, _: one_to_one(counts, per_class),
+    "blm": lambda counts, _, smoothing: bayesian(counts, smoothing),
+    "blm+": lambda counts, _, smoothing: bayesian(counts, smoothing),
 }
 
 #: Mappings that are estimated anew while the program is trained.

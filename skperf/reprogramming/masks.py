@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from skperf.reprogramming.pixels import PLAIN, PixelPipeline
-from skperf.reprogramming.programs import BOUNDS, clamp_inward, start
+from skperf.reprogramming.programs import BOUNDS, InputProgram, clamp_inward
 
 _WIDTHS = (8, 16)
 
 
 @dataclass(frozen=True)
-class MaskProgram:
+class MaskProgram(InputProgram):
     """``clip(x + bound(pattern) * mask(x))`` with a small convolutional mask.
 
     The weights are one vector: the pattern, then the layers of the mask.
@@ -38,14 +38,17 @@ class MaskProgram:
         return [(wide, narrow, 3, 3) for narrow, wide in pairwise(widths)]
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def _n_pattern(self) -> int:
+        return self.channels * prod(self.canvas)
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Shape of the weights: (n_weights,)."""
-        layers = sum(prod(layer) + layer[0] for layer in self._layers)
-        return (self.channels * self.canvas[0] * self.canvas[1] + layers,)
+        return (self._n_pattern + sum(prod(layer) + layer[0] for layer in self._layers),)
 
     def start(self, init: str, generator: torch.Generator) -> Tensor:
         """Pattern of zeros or normal draws, and a mask drawn at random: -> (n_weights,)."""
-        parts = [start((self.channels * self.canvas[0] * self.canvas[1],), init, generator)]
+        parts = [super().start(init, generator)[: self._n_pattern]]
         for layer in self._layers:
             deviation = (2 / prod(layer[1:])) ** 0.5
             parts.append(torch.randn(prod(layer), generator=generator) * deviation)
@@ -58,8 +61,8 @@ class MaskProgram:
 
     def picture(self, weights: Tensor) -> Tensor:
         """Draw the pattern: weights (n_weights,) -> (channels, *canvas)."""
-        pattern = weights[: self.channels * self.canvas[0] * self.canvas[1]]
-        return BOUNDS[self.bound](pattern).view(self.channels, *self.canvas)
+        pattern = BOUNDS[self.bound](weights[: self._n_pattern])
+        return pattern.view(self.channels, *self.canvas)
 
     def add(self, placed: Tensor, weights: Tensor) -> Tensor:
         """Add the masked pattern: placed (n, channels, *canvas) -> the same shape."""
@@ -68,7 +71,7 @@ class MaskProgram:
 
     def mask(self, placed: Tensor, weights: Tensor) -> Tensor:
         """Draw the masks: placed (n, channels, *canvas) -> the same shape."""
-        values, first = placed, self.channels * self.canvas[0] * self.canvas[1]
+        values, first = placed, self._n_pattern
         for depth, layer in enumerate(self._layers):
             if depth:
                 values = functional.max_pool2d(values.relu(), 2, ceil_mode=True)

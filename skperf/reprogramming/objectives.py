@@ -1,5 +1,7 @@
 """Training objectives: cross-entropy over class prompts, in-batch contrast, focal forms."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -35,13 +37,11 @@ class ClassObjective(nn.Module):
 
     def forward(self, logits: Tensor, codes: Tensor) -> Tensor:
         """Compute the loss: logits (n, n_classes), codes (n,) -> () or (n,)."""
+        focal = partial(focal_cross_entropy, gamma=self.gamma, scale=self.scale)
         if self.contrastive:
             pairs = logits[:, codes]  # (n, n): image i against the class of image j
             own = torch.arange(len(codes), device=logits.device)
-            losses = (self._focal(pairs, own) + self._focal(pairs.T, own)) / 2
+            losses = (focal(pairs, own) + focal(pairs.T, own)) / 2
         else:
-            losses = self._focal(logits, codes)
+            losses = focal(logits, codes)
         return losses.mean() if self.reduction == "mean" else losses
-
-    def _focal(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return focal_cross_entropy(logits, targets, gamma=self.gamma, scale=self.scale)

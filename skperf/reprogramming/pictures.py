@@ -20,7 +20,7 @@ class PictureForm:
     low: float = 0.0
     high: float = 1.0
     image_shape: tuple[int, ...] | None = None
-    any_rows: bool = False  # flat rows of any range, no pictures
+    any_rows: bool = False  # numbers of any range, no pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,11 @@ class Pictures:
         """Read and check: X (n, ...)."""
         if form.any_rows:
             rows = np.asarray(X, dtype=np.float64)
-            return cls(rows.reshape(len(rows), -1), form)
+            if form.image_shape is not None:
+                rows = rows.reshape(len(rows), *_row_shape(rows[0].size, form.image_shape, True))
+            if not np.isfinite(rows).all():
+                raise ValueError("X contains NaN or infinity; give rows without.")
+            return cls(rows, form)
         if not isinstance(X, np.ndarray) or (X.dtype == object and X.ndim == 1):
             return cls(list(X) if isinstance(X, np.ndarray) else X, form)
         if X.ndim == 2:
@@ -170,14 +174,16 @@ def _check_values(X: NDArray[Any], form: PictureForm) -> None:
         )
 
 
-def _row_shape(n_features: int, image_shape: tuple[int, ...] | None) -> tuple[int, ...]:
+def _row_shape(
+    n_features: int, image_shape: tuple[int, ...] | None, any_rows: bool = False
+) -> tuple[int, ...]:
     if image_shape is None:
         raise ValueError(
             f"X holds flat rows of {n_features} values; say image_shape, such as (1, 28, 28)."
         )
     shape = tuple(int(side) for side in image_shape)
-    shape = (1, *shape) if len(shape) == 2 else shape
-    if len(shape) != 3 or np.prod(shape) != n_features:
+    shape = (1, *shape) if len(shape) == 2 and not any_rows else shape
+    if len(shape) != (2 if any_rows else 3) or np.prod(shape) != n_features:
         raise ValueError(
             f"image_shape={tuple(image_shape)} does not make {n_features} values, the length "
             "of the rows of X."

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,43 +24,36 @@ BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class InputProgram(Protocol):
-    """What any program on the encoder's input offers."""
+class InputProgram:
+    """What any program on the encoder's input offers; by default, an addition."""
 
-    @property
-    def canvas(self) -> Any:
-        """Height and width, where there are such."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of its weights."""
-        ...
+    shape: tuple[int, ...]  # of its weights
+    canvas: Any  # of placed inputs
+    clip = "none"
 
     def start(self, init: str, generator: torch.Generator) -> Tensor:
-        """Weights to start from, which leave inputs as they are unless `init` is "normal"."""
-        ...
+        """Zeros, which leave inputs as they are, or normal draws: -> shape."""
+        normal = init == "normal"
+        return torch.randn(self.shape, generator=generator) if normal else torch.zeros(self.shape)
 
     def place(self, inputs: Tensor) -> Tensor:
         """Bring inputs to the encoder's size, not yet programmed."""
-        ...
-
-    def add(self, placed: Tensor, weights: Tensor) -> Tensor:
-        """Add the program to placed inputs."""
-        ...
+        raise NotImplementedError
 
     def picture(self, weights: Tensor) -> Tensor:
         """Draw what is added, in the shape of one placed input."""
-        ...
+        return weights
 
-
-def start(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
-    """Zeros, or normal draws where `init` says so: -> shape."""
-    return torch.randn(shape, generator=generator) if init == "normal" else torch.zeros(shape)
+    def add(self, placed: Tensor, weights: Tensor) -> Tensor:
+        """Add the program: placed (n, ...) -> the same shape."""
+        programmed = placed + self.picture(weights)
+        if self.clip == "none":
+            return programmed
+        return clamp_inward(programmed) if self.clip == "inward" else programmed.clamp(0, 1)
 
 
 @dataclass(frozen=True)
-class ImageProgram:
+class ImageProgram(InputProgram):
     """A border of learnable pixels; a border of 0 is none."""
 
     # With layout "overlay" the picture fills the canvas and the border lies on its edge,
@@ -74,6 +67,7 @@ class ImageProgram:
     bound: str = "tanh"
     pipeline: PixelPipeline = PLAIN
     clip: str = "inward"
+    front: Callable[[Tensor], Tensor] | None = None  # makes pictures of other rows
 
     def __post_init__(self) -> None:
         if self.border < 0 or 2 * self.border >= min(self.canvas):
@@ -84,15 +78,10 @@ class ImageProgram:
                 f"it must leave some of the picture, so at most {most}; 0 is no border."
             )
 
-    @property
-    def shape(self) -> tuple[int, ...]:
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Shape of the weights: (channels, pixels of the border)."""
         return self.channels, len(self._index)
-
-    @property
-    def inner(self) -> tuple[int, int]:
-        """Height and width of the space inside the border."""
-        return self.canvas[0] - 2 * self.border, self.canvas[1] - 2 * self.border
 
     @cached_property
     def _index(self) -> Tensor:
@@ -101,39 +90,20 @@ class ImageProgram:
         mask[self.border : height - self.border, self.border : width - self.border] = False
         return mask.view(-1).nonzero().view(-1)
 
-    def start(self, init: str, generator: torch.Generator) -> Tensor:
-        """Weights to start from: -> (channels, n_border)."""
-        return start(self.shape, init, generator)
-
     def place(self, inputs: Tensor) -> Tensor:
-        """Bring images to the canvas; not yet programmed.
-
-        Shapes: inputs (n, 1 or channels, height, width) -> (n, channels, canvas height, canvas
-        width).
-        """
-        images = self.pipeline.place(inputs, self.canvas if self.layout != "pad" else self.inner)
-        if self.layout == "pad":
-            images = functional.pad(images, (self.border,) * 4)
+        """Bring images to the canvas: (n, 1 or channels, ...) -> (n, channels, *canvas)."""
+        around = self.border if self.layout == "pad" else 0
+        inner = (self.canvas[0] - 2 * around, self.canvas[1] - 2 * around)
+        images = inputs if self.front is None else self.front(inputs)
+        images = functional.pad(self.pipeline.place(images, inner), (around,) * 4)
         return images.expand(-1, self.channels, -1, -1)
 
     def picture(self, weights: Tensor) -> Tensor:
-        """Draw the border.
-
-        Shapes: weights (channels, n_border) -> (channels, canvas height, canvas width).
-        """
+        """Draw the border: weights (channels, n_border) -> (channels, *canvas)."""
         height, width = self.canvas
         flat = weights.new_zeros(self.channels, height * width)
         index = self._index.to(weights.device)
         return flat.index_copy(1, index, BOUNDS[self.bound](weights)).view(-1, height, width)
-
-    def add(self, placed: Tensor, weights: Tensor) -> Tensor:
-        """Add the border.
-
-        Shapes: placed (n, channels, canvas height, canvas width), weights (channels, n_border) ->
-        (n, channels, canvas height, canvas width).
-        """
-        programmed = placed + self.picture(weights)
-        return clamp_inward(programmed) if self.clip == "inward" else programmed.clamp(0, 1)
 
 
 class _ClampInward(torch.autograd.Function):

@@ -66,12 +66,18 @@ SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+#: Directions that the common covariance of the classes keeps apart; the others share one variance.
+KEPT_DIRECTIONS = 32
+
+
 @dataclass(frozen=True)
 class Gaussians:
-    """Classes as normal distributions with one covariance."""
+    """Classes as normal distributions with one covariance, of a small file."""
 
     means: Tensor  # (n_classes, d)
-    whitening: Tensor  # (d, d)
+    directions: Tensor  # (d, kept)
+    shares: Tensor  # (kept,), by which whitening changes them more than the others
+    deviation: float  # of the others
 
     @classmethod
     def fit(cls, outputs: Tensor, codes: Tensor) -> "Gaussians":
@@ -81,15 +87,23 @@ class Gaussians:
         covariance = residuals.T @ residuals / max(1, n - len(means))
         # shrinkage, since rows are often fewer than dimensions
         share = min(0.9, max(0.05, width / (n + width)))
-        isotropic = covariance.diagonal().mean().clamp_min(1e-12)
-        eye = torch.eye(width, dtype=outputs.dtype)
-        covariance = (1 - share) * covariance + share * isotropic * eye
-        return cls(means, torch.linalg.cholesky(torch.linalg.inv(covariance)))
+        level = covariance.diagonal().mean().clamp_min(1e-12)
+        values, vectors = torch.linalg.eigh(covariance)
+        values = (1 - share) * values.clamp_min(0) + share * level
+        kept = min(KEPT_DIRECTIONS, width - 1)
+        deviation = values[: width - kept].mean().sqrt()
+        shares = deviation / values[width - kept :].sqrt() - 1
+        return cls(means, vectors[:, width - kept :], shares, float(deviation))
 
     def score(self, outputs: Tensor) -> Tensor:
         """Minus the squared distance to the nearest class: outputs (n, d) -> (n,)."""
-        distances = torch.cdist(outputs @ self.whitening, self.means @ self.whitening)
+        distances = torch.cdist(self._white(outputs), self._white(self.means))
         return -distances.square().amin(1)
+
+    def _white(self, outputs: Tensor) -> Tensor:
+        projected = outputs @ self.directions * self.shares
+        white: Tensor = (outputs + projected @ self.directions.T) / self.deviation
+        return white
 
 
 @dataclass(frozen=True)
@@ -155,15 +169,22 @@ def retention_threshold(scores: NDArray[np.floating], retention: float) -> float
     return float(np.quantile(scores, 1 - retention, method="weibull"))
 
 
-def left_out_auroc(scores: Callable[[int], tuple[Tensor, Tensor]], n_classes: int) -> float:
-    """Mean AUROC over classes of telling a class apart that the score does not know of.
+def left_out_aurocs(
+    score: Callable[[NDArray[np.intp], NDArray[np.intp]], Tensor], codes: Tensor, n_tried: int
+) -> NDArray[np.floating]:
+    """AUROC of telling each of some classes apart by a score that does not know of it.
 
-    ``scores(code)`` gives the scores of the other classes' rows and of the class's own.
+    ``score(known, asked)`` learns from rows ``known`` and scores rows ``asked``; a fifth of the
+    known classes' rows are asked beside those of the class that is left out: codes (n,).
     """
-    values = []
-    for code in range(n_classes):
-        inside, outside = scores(code)
-        if len(inside) and len(outside):
-            above = (inside[:, None] > outside[None]).float().mean()
-            values.append(float(above + 0.5 * (inside[:, None] == outside[None]).float().mean()))
-    return float(np.mean(values)) if values else 0.5
+    values, generator = [], np.random.RandomState(0)
+    classes = codes.unique()
+    for code in classes[:: -(-len(classes) // n_tried)]:
+        others = generator.permutation((codes != code).nonzero()[:, 0].numpy())
+        outside = (codes == code).nonzero()[:, 0].numpy()
+        fresh, known = np.split(others, [max(1, len(others) // 5)])
+        if len(known):
+            inside, left_out = score(known, np.r_[fresh, outside]).split([len(fresh), len(outside)])
+            wins = (inside[:, None] - left_out[None]).sign()
+            values.append(float(0.5 + wins.mean() / 2))
+    return np.array(values)

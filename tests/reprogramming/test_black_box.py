@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, ESTIMATORS
+from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, estimated_gradient
 
 
 @pytest.mark.parametrize("name", ["rge", "spsa"])
@@ -16,8 +16,8 @@ def test_mean_estimate_is_the_gradient(name):
         calls.append(1)
         return w @ hessian @ w / 2
 
-    estimate = ESTIMATORS[name](
-        loss, point, loss(point), n_directions=20_000, step=1e-4, generator=generator
+    estimate = estimated_gradient(
+        name, loss, point, loss(point), n_directions=20_000, step=1e-4, generator=generator
     )
     exact = hessian @ point
     assert len(calls) == 1 + 20_000 * CALLS_PER_DIRECTION[name]
@@ -31,7 +31,8 @@ def test_rge_by_hand():
     def square(w):
         return w.square().sum()
 
-    estimate = ESTIMATORS["rge"](
+    estimate = estimated_gradient(
+        "rge",
         square,
         point,
         square(point),

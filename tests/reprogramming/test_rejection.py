@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 from scipy.stats import entropy
 
-from skperf.reprogramming.rejection import SCORES, agreement, retention_threshold
+from skperf.reprogramming.judging import best_score
+from skperf.reprogramming.rejection import (
+    FEATURE_SCORES,
+    SCORES,
+    agreement,
+    left_out_aurocs,
+    retention_threshold,
+)
 
 SIMILARITIES = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).double()
 
@@ -48,3 +55,47 @@ def test_threshold_keeps_the_share_of_fresh_rows(n):
         scores = generator.exponential(size=n)
         kept.append(np.exp(-retention_threshold(scores, 0.95)))  # share of fresh rows above
     assert abs(np.mean(kept) - 0.95) < 0.01
+
+
+def clusters(n_classes, n=30, width=8, spread=3.0):
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.linspace(0.2, 2, width)
+    codes = torch.arange(n_classes).repeat_interleave(n)
+    centres = spread * torch.randn(n_classes, width, generator=generator)
+    return centres[codes] + scales * torch.randn(len(codes), width, generator=generator), codes
+
+
+def test_mahalanobis_equals_the_distance_by_the_inverse_of_a_shrunk_covariance():
+    outputs, codes = clusters(3)
+    x, means = outputs.numpy(), torch.stack([outputs[codes == k].mean(0) for k in range(3)]).numpy()
+    residuals = x - means[codes]
+    covariance = residuals.T @ residuals / (len(x) - 3)
+    share = 8 / (len(x) + 8)
+    covariance = (1 - share) * covariance + share * covariance.trace() / 8 * np.eye(8)
+    asked = np.random.RandomState(0).normal(size=(6, 8)).astype(np.float32)
+    apart = asked[:, None] - means
+    expected = -np.einsum("nkd,de,nke->nk", apart, np.linalg.inv(covariance), apart).min(1)
+    ours = FEATURE_SCORES["mahalanobis"].fit(outputs, codes).score(torch.as_tensor(asked))
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-3)
+
+
+def test_left_out_classes_are_not_known_to_the_score():
+    _, codes = clusters(4)
+    seen = []
+
+    def score(known, asked):
+        seen.append((set(codes[known].tolist()), set(codes[asked].tolist())))
+        assert not set(known) & set(asked)
+        return torch.as_tensor(-np.isin(codes[asked], codes[known]).astype(float))
+
+    assert left_out_aurocs(score, codes, 10).tolist() == [0.0] * 4
+    assert [asked - known for known, asked in seen] == [{0}, {1}, {2}, {3}]
+    assert len(left_out_aurocs(lambda known, asked: torch.zeros(len(asked)), codes, 2)) == 2
+
+
+def test_the_usual_score_stays_unless_another_is_clearly_better():
+    assert best_score(*clusters(5)) == "mahalanobis"
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.arange(6).repeat_interleave(20)
+    assert best_score(torch.randn(120, 5, generator=generator), codes) in FEATURE_SCORES
+    assert best_score(torch.randn(6, 5, generator=generator), torch.arange(6)) == "mahalanobis"
