@@ -221,12 +221,10 @@ def _between(
     kept: Any = {} if shelf is None else shelf
     missing = [t for t in starts if t not in kept]
     if missing:
-        known = [t for t in starts if t < missing[0]]
-        at = known[-1] if known else first
+        at = max((t for t in starts if t < missing[0]), default=first)
         state = state_at(at, kept, trainer, start, first)
-        wanted = set(missing)
         for t, one in enumerate(states_between(trainer, state, at, missing[-1]), at):
-            if t in wanted:
+            if t in missing:
                 kept[t] = one
     for at in reversed(starts):
         # only the outermost checkpoints are worth a place on disk
