@@ -34,12 +34,11 @@ from skperf.components._study import (
     study_of,
     table_of,
 )
-from skperf.components.edits import Guarded, Outcomes, edit, rows_of, wish_of
+from skperf.components.edits import Guarded, Search, Wish, edit, raise_worst, rows_of, wish_of
+from skperf.components.estimation import pair_effects
 from skperf.components.gates import Asked
-from skperf.components.groups import WorstGroup
 from skperf.components.lasting import make_lasting
 from skperf.components.measures import Measure, checked_output
-from skperf.components.pairs import pair_effects
 from skperf.metrics import counterfactual_correlation
 
 
@@ -466,7 +465,7 @@ class ComponentAttributor(
             )
         strength = np.abs(study.fit.coefficients).mean(0)
         strongest = np.sort(np.argsort(-strength, kind="stable")[:k])
-        found = pair_effects(study.known_masks(), outcomes, study.fit, strongest)
+        found = pair_effects(study.masks(range(len(outcomes))), outcomes, study.fit, strongest)
         return PairsBunch(
             pairs=found.pairs,
             values=study.shaped(found.values),
@@ -520,7 +519,8 @@ class ComponentAttributor(
         direction : {"increase", "decrease"}, default="increase"
             Raise or lower the targets' output.
         criterion : {"budgeted", "welch"}, default="budgeted"
-            Gain over loss, or the released t statistic.
+            Gain over loss, or the released t statistic alone. With ``k="auto"`` the former also
+            tries the latter's order, and then single components, each by true passes.
         guard : tuple, optional
             Rows (X, y), or (X, y, groups), on which the accuracy, with groups that of the worst
             of them, may fall by `max_drop`; where outputs are no classes the mean output
@@ -548,12 +548,10 @@ class ComponentAttributor(
             max_drop=max_drop,
         )
         question = study.question(network)
-        outcomes = Outcomes(
-            question.circuit, study.measure, question.asked, wish, self._guarded(guard, network)
-        )
-        fit = study.row_fit()
-        mask, report = edit(outcomes, fit.coefficients, fit.stderr)
-        return self._edited(mask, report)
+        guarded = self._guarded(guard, network)
+        search = Search(question.circuit, study.measure, question.asked, wish, guarded)
+        report = edit(search, study.row_fit())
+        return self._edited(search.mask, report)
 
     def _edit_groups(
         self, groups: np.ndarray, guard: Any, *, max_rounds: int, k: int | str, max_drop: float
@@ -564,7 +562,10 @@ class ComponentAttributor(
         assert guarded is not None
         margins = Measure("margin", network.loss)
         most = self.n_components_ if k == "auto" else int(k)
-        search = WorstGroup(study.question(network).circuit, margins, guarded, max_drop)
+        nobody = np.arange(0)
+        wish = Wish(nobody, nobody, max_drop=max_drop, worst_group=True)
+        question = study.question(network)
+        search = Search(question.circuit, margins, question.asked, wish, guarded)
         for turn in range(max_rounds if k == "auto" else max(most, 1)):
             if turn:  # attributions move with what is gone
                 study, broken_off = (
@@ -572,9 +573,9 @@ class ComponentAttributor(
                 )
                 if broken_off is not None:
                     raise broken_off
-            fit = study.row_fit()
             outputs = study.known.baseline.reshape(len(study.rows), -1).mean(1)
-            found = search.go_on(fit.coefficients, outputs, groups, most, forced=k != "auto")
+            forced = k != "auto"
+            found = raise_worst(search, study.row_fit(), outputs, groups, most, forced=forced)
             if not found or search.k >= most:
                 break
         return self._edited(search.mask, search.report())

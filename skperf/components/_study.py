@@ -25,12 +25,11 @@ from skperf.components.measures import Measure
 from skperf.components.passes import (
     Measurements,
     Question,
-    cost_of,
     intact_gradients,
     measure_baseline,
     spend,
 )
-from skperf.components.recipes import Learned, attribute, first_order
+from skperf.components.recipes import Learned, attribute, exact
 from skperf.components.taps import opened_attention
 from skperf.components.units import Component, Found, select
 from skperf.components.wiring import Wiring, wire
@@ -88,7 +87,7 @@ class Study:
     @property
     def cost(self) -> int:
         """Forward-equivalents spent."""
-        return 4 if self.settings.method == "gradient" else cost_of(self.known.done)
+        return 4 if self.settings.method == "gradient" else self.known.done.cost
 
     @property
     def n_components(self) -> int:
@@ -171,7 +170,7 @@ class Study:
         question = self.question(network)
         if self.settings.method == "gradient":
             self._checked_method()
-            fit = first_order(intact_gradients(question), self.known.baseline)
+            fit = exact(intact_gradients(question), self.known.baseline)
             return replace(self, fit=fit), None
         plan = self._plan(budget)
         measured = copy.deepcopy(self.known)
@@ -196,7 +195,7 @@ class Study:
         question = self.question(network, rows, y, alike=True)
         baseline = measure_baseline(question)
         if self.settings.method == "gradient":
-            return first_order(intact_gradients(question), baseline)
+            return exact(intact_gradients(question), baseline)
         measured = Measurements(baseline, self.n_components)
         spend(question, measured, self.known.done, n_jobs=self.settings.n_jobs)
         if self.regressor is not None:
@@ -208,9 +207,8 @@ class Study:
         numbers = range(n_masks)
         return bernoulli_masks(self.seed, numbers, self.n_components, fraction, fresh=True)
 
-    def known_masks(self) -> NDArray[np.bool_]:
-        """Masks whose outcomes are kept: -> (n_masks, n_components)."""
-        numbers = range(len(self.known.outcomes))
+    def masks(self, numbers: range) -> NDArray[np.bool_]:
+        """Masks of the fit: -> (len(numbers), n_components)."""
         return bernoulli_masks(self.seed, numbers, self.n_components, self.fraction)
 
     def row_fit(self) -> Fit:
@@ -307,8 +305,7 @@ class Study:
         return replace(self, fit=fit, regressor=regressor)
 
     def _regress(self, measured: Measurements) -> Any:
-        numbers = range(measured.done.masks)
-        masks = bernoulli_masks(self.seed, numbers, self.n_components, self.fraction)
+        masks = self.masks(range(measured.done.masks))
         return clone(self.settings.regressor).fit(masks.astype(float), measured.outcomes)
 
     def _stop(self, question: Question) -> Callable[[], bool]:

@@ -25,10 +25,7 @@ _FEW_TOGETHER = 10
 def bernoulli_masks(
     seed: int, numbers: range, n_components: int, fraction: float, *, fresh: bool = False
 ) -> Masks:
-    """Random masks that ablate every component with the same probability.
-
-    Shapes: -> (len(numbers), n_components).
-    """
+    """Random masks that ablate all with the same probability: -> (n_masks, n_components)."""
     purpose = _FRESH if fresh else _FIT
     rows = [_stream(seed, purpose, number).random(n_components) for number in numbers]
     return np.stack(rows) >= fraction if rows else np.ones((0, n_components), bool)
@@ -37,10 +34,7 @@ def bernoulli_masks(
 def path_gates(
     seed: int, number: int, rows: range, n_components: int, n_groups: int
 ) -> tuple[Floats, Masks]:
-    """Gates of one pass of the balanced path design.
-
-    Shapes: -> gates (len(rows), n_components), tested (len(rows), n_components).
-    """
+    """Gates of one pass of the balanced path design, and which are tested: (n_rows, N)."""
     # The components of every example are dealt into `n_groups` groups, anew in each round of
     # `n_groups` passes. A pass opens all gates but those of one group, whose gates stand at
     # points of [0, 1] that are spread evenly over the rounds from a random start.

@@ -1,8 +1,5 @@
 """Choose components whose ablation raises or lowers some outputs and spares others."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,11 +8,7 @@ Order = NDArray[np.intp]
 
 
 def welch_order(target: Array, reference: Array | None, *, increase: bool) -> Order:
-    """Rank components by Welch's t statistic between two groups of attributions.
-
-    Shapes: target (n_targets, n_components), reference (n_references, n_components) ->
-    (n_components,).
-    """
+    """Rank by Welch's t statistic: target (n_t, N), reference (n_r, N) -> (N,)."""
     # `t_j = (mean_T a_j - mean_R a_j) / sqrt(var_T(a_j) / |T| + var_R(a_j) / |R|)`; lowest first
     # to raise the targets' outputs, highest first to lower them.
     if reference is None or not len(reference):
@@ -32,11 +25,7 @@ def welch_order(target: Array, reference: Array | None, *, increase: bool) -> Or
 def budgeted_order(
     target: Array, reference: Array | None, *, increase: bool, target_error: Array | None = None
 ) -> Order:
-    """Rank components by gain for the targets against harm to the references.
-
-    Shapes: target (n_targets, n_components), reference (n_references, n_components), target_error
-    (n_targets, n_components) -> (n_components,).
-    """
+    """Rank by gain for the targets over harm to the references: (n_t, N), (n_r, N) -> (N,)."""
     # A linear model makes the choice a knapsack: gain in the targets' mean output over the mean
     # fall of the references' outputs. Falls and rises of different references do not cancel,
     # `harm_j = mean_R max(a_j, 0)`: it is the single example that is lost. Gains below their own
@@ -61,28 +50,3 @@ def grid_of_k(n_components: int, most: int | None = None) -> list[int]:
         grid.append(k)
         k = max(k + 1, round(k * 1.35))
     return [*grid, last]
-
-
-def choose_k(
-    order: Order,
-    candidates: Sequence[int],
-    measure: Callable[[NDArray[np.bool_]], dict[str, Any]],
-    *,
-    aim: Callable[[dict[str, Any]], float],
-    max_drop: float,
-) -> tuple[int, list[dict[str, Any]]]:
-    """Try numbers of components by true passes and keep the best that is harmless enough.
-
-    Shapes: order (n_components,).
-    """
-    path: list[dict[str, Any]] = []
-    for k in candidates:
-        mask = np.ones(len(order), bool)
-        mask[order[:k]] = False
-        path.append({"k": int(k), **measure(mask)})
-        if path[-1]["guard_score"] < path[0]["guard_score"] - 4 * max_drop - 0.05:
-            break
-    least = path[0]["guard_score"] - max_drop - 1e-12
-    allowed = [step for step in path if step["guard_score"] >= least]
-    best = max(allowed, key=lambda step: (aim(step), -step["k"]))
-    return int(best["k"]), path

@@ -1,7 +1,8 @@
-"""Carry an edit out: who is to change, who is to be spared, how many components."""
+"""Carry an edit out: who is to change, who is to be spared, what goes, by true passes."""
 
 import warnings
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skperf.components.editing import ORDERS, choose_k, grid_of_k
+from skperf.components.editing import ORDERS, grid_of_k
 from skperf.components.gates import Asked, Circuit
 from skperf.components.measures import Measure
 
 Array = NDArray[np.float64]
+Order = NDArray[np.intp]
 Mask = NDArray[np.bool_]
+_SHORTLIST = 24
+_STEPS = 8
+_LEAST_GAIN = 0.003
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Wish:
     criterion: str = "budgeted"
     k: int | str = "auto"
     max_drop: float = 0.01
+    worst_group: bool = False  # raise the worst guarded group instead
 
     def __post_init__(self) -> None:
         if self.direction not in ("increase", "decrease"):
@@ -36,26 +42,22 @@ class Wish:
         if isinstance(self.k, str) and self.k != "auto":
             raise ValueError(f"k={self.k!r} must be a number or 'auto'.")
 
-    @property
-    def increases(self) -> bool:
-        """Whether outputs are to be raised."""
-        return self.direction == "increase"
-
-    def order(self, attributions: Array, stderr: Array) -> NDArray[np.intp]:
-        """Rank components, first those to ablate: (n_examples, n_components) -> (n_components,)."""
-        if len(self.targets) < 2 and self.criterion == "welch":
+    def order(self, fit: Any, criterion: str) -> Order:
+        """Rank components, first those to ablate: -> (n_components,)."""
+        if len(self.targets) < 2 and criterion == self.criterion == "welch":
             warnings.warn(
                 "target has a single row: Welch's statistic has no variance for it.",
                 UserWarning,
                 stacklevel=4,
             )
-        spared = attributions[self.references] if len(self.references) else None
-        known = np.isfinite(stderr[self.targets]).all()
-        options: dict[str, Any] = {}
-        if self.criterion == "budgeted" and known:
-            options = {"target_error": stderr[self.targets]}
-        return ORDERS[self.criterion](
-            attributions[self.targets], spared, increase=self.increases, **options
+        stderr = fit.stderr[self.targets]
+        spared = fit.coefficients[self.references] if len(self.references) else None
+        known = criterion == "budgeted" and np.isfinite(stderr).all()
+        return ORDERS[criterion](
+            fit.coefficients[self.targets],
+            spared,
+            increase=self.direction == "increase",
+            **({"target_error": stderr} if known else {}),
         )
 
 
@@ -67,81 +69,191 @@ class Guarded:
     groups: NDArray[Any] | None = None  # (n,)
 
 
-@dataclass(frozen=True)
-class Outcomes:
-    """What true passes show of a mask: on the targets, on the references, on guarded rows."""
+@dataclass
+class Search:
+    """A search for components that had better go, each step judged by true passes."""
 
     circuit: Circuit
     measure: Measure
     asked: Asked
     wish: Wish
     guard: Guarded | None = None
+    mask: Mask = field(init=False)
+    path: list[dict[str, Any]] = field(init=False)
+    beyond: list[dict[str, Any]] = field(default_factory=list)  # tried, and not taken
 
-    def __call__(self, mask: Mask) -> dict[str, Any]:
-        """Run: mask (n_components,)."""
-        output, right = self._of(self.asked[self.wish.targets], mask)
-        step: dict[str, Any] = {"target_output": float(output.mean())}
-        step |= _accuracy("target_accuracy", right)
-        score = 1.0
-        if len(self.wish.references):
-            output, right = self._of(self.asked[self.wish.references], mask)
-            step |= {"reference_output": float(output.mean())}
-            step |= _accuracy("reference_accuracy", right)
-            score = float(output.mean() if right is None else right.mean())
-        if self.guard is not None:
-            output, right = self._of(self.guard.asked, mask)
-            kept = output if right is None else right
+    def __post_init__(self) -> None:
+        self.mask = np.ones(self.circuit.n_components, bool)
+        wish, guard = self.wish, self.guard
+        rows = {"target": wish.targets, "reference": wish.references}
+        self.watched = {name: self.asked[where] for name, where in rows.items() if len(where)}
+        if guard is not None:
+            self.watched["guard"] = guard.asked
+        self.width = 1.0
+        seen = self._seen(self.mask[None])
+        # accuracies of few rows jump; a smooth step as wide as outputs are moves with each row
+        judged = seen["guard" if wish.worst_group else "target"][0]
+        self.width = max(float(np.abs(judged).mean()), 1e-9)
+        self.path = self.steps(self.mask[None])
+
+    @property
+    def k(self) -> int:
+        """Number of components gone."""
+        return int((~self.mask).sum())
+
+    def steps(self, masks: Mask) -> list[dict[str, Any]]:
+        """Say what true passes show of masks (m, n_components)."""
+        seen = self._seen(masks)
+        return [
+            {"k": int((~mask).sum()), **self._step({name: v[..., i] for name, v in seen.items()})}
+            for i, mask in enumerate(masks)
+        ]
+
+    def along(self, order: Order, candidates: Sequence[int]) -> None:
+        """Go as far along a ranking as is best among what is harmless: order (n_components,)."""
+        path = [self.path[0]]
+        for k in candidates[1:]:
+            path += self.steps(~np.isin(np.arange(len(order)), order[:k])[None])
+            if path[-1]["guard_score"] < path[0]["guard_score"] - 4 * self.wish.max_drop - 0.05:
+                break
+        best = max(filter(self._harmless, path), key=lambda step: (step["aim"], -step["k"]))
+        if len(self.path) == 1 or best["aim"] > self.path[-1]["aim"] + _LEAST_GAIN:
+            self.mask = ~np.isin(np.arange(len(order)), order[: best["k"]])
+            n_kept = path.index(best) + 1
+            self.path, self.beyond = path[:n_kept], path[n_kept:]
+
+    def one_by_one(
+        self, ranked: Callable[[Mask], Order], most: int, *, forced: bool = False
+    ) -> bool:
+        """Ablate a few more, each the best of those tried; say if any were worth it."""
+        start = self.k
+        while self.k < min(most, start + _STEPS):
+            tried = ranked(self.mask)[:_SHORTLIST]
+            masks = np.repeat(self.mask[None], len(tried), 0)
+            masks[np.arange(len(tried)), tried] = False
+            steps = self.steps(masks)
+            allowed = [i for i, step in enumerate(steps) if forced or self._harmless(step)]
+            best = max(allowed, key=lambda i: steps[i]["aim"], default=None)
+            gain = -np.inf if best is None else steps[best]["aim"] - self.path[-1]["aim"]
+            if best is None or not (forced or gain >= _LEAST_GAIN):
+                break
+            self.mask = masks[best]
+            self.path.append(steps[best])
+        return self.k > start
+
+    def report(self) -> dict[str, Any]:
+        """Say what was done, with a line for each group."""
+        before, after = self.path[0], self.path[-1]
+        beyond = [step for step in self.beyond if step["k"] > self.k]
+        said: dict[str, Any] = {"k": self.k, "path": self.path + beyond}
+        if "target_output" in before:
+            said["realised_change"] = after["target_output"] - before["target_output"]
+        if "groups" in before:
+            said["groups"] = {
+                name: {"before": before["groups"][name], "after": after["groups"][name]}
+                for name in before["groups"]
+            }
+        return said
+
+    def _harmless(self, step: dict[str, Any]) -> bool:
+        first, drop = self.path[0], self.wish.max_drop + 1e-12
+        if not self.wish.worst_group:
+            return bool(step["guard_score"] >= first["guard_score"] - drop)
+        kept = step["guard_mean"] >= first["guard_mean"] - drop
+        return bool(kept and step["guard_score"] >= first["guard_score"])
+
+    def _seen(self, masks: Mask) -> dict[str, Array]:
+        """Run masks (m, n_components): outputs, and whether they are right, (2, n, m)."""
+
+        def both(outputs: Tensor, asked: Asked) -> Tensor:
+            values = self.measure(outputs, asked).reshape(len(asked), -1).double().mean(1)
+            return torch.stack([values, _right(outputs, asked).to(values)], 1)
+
+        gates = torch.as_tensor(masks, dtype=torch.float32)
+        return {
+            name: self.circuit.outputs(asked, both, gates).numpy().transpose(1, 0, 2)  # type: ignore[arg-type]
+            for name, asked in self.watched.items()
+        }
+
+    def _step(self, seen: dict[str, Array]) -> dict[str, Any]:
+        """Sum up one mask: outputs and whether right, (2, n), of all that is watched."""
+        step: dict[str, Any] = {"guard_score": 1.0}
+        for name, (output, right) in seen.items():
+            kept = output if np.isnan(right).any() else right
             score = float(kept.mean())
+            if name != "target":
+                step["guard_score"] = score
+            if name != "guard":
+                step[f"{name}_output"] = float(output.mean())
+                step |= {} if kept is output else {f"{name}_accuracy": score}
+                continue
+            assert self.guard is not None
             step["guard_mean"] = score
             if self.guard.groups is not None:
-                groups = self.guard.groups
-                lines = {g: float(kept[groups == g].mean()) for g in np.unique(groups).tolist()}
-                step["groups"], score = lines, min(lines.values())
-        step["guard_score"] = score
-        return step
+                step["groups"] = _means(kept, self.guard.groups)
+                step["guard_mean"] = float(np.mean(list(step["groups"].values())))
+                step["guard_score"] = min(step["groups"].values())
+        return {**step, "aim": self._aim(seen)}
 
-    def _of(self, asked: Asked, mask: Mask) -> tuple[Array, Array | None]:
-        both = _Noting(self.measure)
-        gates = torch.as_tensor(mask[None], dtype=torch.float32)
-        values = self.circuit.outputs(asked, both, gates)  # type: ignore[arg-type]
-        right = np.concatenate(both.right) if both.right else None
-        return values.flatten(1).double().mean(1).numpy(), right
+    def _aim(self, seen: dict[str, Array]) -> float:
+        if self.wish.worst_group:
+            assert self.guard is not None
+            smooth = self._smooth(seen["guard"][0])
+            means = list(_means(smooth, self.guard.groups).values())
+            return min(means) + 0.1 * float(np.mean(means))
+        sign = 1 if self.wish.direction == "increase" else -1
+        return sign * float(self._smooth(seen["target"][0]).mean())
+
+    def _smooth(self, outputs: Array) -> Array:
+        if self.measure.output != "margin":
+            return outputs / self.width
+        smooth: Array = 1 / (1 + np.exp(-outputs / self.width))
+        return smooth
 
 
-def edit(outcomes: Outcomes, attributions: Array, stderr: Array) -> tuple[Mask, dict[str, Any]]:
-    """Choose what to ablate: -> mask (n_components,)."""
-    wish = outcomes.wish
-    order = wish.order(attributions, stderr)
-    n_components = attributions.shape[1]
+def edit(search: Search, fit: Any) -> dict[str, Any]:
+    """Choose what to ablate, by linear models of the rows: the search's mask, and a report."""
+    wish = search.wish
+    own = wish.order(fit, wish.criterion)
+    n_components = len(own)
     if wish.k == "auto":
-        candidates, drop = grid_of_k(n_components), wish.max_drop
+        candidates = grid_of_k(n_components)
+        search.along(own, candidates)
+        if wish.criterion == "budgeted":  # the released ranking may know better
+            search.along(wish.order(fit, "welch"), candidates)
+            search.one_by_one(lambda mask: own[mask[own]], n_components)
     else:
         k = int(wish.k)
-        steps = [step for step in grid_of_k(max(k, 1), k) if step < k] if k else []
-        candidates, drop = sorted({0, *steps, k}), np.inf
-    sign = 1 if wish.increases else -1
-    best, path = choose_k(
-        order, candidates, outcomes, aim=lambda step: sign * step["target_output"], max_drop=drop
-    )
-    chosen = best if wish.k == "auto" else int(wish.k)
-    mask = np.ones(n_components, bool)
-    mask[order[:chosen]] = False
-    here = next(step for step in path if step["k"] == chosen)
-    report = {
-        "k": chosen,
-        "path": path,
-        "order": order,
+        steps = [step for step in grid_of_k(max(k, 1), k) if 0 < step <= k]
+        search.mask[own[:k]] = False
+        for step in sorted({*steps, k} - {0}):
+            search.path += search.steps(~np.isin(np.arange(n_components), own[:step])[None])
+    gone = ~search.mask
+    return {
+        **search.report(),
+        "order": own,
         "direction": wish.direction,
         "criterion": wish.criterion,
-        "predicted_change": float(-attributions[wish.targets][:, ~mask].sum(1).mean()),
-        "realised_change": float(here["target_output"] - path[0]["target_output"]),
+        "predicted_change": float(-fit.coefficients[wish.targets][:, gone].sum(1).mean()),
     }
-    if "groups" in here:
-        report["groups"] = {
-            name: {"before": path[0]["groups"][name], "after": here["groups"][name]}
-            for name in here["groups"]
-        }
-    return mask, report
+
+
+def raise_worst(
+    search: Search, fit: Any, outputs: Array, groups: NDArray[Any], most: int, *, forced: bool
+) -> bool:
+    """Ablate for the worst group, in the order of linear models: outputs, groups (n_examples,)."""
+    present = [name for name in search.path[0]["groups"] if (groups == name).any()]
+    means = np.array([outputs[groups == name].mean() for name in present])
+    falls = np.stack([fit.coefficients[groups == name].mean(0) for name in present])
+    start = search.mask
+
+    def ranked(mask: Mask) -> Order:
+        here = means - falls[:, start & ~mask].sum(1)
+        left = np.flatnonzero(mask)
+        predicted = (here[:, None] - falls[:, left]).min(0)
+        return left[np.argsort(-predicted, kind="stable")]
+
+    return search.one_by_one(ranked, most, forced=forced)
 
 
 def rows_of(selection: Any, n_rows: int, name: str) -> NDArray[np.intp]:
@@ -167,28 +279,20 @@ def rows_of(selection: Any, n_rows: int, name: str) -> NDArray[np.intp]:
 
 def wish_of(target: Any, reference: Any, n_rows: int, **options: Any) -> Wish:
     """Read whose outputs are to change: the others are spared unless some are named."""
-    wish = Wish(np.arange(0), np.arange(0), **options)
     targets = rows_of(target, n_rows, "target")
-    others = np.setdiff1d(np.arange(n_rows), targets)
-    spared = others if reference is None else rows_of(reference, n_rows, "reference")
-    return replace(wish, targets=targets, references=spared)
+    if reference is None:
+        return Wish(targets, np.setdiff1d(np.arange(n_rows), targets), **options)
+    return Wish(targets, rows_of(reference, n_rows, "reference"), **options)
 
 
-def _accuracy(name: str, right: Array | None) -> dict[str, float]:
-    return {} if right is None else {name: float(right.mean())}
+def _means(values: Array, groups: Any) -> dict[Any, float]:
+    return {name: float(values[groups == name].mean()) for name in np.unique(groups).tolist()}
 
 
-@dataclass
-class _Noting:
-    """An output that also notes which rows are right, where rows have a label each."""
-
-    measure: Measure
-    right: list[Array] = field(default_factory=list)
-
-    def __call__(self, outputs: Tensor, asked: Asked) -> Tensor:
-        targets = asked.targets
-        labelled = targets is not None and not targets.is_floating_point() and targets.ndim == 1
-        if labelled and targets is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
-            hits = outputs.argmax(1).eq(targets)
-            self.right.append(hits.double().cpu().numpy())
-        return self.measure(outputs, asked)
+def _right(outputs: Tensor, asked: Asked) -> Tensor:
+    """Whether rows are right, NaN where they have no label each: outputs (n, ...) -> (n,)."""
+    targets = asked.targets
+    labelled = targets is not None and not targets.is_floating_point() and targets.ndim == 1
+    if labelled and outputs.ndim == 2 and outputs.shape[1] > 1:
+        return outputs.argmax(1).eq(targets)
+    return torch.full((len(outputs),), torch.nan)

@@ -32,11 +32,7 @@ def ridge(
     anchor: Array | None = None,
     penalty: float | None = None,
 ) -> Fit:
-    """Ridge regression around a prior, by one eigendecomposition of the smaller side.
-
-    Shapes: masks (n_masks, n_components), outcomes (n_masks, n_examples), slopes (n_guesses,),
-    anchor (n_examples,).
-    """
+    """Ridge around a prior, by one eigendecomposition: (m, N), (m, n), anchor (n,)."""
     # `W = sum_g c_g P_g + argmin_D ||Y - V (sum_g c_g P_g + D)||^2 + penalty |D|^2` with |D|^2
     # divided by the variances, with V and Y centred. The penalty comes from the exact
     # leave-one-out errors. The standard errors are the sandwich over masks, which lets every
@@ -65,6 +61,43 @@ def ridge(
         penalty,
         mean_correlation((Y - left_out)[:n_masks].T, Y[:n_masks].T),
     )
+
+
+@dataclass(frozen=True)
+class PairEffects:
+    """Second differences of the output."""
+
+    pairs: NDArray[np.intp]  # (P, 2)
+    values: Array  # (n_examples, P)
+    stderr: Array  # (n_examples, P)
+    together: NDArray[np.intp]  # (P,): masks in which both are gone
+
+
+def pair_effects(
+    masks: NDArray[np.bool_], outcomes: Array, fit: Fit, chosen: NDArray[np.intp]
+) -> PairEffects:
+    """Regress what the linear model leaves of outcomes (m, n) on products of gates: chosen (k,)."""
+    # With gates about their means, v_i - p, products are orthogonal to single gates, so that the
+    # residual of the linear model keeps all that pairs explain. The coefficient of a product is
+    # f(1,1) - f(0,1) - f(1,0) + f(0,0): what both together cost more than the sum of each.
+    i, j = np.triu_indices(len(chosen), 1)
+    pairs = np.stack([chosen[i], chosen[j]], 1)
+    V = np.asarray(masks, np.float64)
+    residual = outcomes - (V @ fit.coefficients.T + fit.intercept)
+    centred = V - V.mean(0)
+    products = centred[:, pairs[:, 0]] * centred[:, pairs[:, 1]]
+    # products are small numbers; in units of their own size the ridge treats pairs alike
+    scale = products.std(0)
+    known = scale > 0
+    values = np.zeros((outcomes.shape[1], len(pairs)))
+    stderr = np.full(values.shape, np.inf)
+    if known.any():
+        second = ridge(products[:, known] / scale[known], residual)
+        values[:, known] = -second.coefficients / scale[known]
+        stderr[:, known] = second.stderr / scale[known]
+    gone = ~np.asarray(masks, bool)
+    together = (gone[:, pairs[:, 0]] & gone[:, pairs[:, 1]]).sum(0)
+    return PairEffects(pairs, values, stderr, together)
 
 
 def mean_correlation(predicted: Array, actual: Array) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skperf.backbone.network import Network
-from skperf.components.taps import first_tensor, row_layer, weight_rows
+from skperf.components.taps import row_layer, tapped, weight_rows
 from skperf.components.units import Found, Place, Site, Spot
 from skperf.components.watching import Watcher
 
@@ -53,26 +53,17 @@ def find(network: Network, row: Any) -> Found:
 
 def size_at(network: Network, row: Any, place: Place) -> int:
     """Entries along the dimension that a place cuts, found by running a row: row (1, ...)."""
-    part = network.module.get_submodule(place.module)
-    if place.side not in ("output", "input"):
-        shape = tuple(part._parameters[place.side].shape)  # type: ignore[union-attr]
+    spot = Spot(place.module, place.side, place.dim)
+    seen: list[Tensor] = []
+    if spot.is_activation:
+        watched = {spot: [lambda tensor, call: seen.append(tensor)]}  # type: ignore[func-returns-value]
+        with torch.no_grad(), tapped(network.module, watched):
+            network(row)
     else:
-        seen: list[Tensor] = []
-
-        def watch(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            tensor = first_tensor(output if place.side == "output" else (args, kwargs))
-            if tensor is not None:
-                seen.append(tensor)
-
-        handle = part.register_forward_hook(watch, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                network(row)
-        finally:
-            handle.remove()
-        if not seen:
-            raise ValueError(f"{place!r}: {place.module!r} is never called, or has no such tensor.")
-        shape = tuple(seen[0].shape)
+        seen.append(network.module.get_submodule(place.module).get_parameter(place.side))
+    if not seen:
+        raise ValueError(f"{place!r}: {place.module!r} is never called, or has no such tensor.")
+    shape = tuple(seen[0].shape)
     if not -len(shape) <= place.dim < len(shape):
         raise ValueError(
             f"{place!r}: the tensor there has shape {shape}, no dimension {place.dim}."

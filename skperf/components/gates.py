@@ -107,10 +107,6 @@ class Circuit:
     ) -> None:
         rule = Rule() if rule is None else rule
         self.base = base  # (n_components,): gates that are closed already
-        if isinstance(rule.kind, str) and rule.kind not in ABLATIONS:
-            raise ValueError(
-                f"ablation={rule.kind!r} is unknown; use one of {ABLATIONS}, a scale or a function."
-            )
         self.network, self.wiring, self.rule = network, wiring, rule
         self.by_weights = wiring.plain and rule.scales
         if not self.by_weights:
@@ -151,11 +147,7 @@ class Circuit:
     def gradients(
         self, asked: Asked, measure: Measure, gates: Tensor, *, first: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Compute outputs and their derivatives with respect to every gate.
-
-        Shapes: n rows, gates (n_components,) or (n, n_components) -> values (n,), gradients (n,
-        n_components).
-        """
+        """Compute outputs (n,) and slopes (n, N) of every gate: gates (N,) or (n, N)."""
         size = max(1, min(_ROWS_PER_PASS, _GRADIENT_FLOATS // max(self.wiring.floats_per_row, 1)))
         size = size if self.wiring.knows_rows else 1
         values, gradients = [], []
@@ -331,16 +323,13 @@ class Circuit:
         sums: dict[tuple[Spot, int], Tensor] = {}
         codes = torch.zeros(len(donors), dtype=torch.long, device=self.network.device)
         if self.rule.per == "class":
-            if labels is None:
-                raise ValueError("means per='class' need labels y.")
+            assert labels is not None
             codes = labels
         n_groups = int(codes.max()) + 1
         counts = torch.bincount(codes, minlength=n_groups)
         for start in range(0, len(donors), _ROWS_PER_PASS):
-            part, here = (
-                donors[start : start + _ROWS_PER_PASS],
-                codes[start : start + _ROWS_PER_PASS],
-            )
+            where = slice(start, start + _ROWS_PER_PASS)
+            part, here = donors[where], codes[where]
             for key, tensor in self.captured(part).items():
                 if self.rule.per == "all":
                     flat = tensor.movedim(key[0].dim, -1).flatten(0, -2).mean(0) * len(part)

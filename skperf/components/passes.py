@@ -1,6 +1,6 @@
 """Run the passes of a plan, in pieces and in any order of workers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from skperf.backbone._workers import spread
 from skperf.backbone.progress import track
-from skperf.components.designs import GRADIENT_COST, Plan, bernoulli_masks, path_gates
+from skperf.components.designs import Plan, bernoulli_masks, path_gates
 from skperf.components.gates import Asked, Circuit
 from skperf.components.measures import Measure
 from skperf.components.priors import PathSums
 
 Array = NDArray[np.float64]
-_MASKS, _PATHS, _SINGLES = 32, 8, 64
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,15 @@ class Question:
         return max(2, round(1 / (2 * self.fraction)))
 
     def gates(self, number: int) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
-        """Gates of one gradient pass, and which are under test.
-
-        Shapes: -> gates, tested (n_rows, n_components).
-        """
+        """Gates of one gradient pass, and which are under test: two (n_rows, n_components)."""
         rows = range(1) if self.alike else range(self.n_rows)
         gates, tested = path_gates(self.seed, number, rows, self.n_components, self.n_groups)
         shape = (self.n_rows, self.n_components)
         return np.broadcast_to(gates, shape), np.broadcast_to(tested, shape)
+
+    def masks(self, numbers: range) -> NDArray[np.bool_]:
+        """Random masks of a fit: -> (len(numbers), n_components)."""
+        return bernoulli_masks(self.seed, numbers, self.n_components, self.fraction)
 
     def outcomes(self, masks: NDArray[Any], first: int = 0) -> Array:
         """Compute true outputs under masks: masks (m, n_components) -> (m, n_examples)."""
@@ -97,6 +97,17 @@ class Measurements:
             return None
         return self.baseline[:, None] - np.concatenate(self.singles).T
 
+    def take(self, kind: str, made: Any) -> None:
+        """Take in what a worker has measured: gradients, singles or masks."""
+        if kind == "gradients":
+            sums, made = made
+            if self.paths is None:
+                self.paths = PathSums(sums.n_components, sums.n_examples)
+            self.paths.merge(sums)
+        kept = {"gradients": self.path_values, "singles": self.singles, "masks": self.rows}
+        kept[kind].append(made)
+        self.done = replace(self.done, **{kind: getattr(self.done, kind) + len(made)})
+
 
 def measure_baseline(question: Question) -> Array:
     """Compute outputs of the intact network: -> (n_examples,)."""
@@ -114,62 +125,28 @@ def spend(
     stop: Callable[[], bool] | None = None,
 ) -> None:
     """Run the passes of a plan; what is done stays done if it is interrupted."""
-    done = measured.done
-    if plan.gradients:
-        if measured.paths is None:
-            measured.paths = PathSums(question.n_components, question.n_rows)
-        pieces = _pieces(done.gradients, plan.gradients, _PATHS)
-        for piece, values in _run(_paths, question, pieces, n_jobs, "gradients", verbose):
-            measured.paths.merge(piece)
-            measured.path_values.append(values)
-            gradients = measured.done.gradients + len(values)
-            measured.done = replace(measured.done, gradients=gradients)
-    if plan.singles:
-        pieces = _pieces(done.singles, plan.singles, _SINGLES)
-        for outcomes in _run(_singles, question, pieces, n_jobs, "ablations", verbose):
-            measured.singles.append(outcomes)
-            singles = measured.done.singles + len(outcomes)
-            measured.done = replace(measured.done, singles=singles)
-    if plan.masks:
-        pieces = _pieces(done.masks, plan.masks, _MASKS)
-        for outcomes in _run(_masks, question, pieces, n_jobs, "masks", verbose):
-            measured.rows.append(outcomes)
-            masks = measured.done.masks + len(outcomes)
-            measured.done = replace(measured.done, masks=masks)
-            if stop is not None and stop():
+    tasks: tuple[tuple[str, Callable[[Question, range], Any], int], ...] = (
+        ("gradients", _paths, 8),
+        ("singles", _singles, 64),
+        ("masks", _masks, 32),
+    )
+    for kind, task, size in tasks:
+        start = getattr(measured.done, kind)
+        stop_at = start + getattr(plan, kind)
+        pieces = [range(i, min(i + size, stop_at)) for i in range(start, stop_at, size)]
+        # threads would share the circuit, whose hooks a pass sets
+        results = spread(task, question, pieces, n_jobs=n_jobs, own=True)
+        for made in track(results, description=kind, total=len(pieces), verbose=verbose):
+            measured.take(kind, made)
+            if kind == "masks" and stop is not None and stop():
                 break
 
 
-def cost_of(done: Plan) -> int:
-    """Forward-equivalents of what is done."""
-    return 1 + GRADIENT_COST * done.gradients + done.masks + done.singles
-
-
 def intact_gradients(question: Question) -> Array:
-    """Compute derivatives at the intact network, the first-order attributions.
-
-    Shapes: -> (n_examples, n_components).
-    """
+    """Compute derivatives at the intact network: -> (n_examples, n_components)."""
     ones = torch.ones(question.n_components)
     _, gradients = question.circuit.gradients(question.asked, question.measure, ones)
     return gradients.double().numpy()
-
-
-def _pieces(start: int, count: int, size: int) -> list[range]:
-    return [range(i, min(i + size, start + count)) for i in range(start, start + count, size)]
-
-
-def _run(
-    task: Callable[[Question, range], Any],
-    question: Question,
-    pieces: list[range],
-    n_jobs: int | None,
-    what: str,
-    verbose: int,
-) -> Iterator[Any]:
-    # threads would share the circuit, whose hooks a pass sets
-    results = spread(task, question, pieces, n_jobs=n_jobs, own=True)
-    return track(results, description=what, total=len(pieces), verbose=verbose)
 
 
 def _paths(question: Question, numbers: range) -> tuple[PathSums, Array]:
@@ -186,8 +163,7 @@ def _paths(question: Question, numbers: range) -> tuple[PathSums, Array]:
 
 
 def _masks(question: Question, numbers: range) -> Array:
-    masks = bernoulli_masks(question.seed, numbers, question.n_components, question.fraction)
-    return question.outcomes(masks, numbers.start)
+    return question.outcomes(question.masks(numbers), numbers.start)
 
 
 def _singles(question: Question, numbers: range) -> Array:

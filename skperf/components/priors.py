@@ -26,10 +26,7 @@ class PathSums:
         self.outside = np.zeros(shape)
 
     def add(self, gradients: NDArray[np.floating], tested: NDArray[np.bool_]) -> None:
-        """Take one pass in.
-
-        Shapes: gradients (n_examples, n_components), tested (n_examples, n_components).
-        """
+        """Take one pass in: gradients, tested (n_examples, n_components)."""
         self.passes += 1
         under_test = np.where(tested, gradients, 0.0)
         self.tested += tested
@@ -46,20 +43,14 @@ class PathSums:
         self.outside += other.outside
 
     def means(self) -> tuple[Array, Array]:
-        """Mean derivatives on the path and with the gate open.
-
-        Shapes: -> on_path (n_examples, n_components), open_gate (n_examples, n_components).
-        """
+        """Mean derivatives on the path and with gates open: -> two (n_examples, n_components)."""
         open_gate = self.outside / np.maximum(self.passes - self.tested, 1)
         open_gate = np.where(self.passes > self.tested, open_gate, self.inside / self.passes)
         on_path = np.where(self.tested > 0, self.inside / np.maximum(self.tested, 1), open_gate)
         return on_path, open_gate
 
     def spread(self, on_path: Array) -> Array:
-        """Squared deviations from the mean on the path, summed over the passes.
-
-        Shapes: on_path (n_examples, n_components) -> (n_examples, n_components).
-        """
+        """Squared deviations from the mean on the path, summed: (n_examples, n_components)."""
         tested: Array = np.maximum(self.inside_squared - self.tested * on_path**2, 0.0)
         return np.where(self.tested > 1, tested, 0.0)
 
@@ -114,10 +105,7 @@ def path_prior(sums: PathSums, shared: Population) -> Prior:
 
 
 def with_singles(prior: Prior | None, alone: Array) -> Prior:
-    """Add what ablating each component alone has shown, free of noise, to the guesses.
-
-    Shapes: alone (n_examples, n_components).
-    """
+    """Add what ablating each component alone has shown: alone (n_examples, n_components)."""
     if prior is None:
         return Prior([alone], np.ones(alone.shape[1]), np.zeros(alone.shape))
     return replace(prior, guesses=[*prior.guesses, alone])

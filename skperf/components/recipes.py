@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from skperf.components.designs import bernoulli_masks
 from skperf.components.estimation import Fit, mean_correlation, ridge
 from skperf.components.passes import Measurements, Question
 from skperf.components.priors import (
@@ -40,9 +39,9 @@ def attribute(
     """Fit the linear models."""
     done, alone = measured.done, measured.alone
     if alone is not None and done.masks < min(_LEAST_MASKS, question.n_components):
-        fit = _exact(alone, measured.baseline)
+        fit = exact(alone, measured.baseline)
         if done.masks:
-            predicted = alone @ _masks(question, range(done.masks)).T
+            predicted = alone @ question.masks(range(done.masks)).T
             fit = replace(fit, oob_score=mean_correlation(predicted, measured.outcomes.T))
         return fit, Learned()
     prior, shared = _guesses(measured, learned)
@@ -56,17 +55,9 @@ def attribute(
     penalty = learned.penalty if learned else None
     outcomes = measured.outcomes
     anchor = measured.baseline if prior is None else None
-    masks = _masks(question, range(len(outcomes)))
+    masks = question.masks(range(len(outcomes)))
     fit = ridge(masks, outcomes, prior, slopes=slopes, anchor=anchor, penalty=penalty)
     return fit, Learned(shared, slopes, fit.penalty)
-
-
-def first_order(gradients: Array, baseline: Array) -> Fit:
-    """Attributions from derivatives at the intact network.
-
-    Shapes: gradients (n_examples, n_components), baseline (n_examples,).
-    """
-    return _exact(gradients, baseline)
 
 
 def _guesses(
@@ -82,7 +73,8 @@ def _guesses(
     return prior, shared
 
 
-def _exact(coefficients: Array, baseline: Array) -> Fit:
+def exact(coefficients: Array, baseline: Array) -> Fit:
+    """Linear models of falls without noise: (n_examples, n_components), (n_examples,)."""
     zeros = np.zeros(coefficients.shape)
     intercept = baseline - coefficients.sum(1)
     return Fit(coefficients, intercept, zeros, 0.0, float("nan"))
@@ -106,7 +98,7 @@ def _slopes(question: Question, measured: Measurements, prior: Prior) -> Array:
         observations.append((_on_paths(question, chosen, list(prior.guesses)), values[chosen]))
     outcomes = measured.outcomes[:_MASKS_FOR_SLOPES]
     if len(outcomes) > 2:
-        masks = _masks(question, range(len(outcomes))).astype(np.float64)
+        masks = question.masks(range(len(outcomes))).astype(np.float64)
         features = np.stack([masks @ guess.T for guess in prior.guesses])
         observations.append((features, outcomes))
     return pooled_slopes(observations)
@@ -119,10 +111,6 @@ def _on_paths(question: Question, numbers: list[int], guesses: list[Array]) -> A
         gates, _ = question.gates(number)
         features.append([np.einsum("nj,nj->n", gates, guess) for guess in guesses])
     return np.array(features).transpose(1, 0, 2)
-
-
-def _masks(question: Question, numbers: range) -> NDArray[np.bool_]:
-    return bernoulli_masks(question.seed, numbers, question.n_components, question.fraction)
 
 
 def _spread(count: int, most: int) -> list[int]:

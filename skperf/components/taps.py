@@ -90,12 +90,7 @@ def with_first(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def first_tensor(value: Any) -> Tensor | None:
     """Find the first floating tensor in what a module takes or returns."""
     found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    with_first(value, keep)
+    with_first(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return found[0] if found else None
 
 

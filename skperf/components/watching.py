@@ -79,10 +79,10 @@ class Watcher(TorchFunctionMode):
             if parameter is not None
         }
         self.owners = {
-            id(parameter): (name, own)
-            for name, part in module.named_modules()
-            for own, parameter in part._parameters.items()
-            if parameter is not None and parameter.ndim >= 3 and row_layer(part) is None
+            key: (name, own)
+            for key, (name, own) in self.holders.items()
+            if (part := module.get_submodule(name)).get_parameter(own).ndim >= 3
+            and row_layer(part) is None
         }
 
     def __torch_function__(

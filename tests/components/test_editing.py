@@ -2,13 +2,26 @@
 
 import numpy as np
 
-from skperf.components.editing import budgeted_order, choose_k, grid_of_k, welch_order
+from skperf.components.editing import budgeted_order, grid_of_k, welch_order
+from skperf.components.edits import Search, Wish
 
 rng = np.random.default_rng(0)
 
 
-def output(step):
-    return step["target_output"]
+class Known(Search):
+    """A search whose outcomes are a function of the components that are gone."""
+
+    def __init__(self, n_components, outcome, **options):
+        self.outcome, self.wish = outcome, Wish(np.arange(1), np.arange(0), **options)
+        self.mask, self.beyond = np.ones(n_components, bool), []
+        self.path = self.steps(self.mask[None])
+
+    def steps(self, masks):
+        gone = [set(np.flatnonzero(~mask).tolist()) for mask in masks]
+        return [
+            {"k": len(which), **dict(zip(("aim", "guard_score"), self.outcome(which), strict=True))}
+            for which in gone
+        ]
 
 
 def test_welch_equals_its_formula():
@@ -42,21 +55,30 @@ def test_budgeted_does_not_trust_gains_below_their_error():
 
 def test_the_search_keeps_the_best_that_is_allowed():
     outcomes = {0: (0.0, 0.9), 1: (1.0, 0.9), 2: (2.0, 0.895), 3: (3.0, 0.8), 4: (9.0, 0.5)}
-
-    def measure(mask):
-        value, score = outcomes[int((~mask).sum())]
-        return {"target_output": value, "guard_score": score}
-
-    k, path = choose_k(np.arange(6), [0, 1, 2, 3, 4], measure, aim=output, max_drop=0.01)
-    assert k == 2
-    assert [step["k"] for step in path] == [0, 1, 2, 3]
+    search = Known(6, lambda gone: outcomes[len(gone)], max_drop=0.01)
+    search.along(np.arange(6), [0, 1, 2, 3, 4])
+    assert search.k == 2
+    assert [step["k"] for step in search.report()["path"]] == [0, 1, 2, 3]
 
 
 def test_nothing_is_ablated_where_nothing_helps():
-    def measure(mask):
-        return {"target_output": float(mask.sum()), "guard_score": 1.0}
+    search = Known(4, lambda gone: (-len(gone), 1.0), max_drop=0.1)
+    search.along(np.arange(4), [0, 1, 2])
+    assert not search.one_by_one(lambda mask: np.flatnonzero(mask), 4)
+    assert search.k == 0
 
-    assert choose_k(np.arange(4), [0, 1, 2], measure, aim=output, max_drop=0.1)[0] == 0
+
+def test_another_ranking_and_single_steps_are_taken_where_they_are_better():
+    def outcome(gone):  # the components 1 and 3 help, the others do harm
+        return len(gone & {1, 3}) - 0.5 * len(gone - {1, 3}), 1.0 - 0.2 * (2 in gone)
+
+    search = Known(4, outcome)
+    search.along(np.array([2, 0, 3, 1]), [0, 1, 2, 3])
+    assert search.k == 0
+    search.along(np.array([3, 0, 2, 1]), [0, 1, 2, 3])
+    assert search.one_by_one(lambda mask: np.flatnonzero(mask), 4)
+    assert np.flatnonzero(~search.mask).tolist() == [1, 3]
+    assert [step["k"] for step in search.path] == [0, 1, 2]
 
 
 def test_the_grid_starts_at_zero_and_ends_where_asked():

@@ -8,7 +8,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression
 from torch import nn
 
-from skperf.components import ComponentAttributor
+from skperf.components import Ablation, ComponentAttributor
 from tests.components.networks import Linear, linear
 
 
@@ -40,6 +40,7 @@ FAULTS = {
     "no component": ({"components": "nothing*"}, "matches nothing.*'hidden'"),
     "budget": ({"budget": 2}, "budget=2 is too small"),
     "budget for masks": ({"method": "regression", "budget": 1}, "budget=1 is too small"),
+    "ablation": ({"ablation": Ablation("nil")}, "ablation='nil' is unknown"),
     "output name": ({"output": "margins"}, "output='margins' is unknown"),
     "output shape": (
         {"output": lambda logits, codes: logits[:, :, None]},

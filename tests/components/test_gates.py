@@ -329,9 +329,3 @@ def test_what_comes_before_the_first_gate_is_computed_once():
         with_rows_zeroed(module, circuit.wiring.components, v, inputs, codes) for v in masks
     ]
     torch.testing.assert_close(actual, torch.stack(expected, 1), **EXACT)
-
-
-def test_an_unknown_ablation_is_refused():
-    module, X, _ = made(Residual)
-    with pytest.raises(ValueError, match="ablation='nil' is unknown"):
-        Circuit(fresh(module), wired(module, X, "auto"), Rule("nil"))
