@@ -62,8 +62,8 @@ test-oldest:  ## run the tests on the oldest supported versions
 	# scikit-learn 1.8 lists a check twice
 	.venv-oldest/bin/python -m pytest -n 2 -o strict_parametrization_ids=false tests
 
-check-package:  ## build wheel and sdist, try both in environments of their own
-	sh scripts/check_package.sh $(PYTHON)
+check-package:  ## build wheel and sdist, try both in a new environment; TESTS=tests/test_package.py for some
+	sh scripts/check_package.sh $(PYTHON) $(TESTS)
 
 OPEN_CLIP ?= .venv-open-clip
 test-open-clip:  ## the adapter against the real open_clip (several GB, an environment of its own)
