@@ -18,6 +18,7 @@ from skperf.influence.damping import resolve_damping
 from skperf.influence.generalized import removal_update, row_product
 from skperf.influence.inverses import chosen_parameters, largest_of
 from skperf.influence.layers import from_vectors, to_vectors
+from skperf.influence.methods import RowForm
 from skperf.influence.neighbours import features_of, nearest
 from skperf.influence.problem import Problem, curvature_rows
 from skperf.influence.repair import (
@@ -39,15 +40,6 @@ _SCALES = tuple(2.0**i for i in range(-10, 4))
 Report = dict[str, Any]
 
 
-def need_labels(learned: Learned, network: Network, what: str) -> None:
-    """Refuse what is about predicted labels where there are none."""
-    if network.loss.kind not in ("classes", "labels") or np.ndim(learned.y) > 2:
-        raise ValueError(
-            f"{what} is about predicted labels, and the loss is {network.loss.name}: use "
-            "influence and train on yourself."
-        )
-
-
 def repaired(
     learned: Learned,
     X: Rows,
@@ -64,14 +56,19 @@ def repaired(
 ) -> tuple[Network, Report]:
     """Train a copy of the first network on rows that matter: X (n_query, ...), y (n_query,)."""
     problem = learned.plain_problem()
-    need_labels(learned, problem.network, "repair")
-    network = problem.network.copy()
+    network = problem.network
+    if network.loss.kind not in ("classes", "labels") or np.ndim(learned.y) > 2:
+        raise ValueError(
+            f"repair is about predicted labels, and the loss is {network.loss.name}: use "
+            "influence and train on yourself."
+        )
     start = {name: p.detach() for name, p in problem.parameters.items()}
     k = min(k, problem.n_train)
     ensemble = learned.opened()
     total = ensemble.matrix(X, network.targets(y).cpu(), aggregate="sum")
     # what a row would do if it were not fitted yet: its slope is 1 - p times that of its log odds
-    worth = total / np.maximum(1 - np.exp(-_losses(problem)), 1e-7)
+    losses = problem.losses(problem.X, problem.targets).astype(float)
+    worth = total / np.maximum(1 - np.exp(-losses), 1e-7)
     worth = worth if how == "descend" else -worth
     chosen = np.argsort(-worth, kind="stable")[:k]
     judges = _judges(learned, network, guard, chosen)
@@ -102,8 +99,7 @@ def repaired(
         report[name] = accuracy(network, values, judges["judged"])
     if baselines:
         report["baselines"] = _baselines(learned, task, (X, y), k, ways)
-    write(network, outcome)
-    return network, {"action": f"repair:{how}", **report}
+    return changed(problem, outcome), {"action": f"repair:{how}", **report}
 
 
 @dataclass(frozen=True)
@@ -145,15 +141,6 @@ class _Repair:
             "share_of_path": share,
         }
         return parameters, report
-
-
-def _losses(problem: Problem) -> NDArray[Any]:
-    network, parts = problem.network, []
-    with torch.inference_mode():
-        for inputs, own in network.batches(problem.X, problem.targets):
-            parts.append(network.loss.value(network(inputs), own).cpu())
-    losses: NDArray[Any] = torch.cat(parts).double().numpy()
-    return losses
 
 
 def _judges(
@@ -204,12 +191,12 @@ def natural(learned: Learned) -> Any:
     """Multiply by the damped inverse curvature of the first member."""
     member = learned.opened().members[0]
     problem, lift = member.problem, member.fit.lift
-    if not hasattr(lift, "solve"):
+    if not isinstance(lift, RowForm):
         raise ValueError(f"precondition=True needs method='ggn', not {learned.method.name!r}.")
 
     def apply(gradient: Parameters) -> Parameters:
         factors = from_vectors(problem.layers, flatten(gradient)[None].cpu(), problem.parameters)
-        solved = to_vectors(problem.layers, lift.solve(factors), problem.parameters)
+        solved = to_vectors(problem.layers, lift.filtered.apply(factors), problem.parameters)
         device = next(iter(gradient.values())).device
         return unflatten(solved[0].to(device), problem.parameters)
 
@@ -219,11 +206,9 @@ def natural(learned: Learned) -> Any:
 def _natural_ways(learned: Learned) -> list[Any]:
     """Take steps at the damping of the scores, and at a tenth and ten times of it."""
     ways, damping = [natural(learned)], learned.stages[0].fit.report.get("damping")
-    choices = learned.choices
-    if isinstance(damping, float) and choices.damping != "flow":
+    if isinstance(damping, float) and learned.choices.damping != "flow":
         for factor in (0.1, 10.0):
-            other = with_damping(learned, factor * damping, None, choices.learning_rate)
-            ways.append(natural(other))
+            ways.append(natural(with_damping(learned, factor * damping)))
     return ways
 
 
@@ -458,16 +443,11 @@ def products(problem: Problem, curvature: str, damping: float | None, **which: A
     return row_product(problem.layers, problem.parameters, rows, damping)
 
 
-def write(network: Network, parameters: Parameters) -> None:
-    """Put parameters into a network of ours."""
+def changed(problem: Problem, parameters: Parameters) -> Network:
+    """Copy a network with other parameters."""
+    network = problem.network.copy()
     own = dict(network.module.named_parameters())
     with torch.no_grad():
         for name, value in parameters.items():
             own[name].copy_(value)
-
-
-def changed(problem: Problem, parameters: Parameters) -> Network:
-    """Copy a network with other parameters."""
-    network = problem.network.copy()
-    write(network, parameters)
     return network

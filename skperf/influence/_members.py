@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Choices:
     horizon: int | None
     learning_rate: float | None
     checkpoints: Sequence[Any] | None
-    candidates: int | Nearest | None
+    candidates: Nearest | None
     gradients: str
     batch_size: int | None
     memory_budget: str | float
@@ -106,12 +107,15 @@ class Learned:
     def opened(self) -> Ensemble:
         """Open everything that scores need."""
         networks = self.networks()
-        members = [
-            Member(self.problem(self._staged(networks, stage), stage.plan), stage.fit, stage.share)
-            for stage in self.stages
-        ]
+        members = []
+        for stage in self.stages:
+            problem = self.problem(self.staged(networks[stage.member], stage.state), stage.plan)
+            members.append(Member(problem, stage.fit, stage.share))
         first, choices = members[0].problem.network, self.choices
         output = first.loss if choices.output == "loss" else _output(choices.output, first.loss)
+        near, candidates = choices.candidates, None
+        if near is not None:
+            candidates = Candidates(near.k, np.asarray(self.y) if near.per_class else None)
         made: Any = Ensemble
         if isinstance(self.method, Replay):
             made = partial(ReplayEnsemble, replay=self._replayed(networks[0]))
@@ -121,7 +125,7 @@ class Learned:
             budget_in_bytes(choices.memory_budget),
             np.dtype(np.float64 if networks[0].dtype == torch.float64 else np.float32),
             choices.n_jobs,
-            _candidates(choices.candidates, self.y),
+            candidates,
             self.features,
         )
         return ensemble
@@ -135,18 +139,16 @@ class Learned:
             return replay_of(self.estimators[0], network, self.method, rows, budget)
         return kept
 
-    def _staged(self, networks: list[Network], stage: Stage) -> Network:
-        return with_weights(networks[stage.member], stage.state, double=self._double)
-
-    @property
-    def _double(self) -> bool:
-        return isinstance(self.method, Exact)
+    def staged(self, network: Network, state: Mapping[str, Tensor] | None) -> Network:
+        """Put a stage's weights into a member's network, doubled where the method asks for it."""
+        return with_weights(network, state, double=isinstance(self.method, Exact))
 
     def problem(self, network: Network, planned: Plan) -> Problem:
         """State the problem that a method is fitted on."""
         parameters = _selected(network, self.names)
         layers = planned.layers(network.module, parameters)
         choices, targets = self.choices, network.targets(self.y).cpu()
+        convolves = any(isinstance(p, nn.Conv2d | nn.Conv1d) for p in network.module.modules())
         return Problem(
             network,
             parameters,
@@ -156,14 +158,14 @@ class Learned:
             targets,
             shares_of(network.loss, targets, self.weights),
             self.settings,
-            choices.batch_size or _batch_size(network),
+            choices.batch_size or (64 if convolves else 2048),
             Shelf(budget_in_bytes(choices.memory_budget), choices.storage),
         )
 
     def plain_problem(self) -> Problem:
         """State the problem at the first member's own weights, in its own type."""
         network, stage = self.network(), self.stages[0]
-        same = stage.state is None and not self._double
+        same = stage.state is None and not isinstance(self.method, Exact)
         planned = stage.plan if same else self.planned(network)
         return self.problem(network, planned)
 
@@ -213,14 +215,6 @@ def with_weights(
     return replace(copy, module=copy.module.double()) if double else copy
 
 
-def _candidates(given: int | Nearest | None, y: Any) -> Candidates | None:
-    if given is None:
-        return None
-    if isinstance(given, Nearest):
-        return Candidates(given.k, np.asarray(y) if given.per_class else None)
-    return Candidates(given)
-
-
 def _output(output: Any, loss: Loss) -> Any:
     if loss.kind != "classes" and isinstance(output, str):
         raise ValueError(
@@ -251,23 +245,15 @@ def fitted_members(
         )
         for i, member in enumerate(members)
     )
-    classes = [open_network(one, loss=loss).classes for one in fitted]
-    for other in classes[1:]:
-        first = classes[0]
-        if first is None or other is None:
-            same = first is other
-        else:
-            same = len(other) == len(first) and bool((other == first).all())
-        if not same:
+    known = [open_network(one, loss=loss).classes for one in fitted]
+    first, *others = [None if classes is None else classes.tolist() for classes in known]
+    for other in others:
+        if other != first:
             raise ValueError(
                 "the members of an ensemble must know the same classes in the same order: "
-                f"{_shown(first)} and {_shown(other)}."
+                f"{first and first[:20]} and {other and other[:20]}."
             )
     return fitted
-
-
-def _shown(classes: Any) -> Any:
-    return None if classes is None else classes.tolist()[:20]
 
 
 def _kept_if_fitted(member: Any) -> Any:
@@ -398,36 +384,34 @@ def _params_of(fitted: Any) -> dict[str, Any]:
 
 def _stages(learned: Learned, networks: list[Network]) -> list[Stage]:
     """Fit the method on every network that scores are summed over."""
-    found: list[tuple[int, Mapping[str, Tensor] | None, float, dict[str, Any]]]
-    if isinstance(learned.method, Replay):
+    method, found = learned.method, []
+    if isinstance(method, Replay):
         if len(networks) > 1:
             raise ValueError("method='replay' takes one network, whose run it goes back through.")
         rows = (learned.X, learned.y, learned.weights)
         budget = learned.choices.memory_budget
-        run: Any = replay_of(learned.estimators[0], networks[0], learned.method, rows, budget)
+        run: Any = replay_of(learned.estimators[0], networks[0], method, rows, budget)
         fit = Fitted([], run, 1.0, run.unit, {"n_steps": len(run.run.steps)})
         return [Stage(0, None, 1.0, {}, learned.planned(networks[0]), fit)]
-    if isinstance(learned.method, TracIn):
-        found = _checkpoints(learned, networks)
+    if isinstance(method, TracIn):
+        found = _checkpoints(learned, method, networks)
     else:
-        options = learned.method.options()
-        shares = 1 / len(networks)
+        options, share = method.options(), 1 / len(networks)
         ahead = _half_way(learned, networks)
-        found = [(i, state, shares, options) for i, state in enumerate(ahead)]
-    stages, plans = [], {}
+        found = [(i, state, share, options) for i, state in enumerate(ahead)]
+    stages: list[Stage] = []
+    plans: dict[int, Plan] = {}
     for i, state, share, options in found:
-        network = with_weights(networks[i], state, double=learned._double)
+        network = learned.staged(networks[i], state)
         if i not in plans:
             plans[i] = learned.planned(network)
-        problem = learned.problem(network, plans[i])
-        fit = METHODS[learned.method.name](problem, **options)
+        fit = METHODS[method.name](learned.problem(network, plans[i]), **options)
         stages.append(Stage(i, state, share, options, plans[i], fit))
     return stages
 
 
-def _checkpoints(learned: Learned, networks: list[Network]) -> list[Any]:
-    method, checkpoints = learned.method, learned.choices.checkpoints
-    assert isinstance(method, TracIn)
+def _checkpoints(learned: Learned, method: TracIn, networks: list[Network]) -> list[Any]:
+    checkpoints = learned.choices.checkpoints
     if not checkpoints:
         raise ValueError(
             "method='tracin' sums over checkpoints: give a list of state dicts, modules or fitted "
@@ -522,27 +506,23 @@ def _half_way(learned: Learned, networks: list[Network]) -> list[Parameters | No
             settings.weight_decay,
             settings.seed + 1,
         )
-        end = further_trained(
+        stages = further_trained(
             network,
             _selected(network, learned.names),
             network.inputs(learned.X),
             targets,
-            shares * len(shares),
+            (shares * len(shares))[None],
             training,
-            settings.horizon // 2,
         )
-        ends.append({name: value.cpu() for name, value in end.items()})
+        end = next(islice(stages, settings.horizon // 2, None))
+        ends.append({name: value[0].detach().cpu() for name, value in end.items()})
     return ends
 
 
-def with_damping(
-    learned: Learned, damping: float | str, horizon: int | None, learning_rate: float | None
-) -> Learned:
+def with_damping(learned: Learned, damping: float | str, horizon: int | None = None) -> Learned:
     """Fit with another damping, without a pass through the network where the method allows."""
     networks = learned.networks()
-    choices = replace(
-        learned.choices, damping=damping, horizon=horizon, learning_rate=learning_rate
-    )
+    choices = replace(learned.choices, damping=damping, horizon=horizon)
     parameters = _selected(networks[0], learned.names)
     settings = _settings(
         learned.estimators[0], networks[0], parameters, learned.y, learned.weights, choices
@@ -550,7 +530,7 @@ def with_damping(
     other = replace(learned, choices=choices, settings=settings)
     stages = []
     for stage, state in zip(learned.stages, _half_way(other, networks), strict=True):
-        network = with_weights(networks[stage.member], state, double=other._double)
+        network = other.staged(networks[stage.member], state)
         problem = other.problem(network, stage.plan)
         name = other.method.name
         if state is None and stage.state is None:
@@ -559,8 +539,3 @@ def with_damping(
             fit = METHODS[name](problem, **stage.options)
         stages.append(replace(stage, state=state, fit=fit))
     return replace(other, stages=tuple(stages))
-
-
-def _batch_size(network: Network) -> int:
-    convolves = any(isinstance(part, nn.Conv2d | nn.Conv1d) for part in network.module.modules())
-    return 64 if convolves else 2048

@@ -1,5 +1,6 @@
 """Influence methods as records that own their options, searched as ``method__rank``."""
 
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -10,16 +11,37 @@ from skperf.backbone._sklearn import Interval, StrOptions, validate_parameter_co
 _COUNT = [Interval(Integral, 1, None, closed="left")]
 _POSITIVE = [Interval(Real, 0, None, closed="neither")]
 _SHARE = [Interval(Real, 0, 1, closed="right")]
-_OF_ROWS = [StrOptions({"ggn", "empirical"})]
-_OF_PRODUCTS = [StrOptions({"ggn", "hessian"})]
 SELECTIONS = ("gradient", "output", "sam", "random")
+_ALLOWED: dict[str, Any] = {
+    "betas": [tuple, list],
+    "eps": _POSITIVE,
+    "folder": [str, None],
+    "kept_trace": _SHARE,
+    "learning_rate": [*_POSITIVE, "array-like"],
+    "max_iter": _COUNT,
+    "max_rows": [*_COUNT, None],
+    "moments": [list, tuple, None],
+    "n_components": _COUNT,
+    "n_projections": _COUNT,
+    "n_repeats": _COUNT,
+    "n_samples": [*_COUNT, None],
+    "normalize": ["boolean"],
+    "rank": [*_COUNT, None],
+    "ratio": _SHARE,
+    "ridge": _POSITIVE,
+    "run": "no_validation",
+    "scale": [*_POSITIVE, None],
+    "select": [StrOptions(set(SELECTIONS))],
+    "tol": _POSITIVE,
+    "tolerance": [Interval(Real, 0, 1, closed="left")],
+}
 
 
 class Method(BaseEstimator):
     """A way to estimate influence, with its options."""
 
     name: ClassVar[str]
-    constraints: ClassVar[dict[str, Any]] = {}
+    curvatures: ClassVar[tuple[str, ...]] = ("ggn", "hessian")
 
     def options(self) -> dict[str, Any]:
         """Validate and state the options.
@@ -30,7 +52,8 @@ class Method(BaseEstimator):
             Options by name.
         """
         own: dict[str, Any] = self.get_params(deep=False)
-        validate_parameter_constraints(self.constraints, own, type(self).__name__)
+        allowed = {**_ALLOWED, "curvature": [StrOptions(set(self.curvatures))]}
+        validate_parameter_constraints(allowed, own, type(self).__name__)
         return own
 
 
@@ -40,6 +63,7 @@ class GradientDot(Method):
     name = "gradient_dot"
 
 
+@dataclass(eq=False, repr=False)
 class TracIn(Method):
     """Inner products of gradients, summed over the scorer's `checkpoints`.
 
@@ -61,24 +85,14 @@ class TracIn(Method):
     """
 
     name = "tracin"
-    constraints: ClassVar[dict[str, Any]] = {
-        "learning_rate": [*_POSITIVE, "array-like"],
-        "normalize": ["boolean"],
-        "moments": [list, tuple, None],
-        "betas": [tuple, list],
-        "eps": _POSITIVE,
-    }
-
-    def __init__(
-        self, learning_rate=1.0, normalize=False, moments=None, betas=(0.9, 0.999), eps=1e-8
-    ):
-        self.learning_rate = learning_rate
-        self.normalize = normalize
-        self.moments = moments
-        self.betas = betas
-        self.eps = eps
+    learning_rate: Any = 1.0
+    normalize: Any = False
+    moments: Any = None
+    betas: Any = (0.9, 0.999)
+    eps: Any = 1e-8
 
 
+@dataclass(eq=False, repr=False)
 class GGN(Method):
     """Gauss-Newton curvature from its largest rows and a sample of the others.
 
@@ -94,18 +108,13 @@ class GGN(Method):
     """
 
     name = "ggn"
-    constraints: ClassVar[dict[str, Any]] = {
-        "kept_trace": _SHARE,
-        "max_rows": [*_COUNT, None],
-        "curvature": _OF_ROWS,
-    }
-
-    def __init__(self, kept_trace=0.95, max_rows=1000, curvature="ggn"):
-        self.kept_trace = kept_trace
-        self.max_rows = max_rows
-        self.curvature = curvature
+    curvatures = ("ggn", "empirical")
+    kept_trace: Any = 0.95
+    max_rows: Any = 1000
+    curvature: Any = "ggn"
 
 
+@dataclass(eq=False, repr=False)
 class EKFAC(Method):
     """Kronecker-factored eigenbasis with exact second moments in it.
 
@@ -118,11 +127,9 @@ class EKFAC(Method):
     """
 
     name = "ekfac"
-    constraints: ClassVar[dict[str, Any]] = {"rank": [*_COUNT, None], "curvature": _OF_ROWS}
-
-    def __init__(self, rank=8, curvature="ggn"):
-        self.rank = rank
-        self.curvature = curvature
+    curvatures = ("ggn", "empirical")
+    rank: Any = 8
+    curvature: Any = "ggn"
 
 
 class KFAC(EKFAC):
@@ -139,6 +146,7 @@ class KFAC(EKFAC):
     name = "kfac"
 
 
+@dataclass(eq=False, repr=False)
 class Arnoldi(Method):
     """Dominant eigenpairs of the curvature from a Krylov space.
 
@@ -153,18 +161,12 @@ class Arnoldi(Method):
     """
 
     name = "arnoldi"
-    constraints: ClassVar[dict[str, Any]] = {
-        "n_components": _COUNT,
-        "max_iter": _COUNT,
-        "curvature": _OF_PRODUCTS,
-    }
-
-    def __init__(self, n_components=100, max_iter=200, curvature="ggn"):
-        self.n_components = n_components
-        self.max_iter = max_iter
-        self.curvature = curvature
+    n_components: Any = 100
+    max_iter: Any = 200
+    curvature: Any = "ggn"
 
 
+@dataclass(eq=False, repr=False)
 class CG(Method):
     """Conjugate gradients.
 
@@ -179,18 +181,12 @@ class CG(Method):
     """
 
     name = "cg"
-    constraints: ClassVar[dict[str, Any]] = {
-        "tol": _POSITIVE,
-        "max_iter": _COUNT,
-        "curvature": _OF_PRODUCTS,
-    }
-
-    def __init__(self, tol=1e-4, max_iter=500, curvature="ggn"):
-        self.tol = tol
-        self.max_iter = max_iter
-        self.curvature = curvature
+    tol: Any = 1e-4
+    max_iter: Any = 500
+    curvature: Any = "ggn"
 
 
+@dataclass(eq=False, repr=False)
 class LiSSA(Method):
     """Stochastic Neumann series.
 
@@ -211,26 +207,15 @@ class LiSSA(Method):
     """
 
     name = "lissa"
-    constraints: ClassVar[dict[str, Any]] = {
-        "scale": [*_POSITIVE, None],
-        "n_samples": [*_COUNT, None],
-        "n_repeats": _COUNT,
-        "tol": _POSITIVE,
-        "max_iter": _COUNT,
-        "curvature": _OF_PRODUCTS,
-    }
-
-    def __init__(
-        self, scale=None, n_samples=None, n_repeats=1, tol=1e-4, max_iter=5000, curvature="ggn"
-    ):
-        self.scale = scale
-        self.n_samples = n_samples
-        self.n_repeats = n_repeats
-        self.tol = tol
-        self.max_iter = max_iter
-        self.curvature = curvature
+    scale: Any = None
+    n_samples: Any = None
+    n_repeats: Any = 1
+    tol: Any = 1e-4
+    max_iter: Any = 5000
+    curvature: Any = "ggn"
 
 
+@dataclass(eq=False, repr=False)
 class TRAK(Method):
     """Kernel of randomly projected gradients of the log odds.
 
@@ -241,10 +226,7 @@ class TRAK(Method):
     """
 
     name = "trak"
-    constraints: ClassVar[dict[str, Any]] = {"n_projections": _COUNT}
-
-    def __init__(self, n_projections=512):
-        self.n_projections = n_projections
+    n_projections: Any = 512
 
 
 class DataInf(Method):
@@ -253,6 +235,7 @@ class DataInf(Method):
     name = "datainf"
 
 
+@dataclass(eq=False, repr=False)
 class GIF(Method):
     """Generalised influence on few parameters (arXiv 2312.05586).
 
@@ -275,26 +258,15 @@ class GIF(Method):
     """
 
     name = "gif"
-    constraints: ClassVar[dict[str, Any]] = {
-        "select": [StrOptions(set(SELECTIONS))],
-        "ratio": _SHARE,
-        "ridge": _POSITIVE,
-        "tol": _POSITIVE,
-        "max_iter": _COUNT,
-        "curvature": _OF_PRODUCTS,
-    }
-
-    def __init__(
-        self, select="gradient", ratio=0.05, ridge=1e-3, tol=1e-4, max_iter=50, curvature="hessian"
-    ):
-        self.select = select
-        self.ratio = ratio
-        self.ridge = ridge
-        self.tol = tol
-        self.max_iter = max_iter
-        self.curvature = curvature
+    select: Any = "gradient"
+    ratio: Any = 0.05
+    ridge: Any = 1e-3
+    tol: Any = 1e-4
+    max_iter: Any = 50
+    curvature: Any = "hessian"
 
 
+@dataclass(eq=False, repr=False)
 class Exact(Method):
     """Dense curvature in double precision, for small networks.
 
@@ -305,12 +277,10 @@ class Exact(Method):
     """
 
     name = "exact"
-    constraints: ClassVar[dict[str, Any]] = {"curvature": _OF_PRODUCTS}
-
-    def __init__(self, curvature="ggn"):
-        self.curvature = curvature
+    curvature: Any = "ggn"
 
 
+@dataclass(eq=False, repr=False)
 class Replay(Method):
     """The derivative of the whole training run, by going back through its steps.
 
@@ -325,18 +295,12 @@ class Replay(Method):
     """
 
     name = "replay"
-    constraints: ClassVar[dict[str, Any]] = {
-        "run": "no_validation",
-        "tolerance": [Interval(Real, 0, 1, closed="left")],
-        "folder": [str, None],
-    }
-
-    def __init__(self, run=None, tolerance=0.05, folder=None):
-        self.run = run
-        self.tolerance = tolerance
-        self.folder = folder
+    run: Any = None
+    tolerance: Any = 0.05
+    folder: Any = None
 
 
+@dataclass(eq=False, repr=False)
 class Nearest(BaseEstimator):
     """Training rows that are scored: those nearest to the query in the last features.
 
@@ -348,29 +312,13 @@ class Nearest(BaseEstimator):
         Whether so many of every class.
     """
 
-    def __init__(self, k=100, per_class=False):
-        self.k = k
-        self.per_class = per_class
+    k: Any = 100
+    per_class: Any = False
 
 
-RECORDS: dict[str, type[Method]] = {
-    record.name: record
-    for record in (
-        GradientDot,
-        TracIn,
-        GGN,
-        EKFAC,
-        KFAC,
-        Arnoldi,
-        CG,
-        LiSSA,
-        TRAK,
-        DataInf,
-        GIF,
-        Exact,
-        Replay,
-    )
-}
+_FIRST_ORDER = (GradientDot, TracIn, TRAK, Replay)
+_CURVED = (GGN, EKFAC, KFAC, Arnoldi, CG, LiSSA, DataInf, GIF, Exact)
+RECORDS: dict[str, type[Method]] = {record.name: record for record in (*_FIRST_ORDER, *_CURVED)}
 
 
 def resolve_method(method: str | Method) -> Method | None:

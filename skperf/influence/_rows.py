@@ -15,12 +15,13 @@ from skperf.backbone.rows import Rows
 from skperf.influence._members import Learned
 from skperf.influence.captures import record, recording
 from skperf.influence.damping import resolve_damping
-from skperf.influence.gradients import Outer, inner
+from skperf.influence.gradients import Outer
 from skperf.influence.heads import leave_one_out_steps, linear_head_hessian
 from skperf.influence.layers import from_vectors
 from skperf.influence.output_rows import prepare_forward_mode
 from skperf.influence.problem import LOSS_UNIT, Problem, curvature_rows
 from skperf.influence.scoring import Ensemble
+from skperf.influence.tiles import meet
 
 
 class TopRows(Bunch):
@@ -75,7 +76,7 @@ def second_order(ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any
             left: Any, right: Any, problem: Problem = problem, fitted: Any = fitted
         ) -> Tensor:
             terms, stored = fitted.lift(problem, left), fitted.lift.store(problem, right)
-            products = inner([f for _, f in terms], [stored[i] for i, _ in terms])
+            products = meet(terms, stored)
             return (products * fitted.scale * problem.n_train).double()
 
         reached = bilinear(pulled, pulled) * scale**2
@@ -235,7 +236,7 @@ def radius_effects(
         pushed = _of_attack(problem, radius, norm)
         terms = fit.lift(problem, ensemble.query_gradients(problem, X, targets))
         stored = fit.lift.store(problem, pushed)
-        scores = inner([f for _, f in terms], [stored[i] for i, _ in terms])
+        scores = meet(terms, stored)
         # scores are over n; the pull of all rows together is a mean already
         total -= member.share * (scores[:, 0].double() * fit.scale * problem.n_train).numpy()
     return total if ensemble.about_loss else -total

@@ -1,6 +1,7 @@
 """Which training rows made a prediction: the estimator."""
 
 import warnings
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -262,24 +263,15 @@ class InfluenceScorer(
             raise ValueError("target is the first name of output: give one of them.")
         budget_in_bytes(self.memory_budget)
         known = isinstance(self.loss, str) and self.loss == "auto"
-        return Choices(
-            method=resolve_method(self.method),
-            parameters=self.parameters,
-            output=output,
-            loss=None if known else resolve_loss(self.loss),
-            damping=self.damping,
-            horizon=self.horizon,
-            learning_rate=self.learning_rate,
-            checkpoints=self.checkpoints,
-            candidates=self.candidates,
-            gradients=self.gradients,
-            batch_size=self.batch_size,
-            memory_budget=self.memory_budget,
-            storage=self.storage,
-            seed=0 if self.random_state is None else seed_of(self.random_state),
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-        )
+        near = self.candidates
+        given = self.get_params(deep=False) | {
+            "method": resolve_method(self.method),
+            "output": output,
+            "loss": None if known else resolve_loss(self.loss),
+            "candidates": Nearest(near) if isinstance(near, Integral) else near,
+            "seed": 0 if self.random_state is None else seed_of(self.random_state),
+        }
+        return Choices(**{field.name: given[field.name] for field in fields(Choices)})
 
     def _show(self, learned):
         """Keep what was learned, and tell of it."""
@@ -447,10 +439,11 @@ class InfluenceScorer(
         ensemble, X, targets = self._asked(X, y)
         if kind not in ("proponents", "opponents"):
             raise ValueError(f"kind must be 'proponents' or 'opponents', got {kind!r}.")
-        close = ensemble.candidates
-        most = ensemble.n_train if close is None else min(ensemble.n_train, close.most)
-        if not 1 <= k <= most:
-            raise ValueError(f"k={k} must be between 1 and the number of rows that are scored.")
+        if not (isinstance(k, Integral) and 1 <= k <= ensemble.n_scored):
+            raise ValueError(
+                f"k={k!r} must be a whole number from 1 to {ensemble.n_scored}, the rows that are "
+                "scored."
+            )
         sign = 1 if kind == "proponents" else -1
         indices, values = ensemble.top(X, targets, k, sign)
         return _rows.TopRows(indices=indices, values=values)
@@ -915,7 +908,7 @@ class InfluenceScorer(
         if (indices is None) == (class_ is None):
             raise ValueError("give either indices or class_, not both and not neither.")
         if how not in REMOVALS:
-            raise ValueError(f"how must be one of {sorted(REMOVALS)}, got {how!r}.")
+            raise ValueError(f"how must be one of {REMOVALS}, got {how!r}.")
         if select not in (None, *SELECTIONS):
             raise ValueError(f"select must be one of {SELECTIONS}, got {select!r}.")
         task = _actions.removal(
@@ -959,10 +952,9 @@ class InfluenceScorer(
             raise ValueError(
                 f"with_damping needs method='ggn' or 'exact'; this scorer uses {self.method_!r}."
             )
-        choices = self._learned.choices
-        horizon = choices.horizon if horizon is None else horizon
+        horizon = self._learned.choices.horizon if horizon is None else horizon
         other = type(self)(**self.get_params(deep=False))
         vars(other).update(vars(self))
         other.damping, other.horizon = damping, horizon
-        other._show(with_damping(self._learned, damping, horizon, choices.learning_rate))
+        other._show(with_damping(self._learned, damping, horizon))
         return other

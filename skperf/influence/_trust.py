@@ -20,13 +20,21 @@ from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
-from skperf.influence._members import Learned, learning_rate_of, with_damping
+from skperf.influence._members import Learned, learning_rate_of, with_damping, with_weights
 from skperf.influence.captures import recording
 from skperf.influence.gradients import squared_norms
-from skperf.influence.horizon import FurtherTraining, actual_effects, agreement, usable_horizon
+from skperf.influence.horizon import (
+    FurtherTraining,
+    actual_effects,
+    agreement,
+    correlation,
+    usable_horizon,
+)
 from skperf.influence.layers import to_vectors
+from skperf.influence.methods import RowForm
 from skperf.influence.problem import random_vector
 from skperf.influence.retraining import Recipe, half_subsets, stacked_outputs, train_subsets
+from skperf.influence.scoring import Ensemble
 from skperf.influence.solvers import arnoldi
 from skperf.metrics import linear_datamodeling_score
 
@@ -44,35 +52,19 @@ def fading_curve(
     least: float,
 ) -> Bunch:
     """Hold predicted against actual effects of further training: X (n_query, ...)."""
-    problem, settings = learned.plain_problem(), learned.settings
-    network = problem.network
+    settings, n = learned.settings, len(learned.X)
     # the order of batches is that of a generator of its own: rows that are left out are not the
     # ones that the first steps happen to use
     generator = torch.Generator().manual_seed(settings.seed)
-    rows = torch.randperm(problem.n_train, generator=generator)[:n_train]
-    rate = learning_rate or learning_rate_of(learned.estimators[0], learned.choices.learning_rate)
+    rows = torch.randperm(n, generator=generator)[:n_train]
     training = FurtherTraining(
-        rate or 0.03,
-        min(batch_size, problem.n_train),
+        learning_rate or _rate_of(learned),
+        min(batch_size, n),
         settings.weight_decay if weight_decay is None else weight_decay,
         settings.seed + 7919,
     )
     _check_step_size(learned, training.learning_rate)
-    ensemble = learned.opened()
-    output, sign = _judge(ensemble.output), 1.0 if ensemble.about_loss else -1.0
-    actual = sign * actual_effects(
-        network,
-        problem.parameters,
-        network.inputs(problem.X),
-        problem.targets.to(network.device),
-        rows,
-        (network.inputs(X), network.targets(y)),
-        output,
-        training,
-        steps,
-        weights=problem.relative_weights(),
-        verbose=settings.verbose,
-    )
+    actual = _effects(learned, X, y, rows, training, steps)
     predicted = _predicted(learned, X, y, steps, rows, training)
     figures = [agreement(p, a) for p, a in zip(predicted, actual, strict=True)]
     pearson, spearman, slope = map(np.array, zip(*figures, strict=True))
@@ -88,15 +80,50 @@ def fading_curve(
     )
 
 
-def _judge(output: Any) -> Any:
-    return output.value if isinstance(output, Loss) else output
+def _rate_of(learned: Learned) -> float:
+    return learning_rate_of(learned.estimators[0], learned.choices.learning_rate) or 0.03
+
+
+def _judge(ensemble: Ensemble) -> tuple[Any, float]:
+    """Give the function of what is asked about, and the sign that makes less of it better."""
+    output = ensemble.output
+    return (output.value, 1.0) if isinstance(output, Loss) else (output, -1.0)
+
+
+def _effects(
+    learned: Learned,
+    X: Rows,
+    y: Any,
+    rows: Tensor,
+    training: FurtherTraining,
+    steps: list[int],
+    kept: float = 0.0,
+) -> Tensor:
+    """Train on with some rows at a share of their weight: -> (n_steps, n_query, m)."""
+    problem = learned.plain_problem()
+    network, (output, sign) = problem.network, _judge(learned.opened())
+    effects = actual_effects(
+        network,
+        problem.parameters,
+        network.inputs(problem.X),
+        problem.targets.to(network.device),
+        rows,
+        (network.inputs(X), network.targets(y)),
+        output,
+        training,
+        steps,
+        weights=problem.relative_weights(),
+        kept=torch.full((len(rows),), kept),
+        verbose=problem.settings.verbose,
+    )
+    return sign * effects
 
 
 def _check_step_size(learned: Learned, learning_rate: float) -> None:
-    curvature = getattr(learned.stages[0].fit.lift, "curvature", None)
-    if curvature is None:
+    lift = learned.stages[0].fit.lift
+    if not isinstance(lift, RowForm):
         return
-    largest = float(torch.linalg.eigvalsh(curvature.gram)[-1])
+    largest = float(torch.linalg.eigvalsh(lift.filtered.curvature.gram)[-1])
     if learning_rate * largest > 2:
         warnings.warn(
             f"learning_rate={learning_rate:.3g} is too large for plain gradient steps: times the "
@@ -115,8 +142,8 @@ def _predicted(
     if choices.horizon is None and choices.damping not in ("horizon", "flow"):
         return _scores(learned, X, y, rows).expand(len(steps), -1, -1)
     how = "flow" if choices.damping == "flow" else "horizon"
-    there = (with_damping(learned, how, step, training.learning_rate) for step in steps)
-    return torch.stack([_scores(one, X, y, rows) for one in there])
+    at_rate = replace(learned, choices=replace(choices, learning_rate=training.learning_rate))
+    return torch.stack([_scores(with_damping(at_rate, how, step), X, y, rows) for step in steps])
 
 
 def _scores(learned: Learned, X: Rows, y: Any, rows: Tensor) -> Tensor:
@@ -144,8 +171,7 @@ def retrained_losses(
     network = learned.network()
     fitted = learned.estimators[0]
     inner = fitted.estimator if isinstance(fitted, FrozenEstimator) else fitted
-    ensemble = learned.opened()
-    output, sign = _judge(ensemble.output), 1.0 if ensemble.about_loss else -1.0
+    output, sign = _judge(learned.opened())
     recipe = recipe or _recipe_of(inner, network, subsets.shape[1])
     seed = learned.settings.seed
     if recipe is None:
@@ -236,7 +262,10 @@ def diagnosis(learned: Learned, X: Rows, y: Any, *, n_train: int, steps: list[in
     return Bunch(**found)
 
 
-def _entry(value: float, threshold: float, good: bool, advice: str, **more: Any) -> Bunch:
+def _entry(
+    value: float, threshold: float, advice: str, *, more_is_better: bool = False, **more: Any
+) -> Bunch:
+    good = value >= threshold if more_is_better else value < threshold
     verdict = "holds" if good else "does not hold"
     return Bunch(value=value, threshold=threshold, verdict=verdict, advice=advice, **more)
 
@@ -252,7 +281,6 @@ def _convexity(learned: Learned) -> Bunch:
     return _entry(
         size,
         0.1,
-        size < 0.1,
         "The Hessian has directions of negative curvature; stay with the Gauss-Newton form, "
         "curvature='ggn', or damp beyond the most negative eigenvalue.",
         share_negative=len(negative) / len(values),
@@ -265,34 +293,26 @@ def _numbers(learned: Learned, X: Rows, y: Any) -> Bunch:
     """How far scores change with the batch size, the damping and the precision."""
     plain = _matrix(learned, X, y)
     smaller = replace(learned, choices=replace(learned.choices, batch_size=7))
-    changes = {"batch_size": _change(_matrix(smaller, X, y), plain)}
+    change = np.abs(_matrix(smaller, X, y) - plain).max() / max(np.abs(plain).max(), 1e-300)
+    changes: dict[str, Any] = {"batch_size": float(change)}
     damping = learned.stages[0].fit.report.get("damping")
     if isinstance(damping, float) and damping > 0 and learned.method.name in ("ggn", "exact"):
-        choices = learned.choices
-        other = with_damping(learned, 2 * damping, None, choices.learning_rate)
-        changes["damping"] = 1 - float(_by_query(_matrix(other, X, y), plain).mean())
+        other = with_damping(learned, 2 * damping)
+        changes["damping"] = 1 - correlation(_matrix(other, X, y), plain)
     problem = learned.plain_problem()
     if problem.network.dtype == torch.float32:
-        network = problem.network
-        double = replace(network.copy(), module=network.copy().module.double())
+        double = with_weights(problem.network, None, double=True)
         rows = slice(0, min(32, problem.n_train))
         again = learned.problem(double, learned.stages[0].plan)
         one, two = (
-            torch.cat(
-                [
-                    t.double().flatten()
-                    for f in p.gradients(p.loss, p.X[rows], p.targets[rows])
-                    for t in f.tensors
-                ]
-            )
+            to_vectors(p.layers, p.gradients(p.loss, p.X[rows], p.targets[rows]), p.parameters)
             for p in (problem, again)
         )
-        changes["precision"] = float((one - two).norm() / two.norm().clamp_min(1e-30))
+        changes["precision"] = float((one.double() - two).norm() / two.norm().clamp_min(1e-30))
     worst = max(changes.values())
     return _entry(
         worst,
         0.05,
-        worst < 0.05,
         "Scores change with what should not matter: raise damping, or use a float64 module.",
         **changes,
     )
@@ -313,7 +333,6 @@ def _trajectory(learned: Learned) -> Bunch:
     return _entry(
         value,
         1.0,
-        value < 1.0,
         "The network has not come to rest, so that how it was trained matters: "
         "method='replay' follows the run, damping='flow' a horizon from here on.",
         mean_gradient=left,
@@ -338,9 +357,9 @@ def _divergence(learned: Learned, X: Rows, y: Any, n_train: int, steps: list[int
     return _entry(
         value,
         0.8,
-        value >= 0.8,
         f"Runs with and without a row drift apart: predictions hold for {curve.usable_horizon} "
         "further steps. Tie the damping to the horizon: damping='flow', horizon=...",
+        more_is_better=True,
         curve=curve,
         usable_horizon=curve.usable_horizon,
     )
@@ -348,39 +367,20 @@ def _divergence(learned: Learned, X: Rows, y: Any, n_train: int, steps: list[int
 
 def _first_order(learned: Learned, X: Rows, y: Any, n_train: int) -> Bunch:
     """Effects of row weights .5 and 0 beside each other: a straight line has half and whole."""
-    problem = learned.plain_problem()
-    network, settings = problem.network, learned.settings
-    rows = torch.randperm(problem.n_train, generator=torch.Generator().manual_seed(settings.seed))[
-        :n_train
-    ]
-    rate = learning_rate_of(learned.estimators[0], learned.choices.learning_rate)
-    training = FurtherTraining(rate or 0.03, problem.n_train, settings.weight_decay)
-    ensemble = learned.opened()
-    effects = [
-        actual_effects(
-            network,
-            problem.parameters,
-            network.inputs(problem.X),
-            problem.targets.to(network.device),
-            rows,
-            (network.inputs(X), network.targets(y)),
-            _judge(ensemble.output),
-            training,
-            [20],
-            weights=problem.relative_weights(),
-            kept=torch.full((len(rows),), kept),
-        )[0].double()
-        for kept in (0.5, 0.0)
-    ]
-    half, whole = effects
+    settings, n = learned.settings, len(learned.X)
+    generator = torch.Generator().manual_seed(settings.seed)
+    rows = torch.randperm(n, generator=generator)[:n_train]
+    training = FurtherTraining(_rate_of(learned), n, settings.weight_decay)
+    half, whole = (
+        _effects(learned, X, y, rows, training, [20], kept)[0].double() for kept in (0.5, 0.0)
+    )
     slope = float((half * whole).sum() / whole.square().sum().clamp_min(1e-300))
-    predicted = (_scores(learned, X, y, rows) * (1.0 if ensemble.about_loss else -1.0)).double()
+    predicted = _scores(learned, X, y, rows).double()
     ratio = float((predicted * whole).sum() / predicted.square().sum().clamp_min(1e-300))
     curvature = abs(slope - 0.5) / 0.5
     return _entry(
         curvature,
         0.1,
-        curvature < 0.1,
         "Leaving a row out is no small change: half of it does not have half of the effect. Trust "
         "the order of rows more than the size of their scores.",
         half_to_whole=slope,
@@ -394,16 +394,15 @@ def _over_seeds(learned: Learned, X: Rows, y: Any) -> Bunch:
         _matrix(replace(learned, stages=(replace(stage, share=1.0),)), X, y)
         for stage in learned.stages
     ]
-    pairs = [float(_by_query(one, two).mean()) for one, two in pairwise(each)]
-    value = float(np.mean(pairs))
+    value = float(np.mean([correlation(one, two) for one, two in pairwise(each)]))
     k = len(each)
     together = k * value / (1 + (k - 1) * value) if value > 0 else 0.0
     return _entry(
         together,
         0.8,
-        together >= 0.8,
         "Networks trained from other seeds score differently: give more of them as a list, and "
         "trust their mean.",
+        more_is_better=True,
         between_members=value,
         of_the_mean=together,
     )
@@ -413,14 +412,3 @@ def _matrix(learned: Learned, X: Rows, y: Any) -> NDArray[Any]:
     ensemble = learned.opened()
     scores: NDArray[Any] = ensemble.matrix(X, ensemble.first.network.targets(y).cpu())
     return scores
-
-
-def _change(one: NDArray[Any], two: NDArray[Any]) -> float:
-    return float(np.abs(one - two).max() / max(np.abs(two).max(), 1e-300))
-
-
-def _by_query(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
-    one, two = (m - m.mean(1, keepdims=True) for m in (one, two))
-    sizes = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
-    correlations: NDArray[Any] = (one * two).sum(1) / np.maximum(sizes, 1e-300)
-    return correlations

@@ -15,8 +15,8 @@ from skperf.backbone._workers import leaves_the_process, spread
 from skperf.backbone.losses import Loss
 from skperf.backbone.outputs import Output
 from skperf.backbone.rows import Rows
-from skperf.influence.gradients import Gradients, scaled, take
-from skperf.influence.methods import plain_weight
+from skperf.influence.gradients import Gradients, take
+from skperf.influence.methods import RowForm, Unchanged
 from skperf.influence.problem import Fitted, Problem
 from skperf.influence.tiles import block, bytes_of_row, row_slices
 
@@ -48,7 +48,11 @@ def worth_it(problem: Problem, fitted: Fitted, n_jobs: int | None, prefer: str) 
     """Say whether workers should compute gradients anew."""
     size = bytes_of_row(fitted.train[: len(problem.layers)])
     large = size > DEARER * problem.X.nbytes / max(problem.n_train, 1)
-    return large and leaves_the_process(n_jobs, prefer) and plain_weight(fitted.lift) is not None
+    return (
+        large
+        and leaves_the_process(n_jobs, prefer)
+        and isinstance(fitted.lift, Unchanged | RowForm)
+    )
 
 
 def tiles_anew(
@@ -62,8 +66,6 @@ def tiles_anew(
     prefer: str,
 ) -> Iterator[tuple[slice, NDArray[Any]]]:
     """Score some queries against all training rows, tile by tile: -> scores (n_queries, n_rows)."""
-    plain = plain_weight(fitted.lift)
-    assert plain is not None
     kept = fitted.train[len(problem.layers) :]
     train = Pulled(problem.loss, problem.X, problem.targets, problem.relative_weights(), kept)
     if kept:
@@ -79,7 +81,7 @@ def tiles_anew(
     slices = row_slices(problem.n_train, length, n_jobs)
     results = spread(
         _tile,
-        (without_rows, queries, plain, scale),
+        (without_rows, queries, scale),
         (train[rows] for rows in slices),
         n_jobs=n_jobs,
         prefer=prefer,
@@ -87,9 +89,7 @@ def tiles_anew(
     yield from zip(slices, results, strict=True)
 
 
-def _tile(common: tuple[Problem, Pulled, float, float], rows: Pulled) -> NDArray[Any]:
-    problem, queries, plain, scale = common
-    factors, n_layers = queries.factors(problem), len(problem.layers)
-    factors[:n_layers] = [scaled(factor, plain) for factor in factors[:n_layers]]
-    terms = list(enumerate(factors))
+def _tile(common: tuple[Problem, Pulled, float], rows: Pulled) -> NDArray[Any]:
+    problem, queries, scale = common
+    terms = list(enumerate(queries.factors(problem)))
     return block(terms, rows.factors(problem), scale, problem.network.device)

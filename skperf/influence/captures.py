@@ -15,7 +15,7 @@ from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
 from skperf.influence.gradients import Dense, Factor, Gradients, Outer, Tokens, folded, merged
-from skperf.influence.layers import CONVOLUTIONS, Layer, Place
+from skperf.influence.layers import CONVOLUTIONS, TABLES, Layer, Place
 from skperf.influence.mapping import mapped
 
 _BATCH_DEPENDENT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
@@ -80,11 +80,8 @@ class Watch:
     n: int
     calls: dict[str, list[Call]] = field(default_factory=dict)
 
-    def hooks(self, layers: Sequence[Layer]) -> dict[nn.Module, Callable[..., Any]]:
-        """Make the hooks of some layers."""
-        return {site: self._hook(layer) for layer in layers for site in layer.sites}
-
-    def _hook(self, layer: Layer) -> Callable[..., Any]:
+    def hook(self, layer: Layer) -> Callable[..., Any]:
+        """Make the hook of a layer."""
         calls = self.calls.setdefault(layer.name, [])
 
         def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
@@ -120,37 +117,34 @@ def record(network: Network, inputs: Rows, layers: Sequence[Layer]) -> Tape:
     below = next(network.module.parameters(), None)
     from_start = any(below is own for layer in hooked for own in layer.module.parameters())
 
-    def tracked(leaf: Tensor) -> Tensor:
-        return leaf.detach().requires_grad_(from_start and leaf.is_floating_point())
-
-    with forward_hooks(watch.hooks(hooked)):
-        outputs = network(inputs.map(tracked))
+    with forward_hooks({site: watch.hook(layer) for layer in hooked for site in layer.sites}):
+        outputs = network(
+            inputs.map(lambda x: x.detach().requires_grad_(from_start and x.is_floating_point()))
+        )
     for layer in hooked:
         n_calls = len(watch.calls[layer.name])
         if n_calls != (len(layer.places) or 1):
             raise Unusual(layer, f"ran {n_calls} times, not {len(layer.places) or 1} as before")
 
+    calls = [(layer, call) for layer in hooked for call in watch.calls[layer.name]]
+
     def pull(cotangent: Tensor) -> Gradients:
-        edges = [call.edge for layer in hooked for call in watch.calls[layer.name]]
-        returned: list[Tensor] = []
+        edges = [call.edge for _, call in calls]
+        returned: tuple[Tensor, ...] = ()
         if edges:
-            returned = list(
-                torch.autograd.grad(
-                    outputs, edges, cotangent, retain_graph=True, materialize_grads=True
-                )
+            returned = torch.autograd.grad(
+                outputs, edges, cotangent, retain_graph=True, materialize_grads=True
             )
-        owners = [layer.name for layer in hooked for _ in watch.calls[layer.name]]
-        _check_finite(owners, returned)
-        gradients: Gradients = []
-        left = iter(returned)
-        for layer in layers:
-            if not layer.sites:
-                gradients.append(Dense(alone(network, inputs, layer, cotangent)))
-                continue
-            calls = watch.calls[layer.name]
-            parts = [_of_call(layer, call, next(left), watch.n) for call in calls]
-            gradients.append(merged(parts))
-        return gradients
+        _check_finite([layer.name for layer, _ in calls], returned)
+        parts: dict[str, list[Factor]] = {}
+        for (layer, call), gradient in zip(calls, returned, strict=True):
+            parts.setdefault(layer.name, []).append(_of_call(layer, call, gradient, watch.n))
+        return [
+            merged(parts[layer.name])
+            if layer.sites
+            else Dense(alone(network, inputs, layer, cotangent))
+            for layer in layers
+        ]
 
     return Tape(outputs, pull)
 
@@ -209,7 +203,7 @@ def _of_call(layer: Layer, call: Call, gradient: Tensor, n: int) -> Factor:
 def _whole(layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> Dense:
     """Differentiate a part of an unknown kind once more, row by row."""
     module = layer.module
-    own = layer.own(module)
+    own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
 
     def pull(row: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         output, back, *_ = vjp(lambda values: functional_call(module, values, (row[None],)), own)
@@ -235,26 +229,18 @@ def _factor(
         return _linear(layer, inputs, gradient)
     if isinstance(module, CONVOLUTIONS):
         return _convolution(layer, module, inputs, gradient)
-    if isinstance(module, nn.Embedding):
-        return _embedding(module, inputs, gradient)
-    if isinstance(module, nn.EmbeddingBag):
-        return _embedding_bag(layer, module, inputs, gradient, extra)
+    if isinstance(module, TABLES):
+        return _tokens(layer, module, inputs, gradient, extra)
     return _norm(layer, module, inputs, gradient)
 
 
 def _linear(layer: Layer, inputs: Tensor, gradient: Tensor) -> Factor:
-    n = len(inputs)
     if inputs.ndim > 2:
-        inputs, gradient = (
-            inputs.reshape(n, -1, inputs.shape[-1]),
-            gradient.reshape(n, -1, gradient.shape[-1]),
-        )
+        inputs, gradient = (t.reshape(len(t), -1, t.shape[-1]) for t in (inputs, gradient))
     if not layer.weight:
-        return Dense(gradient.reshape(n, -1, gradient.shape[-1]).sum(1))
-    parts = [inputs]
+        return Dense(gradient.reshape(len(gradient), -1, gradient.shape[-1]).sum(1))
     if layer.bias:
-        parts.append(inputs.new_ones(*inputs.shape[:-1], 1))
-    inputs = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], -1)
     if inputs.ndim == 3 and not _is_short(inputs.shape[1], inputs.shape[2], gradient.shape[2]):
         return Dense((gradient.mT @ inputs).flatten(1))
     return Outer(inputs, gradient)
@@ -298,46 +284,35 @@ def _patches(conv: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     return functional.unfold(inputs, kernel, dilation=dilation, stride=stride)
 
 
-def _embedding(module: nn.Embedding, indices: Tensor, gradient: Tensor) -> Factor:
+def _tokens(
+    layer: Layer, module: Any, indices: Tensor, gradient: Tensor, extra: tuple[Any, ...]
+) -> Factor:
+    """Read the gradient of a table, summed or averaged over the tokens of a row for a bag."""
+    bag = isinstance(module, nn.EmbeddingBag)
+    plain = not any(given is not None for given in extra)
+    if bag and (indices.ndim != 2 or module.mode == "max" or not plain):
+        raise Unusual(layer, "is not called with tokens (n, length), a mean or sum, and no more")
     indices = indices.reshape(len(indices), -1)
     if module.padding_idx is not None:
         indices = indices.masked_fill(indices == module.padding_idx, -1)
-    return Tokens(indices, gradient.reshape(*indices.shape, -1), module.num_embeddings)
-
-
-def _embedding_bag(
-    layer: Layer, bag: nn.EmbeddingBag, indices: Tensor, gradient: Tensor, extra: tuple[Any, ...]
-) -> Factor:
-    if indices.ndim != 2 or bag.mode == "max" or any(given is not None for given in extra):
-        raise Unusual(layer, "is not called with tokens (n, length), a mean or sum, and no more")
-    if bag.padding_idx is not None:
-        indices = indices.masked_fill(indices == bag.padding_idx, -1)
+    if not bag:
+        return Tokens(indices, gradient.reshape(*indices.shape, -1), module.num_embeddings)
     share = (indices >= 0).to(gradient.dtype)
-    if bag.mode == "mean":
+    if module.mode == "mean":
         share = share / share.sum(1, keepdim=True).clamp_min(1)
-    return Tokens(indices, share[:, :, None] * gradient[:, None, :], bag.num_embeddings)
+    return Tokens(indices, share[:, :, None] * gradient[:, None, :], module.num_embeddings)
 
 
 def _norm(layer: Layer, module: Any, inputs: Tensor, gradient: Tensor) -> Factor:
-    shape = _own_shape(module)
+    n, own = len(inputs), module.weight if module.weight is not None else module.bias
+    last = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    shape, axis = ((n, -1, own.numel()), 1) if last else ((n, own.numel(), -1), 2)
     parts = []
     if layer.weight:
-        parts.append(_sum_to(gradient * _normalised(module, inputs), shape, module))
+        parts.append((gradient * _normalised(module, inputs)).reshape(shape).sum(axis))
     if layer.bias:
-        parts.append(_sum_to(gradient, shape, module))
+        parts.append(gradient.reshape(shape).sum(axis))
     return Dense(torch.cat(parts, 1))
-
-
-def _own_shape(module: Any) -> torch.Size:
-    weight = module.weight if module.weight is not None else module.bias
-    return torch.Size(weight.shape)
-
-
-def _sum_to(values: Tensor, shape: torch.Size, module: nn.Module) -> Tensor:
-    n = len(values)
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return values.reshape(n, -1, shape.numel()).sum(1)
-    return values.reshape(n, shape.numel(), -1).sum(2)
 
 
 def _normalised(module: Any, inputs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ others in proportion to their share stands for the rest of the trace; see
 :mod:`~skperf.influence.output_rows`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, SquaredErro
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten, unflatten
 from skperf.backbone.rows import Rows
-from skperf.influence.gradients import Gradients, gram
+from skperf.influence.gradients import Dense, Factor, Gradients, combine, gram, inner, written_out
 from skperf.influence.mapping import mapped
 from skperf.influence.output_rows import prepare_forward_mode
 
@@ -45,32 +45,6 @@ class RowSpace:
         """Sum of the curvature's eigenvalues."""
         return float(self.gram.diagonal().sum())
 
-    def factor(self, damping: float) -> Tensor:
-        """Factorise ``A A' + damping``: -> (n_rows, n_rows)."""
-        damped = self.gram.to(torch.float64, copy=True)
-        damped.diagonal().add_(damping)
-        factor: Tensor = torch.linalg.cholesky(damped)
-        return factor.to(self.gram)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenpairs of a row-space curvature, for filters other than damping."""
-
-    values: Tensor  # (n_rows,)
-    vectors: Tensor  # (n_rows, n_rows)
-
-    @classmethod
-    def of(cls, curvature: RowSpace) -> "Spectrum":
-        """Decompose a curvature."""
-        values, vectors = torch.linalg.eigh(curvature.gram.double())
-        keep = values > values[-1:].clamp_min(0) * 1e-9
-        return cls(values[keep], vectors[:, keep])
-
-    def coordinates(self, crossed: Tensor) -> Tensor:
-        """Components of gradients along the eigenvectors: crossed (n, n_rows) -> (n, n_values)."""
-        return crossed.double() @ (self.vectors / self.values.sqrt())
-
 
 Filter = Callable[[Tensor], Tensor]
 
@@ -86,14 +60,47 @@ def gradient_flow(time: float, weight_decay: float = 0.0) -> Filter:
     return apply
 
 
-def filtered_weights(values: Tensor, apply: Filter) -> tuple[float, Tensor]:
-    """Take a spectral filter apart: a multiple of the identity, and corrections.
+@dataclass(frozen=True)
+class Filtered:
+    """A function of a row-space curvature, ``f(C) = f(0) (1 + A' middle A)``."""
 
-    Shapes: values (r,) -> weights (r,).
-    """
-    # `g' f(C) h = at_zero g'h + sum_k weights_k (g.v_k)(h.v_k)`.
-    at_zero = apply(values.new_zeros(1))
-    return float(at_zero), apply(values) - at_zero
+    # damping is the function `1 / (x + damping)`: gradients meet directly, and by way of their
+    # products with the curvature's rows
+
+    curvature: RowSpace
+    at_zero: float  # f(0)
+    middle: Tensor  # (n_rows, n_rows)
+
+    @classmethod
+    def damped(cls, curvature: RowSpace, damping: float) -> "Filtered":
+        """Make the damped inverse."""
+        matrix = curvature.gram.to(torch.float64, copy=True)
+        matrix.diagonal().add_(damping)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+        return cls(curvature, 1 / damping, -inverse.to(curvature.gram))
+
+    @classmethod
+    def of(cls, curvature: RowSpace, function: Filter) -> "Filtered":
+        """Make any function that is not zero at zero."""
+        values, vectors = torch.linalg.eigh(curvature.gram.double())
+        keep = values > values[-1:].clamp_min(0) * 1e-9
+        values, vectors = values[keep], vectors[:, keep]
+        at_zero = function(values.new_zeros(1))
+        weights = (function(values) / at_zero - 1) / values
+        middle = (vectors * weights) @ vectors.T
+        return cls(curvature, float(at_zero), middle.to(curvature.gram))
+
+    def weights(self, vectors: Sequence[Factor]) -> Tensor:
+        """Of the curvature's rows: -> (n, n_rows)."""
+        return inner(vectors, self.curvature.rows) @ self.middle
+
+    def apply(self, vectors: Sequence[Factor]) -> Gradients:
+        """Multiply vectors: (n, ...) each."""
+        weights, rows = self.weights(vectors), self.curvature.rows
+        return [
+            Dense((written_out(v) + combine(weights, row)) * self.at_zero)
+            for v, row in zip(vectors, rows, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -134,23 +141,7 @@ class PlainAttention(TorchFunctionMode):
     ) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return _attention(*args, **(kwargs or {}))
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    plain = torch.ops.aten._scaled_dot_product_attention_math
-    return plain(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
+        return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
 
 
 @contextmanager

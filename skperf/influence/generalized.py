@@ -6,6 +6,8 @@ fixed ones included (Lyu, Jang, Ryu, Yang, arXiv 2312.05586).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,25 +47,16 @@ def unit_strengths(
         return {}
     with forward_hooks({layer.module: keep(layer.name) for layer in chosen}):
         results = network(inputs)
-    if by == "output":
-        seen = [values.detach() for values in outputs.values()]
-        return _of_units(chosen, seen)
-    total = network.loss.value(results, targets).sum()
-    means = _of_units(chosen, torch.autograd.grad(total, list(outputs.values())))
-    return {name: mean.abs() for name, mean in means.items()}
-
-
-def _of_units(layers: Sequence[Layer], seen: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {
-        layer.name: _unit_means(layer.module, values)
-        for layer, values in zip(layers, seen, strict=True)
-    }
-
-
-def _unit_means(module: nn.Module, values: Tensor) -> Tensor:
-    if isinstance(module, nn.Linear):
-        return values.reshape(-1, values.shape[-1]).mean(0)
-    return values.transpose(0, 1).flatten(1).mean(1)
+    seen = list(outputs.values())
+    if by != "output":
+        total = network.loss.value(results, targets).sum()
+        seen = list(torch.autograd.grad(total, seen))
+    means = {}
+    for layer, values in zip(chosen, seen, strict=True):
+        axis = -1 if isinstance(layer.module, nn.Linear) else 1
+        mean = values.detach().movedim(axis, 0).flatten(1).mean(1)
+        means[layer.name] = mean if by == "output" else mean.abs()
+    return means
 
 
 def choose_units(
@@ -141,12 +134,7 @@ def generalized_update(
         max_iter=max_iter,
         tol=tol,
     )
-    return Solution(
-        _spread(solution.values, chosen),
-        solution.residual,
-        solution.n_iterations,
-        solution.converged,
-    )
+    return replace(solution, values=_spread(solution.values, chosen))
 
 
 def _spread(values: Tensor, chosen: Tensor) -> Tensor:
@@ -195,30 +183,20 @@ def removal_update(
 
     Shapes: gradient (n_parameters,) -> (n_parameters,).
     """
-    return REMOVALS[how](multiply, chosen, gradient[None], ridge, max_iter)[0]
+    g = gradient[None]
+    options: dict[str, Any] = {"ridge": ridge, "max_iter": max_iter}
+    if how == "ascent":
+        return gradient * chosen
+    if how == "gif":
+        return generalized_update(multiply, chosen, g, **options).values[0]
+    if how == "freeze":
+
+        def inside(vectors: Tensor) -> Tensor:
+            return multiply(vectors * chosen) * chosen
+
+        return lsmr(inside, inside, g * chosen, **options).values[0]
+    update = lsmr(multiply, multiply, g, **options).values[0]
+    return update * chosen if how == "project" else update
 
 
-def _gif(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
-    return generalized_update(multiply, chosen, g, ridge=ridge, max_iter=max_iter).values
-
-
-def _freeze(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
-    def inside(vectors: Tensor) -> Tensor:
-        return multiply(vectors * chosen) * chosen
-
-    return lsmr(inside, inside, g * chosen, ridge=ridge, max_iter=max_iter).values
-
-
-def _plain(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
-    return lsmr(multiply, multiply, g, ridge=ridge, max_iter=max_iter).values
-
-
-def _project(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
-    return _plain(multiply, chosen, g, ridge, max_iter) * chosen
-
-
-def _ascent(multiply: Multiply, chosen: Tensor, g: Tensor, ridge: float, max_iter: int) -> Tensor:
-    return g * chosen
-
-
-REMOVALS = {"gif": _gif, "freeze": _freeze, "project": _project, "plain": _plain, "ascent": _ascent}
+REMOVALS = ("ascent", "freeze", "gif", "plain", "project")

@@ -9,6 +9,7 @@ with the bias, if it takes part, as a last input that is always one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,67 +18,50 @@ _CHUNK = 1 << 24  # floats in an intermediate product
 _SIDE = 512  # of a tile of scores that stays in the cache while every layer adds to it
 
 
+class _Rows:
+    """Tensors with one entry a row, and what all rows share."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored, one entry a row."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Tensor))
+
+    def with_tensors(self, *tensors: Tensor) -> Self:
+        """Replace what is stored."""
+        shared = [value for value in vars(self).values() if not isinstance(value, Tensor)]
+        return type(self)(*tensors, *shared)
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.tensors[0])
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        """Take some rows."""
+        return self.with_tensors(*(tensor[rows] for tensor in self.tensors))
+
+
 @dataclass(frozen=True)
-class Outer:
+class Outer(_Rows):
     """Gradients that are outer products, or short sums of them."""
 
     inputs: Tensor  # (n, n_inputs) or (n, n_positions, n_inputs)
     outputs: Tensor  # (n, n_outputs) or (n, n_positions, n_outputs)
 
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.inputs)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What is stored, one entry a row."""
-        return self.inputs, self.outputs
-
-    def __getitem__(self, rows: slice | Tensor) -> "Outer":
-        """Take some rows."""
-        return Outer(self.inputs[rows], self.outputs[rows])
-
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(_Rows):
     """Gradients, or any other vectors, written out."""
 
     values: Tensor  # (n, n_weights)
 
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.values)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What is stored, one entry a row."""
-        return (self.values,)
-
-    def __getitem__(self, rows: slice | Tensor) -> "Dense":
-        """Take some rows."""
-        return Dense(self.values[rows])
-
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(_Rows):
     """Gradients of an embedding table, non-zero at the tokens of a row only."""
 
     indices: Tensor  # (n, n_positions)
     outputs: Tensor  # (n, n_positions, n_dimensions)
     n_embeddings: int
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.indices)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What is stored, one entry a row."""
-        return self.indices, self.outputs
-
-    def __getitem__(self, rows: slice | Tensor) -> "Tokens":
-        """Take some rows."""
-        return Tokens(self.indices[rows], self.outputs[rows], self.n_embeddings)
 
 
 Factor = Outer | Dense | Tokens
@@ -117,39 +101,12 @@ def folded(factor: Factor, n: int, *, rows_last: bool = False) -> Factor:
     together = [apart(tensor) for tensor in factor.tensors]
     if positions == 3:
         together = [tensor.flatten(1, 2) for tensor in together]
-    return with_tensors(factor, *together)
+    return factor.with_tensors(*together)
 
 
 def take(gradients: Sequence[Factor], rows: slice | Tensor) -> Gradients:
     """Take the same rows of every layer."""
     return [factor[rows] for factor in gradients]
-
-
-def convert(
-    gradients: Sequence[Factor],
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> Gradients:
-    """Move gradients to another device or floating type."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-
-    return [with_tensors(factor, *map(moved, factor.tensors)) for factor in gradients]
-
-
-def with_tensors(factor: Factor, *tensors: Tensor) -> Factor:
-    """Replace what a factor stores."""
-    if isinstance(factor, Tokens):
-        return Tokens(tensors[0], tensors[1], factor.n_embeddings)
-    return type(factor)(*tensors)
-
-
-def scaled(factor: Factor, by: float) -> Factor:
-    """Multiply gradients by a number."""
-    *kept, last = factor.tensors
-    return with_tensors(factor, *kept, last * by)
 
 
 def inner(
@@ -160,7 +117,7 @@ def inner(
     Shapes: out (n_queries, n_rows) -> (n_queries, n_rows).
     """
     n_queries, n = len(queries[0]), len(rows[0])
-    result = _floating(queries[0]).new_empty(n_queries, n) if out is None else out
+    result = queries[0].tensors[-1].new_empty(n_queries, n) if out is None else out
     for first in range(0, n_queries, _SIDE):
         asked = slice(first, first + _SIDE)
         for start in range(0, n, _SIDE):
@@ -176,7 +133,7 @@ def inner(
 def gram(rows: Sequence[Factor]) -> Tensor:
     """Inner products of gradients with one another: -> (n, n)."""
     n = len(rows[0])
-    out = _floating(rows[0]).new_zeros(n, n)
+    out = rows[0].tensors[-1].new_zeros(n, n)
     length = max(64, n // 8)
     for start in range(0, n, length):
         part, rest = slice(start, start + length), slice(start, None)
@@ -214,7 +171,10 @@ def written_out(factor: Factor) -> Tensor:
     if isinstance(factor, Dense):
         return factor.values
     if isinstance(factor, Tokens):
-        return _scatter_tokens(factor)
+        outputs = factor.outputs * (factor.indices >= 0)[:, :, None]
+        table = outputs.new_zeros(len(factor), factor.n_embeddings, outputs.shape[-1])
+        where = factor.indices.clamp_min(0)[:, :, None].expand_as(outputs)
+        return table.scatter_add_(1, where, outputs).flatten(1)
     if factor.inputs.ndim == 2:
         matrices = factor.outputs[:, :, None] * factor.inputs[:, None, :]
     else:
@@ -263,10 +223,6 @@ def _inner_outer(query: Outer, row: Outer, out: Tensor) -> None:
         out[:, start : start + size] += blocks.sum((1, 3))
 
 
-def _inner_dense(query: Dense, row: Dense, out: Tensor) -> None:
-    out.addmm_(query.values, row.values.T)
-
-
 def _inner_dense_outer(query: Dense, row: Outer, out: Tensor) -> None:
     n_outputs, n_inputs = row.outputs.shape[-1], row.inputs.shape[-1]
     matrices = query.values.view(-1, n_outputs, n_inputs)
@@ -277,12 +233,6 @@ def _inner_dense_outer(query: Dense, row: Outer, out: Tensor) -> None:
         reached *= row.outputs.unsqueeze(-2)
         sums = reached.sum(-1)
         out[start : start + size] += (sums.sum(1) if sums.ndim == 3 else sums).T
-
-
-def _inner_outer_dense(query: Outer, row: Dense, out: Tensor) -> None:
-    transposed = torch.zeros_like(out.T)
-    _inner_dense_outer(row, query, transposed)
-    out += transposed.T
 
 
 def _inner_tokens(query: Tokens, row: Tokens, out: Tensor) -> None:
@@ -307,24 +257,12 @@ def _inner_dense_tokens(query: Dense, row: Tokens, out: Tensor) -> None:
 
 _INNER: dict[tuple[type, type], Callable[..., None]] = {
     (Outer, Outer): _inner_outer,
-    (Dense, Dense): _inner_dense,
+    (Dense, Dense): lambda query, row, out: out.addmm_(query.values, row.values.T),
     (Dense, Outer): _inner_dense_outer,
-    (Outer, Dense): _inner_outer_dense,
+    (Outer, Dense): lambda query, row, out: _inner_dense_outer(row, query, out.T),
     (Tokens, Tokens): _inner_tokens,
     (Dense, Tokens): _inner_dense_tokens,
 }
-
-
-def _scatter_tokens(factor: Tokens) -> Tensor:
-    n, n_dimensions = len(factor), factor.outputs.shape[-1]
-    table = factor.outputs.new_zeros(n, factor.n_embeddings, n_dimensions)
-    outputs = factor.outputs * (factor.indices >= 0)[:, :, None]
-    where = factor.indices.clamp_min(0)[:, :, None].expand_as(outputs)
-    return table.scatter_add_(1, where, outputs).flatten(1)
-
-
-def _floating(factor: Factor) -> Tensor:
-    return factor.values if isinstance(factor, Dense) else factor.outputs
 
 
 def _row_dot(left: Tensor, right: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ def leave_one_out_steps(
     curvatures: Tensor,
     hessian: Tensor,
     *,
-    exact: bool = True,
     chunk: int = 256,
 ) -> Tensor:
     """Newton step of every leave-one-out problem from the full solution.
@@ -46,10 +45,9 @@ def leave_one_out_steps(
         x, slope = inputs[start : start + chunk], slopes[start : start + chunk]
         curvature = curvatures[start : start + chunk]
         reached = torch.einsum("kdme,ne->nkdm", blocks, x)  # H^-1 J_i'
-        if exact:
-            leverage = torch.einsum("nd,nkdm->nkm", x, reached)
-            identity = torch.eye(n_outputs, dtype=x.dtype, device=x.device)
-            # (H - J'CJ)^-1 J' s = H^-1 J' (I - C L)^-1 s with L = J H^-1 J'
-            slope = torch.linalg.solve(identity - curvature @ leverage, slope[:, :, None])[:, :, 0]
+        leverage = torch.einsum("nd,nkdm->nkm", x, reached)
+        identity = torch.eye(n_outputs, dtype=x.dtype, device=x.device)
+        # (H - J'CJ)^-1 J' s = H^-1 J' (I - C L)^-1 s with L = J H^-1 J'
+        slope = torch.linalg.solve(identity - curvature @ leverage, slope[:, :, None])[:, :, 0]
         steps.append(torch.einsum("nkdm,nm->nkd", reached, slope))
     return torch.cat(steps)

@@ -7,8 +7,11 @@ Zablotskaia, "Theoretical and Practical Perspectives on what Influence Functions
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from skperf.backbone.network import Network
@@ -47,34 +50,19 @@ def actual_effects(
 
     Shapes: inputs (n, ...), targets (n, ...), weights (n,), kept (m,) -> (n_steps, n_queries, m).
     """
-    # All runs see the same batches in the same order. A row that is left out has weight zero (or
-    # `kept` of its own) where it would be used, in an unchanged batch with an unchanged
-    # denominator: sum_b w_i l_i / |b|.
+    # A row that is left out has weight zero (or `kept` of its own) where it would be used, in an
+    # unchanged batch with an unchanged denominator: sum_b w_i l_i / |b|.
     n, runs = len(inputs), len(left_out) + 1
-    stacked = {
-        name: p.detach().expand(runs, *p.shape).clone().requires_grad_()
-        for name, p in parameters.items()
-    }
     own = torch.ones(runs, n) if weights is None else weights.float().cpu().expand(runs, n).clone()
     own[torch.arange(1, runs), left_out] *= 0.0 if kept is None else kept.float()
-    own = own.to(network.device, network.dtype)
-    order = _batches(n, training)
-    effects = []
-    with torch.enable_grad():
-        for step in track(
-            range(1, max(steps) + 1), description="further training", verbose=verbose
-        ):
-            rows = next(order).to(network.device)
-            outputs = stacked_outputs_of(network, stacked, inputs[rows])
-            losses = stacked_values(
-                network.loss.value, outputs, targets[rows].expand(runs, *targets[rows].shape)
-            )
-            total = (losses * own[:, rows]).mean(1).sum()
-            gradients = torch.autograd.grad(total, list(stacked.values()), materialize_grads=True)
-            _step(stacked, gradients, training)
-            if step in steps:
-                values = stacked_outputs(network, stacked, *queries, output)
-                effects.append((values[1:] - values[:1]).T)
+    stages = further_trained(network, parameters, inputs, targets, own, training)
+    stages, effects = islice(stages, max(steps) + 1), []
+    for step, stacked in enumerate(
+        track(stages, description="further training", total=max(steps) + 1, verbose=verbose)
+    ):
+        if step in steps:
+            values = stacked_outputs(network, stacked, *queries, output)
+            effects.append((values[1:] - values[:1]).T)
     return torch.stack(effects)
 
 
@@ -83,24 +71,33 @@ def further_trained(
     parameters: Parameters,
     inputs: Rows,
     targets: Tensor,
-    weights: Tensor | None,
+    weights: Tensor,
     training: FurtherTraining,
-    steps: int,
-) -> Parameters:
-    """Train on: inputs (n, ...), targets (n, ...), weights (n,)."""
-    current = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-    order = _batches(len(inputs), training)
-    with torch.enable_grad():
-        for _ in range(steps):
-            rows = next(order).to(network.device)
-            losses = network.loss.value(network(inputs[rows], current), targets[rows])
-            if weights is not None:
-                losses = losses * weights.to(losses)[rows]
-            gradients = torch.autograd.grad(
-                losses.mean(), list(current.values()), materialize_grads=True
+) -> Iterator[Parameters]:
+    """Train on with several weightings of the rows: the start, and what each step leads to.
+
+    Shapes: inputs (n, ...), targets (n, ...), weights (m, n) -> parameters (m, ...) each.
+    """
+    # all runs see the same batches in the same order
+    runs, own = len(weights), weights.to(network.device, network.dtype)
+    stacked = {
+        name: p.detach().expand(runs, *p.shape).clone().requires_grad_()
+        for name, p in parameters.items()
+    }
+    yield stacked
+    for batch in _batches(len(inputs), training):
+        rows = batch.to(network.device)
+        with torch.enable_grad():
+            outputs = stacked_outputs_of(network, stacked, inputs[rows])
+            losses = stacked_values(
+                network.loss.value, outputs, targets[rows].expand(runs, *targets[rows].shape)
             )
-            _step(current, gradients, training)
-    return {name: p.detach() for name, p in current.items()}
+            total = (losses * own[:, rows]).mean(1).sum()
+            gradients = torch.autograd.grad(total, list(stacked.values()), materialize_grads=True)
+        with torch.no_grad():
+            for tensor, gradient in zip(stacked.values(), gradients, strict=True):
+                tensor -= training.learning_rate * (gradient + training.weight_decay * tensor)
+        yield stacked
 
 
 def _batches(n: int, training: FurtherTraining) -> Iterator[Tensor]:
@@ -109,22 +106,17 @@ def _batches(n: int, training: FurtherTraining) -> Iterator[Tensor]:
         yield from torch.split(torch.randperm(n, generator=generator), training.batch_size)
 
 
-def _step(stacked: Parameters, gradients: tuple[Tensor, ...], training: FurtherTraining) -> None:
-    with torch.no_grad():
-        for tensor, gradient in zip(stacked.values(), gradients, strict=True):
-            tensor -= training.learning_rate * (gradient + training.weight_decay * tensor)
-
-
 def agreement(predicted: Tensor, actual: Tensor) -> tuple[float, float, float]:
     """Compare predicted with actual effects: predicted, actual (n_queries, m)."""
     predicted, actual = predicted.double(), actual.double()
     slope = float((predicted * actual).sum() / predicted.square().sum().clamp_min(1e-300))
-    pearson = _correlation(predicted, actual)
-    ranks = [_ranks(effects) for effects in (predicted, actual)]
-    return pearson, _correlation(*ranks), slope
+    ranks = [torch.from_numpy(rankdata(both.cpu().numpy(), axis=1)) for both in (predicted, actual)]
+    return correlation(predicted, actual), correlation(*ranks), slope
 
 
-def _correlation(left: Tensor, right: Tensor) -> float:
+def correlation(left: Any, right: Any) -> float:
+    """Mean over queries of the correlation across rows: left, right (n_queries, m)."""
+    left, right = (torch.as_tensor(both).double() for both in (left, right))
     left = left - left.mean(1, keepdim=True)
     right = right - right.mean(1, keepdim=True)
     sizes = left.norm(dim=1) * right.norm(dim=1)
@@ -132,16 +124,6 @@ def _correlation(left: Tensor, right: Tensor) -> float:
     if not bool(varies.any()):
         return float("nan")
     return float(((left * right).sum(1)[varies] / sizes[varies]).mean())
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Rank within each row, ties sharing their mean."""
-    ordered, order = values.sort(1)
-    ordered = ordered.contiguous()
-    first = torch.searchsorted(ordered, ordered, right=False)
-    last = torch.searchsorted(ordered, ordered, right=True) - 1
-    shared = (first + last).double() / 2
-    return torch.empty_like(shared).scatter_(1, order, shared)
 
 
 def usable_horizon(steps: Sequence[int], pearson: Sequence[float], *, least: float = 0.8) -> int:

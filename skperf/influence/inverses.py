@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from skperf.influence.generalized import (
     unit_strengths,
 )
 from skperf.influence.gradients import Gradients
-from skperf.influence.layers import Layer, find_layers, from_vectors, to_vectors
-from skperf.influence.problem import LOSS_UNIT, Fitted, Problem, plain_terms, random_vector
+from skperf.influence.layers import find_layers, from_vectors, to_vectors
+from skperf.influence.problem import LOSS_UNIT, Fitted, Problem, random_vector
 from skperf.influence.solvers import conjugate_gradient, largest_eigenvalue, neumann
 from skperf.influence.tiles import Terms
 
@@ -29,9 +30,8 @@ from skperf.influence.tiles import Terms
 class Solved:
     """Queries multiplied by an inverse, through an iterative or dense solver."""
 
-    solver: str
-    damping: float
-    extra: dict[str, Any] = field(default_factory=dict)
+    solve: Callable[[Problem, Tensor], Tensor]  # (m, n_parameters) -> (m, n_parameters)
+    matrix: Tensor | None = None  # the dense curvature, where there is one
 
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
         """Keep the rows."""
@@ -42,82 +42,18 @@ class Solved:
         device = problem.network.device
         right = to_vectors(problem.layers, queries, problem.parameters).to(device)
         with recording(problem.network.module):
-            solved = _SOLVERS[self.solver](problem, right, self.damping, self.extra)
-        return plain_terms([*from_vectors(problem.layers, solved.cpu(), problem.parameters)])
+            solved = self.solve(problem, right)
+        return [*enumerate(from_vectors(problem.layers, solved.cpu(), problem.parameters))]
 
 
-def _solve_cg(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    product = problem.product(extra["curvature"], damping)
-    solution = conjugate_gradient(product, right, tol=extra["tol"], max_iter=extra["max_iter"])
-    _warn_unconverged("conjugate gradients", solution.converged, float(solution.residual.max()))
-    return solution.values
-
-
-def _solve_lissa(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    product = problem.product(extra["curvature"], damping)
-    n, size = problem.n_train, min(problem.n_train, extra["batch_size"])
-
-    def one(repeat: int) -> Tensor:
-        orders = torch.Generator().manual_seed(problem.settings.seed + repeat)
-
-        def multiply(x: Tensor, step: int) -> Tensor:
-            if size == n:
-                return product(x)
-            return product(x, torch.randint(n, (size,), generator=orders))
-
-        return neumann(
-            multiply,
-            right,
-            scale=extra["scale"],
-            max_iter=extra["max_iter"],
-            tol=extra["tol"] * 0.01,
-        ).values
-
-    # independent draws of the series, whose mean is the estimate
-    return torch.stack([one(repeat) for repeat in range(extra["n_repeats"])]).mean(0)
-
-
-def _solve_gif(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    product = problem.product(extra["curvature"])
-
-    # the recurrence loses its orthogonality, and with it the result its digits, in single precision
-    def multiply(vectors: Tensor) -> Tensor:
-        return product(vectors.to(right.dtype)).double()
-
-    solved = generalized_query(
-        multiply,
-        extra["chosen"].to(right.device),
-        right.double(),
-        ridge=extra["ridge"],
-        max_iter=extra["max_iter"],
-        tol=extra["tol"],
-    )
-    return solved.to(right.dtype)
-
-
-def _solve_exact(problem: Problem, right: Tensor, damping: float, extra: dict[str, Any]) -> Tensor:
-    if "spectrum" in extra:
-        vectors = extra["spectrum"][1].to(right.device)
-        filtered: Tensor = ((right @ vectors) * extra["weights"].to(right.device)) @ vectors.T
-        return filtered
-    return torch.cholesky_solve(right.T, extra["cholesky"].to(right.device)).T
-
-
-_SOLVERS: dict[str, Callable[..., Tensor]] = {
-    "cg": _solve_cg,
-    "lissa": _solve_lissa,
-    "gif": _solve_gif,
-    "exact": _solve_exact,
-}
-
-
-def _warn_unconverged(what: str, converged: bool, residual: float) -> None:
-    if not converged:
-        warnings.warn(
-            f"{what} stopped at a relative residual of {residual:.1e}: raise max_iter or damping.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+def _solver(
+    problem: Problem, solve: Callable[..., Tensor], report: dict[str, Any], **options: Any
+) -> Fitted:
+    """Keep gradients, and a solver with its options; fail where no product can be formed."""
+    with recording(problem.network.module):
+        problem.product(options["curvature"])(random_vector(problem)[None], torch.arange(1))
+    lift = Solved(partial(solve, **options))
+    return Fitted(problem.train_gradients(), lift, 1 / problem.n_train, LOSS_UNIT, report)
 
 
 def cg(
@@ -125,17 +61,23 @@ def cg(
 ) -> Fitted:
     """Conjugate gradients, all queries of a tile at once."""
     damping = resolve_damping(problem)
-    _check_products(problem, curvature)
-    extra = {"tol": tol, "max_iter": max_iter, "curvature": curvature}
-    lift = Solved("cg", damping, extra)
-    train = problem.train_gradients()
-    return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": damping})
+    options = {"tol": tol, "max_iter": max_iter, "curvature": curvature, "damping": damping}
+    return _solver(problem, _solve_cg, {"damping": damping}, **options)
 
 
-def _check_products(problem: Problem, curvature: str) -> None:
-    """Fail at fit, rather than at the first query, where no product can be formed."""
-    with recording(problem.network.module):
-        problem.product(curvature)(random_vector(problem)[None], torch.arange(1))
+def _solve_cg(
+    problem: Problem, right: Tensor, *, tol: float, max_iter: int, curvature: str, damping: float
+) -> Tensor:
+    product = problem.product(curvature, damping)
+    solution = conjugate_gradient(product, right, tol=tol, max_iter=max_iter)
+    if not solution.converged:
+        warnings.warn(
+            "conjugate gradients stopped at a relative residual of "
+            f"{float(solution.residual.max()):.1e}: raise max_iter or damping.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return solution.values
 
 
 def lissa(
@@ -150,29 +92,52 @@ def lissa(
 ) -> Fitted:
     """Stochastic Neumann series."""
     damping = resolve_damping(problem)
-    if scale is None:
-        scale = 1.5 * _largest(problem, curvature) + damping
-    extra = {
-        "scale": scale,
-        "batch_size": n_samples or max(256, problem.batch_size),
-        "n_repeats": n_repeats,
-        "tol": tol,
-        "max_iter": max_iter,
-        "curvature": curvature,
-    }
-    lift = Solved("lissa", damping, extra)
-    report = {"damping": damping, "scale": scale}
-    return Fitted(problem.train_gradients(), lift, 1 / problem.n_train, LOSS_UNIT, report)
+    scale = scale or 1.5 * largest_of(problem, problem.product(curvature)) + damping
+    return _solver(
+        problem,
+        _solve_lissa,
+        {"damping": damping, "scale": scale},
+        scale=scale,
+        n_samples=n_samples or max(256, problem.batch_size),
+        n_repeats=n_repeats,
+        tol=tol * 0.01,
+        max_iter=max_iter,
+        curvature=curvature,
+        damping=damping,
+    )
 
 
-def _largest(problem: Problem, curvature: str) -> float:
-    with recording(problem.network.module):
-        return largest_of(problem, problem.product(curvature))
+def _solve_lissa(
+    problem: Problem,
+    right: Tensor,
+    *,
+    n_samples: int,
+    n_repeats: int,
+    curvature: str,
+    damping: float,
+    **options: Any,
+) -> Tensor:
+    product = problem.product(curvature, damping)
+    n, size = problem.n_train, min(problem.n_train, n_samples)
+
+    def one(repeat: int) -> Tensor:
+        orders = torch.Generator().manual_seed(problem.settings.seed + repeat)
+
+        def multiply(x: Tensor, step: int) -> Tensor:
+            if size == n:
+                return product(x)
+            return product(x, torch.randint(n, (size,), generator=orders))
+
+        return neumann(multiply, right, **options).values
+
+    # independent draws of the series, whose mean is the estimate
+    return torch.stack([one(repeat) for repeat in range(n_repeats)]).mean(0)
 
 
 def largest_of(problem: Problem, multiply: Callable[[Tensor], Tensor]) -> float:
     """Estimate the largest absolute eigenvalue of a matrix known by its products."""
-    return largest_eigenvalue(multiply, random_vector(problem))
+    with recording(problem.network.module):
+        return largest_eigenvalue(multiply, random_vector(problem))
 
 
 def gif(
@@ -187,18 +152,24 @@ def gif(
 ) -> Fitted:
     """Generalised influence on chosen parameters."""
     chosen = chosen_parameters(problem, problem.X, problem.targets, select, ratio)
-    _check_products(problem, curvature)
-    extra = {
-        "chosen": chosen,
-        # of the normal equations, whose eigenvalues are squares of the curvature's
-        "ridge": ridge * _largest(problem, curvature) ** 2,
-        "tol": tol,
-        "max_iter": max_iter,
-        "curvature": curvature,
-    }
-    report = {"chosen": chosen.numpy(), "damping": 0.0, "ridge": extra["ridge"]}
-    lift = Solved("gif", 0.0, extra)
-    return Fitted(problem.train_gradients(), lift, 1 / problem.n_train, LOSS_UNIT, report)
+    # of the normal equations, whose eigenvalues are squares of the curvature's
+    ridge = ridge * largest_of(problem, problem.product(curvature)) ** 2
+    report = {"chosen": chosen.numpy(), "damping": 0.0, "ridge": ridge}
+    options = {"ridge": ridge, "tol": tol, "max_iter": max_iter, "curvature": curvature}
+    return _solver(problem, _solve_gif, report, chosen=chosen, **options)
+
+
+def _solve_gif(
+    problem: Problem, right: Tensor, *, chosen: Tensor, curvature: str, **options: Any
+) -> Tensor:
+    product = problem.product(curvature)
+
+    # the recurrence loses its orthogonality, and with it the result its digits, in single precision
+    def multiply(vectors: Tensor) -> Tensor:
+        return product(vectors.to(right.dtype)).double()
+
+    solved = generalized_query(multiply, chosen.to(right.device), right.double(), **options)
+    return solved.to(right.dtype)
 
 
 def chosen_parameters(
@@ -209,11 +180,16 @@ def chosen_parameters(
     n_parameters = sum(p.numel() for p in problem.parameters.values())
     if ratio >= 1:
         return torch.ones(n_parameters, dtype=torch.bool)
+    strengths: dict[str, Tensor] = {}
     # units are told by hooks, which need no factorised gradients
     layers = find_layers(problem.network.module, problem.parameters)
-    strengths = (
-        {} if select == "sam" else _strengths(problem, layers, X, targets, select, generator)
-    )
+    if select != "sam":
+        network, by = problem.network, "gradient" if select == "gradient" else "output"
+        few = network.inputs(X[:2048]), targets[:2048].to(network.device)
+        with recording(network.module):
+            strengths = unit_strengths(network, *few, layers, by)
+    if select == "random":
+        strengths = {n: torch.rand(len(s), generator=generator) for n, s in strengths.items()}
     if strengths:
         chosen = choose_units(layers, problem.parameters, strengths, ratio, generator)
     else:
@@ -221,28 +197,6 @@ def chosen_parameters(
     if not bool(chosen.any()):
         raise ValueError(f"ratio={ratio} chooses not a single parameter; raise it.")
     return chosen
-
-
-def _strengths(
-    problem: Problem,
-    layers: list[Layer],
-    X: Rows,
-    targets: Tensor,
-    select: str,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    network = problem.network
-    with recording(network.module):
-        strengths = unit_strengths(
-            network,
-            network.inputs(X[:2048]),
-            targets[:2048].to(network.device),
-            layers,
-            "gradient" if select == "gradient" else "output",
-        )
-    if select == "random":
-        return {name: torch.rand(len(s), generator=generator) for name, s in strengths.items()}
-    return strengths
 
 
 def _by_saliency(problem: Problem, X: Rows, targets: Tensor, ratio: float) -> Tensor:
@@ -263,25 +217,27 @@ def exact(problem: Problem, *, curvature: str = "ggn") -> Fitted:
     return exact_with_damping(problem, matrix, problem.train_gradients())
 
 
-def exact_with_damping(
-    problem: Problem,
-    matrix: Tensor,
-    train: Gradients,
-    spectrum: tuple[Tensor, Tensor] | None = None,
-) -> Fitted:
+def exact_with_damping(problem: Problem, matrix: Tensor, train: Gradients) -> Fitted:
     """Damp a dense curvature: matrix (n_parameters, n_parameters)."""
-    extra: dict[str, Any] = {"matrix": matrix}
-    if problem.settings.damping == "flow":
-        values, vectors = torch.linalg.eigh(matrix) if spectrum is None else spectrum
-        time = horizon_time(problem.settings)
-        weights = gradient_flow(time, problem.settings.weight_decay)(values)
-        extra |= {"spectrum": (values, vectors), "weights": weights}
-        damping = 1 / time
+    settings = problem.settings
+    if settings.damping == "flow":
+        damping = 1 / horizon_time(settings)
+        values, vectors = torch.linalg.eigh(matrix)
+        weights = gradient_flow(1 / damping, settings.weight_decay)(values)
+        lift = Solved(partial(_multiplied, by=(vectors * weights) @ vectors.T), matrix)
     else:
         damping = resolve_damping(problem)
-        extra |= {"cholesky": _damped_cholesky(matrix, damping_of_each(problem, damping))}
-    lift = Solved("exact", damping, extra)
+        factor = _damped_cholesky(matrix, damping_of_each(problem, damping))
+        lift = Solved(partial(_solved, cholesky=factor), matrix)
     return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": damping})
+
+
+def _multiplied(problem: Problem, right: Tensor, *, by: Tensor) -> Tensor:
+    return right @ by.to(right.device)
+
+
+def _solved(problem: Problem, right: Tensor, *, cholesky: Tensor) -> Tensor:
+    return torch.cholesky_solve(right.T, cholesky.to(right.device)).T
 
 
 def damping_of_each(problem: Problem, damping: float) -> Tensor:

@@ -53,13 +53,6 @@ class Layer:
         """The first of the modules."""
         return self.sites[0]
 
-    def own(self, site: nn.Module) -> Parameters:
-        """Parameters of a module that are taken into account, by their name in it."""
-        if not self.known:
-            return {n: p.detach() for n, p in site.named_parameters(recurse=False)}
-        used = [name for name, kept in (("weight", self.weight), ("bias", self.bias)) if kept]
-        return {name: site.get_parameter(name).detach() for name in used}
-
     @property
     def matrix_shape(self) -> tuple[int, int] | None:
         """(n_outputs, n_inputs) where the weights are a matrix, a bias one more input."""
@@ -84,8 +77,14 @@ def find_layers(module: nn.Module, parameters: Parameters) -> list[Layer]:
     layers, alone = [], []
     for names, members in groups.items():
         if all(seen.count(name) == 1 for name in names) and _fit_together(names, members):
+            name, part = members[0]
             size = sum(parameters[name].numel() for name in names)
-            layers.append(_layer(names, members, size))
+            known = _is_known(part)
+            short = {n.rpartition(".")[2] for n in names} if known else set()
+            sites = tuple(site for _, site in members)
+            layers.append(
+                Layer(name, sites, names, size, "weight" in short, "bias" in short, known)
+            )
         else:
             alone += [name for name in names if name not in alone]
     return [*layers, one_by_one(alone, parameters)] if alone else layers
@@ -97,43 +96,27 @@ def one_by_one(names: Sequence[str], parameters: Parameters, *, looped: bool = F
     return Layer("(row by row)", (), tuple(names), size, known=False, looped=looped)
 
 
-def _layer(names: tuple[str, ...], members: list[tuple[str, nn.Module]], size: int) -> Layer:
-    name, part = members[0]
-    own = dict(part.named_parameters(recurse=False))
-    short = {n.rpartition(".")[2] for n in names}
-    sites = tuple(site for _, site in members)
-    if _is_known(part, own):
-        return Layer(name, sites, names, size, "weight" in short, "bias" in short)
-    return Layer(name, sites, names, size, known=False)
-
-
 def _fit_together(names: tuple[str, ...], members: list[tuple[str, nn.Module]]) -> bool:
     parts = [part for _, part in members]
     first = parts[0]
-    own = dict(first.named_parameters(recurse=False))
-    if not _is_known(first, own):
+    if not _is_known(first):
         # a part of unknown kind is differentiated by itself where it is whole and alone
-        others = any(list(child.parameters()) for child in first.children())
-        return len(parts) == 1 and not (
-            others or isinstance(first, _HELD_BY_OTHERS) or len(own) != len(names)
-        )
-    if any(isinstance(part, TABLES) and _rewrites(part) for part in parts):
+        own = list(first.parameters(recurse=False))
+        held = any(list(child.parameters()) for child in first.children())
+        whole = len(own) == len(names) and not isinstance(first, _HELD_BY_OTHERS)
+        return len(parts) == 1 and whole and not held
+    tables = [part for part in parts if isinstance(part, TABLES)]
+    if any(part.max_norm is not None or part.scale_grad_by_freq for part in tables):
         return False
-    if len(parts) == 1:
-        return True
-    known = all(_is_known(p, dict(p.named_parameters(recurse=False))) for p in parts)
-    shape = first.get_parameter("weight").shape if "weight" in own else None
-    tables = any(isinstance(part, TABLES) for part in parts)
-    return known and (not tables or (len(names) == 1 and shape is not None))
+    return len(parts) == 1 or (
+        all(_is_known(part) for part in parts) and (not tables or len(names) == 1)
+    )
 
 
-def _rewrites(part: nn.Module) -> bool:
-    return getattr(part, "max_norm", None) is not None or bool(part.scale_grad_by_freq)
-
-
-def _is_known(part: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+def _is_known(part: nn.Module) -> bool:
     known = isinstance(part, _SUPPORTED) and type(part).forward in _FORWARDS
-    return known and set(own) <= {"weight", "bias"}
+    own = {name for name, _ in part.named_parameters(recurse=False)}
+    return known and own <= {"weight", "bias"}
 
 
 def to_vectors(layers: Sequence[Layer], gradients: Sequence[Factor], like: Parameters) -> Tensor:

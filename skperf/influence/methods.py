@@ -5,7 +5,7 @@ the query's gradient, mapped once, with what is stored of the row. A method is t
 by a function that stores the rows, and holds a map for the queries.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,13 @@ from torch.nn import functional
 
 from skperf.backbone.outputs import log_odds
 from skperf.influence.captures import recording
-from skperf.influence.curvature import Filter, RowSpace, Spectrum, filtered_weights, gradient_flow
+from skperf.influence.curvature import Filtered, RowSpace, gradient_flow
 from skperf.influence.damping import horizon_time, layer_damping, resolve_damping
 from skperf.influence.gradients import (
     Dense,
-    Factor,
     Gradients,
     Outer,
-    combine,
     inner,
-    scaled,
     take,
     written_out,
 )
@@ -36,10 +33,8 @@ from skperf.influence.problem import (
     DOT_UNIT,
     LOSS_UNIT,
     Fitted,
-    Lift,
     Problem,
     curvature_rows,
-    plain_terms,
     random_vector,
     slopes,
     weighted,
@@ -61,7 +56,7 @@ class Unchanged:
 
     def __call__(self, problem: Problem, queries: Gradients) -> Terms:
         """Map the queries."""
-        return plain_terms(queries)
+        return list(enumerate(queries))
 
 
 def gradient_dot(problem: Problem) -> Fitted:
@@ -123,65 +118,18 @@ def tracin(problem: Problem, *, normalize: bool = False, adam: Adam | None = Non
 
 
 @dataclass(frozen=True)
-class Woodbury:
+class RowForm:
     """Gradients, and their products with the curvature's rows."""
 
-    # `g' (A'A + damping)^-1 h = (g'h - (Ag)' (AA' + damping)^-1 Ah) / damping`.
-
-    curvature: RowSpace
-    cholesky: Tensor
+    filtered: Filtered
 
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
         """Add the products."""
-        return [*rows, Dense(inner(rows, self.curvature.rows))]
-
-    def solve(self, vectors: Sequence[Factor]) -> Gradients:
-        """Multiply vectors by the damped inverse, up to a factor."""
-        layers = zip(vectors, self.curvature.rows, strict=True)
-        weights = self._weights(vectors)
-        return [Dense(written_out(v) - combine(weights, row)) for v, row in layers]
-
-    def _weights(self, vectors: Sequence[Factor]) -> Tensor:
-        crossed = inner(vectors, self.curvature.rows)
-        return torch.cholesky_solve(crossed.T, self.cholesky).T
+        return [*rows, Dense(inner(rows, self.filtered.curvature.rows))]
 
     def __call__(self, problem: Problem, queries: Gradients) -> Terms:
         """Map the queries."""
-        return [*plain_terms(queries), (len(queries), Dense(-self._weights(queries)))]
-
-
-@dataclass(frozen=True)
-class Filtered:
-    """Gradients, and their components along eigenvectors, filtered."""
-
-    curvature: RowSpace
-    spectrum: Spectrum
-    at_zero: float
-    weights: Tensor
-
-    def store(self, problem: Problem, rows: Gradients) -> Gradients:
-        """Add the components along the eigenvectors."""
-        return [*rows, Dense(self._components(rows))]
-
-    def solve(self, vectors: Sequence[Factor]) -> Gradients:
-        """Multiply vectors by the filtered curvature."""
-        spectrum, rows = self.spectrum, self.curvature.rows
-        components = self._components(list(vectors)).double() * self.weights
-        weights = (components @ (spectrum.vectors / spectrum.values.sqrt()).T).to(
-            rows[0].tensors[0]
-        )
-        layers = zip(vectors, rows, strict=True)
-        return [Dense(written_out(v) * self.at_zero + combine(weights, row)) for v, row in layers]
-
-    def _components(self, rows: Gradients) -> Tensor:
-        crossed = inner(rows, self.curvature.rows)
-        return self.spectrum.coordinates(crossed).to(crossed)
-
-    def __call__(self, problem: Problem, queries: Gradients) -> Terms:
-        """Map the queries."""
-        components = self._components(queries) * self.weights.to(self.curvature.gram)
-        plain = [scaled(factor, self.at_zero) for factor in queries]
-        return [*plain_terms(plain), (len(queries), Dense(components))]
+        return [*enumerate(queries), (len(queries), Dense(self.filtered.weights(queries)))]
 
 
 def _train_and_rows(
@@ -197,9 +145,10 @@ def _train_and_rows(
 
 def _both(problem: Problem, rows: OutputRows) -> Cotangents:
     """Slopes of the training rows, followed by rows of the curvature."""
-    if rows.outputs is not None and isinstance(rows.cotangents, Tensor):
-        return torch.cat([problem.train_cotangents(rows.outputs), rows.cotangents])
     n, weights, others = problem.n_train, problem.relative_weights(), rows.cotangents
+    if rows.outputs is not None and isinstance(others, Tensor):
+        slope = slopes(problem.loss, rows.outputs, problem.targets)
+        return torch.cat([slope if weights is None else weighted(slope, weights), others])
 
     def cotangents(outputs: Tensor, which: Tensor) -> Tensor:
         own = which < n
@@ -235,35 +184,17 @@ def ggn(
 
 def with_damping(fitted: Fitted, curvature: RowSpace, problem: Problem) -> Fitted:
     """Damp a row-space curvature anew, without a pass through the network."""
-    settings, n = problem.settings, problem.n_train
-    train = fitted.train[: len(curvature.rows)]
+    settings = problem.settings
     if settings.damping == "flow":
-        time = horizon_time(settings)
-        return _with_filter(
-            fitted, curvature, train, gradient_flow(time, settings.weight_decay), problem
-        )
-    damping = resolve_damping(problem, curvature)
-    lift = Woodbury(curvature, curvature.factor(damping))
-    report = {**fitted.report, "damping": damping}
+        function = gradient_flow(horizon_time(settings), settings.weight_decay)
+        filtered = Filtered.of(curvature, function)
+    else:
+        filtered = Filtered.damped(curvature, resolve_damping(problem, curvature))
     # the products with the curvature's rows do not depend on the damping
-    stored = fitted.train if isinstance(fitted.lift, Woodbury) else lift.store(problem, train)
-    return Fitted(stored, lift, 1 / (n * damping), LOSS_UNIT, report)
-
-
-def _with_filter(
-    fitted: Fitted, curvature: RowSpace, train: Gradients, apply: Filter, problem: Problem
-) -> Fitted:
-    spectrum = Spectrum.of(curvature)
-    lift = Filtered(curvature, spectrum, *filtered_weights(spectrum.values, apply))
-    report = {**fitted.report, "damping": 1 / lift.at_zero}
-    return Fitted(lift.store(problem, train), lift, 1 / problem.n_train, LOSS_UNIT, report)
-
-
-def plain_weight(lift: Lift) -> float | None:
-    """Weight with which the gradients of queries meet those of rows."""
-    if isinstance(lift, Filtered):
-        return lift.at_zero
-    return 1.0 if isinstance(lift, Unchanged | Woodbury) else None
+    lift, old = RowForm(filtered), fitted.train
+    stored = old if len(old) > len(curvature.rows) else lift.store(problem, old)
+    report = {**fitted.report, "damping": 1 / filtered.at_zero}
+    return Fitted(stored, lift, filtered.at_zero / problem.n_train, LOSS_UNIT, report)
 
 
 # Kronecker-factored ---------------------------------------------------------------------------
@@ -480,11 +411,10 @@ def datainf(problem: Problem) -> Fitted:
 def redamped(problem: Problem, fitted: Fitted, method: str, options: Mapping[str, Any]) -> Fitted:
     """Fit with another damping, without a pass through the network where the method allows."""
     lift = fitted.lift
-    if isinstance(lift, Woodbury | Filtered):
-        return with_damping(fitted, lift.curvature, problem)
-    if isinstance(lift, Solved) and "matrix" in lift.extra:
-        spectrum = lift.extra.get("spectrum")
-        return exact_with_damping(problem, lift.extra["matrix"], fitted.train, spectrum)
+    if isinstance(lift, RowForm):
+        return with_damping(fitted, lift.filtered.curvature, problem)
+    if isinstance(lift, Solved) and lift.matrix is not None:
+        return exact_with_damping(problem, lift.matrix, fitted.train)
     return METHODS[method](problem, **options)
 
 

@@ -49,18 +49,24 @@ def loss_rows(
     values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets).double())
     # a loss that is not convex in the outputs lends its positive part
     sizes = (values.clamp_min(0) * weights.double()[:, None]).flatten()
-    total = sizes.sum()
+    ranked, shares, share = _chosen(sizes, sizes.sum(), kept_trace, max_rows)
+    which, number = ranked // values.shape[1], ranked % values.shape[1]
+    rows = vectors[which, :, number] * shares[:, None].sqrt()
+    cotangents = rows.to(outputs.dtype).view(-1, *outputs.shape[1:])
+    return OutputRows(which, cotangents, share, outputs)
+
+
+def _chosen(
+    sizes: Tensor, total: Tensor, kept_trace: float, max_rows: int | None
+) -> tuple[Tensor, Tensor, float]:
+    """Choose eigenvalues that stand for all, and say which share they hold by themselves."""
     ranked = sizes.argsort(descending=True, stable=True)
     sums = sizes[ranked].cumsum(0)
     wanted = int((sums < min(kept_trace, 1 - 1e-14) * total).sum()) + 1
     wanted = min(wanted, int((sizes > 0).sum()), max_rows or len(sizes))
     kept, shares = representatives(sizes[ranked], wanted)
-    ranked = ranked[kept]
-    which, number = ranked // values.shape[1], ranked % values.shape[1]
-    rows = vectors[which, :, number] * shares[:, None].sqrt()
-    share = float(sizes[ranked].sum() / total) if total > 0 else 1.0
-    cotangents = rows.to(outputs.dtype).view(-1, *outputs.shape[1:])
-    return OutputRows(which, cotangents, min(share, 1.0), outputs)
+    held = float(sizes[ranked[kept]].sum() / total) if total > 0 else 1.0
+    return ranked[kept], shares, min(held, 1.0)
 
 
 @cache
@@ -149,18 +155,12 @@ def softmax_rows(
     n_likely = _n_likely(p, weights[order], tolerance)
     parts = _Answers(p) if n_likely > _MOST_DECOMPOSED else _Eigenpairs(p[:, :n_likely])
     values = (parts.sizes() * weights[order, None]).flatten()
-    ranked = values.argsort(descending=True, stable=True)
-    sums = values[ranked].cumsum(0)
-    wanted = int((sums < min(kept_trace, 1 - 1e-14) * total).sum()) + 1
-    wanted = min(wanted, int((values > 0).sum()), max_rows or len(values))
-    kept, sizes = representatives(values[ranked], wanted)
-    ranked = ranked[kept]
+    ranked, sizes, share = _chosen(values, total, kept_trace, max_rows)
     which, number = ranked // parts.p.shape[1], ranked % parts.p.shape[1]
     cotangents = torch.zeros(len(ranked), p.shape[1], dtype=p.dtype, device=p.device)
     directions = parts.directions(which, number) * sizes[:, None].sqrt()
     cotangents.scatter_(1, classes[which, : parts.p.shape[1]], directions)
-    share = float(values[ranked].sum() / total) if total > 0 else 1.0
-    return OutputRows(order[which], cotangents.to(logits.dtype), min(share, 1.0), logits)
+    return OutputRows(order[which], cotangents.to(logits.dtype), share, logits)
 
 
 def _n_likely(p: Tensor, weights: Tensor, tolerance: float) -> int:

@@ -1,8 +1,9 @@
 """Find where a network keeps its rows, layer by layer, by running a few of them.
 
-Nothing is taken from names or from the kind of a layer: what differs between a batch of two and
-one of three is where the rows are, and what a row's gradient comes out as alone is what it must
-be in a batch. Layers that fail the comparison are differentiated row by row.
+Nothing is taken from names or from the kind of a layer: what differs between a batch of six and
+one of five is where the rows are, and what a row's gradient comes out as alone is what it must
+be in a batch. Layers that fail the comparison are differentiated row by row. Chains of the
+plainest layers need no such run.
 """
 
 from collections.abc import Sequence
@@ -17,19 +18,31 @@ from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters
 from skperf.backbone.rows import Rows
-from skperf.influence.captures import HINT, Call, Unusual, Watch, alone, record, recording
-from skperf.influence.gradients import written_out
-from skperf.influence.layers import CONVOLUTIONS, Layer, Place, find_layers, one_by_one
+from skperf.influence.captures import HINT, Unusual, alone, record, recording
+from skperf.influence.layers import (
+    CONVOLUTIONS,
+    Layer,
+    Place,
+    find_layers,
+    one_by_one,
+    to_vectors,
+)
 
-_LOOKED_AT, _SPREAD = 512, 6
+_TRIED = 6
 _RTOL = {torch.float64: 1e-8}
+_PLAIN = {nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d}
+_PLAIN |= {nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Flatten}
+_PLAIN |= {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d}
+_DIMENSIONS = {nn.Conv1d: 3, nn.Conv2d: 4}
+
+Places = dict[tuple[str, ...], tuple[Place, ...]]
 
 
 @dataclass(frozen=True)
 class Plan:
     """How each parameter of a network is differentiated."""
 
-    places: dict[tuple[str, ...], tuple[Place, ...]]  # of the layers that factorise
+    places: Places  # of the layers that factorise
     looped: bool = False  # whether the rest takes one row after another
 
     def layers(self, module: nn.Module, parameters: Parameters) -> list[Layer]:
@@ -47,148 +60,154 @@ class Plan:
 def plan(network: Network, X: Rows, parameters: Parameters, how: str) -> Plan:
     """Choose how to differentiate: X (n, ...), how "auto", "factorised" or "reference"."""
     with recording(network.module):
-        rows = network.inputs(X[telling_rows(X)])
-        if how == "reference":
-            return Plan({}, _must_loop(network, rows, parameters, parameters))
         layers = [layer for layer in find_layers(network.module, parameters) if layer.sites]
-        places = _places(network, rows, layers)
-        truth, cotangent = _truth(network, rows, parameters)
-        kept = _verified(network, rows, parameters, places, truth, cotangent)
-        kept = _equivariant(network, network.inputs(X[spread_rows(X)]), parameters, kept)
-        rest = [name for name in parameters if not any(name in names for names in kept)]
+        places: Places = {}
+        if how != "reference":
+            if _is_plain_chain(network, network.inputs(X[:1])):
+                return Plan({layer.names: (Place(0),) for layer in layers})
+            rows = network.inputs(X[np.linspace(0, len(X) - 1, _TRIED).astype(int)])
+            places = _places(network, rows, layers)
+        else:
+            rows = network.inputs(X[:_TRIED])
+        truth = _truth(network, rows, parameters)
+        places = _verified(network, parameters, places, truth)
+        rest = [name for name in parameters if not any(name in names for names in places)]
         if rest and how == "factorised":
             raise ValueError(
                 f"gradients='factorised': no factorised gradients of {rest[:12]}, whose layers "
                 "keep rows elsewhere than in the first dimension, hold other layers, or are "
                 f"recurrent; gradients='auto' takes these row by row, {HINT}"
             )
-        looped = bool(rest) and _must_loop(network, rows, parameters, rest, truth, cotangent)
-        return Plan(kept, looped)
+        looped = bool(rest) and _must_loop(network, parameters, rest, truth)
+        return Plan(places, looped)
 
 
-def telling_rows(X: Rows) -> Any:
-    """Choose three rows that differ, in an order that is not theirs: X (n, ...) -> (3,)."""
-    # a network that sorts its rows, by length for example, gives itself away
-    seen = X[: min(len(X), _LOOKED_AT)].load().leaves[0]
-    values = seen.detach().cpu().double().numpy() if isinstance(seen, Tensor) else np.asarray(seen)
-    sums = np.nan_to_num(values.reshape(len(values), -1).astype(float)).sum(1)
-    order = np.argsort(-sums, kind="stable")
-    where = [0, len(order) // 2, len(order) - 1] if len(order) > 2 else [0, len(order) - 1, 0]
-    return order[where]
+def _is_plain_chain(network: Network, row: Rows) -> bool:
+    """Say whether every layer runs once, on rows that lie along its first dimension."""
+    if network.forward is not None or network.readout is not None or not row.single:
+        return False
+    parts = [part for _, part in network.module.named_modules(remove_duplicate=False)]
+    owned = [name for name, _ in network.module.named_parameters(remove_duplicate=False)]
+    return (
+        len(parts) == len(set(parts))
+        and len(owned) == len(list(network.module.parameters()))
+        and all(type(part) in _PLAIN for part in parts)
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        and not any("forward" in vars(part) for part in parts)
+        and all(part.start_dim == 1 for part in parts if isinstance(part, nn.Flatten))
+        and all(row.array.ndim == _DIMENSIONS.get(type(part), row.array.ndim) for part in parts)
+        and bool(torch.isfinite(network(row)).all())
+    )
 
 
-def spread_rows(X: Rows) -> Any:
-    """Choose rows over the whole length: X (n, ...) -> (m,)."""
-    return np.unique(np.linspace(0, len(X) - 1, _SPREAD).astype(int))
-
-
-def _equivariant(
-    network: Network,
-    rows: Rows,
-    parameters: Parameters,
-    places: dict[tuple[str, ...], tuple[Place, ...]],
-) -> dict[tuple[str, ...], tuple[Place, ...]]:
-    """Keep the layers whose inputs follow the rows wherever these stand in a batch."""
-    # a network that sorts its rows gives itself away in one of two orders, one that sends rows to
-    # different layers by the sizes of what they get
-    n = len(rows)
-    order = torch.arange(n).flip(0)
-    layers = [layer for layer in Plan(places).layers(network.module, parameters) if layer.sites]
-    seen = []
-    for batch in (rows, rows[order]):
-        watch = Watch(n)
-        with forward_hooks(watch.hooks(layers)):
-            network(batch)
-        seen.append(watch.calls)
-    kept = {}
+def _places(network: Network, rows: Rows, layers: Sequence[Layer]) -> Places:
+    """Compare a batch with another of fewer rows in another order."""
+    # a network that sorts its rows gives itself away in one of two orders, and so does one that
+    # sends rows to different layers by the sizes of what they get
+    order = torch.arange(len(rows) - 1).flip(0)
+    whole, part = (_watched(network, batch, layers) for batch in (rows, rows[order]))
+    found: Places = {}
     for layer in layers:
-        pairs = zip(seen[0][layer.name], seen[1][layer.name], strict=False)
-        same = len(seen[0][layer.name]) == len(seen[1][layer.name]) == len(layer.places)
-        if same and all(_follows(one, two, order) for one, two in pairs):
-            kept[layer.names] = layer.places
-    return kept
+        one, two = whole[layer.names], part[layer.names]
+        if len(one) != len(two) or not one or None in (*one, *two):
+            continue
+        pairs = zip(one, two, strict=True)
+        where = [_place(layer, first, second, order) for first, second in pairs]
+        places = tuple(place for place in where if place is not None)
+        simple = layer.known or (len(places) == 1 and places[0] == Place(0))
+        if len(places) == len(where) and simple:
+            found[layer.names] = places
+    return found
 
 
-def _follows(one: Call, two: Call, order: Tensor) -> bool:
-    place, n = one.place, len(order)
-    if place.axis is None:
-        return True
-    parts = []
-    for call in (one, two):
-        inputs = call.inputs.movedim(place.axis, 0)
-        if len(inputs) != n * place.fold:
-            return False
-        shape = (place.fold, n) if place.rows_last else (n, place.fold)
-        apart = inputs.unflatten(0, shape)
-        parts.append(apart.transpose(0, 1) if place.rows_last else apart)
-    first, second = parts[0][order].double(), parts[1].double()
-    return bool((first - second).abs().max() <= 1e-3 * first.abs().max().clamp_min(1e-30))
+def _watched(network: Network, rows: Rows, layers: Sequence[Layer]) -> dict[Any, list[Any]]:
+    """Say what goes into each call of each layer, and the shape of what comes out."""
+    seen: dict[Any, list[Any]] = {layer.names: [] for layer in layers}
+
+    def look(names: tuple[str, ...]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            simple = args and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+            seen[names].append((args[0].clone(), output.shape) if simple else None)
+
+        return hook
+
+    with (
+        torch.no_grad(),
+        forward_hooks({site: look(layer.names) for layer in layers for site in layer.sites}),
+    ):
+        network(rows)
+    return seen
 
 
-def _places(
-    network: Network, rows: Rows, layers: Sequence[Layer]
-) -> dict[tuple[str, ...], tuple[Place, ...]]:
-    """Compare the shapes in batches of two and of three."""
-    shapes = []
-    for n in (2, 3):
-        seen: dict[tuple[str, ...], list[Any]] = {layer.names: [] for layer in layers}
-
-        def look(layer: Layer, seen: dict[tuple[str, ...], list[Any]] = seen) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                simple = args and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-                seen[layer.names].append((args[0].shape, output.shape) if simple else None)
-
-            return hook
-
-        hooks = {site: look(layer) for layer in layers for site in layer.sites}
-        with torch.no_grad(), forward_hooks(hooks):
-            network(rows[:n])
-        shapes.append(seen)
-    found = {
-        layer.names: _of_shapes(layer, *(seen[layer.names] for seen in shapes)) for layer in layers
-    }
-    return {names: where for names, where in found.items() if where is not None}
-
-
-def _of_shapes(layer: Layer, two: list[Any], three: list[Any]) -> tuple[Place, ...] | None:
-    if len(two) != len(three) or not two or None in two or None in three:
+def _place(layer: Layer, one: Any, two: Any, order: Tensor) -> Place | None:
+    """Find the rows in one call: of n rows, and of n - 1 of them in another order."""
+    n = len(order) + 1
+    where, out = _along(one[0].shape, two[0].shape, n), _along(one[1], two[1], n)
+    if where is None or where.axis is None:
+        return where
+    kinds = (*CONVOLUTIONS, nn.modules.batchnorm._NormBase)
+    if where != out or (where.axis and isinstance(layer.module, kinds)):
         return None
-    places = []
-    for (input_2, output_2), (input_3, output_3) in zip(two, three, strict=True):
-        where = _place(input_2, input_3)
-        if where is None or (where.axis is not None and where != _place(output_2, output_3)):
-            return None
-        simple = where.axis == 0 and where.fold == 1
-        if where.axis and isinstance(layer.module, (*CONVOLUTIONS, nn.modules.batchnorm._NormBase)):
-            return None
-        if not layer.known and not (simple and len(two) == 1):
-            return None
-        places.append(where)
-    return tuple(places)
+    for rows_last in (False, True)[: 1 if where.fold == 1 else 2]:
+        place = replace(where, rows_last=rows_last)
+        first, second = (_by_row(inputs, place) for inputs in (one[0], two[0]))
+        away = (first[order] - second).abs().max()
+        if bool(away <= 1e-3 * first.abs().max().clamp_min(1e-30)):
+            return place
+    return None
 
 
-def _place(two: torch.Size, three: torch.Size) -> Place | None:
-    if len(two) != len(three):
+def _along(one: torch.Size, two: torch.Size, n: int) -> Place | None:
+    if len(one) != len(two):
         return None
-    changed = [axis for axis, pair in enumerate(zip(two, three, strict=True)) if pair[0] != pair[1]]
+    changed = [axis for axis, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
     if not changed:
         return Place(None)
     axis = changed[0]
-    fold, rest = divmod(two[axis], 2)
-    if len(changed) > 1 or rest or fold == 0 or three[axis] != 3 * fold:
+    fold, rest = divmod(one[axis], n)
+    if len(changed) > 1 or rest or fold == 0 or two[axis] != (n - 1) * fold:
         return None
     return Place(axis, fold)
 
 
-def _truth(network: Network, rows: Rows, parameters: Parameters) -> tuple[Parameters, Tensor]:
-    """Gradients of each row run alone, by plain autograd: -> (3, ...) each, cotangent (3, ...)."""
+def _by_row(inputs: Tensor, place: Place) -> Tensor:
+    """Lay a call's inputs out row by row: -> (n, fold, ...)."""
+    assert place.axis is not None
+    inputs = inputs.movedim(place.axis, 0).double()
+    if place.rows_last:
+        return inputs.unflatten(0, (place.fold, -1)).transpose(0, 1)
+    return inputs.unflatten(0, (-1, place.fold))
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """Gradients of some rows, each run alone, by plain autograd."""
+
+    rows: Rows  # (n, ...)
+    outputs: Tensor  # (n, ...)
+    some: Tensor  # (m,)
+    cotangent: Tensor  # (n, ...), zero elsewhere
+    gradients: Parameters  # (m, ...) each
+
+    def says(self, names: Sequence[str], found: Tensor) -> bool:
+        """Compare: found (m, n_weights)."""
+        expected = torch.cat([self.gradients[name] for name in names], 1)
+        tolerance = _RTOL.get(expected.dtype, 1e-3) * float(expected.abs().max()) + 1e-12
+        same = found.shape == expected.shape
+        return same and float((found - expected).abs().max()) <= tolerance
+
+
+def _truth(network: Network, rows: Rows, parameters: Parameters) -> _Truth:
+    """Run some rows alone."""
     outputs = network(rows).detach()
     if not bool(torch.isfinite(outputs).all()):
         raise ValueError("the network's outputs are not finite: its weights hold NaN, or X does.")
     generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    gradients = []
-    for i in range(len(rows)):
+    drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    some = torch.arange(len(rows))[:: max(1, len(rows) // 3)]
+    cotangent, gradients = torch.zeros_like(drawn), []
+    cotangent[some] = drawn[some]
+    for i in some.tolist():
         leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
         own = network(rows[i : i + 1], leaves)
         if not torch.allclose(
@@ -198,135 +217,68 @@ def _truth(network: Network, rows: Rows, parameters: Parameters) -> tuple[Parame
                 "the network gives a row another output alone than in its batch: a row's gradient "
                 "would depend on the other rows. Does it normalise, sort or pool over the batch?"
             )
-        total = (own * cotangent[i : i + 1]).sum()
-        found = (
-            torch.autograd.grad(
-                total, list(leaves.values()), allow_unused=True, materialize_grads=True
+        total = (own * drawn[i : i + 1]).sum()
+        found = [torch.zeros_like(p) for p in leaves.values()]
+        if total.requires_grad:
+            found = list(
+                torch.autograd.grad(
+                    total, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
             )
-            if total.requires_grad
-            else [torch.zeros_like(p) for p in leaves.values()]
-        )
         gradients.append(dict(zip(leaves, found, strict=True)))
-    return {n: torch.stack([g[n].flatten() for g in gradients]) for n in parameters}, cotangent
+    truth = {n: torch.stack([g[n].flatten() for g in gradients]) for n in parameters}
+    return _Truth(rows, outputs, some, cotangent, truth)
 
 
-def _verified(
-    network: Network,
-    rows: Rows,
-    parameters: Parameters,
-    places: dict[tuple[str, ...], tuple[Place, ...]],
-    truth: Parameters,
-    cotangent: Tensor,
-) -> dict[tuple[str, ...], tuple[Place, ...]]:
+def _verified(network: Network, parameters: Parameters, places: Places, truth: _Truth) -> Places:
     """Keep the layers whose factors are the gradients of rows run alone."""
     # Inputs that all rows share are repeated first; where the network does not bear that, their
-    # layers are given up. Entries of a row that do not lie together lie apart.
-    kept: dict[tuple[str, ...], tuple[Place, ...]] = {}
+    # layers are given up.
     waiting = dict(places)
-    for repeated in (True, False):
-        tried = {
-            names: where
-            for names, where in waiting.items()
-            if repeated or all(place.axis is not None for place in where)
-        }
-        while tried:
-            try:
-                right = _right(network, rows, parameters, tried, truth, cotangent)
-            except Unusual as error:
-                tried.pop(error.layer.names, None)
-                waiting.pop(error.layer.names, None)
-                continue
-            if right is None:
-                break
-            kept |= right
-            return kept | _apart(network, rows, parameters, tried, right, truth, cotangent)
-        if not any(place.axis is None for where in waiting.values() for place in where):
-            break
-    return kept
-
-
-def _apart(
-    network: Network,
-    rows: Rows,
-    parameters: Parameters,
-    tried: dict[tuple[str, ...], tuple[Place, ...]],
-    right: dict[tuple[str, ...], tuple[Place, ...]],
-    truth: Parameters,
-    cotangent: Tensor,
-) -> dict[tuple[str, ...], tuple[Place, ...]]:
-    others = {
-        names: tuple(replace(place, rows_last=place.fold > 1) for place in where)
-        for names, where in tried.items()
-        if names not in right and any(place.fold > 1 for place in where)
-    }
-    if not others:
-        return {}
-    found = _right(network, rows, parameters, right | others, truth, cotangent) or {}
-    return {names: where for names, where in found.items() if names in others}
+    while waiting:
+        try:
+            right = _right(network, parameters, waiting, truth)
+        except Unusual as error:
+            waiting.pop(error.layer.names)
+            continue
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError):
+            right = None  # an input repeated for each row does not fit where the network puts it
+        if right is not None:
+            return right
+        apart = {n: w for n, w in waiting.items() if all(place.axis is not None for place in w)}
+        waiting = apart if len(apart) < len(waiting) else {}
+    return {}
 
 
 def _right(
-    network: Network,
-    rows: Rows,
-    parameters: Parameters,
-    places: dict[tuple[str, ...], tuple[Place, ...]],
-    truth: Parameters,
-    cotangent: Tensor,
-) -> dict[tuple[str, ...], tuple[Place, ...]] | None:
+    network: Network, parameters: Parameters, places: Places, truth: _Truth
+) -> Places | None:
     """Say which factors are right; None where the network runs differently under the hooks."""
     layers = [layer for layer in Plan(places).layers(network.module, parameters) if layer.sites]
-    plain = network(rows).detach()
-    try:
-        tape = record(network, rows, layers)
-        if tape.outputs.shape != plain.shape or not torch.allclose(
-            tape.outputs.detach(), plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())
-        ):
-            return None
-        factors = tape.pull(cotangent)
-    except Unusual:
-        raise
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, ValueError):
-        return None  # an input repeated for each row does not fit where the network puts it
+    tape, plain = record(network, truth.rows, layers), truth.outputs
+    if tape.outputs.shape != plain.shape or not torch.allclose(
+        tape.outputs.detach(), plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())
+    ):
+        return None
     right = {}
-    for layer, factor in zip(layers, factors, strict=True):
-        expected = torch.cat([truth[name] for name in layer.names], 1)
-        found = _in_order(layer, written_out(factor), parameters)
-        if found.shape == expected.shape and _close(found, expected):
+    for layer, factor in zip(layers, tape.pull(truth.cotangent), strict=True):
+        own = {name: parameters[name] for name in layer.names}
+        if truth.says(layer.names, to_vectors([layer], [factor[truth.some]], own)):
             right[layer.names] = layer.places
     return right
 
 
-def _in_order(layer: Layer, matrix: Tensor, parameters: Parameters) -> Tensor:
-    """Undo the layout of a matrix with its bias: (n, n_weights) -> (n, n_weights)."""
-    if layer.matrix_shape is None or not layer.bias:
-        return matrix
-    table = matrix.view(len(matrix), len(parameters[layer.names[1]]), -1)
-    return torch.cat([table[:, :, :-1].flatten(1), table[:, :, -1]], 1)
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    size = float(expected.abs().max())
-    tolerance = _RTOL.get(expected.dtype, 1e-3)
-    return float((found - expected).abs().max()) <= tolerance * size + 1e-12
-
-
 def _must_loop(
-    network: Network,
-    rows: Rows,
-    parameters: Parameters,
-    names: Sequence[str] | Parameters,
-    truth: Parameters | None = None,
-    cotangent: Tensor | None = None,
+    network: Network, parameters: Parameters, names: Sequence[str], truth: _Truth
 ) -> bool:
     """Say whether vmap gives other gradients than rows one after the other."""
-    if truth is None or cotangent is None:
-        truth, cotangent = _truth(network, rows, parameters)
-    layer = one_by_one(list(names), parameters)
-    expected = torch.cat([truth[name] for name in layer.names], 1)
+    layer, some = one_by_one(names, parameters), truth.some
     try:
-        return not _close(alone(network, rows, layer, cotangent), expected)
+        return not truth.says(
+            layer.names, alone(network, truth.rows[some], layer, truth.cotangent[some])
+        )
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):

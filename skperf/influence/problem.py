@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from skperf.backbone.losses import Loss
@@ -110,13 +111,14 @@ class Problem:
         batch_size = max(self.batch_size, self.network.batch_size)
         return self.network.logits(self.X, batch_size)
 
-    def train_cotangents(self, outputs: Tensor) -> Tensor:
-        """Say what to pull back for :meth:`train_gradients`, where outputs are known.
-
-        Shapes: outputs (n, ...) -> (n, ...).
-        """
-        own, weights = slopes(self.loss, outputs, self.targets), self.relative_weights()
-        return own if weights is None else weighted(own, weights)
+    def losses(self, X: Rows, targets: Tensor) -> NDArray[Any]:
+        """Loss of rows: X (n, ...), targets (n, ...) -> (n,)."""
+        parts = []
+        with torch.inference_mode():
+            for inputs, own in self.network.batches(X, targets):
+                parts.append(self.loss.value(self.network(inputs), own).cpu())
+        losses: NDArray[Any] = torch.cat(parts).numpy()
+        return losses
 
     def relative_weights(self) -> Tensor | None:
         """Shares times n, None where they are all one: -> (n,)."""
@@ -182,11 +184,6 @@ class Fitted:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def plain_terms(queries: Gradients) -> Terms:
-    """Meet each layer's gradients with the layer's own."""
-    return list(enumerate(queries))
-
-
 def curvature_rows(
     problem: Problem,
     *,
@@ -195,7 +192,8 @@ def curvature_rows(
     curvature: str = "ggn",
 ) -> OutputRows:
     """Rows of the curvature at the outputs."""
-    shape = _output_shape(problem)
+    with torch.no_grad():
+        shape = problem.network(problem.network.inputs(problem.X[:1])).shape[1:]
     several = len(shape) > 1
     if curvature == "empirical":
         examples = torch.arange(problem.n_train)
@@ -222,12 +220,6 @@ def curvature_rows(
         max_rows or _MOST_SAMPLED,
         problem.settings.seed,
     )
-
-
-def _output_shape(problem: Problem) -> torch.Size:
-    network = problem.network
-    with torch.no_grad():
-        return network(network.inputs(problem.X[:1])).shape[1:]
 
 
 def random_vector(problem: Problem) -> Tensor:

@@ -16,13 +16,14 @@ from skperf.backbone.losses import Loss
 from skperf.backbone.outputs import Output
 from skperf.backbone.rows import Rows
 from skperf.influence import anew
-from skperf.influence.gradients import Gradients, inner
+from skperf.influence.gradients import Gradients, take
 from skperf.influence.neighbours import features_of, nearest
 from skperf.influence.problem import Fitted, Problem, self_scores, slopes
 from skperf.influence.tiles import (
     Largest,
     block,
     bytes_of_row,
+    meet,
     only_candidates,
     scored_tiles,
     tile_lengths,
@@ -47,11 +48,6 @@ class Candidates:
     k: int
     groups: NDArray[Any] | None = None  # (n,), of each of which k are taken
 
-    @property
-    def most(self) -> int:
-        """How many training rows a query has scores of."""
-        return self.k * (1 if self.groups is None else len(np.unique(self.groups)))
-
 
 @dataclass(frozen=True)
 class Ensemble:
@@ -69,6 +65,15 @@ class Ensemble:
     def first(self) -> Problem:
         """The first member's problem."""
         return self.members[0].problem
+
+    @property
+    def n_scored(self) -> int:
+        """How many training rows a query has scores of."""
+        if self.candidates is None:
+            return self.n_train
+        groups = self.candidates.groups
+        n_groups = 1 if groups is None else len(np.unique(groups))
+        return min(self.n_train, self.candidates.k * n_groups)
 
     @property
     def n_train(self) -> int:
@@ -218,14 +223,7 @@ class Ensemble:
 
     def losses(self, X: Rows, targets: Tensor) -> NDArray[Any]:
         """Loss of each row under each member: -> (n_members, n)."""
-        found = []
-        for member in self.members:
-            network, parts = member.problem.network, []
-            with torch.inference_mode():
-                for inputs, own in network.batches(X, targets):
-                    parts.append(network.loss.value(network(inputs), own).cpu())
-            found.append(torch.cat(parts).numpy())
-        return np.stack(found)
+        return np.stack([member.problem.losses(X, targets) for member in self.members])
 
     def groups(self, X: Rows, targets: Tensor, members: list[NDArray[Any]]) -> NDArray[Any]:
         """Sum the influence of groups of rows: -> (n_query, n_groups)."""
@@ -239,15 +237,13 @@ class Ensemble:
 
     def scores_of(self, X: Rows, targets: Tensor, rows: Tensor) -> Tensor:
         """Score queries against some training rows: -> (n_query, m)."""
-        total: Any = 0.0
+        total = torch.zeros(len(X), len(rows))
         for member in self.members:
             problem, fit = member.problem, member.fit
             terms = fit.lift(problem, self.query_gradients(problem, X, targets))
-            train = [factor[rows] for factor in fit.train]
-            scores = inner([f for _, f in terms], [train[i] for i, _ in terms])
+            scores = meet(terms, take(fit.train, rows))
             total = total + scores * (fit.scale * member.share)
-        result: Tensor = total
-        return result
+        return total
 
     def _close(self, X: Rows) -> NDArray[np.intp] | None:
         if self.candidates is None:

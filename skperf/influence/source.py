@@ -6,14 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skperf.influence.curvature import (
-    Filter,
-    RowSpace,
-    Spectrum,
-    filtered_weights,
-    gradient_flow,
-)
-from skperf.influence.gradients import Dense, Gradients, combine, inner, written_out
+from skperf.influence.curvature import Filter, Filtered, RowSpace, gradient_flow
+from skperf.influence.gradients import Dense, Gradients, inner, written_out
 
 
 @dataclass(frozen=True)
@@ -26,14 +20,7 @@ class Segment:
 
     def apply(self, vectors: Gradients, function: Filter) -> Gradients:
         """Multiply vectors by a function of the curvature: (q, ...) each."""
-        spectrum = Spectrum.of(self.curvature)
-        at_zero, weights = filtered_weights(spectrum.values, function)
-        along = spectrum.coordinates(inner(vectors, self.curvature.rows)) * weights
-        back = along @ (spectrum.vectors / spectrum.values.sqrt()).T
-        return [
-            Dense(written_out(v) * at_zero + combine(back.to(written_out(v)), row))
-            for v, row in zip(vectors, self.curvature.rows, strict=True)
-        ]
+        return Filtered.of(self.curvature, function).apply(vectors)
 
 
 def fading_away(time: float) -> Filter:

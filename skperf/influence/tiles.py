@@ -17,7 +17,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.progress import track
 from skperf.backbone.rows import Rows
 from skperf.influence.captures import Recorder, Tape
-from skperf.influence.gradients import Factor, Gradients, convert, inner, take, with_tensors
+from skperf.influence.gradients import Factor, Gradients, inner, take
 from skperf.influence.output_rows import Cotangents
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -51,19 +51,16 @@ class Shelf:
 
     def empty(self, n: int, like: Factor) -> Factor:
         """Make room for gradients of one layer."""
-        return with_tensors(like, *(self._tensor(n, tensor) for tensor in like.tensors))
+        return like.with_tensors(*(self._tensor(n, tensor) for tensor in like.tensors))
 
     def _tensor(self, n: int, like: Tensor) -> Tensor:
         size = n * like.shape[1:].numel() * like.element_size()
+        kind, shape = torch.empty(0, dtype=like.dtype).numpy().dtype, (n, *like.shape[1:])
         if self.used + size <= self.budget or size == 0:
             self.used += size
             # numpy asks the system for large pages, which are cheaper to touch first
-            return torch.from_numpy(np.empty((n, *like.shape[1:]), _numpy_type(like)))
-        return torch.from_numpy(on_disk((n, *like.shape[1:]), _numpy_type(like), self.folder))
-
-
-def _numpy_type(like: Tensor) -> np.dtype[Any]:
-    return torch.empty(0, dtype=like.dtype).numpy().dtype
+            return torch.from_numpy(np.empty(shape, kind))
+        return torch.from_numpy(on_disk(shape, kind, self.folder))
 
 
 def gather(
@@ -96,7 +93,10 @@ def gather(
             pulled = tape.pull(wanted.to(tape.outputs))
             if not results:
                 results = [shelf.empty(n, factor) for factor in pulled]
-            _put(results, _index(rows), pulled)
+            where = _index(rows)
+            for room, factor in zip(results, pulled, strict=True):
+                for tensor, values in zip(room.tensors, factor.tensors, strict=True):
+                    tensor[where] = values.detach().to(tensor.device)
     return results
 
 
@@ -135,23 +135,21 @@ def _index(rows: Tensor) -> Any:
     return numbers
 
 
-def _put(results: Gradients, rows: Any, pulled: Gradients) -> None:
-    for room, factor in zip(results, pulled, strict=True):
-        for tensor, values in zip(room.tensors, factor.tensors, strict=True):
-            tensor[rows] = values.detach().to(tensor.device)
-
-
 Terms = list[tuple[int, Factor]]
+
+
+def meet(terms: Terms, rows: Sequence[Factor]) -> Tensor:
+    """Inner products of mapped queries with what is stored of rows: -> (n_queries, n_rows)."""
+    return inner([query for _, query in terms], [rows[which] for which, _ in terms])
 
 
 def block(
     terms: Terms, train: Sequence[Factor], scale: float, device: torch.device
 ) -> NDArray[Any]:
     """Score one tile: -> (n_queries, n_rows)."""
-    rows = convert(train, device=device)
-    queries = convert([factor for _, factor in terms], device=device)
-    scores = inner(queries, [rows[which] for which, _ in terms])
-    return scores.mul_(scale).cpu().numpy()
+    here = [(i, f.with_tensors(*(t.to(device) for t in f.tensors))) for i, f in terms]
+    rows = [f.with_tensors(*(t.to(device) for t in f.tensors)) for f in train]
+    return meet(here, rows).mul_(scale).cpu().numpy()
 
 
 def tile_lengths(n_queries: int, n_train: int, row_bytes: int, budget: int) -> tuple[int, int]:

@@ -333,7 +333,7 @@ def test_sampled_rows_of_the_curvature_are_right_in_the_mean():
         InfluenceScorer(module, method=GGN(*options), damping=0.1, random_state=1).fit(X, y)
         for options in ((1.0, None), (0.9, 8_000))
     ]
-    exact, sampled = (s._learned.stages[0].fit.lift.curvature.rows for s in scorers)
+    exact, sampled = (s._learned.stages[0].fit.lift.filtered.curvature.rows for s in scorers)
     one, two = (torch.cat([f.values for f in rows], 1) for rows in (exact, sampled))
     expected = one.T @ one
     assert len(two) == 8_000

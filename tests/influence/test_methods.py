@@ -112,7 +112,7 @@ def test_half_of_the_rows_stand_for_all_of_them(reference, digits):
     assert pearsonr(scores.ravel(), expected.ravel())[0] > 0.98
     assert (scores * expected).sum() / (expected**2).sum() == pytest.approx(1, abs=0.05)
     trace = float(reference[2].trace())
-    assert float(scorer._learned.stages[0].fit.lift.curvature.trace) == pytest.approx(
+    assert float(scorer._learned.stages[0].fit.lift.filtered.curvature.trace) == pytest.approx(
         trace, rel=0.1
     )
 
