@@ -9,10 +9,14 @@ Each writes ``benchmarks/results/replay_<part>.json``.
 """
 
 import copy
+import hashlib
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +41,8 @@ from skperf.backbone.training_run import Run, train_again
 from skperf.backbone.views import own_copy
 from skperf.influence.replay import Budget, losses_at, replayed, smoothness
 
-OTHERS = ("gradient_dot", "ggn", "ekfac", "trak")
+OTHERS = ("gradient_dot", "ggn", "ekfac", "kfac", "trak", "datainf", "arnoldi")
+CACHE = Path(tempfile.gettempdir()) / "skperf_replay"
 
 
 def trained(config: Configuration, seed: int) -> tuple[Net, Any, Any]:
@@ -123,57 +128,108 @@ def datamodeling(influence: np.ndarray, weights: torch.Tensor, losses: np.ndarra
     return float(np.mean(each))
 
 
-def quality(configurations: Any, seeds: Any, part: str, *, n_single: int, others: Any) -> None:
+def quality(configurations: Any, seeds: Any, part: str, *, singles: bool, others: Any) -> None:
     rows = []
     for config in configurations:
         for seed in seeds:
-            started = time.time()
-            net, asked, (X, y, X_query, y_query) = trained(config, seed)
-            run = net.run_.recorded
-            fitted = replayed(run)
-            n = len(run.data)
-            scores = {"replay": fitted.influence(asked.inputs, asked.targets).numpy()}
-            for method in others:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    scorer = InfluenceScorer(
-                        FrozenEstimator(net), method=method, random_state=seed
-                    ).fit(X, y)
-                scores[method] = scorer.influence(X_query, y_query)
-            some = slice(0, 32)
-            row: dict[str, Any] = {
-                "configuration": config.name,
-                "seed": seed,
-                "steps": len(run.steps),
-                "test accuracy": net.score(X_query, y_query),
-                "smoothness": smoothness(fitted, run.data.inputs[some], run.data.targets[some]),
-            }
-            row["side by side"] = side_by_side(run, dropped(n, 0.1, 2, seed), asked)
-            for share in SHARES:
-                weights = dropped(n, share, SUBSETS, seed)
-                losses = retrained(run, weights, asked)
-                row[f"constant queries {share:g}"] = int((losses.std(0) <= 1e-7).sum())
-                for method, found in scores.items():
-                    row[f"{method} {share:g}"] = datamodeling(found, weights, losses)
-            if n_single:
-                chosen = np.random.default_rng(seed).choice(n, n_single, replace=False)
-                weights = torch.ones(n_single, n)
-                weights[range(n_single), chosen] = 0
-                base = losses_at(run, net.module_, asked.inputs, asked.targets).numpy()
-                actual = retrained(run, weights, asked) - base
-                predicted = scores["replay"][:, chosen].T
-                row["leave-one-out Pearson"] = float(pearsonr(actual.ravel(), predicted.ravel())[0])
-                row["leave-one-out slope"] = float(
-                    (actual * predicted).sum() / np.square(predicted).sum()
-                )
-                row["relabelling Pearson"] = relabelling(net, fitted, asked, X, y, seed)
-            row["seconds"] = time.time() - started
-            rows.append(row)
-            print(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()), flush=True)
+            net, asked, data = trained(config, seed)
+            kept = Kept(config, seed, net)
+            row = facts(net, asked, data, kept, singles=singles)
+            n = len(data[0])
+            for method in ("replay", *others):
+                try:
+                    found = kept(f"scores {method}", partial(scores, method, net, asked, data))
+                except (ValueError, RuntimeError, MemoryError) as error:
+                    print(config.name, seed, method, error, flush=True)
+                    continue
+                for share in SHARES:
+                    weights = dropped(n, share, SUBSETS, seed)
+                    row[f"{method} {share:g}"] = datamodeling(
+                        found, weights, kept.arrays[f"losses {share:g}"]
+                    )
+            rows.append({"configuration": config.name, "seed": seed, **row})
+            print(config.name, seed, *(f"{v:.3f}" for v in row.values()), flush=True)
             runner.save(runner.RESULTS / f"replay_{part}.json", rows)
 
 
-def relabelling(net: Net, fitted: Any, asked: Any, X: Any, y: Any, seed: int) -> float:
+class Kept:
+    """What was computed for one configuration, on disk, as long as it ends at the same weights."""
+
+    def __init__(self, config: Configuration, seed: int, net: Net) -> None:
+        end = net.run_.recorded.end.numpy().tobytes()
+        name = "".join(c for c in config.name if c.isalnum())
+        self.path = CACHE / f"{name}_{seed}_{hashlib.sha256(end).hexdigest()[:12]}.npz"
+        CACHE.mkdir(parents=True, exist_ok=True)
+        self.arrays = dict(np.load(self.path)) if self.path.exists() else {}
+
+    def __call__(self, name: str, compute: Any) -> Any:
+        """Look up, or compute and keep."""
+        if name not in self.arrays:
+            started = time.process_time()
+            self.arrays[name] = np.asarray(compute())
+            self.arrays[f"seconds {name}"] = np.asarray(time.process_time() - started)
+            np.savez(self.path, **self.arrays)
+        return self.arrays[name]
+
+
+def facts(net: Net, asked: Any, data: Any, kept: Kept, *, singles: bool) -> dict[str, Any]:
+    """Retrain, and say how near single rows and labels come."""
+    X, y, X_query, y_query = data
+    run, n = net.run_.recorded, len(X)
+    seed = net.random_state
+    row: dict[str, Any] = {
+        "steps": len(run.steps),
+        "test accuracy": net.score(X_query, y_query),
+        "smoothness": float(kept("smoothness", lambda: smoothness_of(run))),
+        "side by side": float(
+            kept("side by side", lambda: side_by_side(run, dropped(n, 0.1, 2, seed), asked))
+        ),
+    }
+    for share in SHARES:
+        losses = kept(
+            f"losses {share:g}",
+            lambda share=share: retrained(run, dropped(n, share, SUBSETS, seed), asked),
+        )
+        row[f"constant queries {share:g}"] = int((losses.std(0) <= 1e-7).sum())
+    if singles:
+        chosen = np.random.default_rng(seed).choice(n, 100, replace=False)
+        weights = torch.ones(100, n)
+        weights[range(100), chosen] = 0
+        base = losses_at(run, net.module_, asked.inputs, asked.targets).numpy()
+        actual = kept("singles", lambda: retrained(run, weights, asked)) - base
+        found = kept("scores replay", partial(scores, "replay", net, asked, data))
+        predicted = found[:, chosen].T
+        row["leave-one-out Pearson"] = float(pearsonr(actual.ravel(), predicted.ravel())[0])
+        row["leave-one-out slope"] = float((actual * predicted).sum() / np.square(predicted).sum())
+        row["relabelling Pearson"] = float(
+            kept("relabelling", lambda: relabelling(net, asked, X, y, seed))
+        )
+    return row
+
+
+def smoothness_of(run: Run) -> float:
+    """As the scorer asks for it, about 32 rows."""
+    some = slice(0, 32)
+    return smoothness(replayed(run), run.data.inputs[some], run.data.targets[some])
+
+
+def scores(method: str, net: Net, asked: Any, data: Any) -> np.ndarray:
+    """Influence of every training row on every query: -> (q, n)."""
+    X, y, X_query, y_query = data
+    if method == "replay":
+        fitted = replayed(net.run_.recorded, Budget(tolerance=0))
+        return fitted.influence(asked.inputs, asked.targets).numpy()
+    if method == "kronfluence":
+        return against.kronfluence_scores(net, X, y, X_query, y_query)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scorer = InfluenceScorer(
+            FrozenEstimator(net), method=method, random_state=net.random_state
+        ).fit(X, y)
+        return scorer.influence(X_query, y_query)
+
+
+def relabelling(net: Net, asked: Any, X: Any, y: Any, seed: int) -> float:
     """Flip 20 labels, train, and predict what setting each right would do to the queries."""
     rng = np.random.default_rng(seed)
     wrong, labels = y.copy(), np.unique(y)
@@ -342,12 +398,12 @@ def main() -> None:
     torch.set_num_threads(1)
     part = sys.argv[1] if len(sys.argv) > 1 else "quality"
     if part == "threshold":
-        quality(THRESHOLD_DATA, SEEDS[:2], "threshold", n_single=0, others=())
+        quality(THRESHOLD_DATA, SEEDS[:2], "threshold", singles=False, others=())
     elif part == "quality":
         wanted = sys.argv[2] if len(sys.argv) > 2 else ""
         chosen = [config for config in CONFIGURATIONS if wanted in config.name]
         name = f"quality_{wanted}" if wanted else "quality"
-        quality(chosen, SEEDS, name, n_single=100, others=OTHERS)
+        quality(chosen, SEEDS, name, singles=True, others=OTHERS)
     elif part == "speed":
         speed()
     else:

@@ -15,6 +15,7 @@ from skperf.backbone.progress import track
 from skperf.backbone.rows import Rows
 from skperf.backbone.training_run import (
     Run,
+    State,
     Step,
     Trainer,
     floating_buffers,
@@ -37,7 +38,7 @@ from skperf.influence.replay_store import Shelf, state_at
 Value = Callable[[Tensor, Tensor], Tensor]
 Visited = tuple[int, Tensor, Tensor]  # a step, the state before it and the state after it
 _COPIES = 6  # of an adjoint that are alive at once while a step is gone back through
-_CACHED = 2**20  # bytes of adjoints that are worked on together
+_CACHED = 2**18  # bytes of adjoints that are worked on together
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ class Pass:
         n, m = len(run.data), len(directions)
         size = max(4, _CACHED // (directions.shape[1] * directions.element_size()))
         pieces = [adjoint_of(run, part) for part in directions.split(size)]
-        named = {name: directions.new_zeros(m) for name in HYPERPARAMETERS if hyperparameters}
+        named = {
+            name: directions.new_zeros(m)
+            for group in range(len(run.groups) * hyperparameters)
+            for name in hyperparameter_names(run, group)
+        }
         labels = None if n_labels is None else directions.new_zeros(n, m, n_labels)
         return cls(pieces, directions.new_zeros(n, m), named, labels)
 
@@ -109,37 +114,37 @@ class Pass:
         return Derivative(self.rows.T, self.hyperparameters, labels)
 
 
+@torch.no_grad()
 def go_back(run: Run, state: Pass, visited: Iterator[Visited]) -> Iterator[int]:
     """Go back step by step, adding each one's share; gives the step's number once it is done."""
     assert run.data is not None
     module = own_copy(run.module)
     differentiator = Differentiator(run, module, labels=state.labels is not None)
     masks = [run.masks.get(name) for name in run.names]
+    reads_gradients = run.optimizer is not torch.optim.SGD or run.max_norm is not None
+    known: tuple[Tensor, State] | None = None
     for t, first, last in visited:
-        step = run.steps[t]
-        before, after = split_state(run, module, first), split_state(run, module, last)
+        step, before = run.steps[t], split_state(run, module, first)
+        after = known[1] if known and known[0] is last else split_state(run, module, last)
+        known = first, before
         taken = differentiator.take(step, before.parameters, before.buffers, run.data.weights)
-        raw = [
-            gradient.detach() if mask is None else gradient.detach() * mask
-            for gradient, mask in zip(taken.gradients, masks, strict=True)
-        ]
+        raw = taken.gradients() if reads_gradients else []
+        if raw:
+            _mask(raw, masks)
         moment = Moment(before, after, _clipped(raw, run.max_norm), t + 1)
         rows, start = step.rows.long(), 0
         for adjoint in state.adjoints:
             part = slice(start, start + len(adjoint.parameters[0]))
             start = part.stop
             _mask(adjoint.parameters, masks)
-            towards = _towards(run, step, adjoint, moment, state.hyperparameters, part)
+            towards, scale = _towards(run, step, adjoint, moment, state.hyperparameters, part)
             if run.max_norm is not None:
                 towards = back_through_clipping(towards, raw, run.max_norm)
             _mask(towards, masks)
-            pulled = taken.pull(towards, adjoint.buffers)
-            torch._foreach_add_(adjoint.parameters, pulled.parameters)
-            if pulled.buffers:
-                torch._foreach_copy_(adjoint.buffers, pulled.buffers)
-            state.rows[:, part].index_add_(0, rows, pulled.rows.T)
-            if state.labels is not None and pulled.labels is not None:
-                state.labels[:, part].index_add_(0, rows, pulled.labels.transpose(0, 1))
+            by_rows, labels = taken.pull(towards, adjoint.parameters, adjoint.buffers, scale)
+            state.rows[:, part].index_add_(0, rows, by_rows.T)
+            if state.labels is not None and labels is not None:
+                state.labels[:, part].index_add_(0, rows, labels.transpose(0, 1))
         yield t
 
 
@@ -150,22 +155,34 @@ def _towards(
     moment: Moment,
     named: dict[str, Tensor],
     part: slice,
-) -> list[Tensor]:
-    """Go back through the optimizer, to the gradients it took: (m, ...) each."""
+) -> tuple[list[Tensor], float]:
+    """Go back through the optimizer, to the gradients it took: (m, ...) each, times a number."""
+    if len(run.groups) == 1 and not named:
+        every = range(len(adjoint.parameters))
+        towards, scale, _ = BACK[run.optimizer](adjoint, every, step.settings[0], moment, False)
+        return towards, scale
     towards = list(adjoint.parameters)
     places = {name: i for i, name in enumerate(run.names)}
-    for names, settings, base in zip(run.groups, step.settings, run.base_lr, strict=True):
+    for k, (names, settings) in enumerate(zip(run.groups, step.settings, strict=True)):
         group = [places[name] for name in names]
+        base = run.base_lr[k] if run.base_lr else 0
+        rate, decay = hyperparameter_names(run, k)
         if named and settings["lr"] and base:
             # every rule moves the weights in proportion to the rate, and schedules scale its base
             moves = [moment.after.parameters[i] - moment.before.parameters[i] for i in group]
-            named["lr"][part] += dot([adjoint.parameters[i] for i in group], moves) / base
-        back, along = BACK[run.optimizer](adjoint, group, settings, moment, bool(named))
+            named[rate][part] += dot([adjoint.parameters[i] for i in group], moves) / base
+        back, scale, along = BACK[run.optimizer](adjoint, group, settings, moment, bool(named))
         if along is not None:
-            named["weight_decay"][part] += along
+            named[decay][part] += along
         for i, toward in zip(group, back, strict=True):
-            towards[i] = toward
-    return towards
+            towards[i] = toward * scale
+    return towards, 1.0
+
+
+def hyperparameter_names(run: Run, group: int) -> list[str]:
+    """Name the derivatives by a parameter group's settings."""
+    more = f".{group}" if len(run.groups) > 1 else ""
+    return [f"{name}{more}" for name in HYPERPARAMETERS]
 
 
 def _mask(tensors: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:

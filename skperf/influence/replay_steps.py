@@ -27,7 +27,13 @@ class Adjoint:
     towards: list[Tensor] = field(init=False)  # room for the derivatives by the gradients
 
     def __post_init__(self) -> None:
-        self.towards = [torch.empty_like(tensor) for tensor in self.parameters]
+        self.towards = [torch.empty(0)] * len(self.parameters)
+
+    def room(self, i: int) -> Tensor:
+        """Give memory for what goes towards a gradient: -> (m, ...)."""
+        if not len(self.towards[i]):
+            self.towards[i] = torch.empty_like(self.parameters[i])
+        return self.towards[i]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -41,7 +47,7 @@ class Moment:
 
     before: State
     after: State
-    gradients: list[Tensor]  # as the optimizer took them
+    gradients: list[Tensor]  # as the optimizer took them; empty where it asks for none
     count: int  # steps taken, this one included
 
     def slopes(self, i: int, rate: float, correction: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -54,6 +60,10 @@ class Moment:
         return -rate / denominator, slope * (rate / (2 * correction))
 
 
+# directions of the gradients, what to multiply them by, and the derivative by the weight decay
+Towards = tuple[list[Tensor], float, Tensor | None]
+
+
 def dot(adjoints: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     """Inner products of stacked tensors with single ones: (m, ...), (...) -> (m,)."""
     products = [a.flatten(1) @ v.reshape(-1) for a, v in zip(adjoints, values, strict=True)]
@@ -62,7 +72,7 @@ def dot(adjoints: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 
 def back_through_sgd(
     adjoint: Adjoint, which: Sequence[int], settings: Settings, moment: Moment, by_decay: bool
-) -> tuple[list[Tensor], Tensor | None]:
+) -> Towards:
     """Differentiate by the gradients of some parameters and, where asked for, by the weight decay.
 
     The adjoint becomes that of the state before, up to what goes through the gradients.
@@ -70,30 +80,35 @@ def back_through_sgd(
     lr, momentum, decay = settings["lr"], settings["momentum"], settings["weight_decay"]
     damped = 1.0 if moment.count == 1 else 1 - settings["dampening"]
     own = [adjoint.parameters[i] for i in which]
-    towards = [adjoint.towards[i] for i in which]
+    towards, scale = own, -lr
     if momentum:
-        buffers = [adjoint.slots[0][i] for i in which]
-        scale = -lr * (momentum if settings["nesterov"] else 1.0)
-        torch._foreach_add_(buffers, own, alpha=scale)
-        for toward, buffer in zip(towards, buffers, strict=True):
-            torch.mul(buffer, damped, out=toward)
-        if settings["nesterov"]:
-            torch._foreach_add_(towards, own, alpha=-lr)
-        torch._foreach_mul_(buffers, 0.0 if moment.count == 1 else momentum)
-    else:
-        for toward, weight in zip(towards, own, strict=True):
-            torch.mul(weight, -lr, out=toward)
-    along = dot(towards, [moment.before.parameters[i] for i in which]) if by_decay else None
-    if decay:
-        torch._foreach_add_(own, towards, alpha=decay)
-    if settings["maximize"]:
-        torch._foreach_neg_(towards)
-    return towards, along
+        towards, scale = [adjoint.slots[0][i] for i in which], damped
+        nesterov = settings["nesterov"]
+        torch._foreach_add_(towards, own, alpha=-lr * (momentum if nesterov else 1.0))
+        if nesterov:
+            rooms = [adjoint.room(i) for i in which]
+            for room, buffer, weight in zip(rooms, towards, own, strict=True):
+                torch.add(buffer * damped, weight, alpha=-lr, out=room)
+            torch._foreach_mul_(towards, momentum)
+            towards, scale = rooms, 1.0
+        else:
+            # before the first step there is no buffer: what is left in its place is not read
+            torch._foreach_mul_(towards, momentum)
+            scale = damped / momentum
+    along = None
+    if by_decay:
+        along = dot(towards, [moment.before.parameters[i] for i in which]) * scale
+    if decay and towards is own:
+        torch._foreach_mul_(own, 1 + scale * decay)
+        scale /= 1 + scale * decay
+    elif decay:
+        torch._foreach_add_(own, towards, alpha=decay * scale)
+    return towards, -scale if settings["maximize"] else scale, along
 
 
 def back_through_adam(
     adjoint: Adjoint, which: Sequence[int], settings: Settings, moment: Moment, by_decay: bool
-) -> tuple[list[Tensor], Tensor | None]:
+) -> Towards:
     """Differentiate by the gradients of some parameters and, where asked for, by the weight decay.
 
     The adjoint becomes that of the state before, up to what goes through the gradients.
@@ -103,34 +118,30 @@ def back_through_adam(
     sign = -1.0 if settings["maximize"] else 1.0
     rate = lr / (1 - beta1**moment.count)
     root_of_correction = (1 - beta2**moment.count) ** 0.5
-    towards, along = [], []
+    scale, towards, along = (1 - beta1) / beta1, [], []
     for i in which:
         own = adjoint.parameters[i]
         first, second = adjoint.slots[0][i], adjoint.slots[1][i]
         value = moment.before.parameters[i]
         by_first, by_second = moment.slopes(i, rate, root_of_correction, settings["eps"])
-        first.addcmul_(own, by_first)
-        second.addcmul_(own, by_second)
+        first.addcmul_(own, by_first).mul_(beta1)
+        second.addcmul_(own, by_second).mul_(beta2)
         gradient = moment.gradients[i] * sign
         if decay and not decoupled:
             gradient = gradient + decay * value
-        toward = torch.mul(first, 1 - beta1, out=adjoint.towards[i])
-        toward.addcmul_(second, gradient * (2 * (1 - beta2)))
-        first.mul_(beta1)
-        second.mul_(beta2)
+        share = gradient * (2 * (1 - beta2) / (beta2 * scale))
+        toward = torch.addcmul(first, second, share, out=adjoint.room(i))
         if by_decay:
-            along.append(-lr * dot([own], [value]) if decoupled else dot([toward], [value]))
+            along.append(-lr * dot([own], [value]) if decoupled else scale * dot([toward], [value]))
         if decay and decoupled:
             own.mul_(1 - lr * decay)
         elif decay:
-            own.add_(toward, alpha=decay)
-        towards.append(toward if sign > 0 else toward.neg_())
-    return towards, torch.stack(along).sum(0) if by_decay else None
+            own.add_(toward, alpha=decay * scale)
+        towards.append(toward)
+    return towards, scale * sign, torch.stack(along).sum(0) if by_decay else None
 
 
-Back = Callable[
-    [Adjoint, Sequence[int], Settings, Moment, bool], tuple[list[Tensor], Tensor | None]
-]
+Back = Callable[[Adjoint, Sequence[int], Settings, Moment, bool], Towards]
 BACK: dict[Any, Back] = {
     torch.optim.SGD: back_through_sgd,
     torch.optim.Adam: back_through_adam,
