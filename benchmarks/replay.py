@@ -219,8 +219,6 @@ def scores(method: str, net: Net, asked: Any, data: Any) -> np.ndarray:
     if method == "replay":
         fitted = replayed(net.run_.recorded, Budget(tolerance=0))
         return fitted.influence(asked.inputs, asked.targets).numpy()
-    if method == "kronfluence":
-        return against.kronfluence_scores(net, X, y, X_query, y_query)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scorer = InfluenceScorer(
