@@ -43,7 +43,8 @@ class Pixels(BaseEstimator):
         (n, channels, length) likewise; "spectrogram" draws series by their frequencies; tokens
         (n, length) are ids, or texts for the `tokenizer`, for an encoder of texts.
     image_shape : tuple, optional
-        (height, width) or (channels, height, width) of flat rows; (channels, length) of series.
+        (height, width) or (channels, height, width) of flat rows, with `channels` "last" also
+        (height, width, channels); (channels, length) of series.
     channels : {"first", "last"}, default="first"
         Where arrays have their channels; one channel is repeated where three are needed.
     input_range : pair of float, default=(0, 1)
@@ -145,7 +146,7 @@ class Training(BaseEstimator):
     query_budget : int, optional
         Images that `fit` may send to the encoder.
     net_params : dict, optional
-        Passed on to the skorch net; its ``callbacks`` come after ours.
+        Passed on to the skorch net; its ``callbacks`` come after ours, "disable" drops all.
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]]

@@ -155,7 +155,7 @@ def _synonyms(name):
     if isinstance(name, list | tuple | set | np.ndarray):
         if not len(name):
             raise ValueError("class_names holds an empty list of names.")
-        return [str(one) for one in name]
+        return [str(one) for one in (sorted(name, key=str) if isinstance(name, set) else name)]
     return [str(name)]
 
 

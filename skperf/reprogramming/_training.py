@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -387,8 +388,16 @@ def make_net(settings, task, n_train, n_held_out, seed, max_epochs, stop) -> Pro
         rate = BORDER_RATES["alone" if task.prompts is None else "beside texts"]
     own = dict(training.net_params or {})
     added = own.pop("callbacks", None) or []
-    added = added if isinstance(added, list | tuple) else [added]
-    callbacks = [*_callbacks(settings, n_train, max_epochs, stop), *added]
+    callbacks: Any = "disable"
+    if not isinstance(added, str):
+        added = added if isinstance(added, list | tuple) else [added]
+        callbacks = [*_callbacks(settings, n_train, max_epochs, stop), *added]
+    elif added != "disable" or training.early_stopping:
+        raise ValueError(
+            f"net_params: callbacks is {added!r} with early_stopping={training.early_stopping}; "
+            "give callbacks, or 'disable' without early stopping: it drops ours too, the "
+            "learning rate's schedule among them."
+        )
     params = {
         "criterion": ClassObjective,
         "criterion__contrastive": settings.objective == "contrastive",

@@ -45,6 +45,9 @@ class Pictures:
             return cls(list(X) if isinstance(X, np.ndarray) else X, form)
         if X.ndim == 2:
             X = X.reshape(len(X), *_row_shape(X.shape[1], form.image_shape))
+            # (height, width, channels), as such rows are laid out
+            last = form.channels == "last" and X.shape[1] not in (1, 3) and X.shape[3] in (1, 3)
+            X = np.moveaxis(X, -1, 1) if last else X
         elif X.ndim == 4:
             X = X if form.channels == "first" else np.moveaxis(X, -1, 1)
         else:

@@ -375,3 +375,33 @@ def test_damaged_files_are_refused(towers, pictures, parameters, tmp_path, chang
     with pytest.raises(ValueError, match=match):
         reader.load_program(path)
     assert vars(reader) == before
+
+
+def test_callbacks_are_dropped_on_request(towers, pictures, parameters):
+    X, y = pictures
+    shared = parameters | {"validation_fraction": 0.0, "alpha": 0.0, "lr": 0.05, "border": 0}
+    shared |= {"text": "bias"}
+    bare = Reprogrammer(towers, net_params={"callbacks": "disable"}, **shared).fit(X, y)
+    assert bare.net_.callbacks_ == []
+    assert {group["lr"] for group in bare.net_.optimizer_.param_groups} >= {0.05}
+    assert bare.n_iter_ == parameters["max_epochs"]
+    with pytest.raises(ValueError, match="'disable' without early stopping"):
+        clone(bare).set_params(early_stopping=True).fit(X, y)
+    with pytest.raises(ValueError, match="callbacks is 'none'"):
+        Reprogrammer(towers, net_params={"callbacks": "none"}, **shared).fit(X, y)
+
+
+def test_flat_rows_with_their_channels_last(towers, pictures, parameters):
+    X, y = pictures
+    shared = parameters | {"max_epochs": 0, "image_shape": (12, 12, 3), "channels": "last"}
+    flat = np.moveaxis(X, 1, -1).reshape(len(X), -1)
+    model = Reprogrammer(towers, **shared).fit(flat, y)
+    plain = Reprogrammer(towers, **parameters | {"max_epochs": 0}).fit(X, y)
+    np.testing.assert_array_equal(model.predict_proba(flat), plain.predict_proba(X))
+
+
+def test_synonyms_in_a_set_have_one_order(towers, pictures, parameters):
+    X, y = pictures
+    names = {"cat": {"cat", "zebra", "quux"}, "dog": "dog", "bird": ("bird", "fish")}
+    model = Reprogrammer(towers, class_names=names, **parameters | {"max_epochs": 0}).fit(X, y)
+    assert model.class_names_ == ["bird", "cat", "dog"]
