@@ -22,7 +22,7 @@ from skperf.backbone._sklearn import (
     fit_context,
 )
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import as_array, check_rows
+from skperf.backbone._validation import check_rows
 from skperf.backbone.parameters import checksum
 from skperf.performative import _inputs, _steps, learning
 from skperf.performative._inputs import encode
@@ -891,13 +891,13 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         n_known = None if first else self.record_.anticipation.trajectory.covariates.shape[1]
         n_rounds = 1 if numbers is None else len(np.unique(numbers))
         checked = _inputs.check_covariates(covariates, n_rounds, n_known)
-        groups = None if strata is None else np.asarray(as_array(strata))
-        if groups is not None and groups.shape != (n_rows,):
-            raise ValueError(f"strata has shape {groups.shape}, but X has {n_rows} rows.")
+        groups = _inputs.check_by_row(strata, n_rows, "strata")
+        deployed = _inputs.check_by_row(deployed, n_rows, "deployed_pred")
         weights = check_sample_weight(weight, np.zeros(n_rows), dtype=np.float64)
-        return Data(
+        data = Data(
             X, values, known, numbers, weights, weight is not None, deployed, checked, groups
         )
+        return data.counting()
 
     def _begin(self, data, classes=None):
         seed, params = seed_of(self.random_state), self.get_params(deep=False)

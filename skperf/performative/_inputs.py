@@ -48,6 +48,11 @@ def check_rounds(rounds, n_rows):
 
     Shapes: rounds (n_rows,) -> (n_rows,) of int64, datetime64, timedelta64 or str.
     """
+    dtype = getattr(rounds, "dtype", None)
+    if getattr(dtype, "ordered", False):  # pandas categories in an order of their own
+        rounds = np.asarray(getattr(rounds, "cat", rounds).codes)
+        if (rounds < 0).any():
+            raise ValueError("rounds contain missing values: every row needs a round.")
     if hasattr(rounds, "to_timestamp") and not hasattr(rounds, "index"):
         rounds = rounds.to_timestamp()  # pandas periods, one or an index of them
     values = np.asarray(rounds)
@@ -195,11 +200,8 @@ def encode(y, classes, *, known_to="the estimator"):
     return order[np.searchsorted(classes, y, sorter=order)].astype(np.int64)
 
 
-def check_deployed(deployed, n_rows, classes):
+def deployed_codes(values, classes):
     """Turn logged predictions, labels (n,) or probabilities (n, n_classes), into columns."""
-    values = np.asarray(deployed)
-    if len(values) != n_rows:
-        raise ValueError(f"deployed_pred has {len(values)} rows, but X has {n_rows}.")
     if values.ndim == 1:
         return encode(values, classes, known_to="classes_ (in deployed_pred)")
     if values.shape[1] != len(classes):
@@ -208,6 +210,16 @@ def check_deployed(deployed, n_rows, classes):
             "classes."
         )
     return values.argmax(axis=1)
+
+
+def check_by_row(values, n_rows, name):
+    """Turn what is given for every row into an array (n_rows, ...)."""
+    if values is None:
+        return None
+    values = np.asarray(as_array(values))
+    if values.shape[:1] != (n_rows,):
+        raise ValueError(f"{name} has {values.shape} entries, but X has {n_rows} rows.")
+    return values
 
 
 def check_statistic(values, n_statistics, *, is_recall):

@@ -102,7 +102,7 @@ def first_contenders(
     if "paper" not in _names(params["adapter"], True):
         return {}
     response = new_map(n_statistics, n_classes, seed)
-    return {"paper": Contender(response, 0.0, -np.inf, 1.0, 0, True, "paper")}
+    return {"paper": Contender(response, np.array([0.0, -np.inf]), 1.0, 0, True, "paper")}
 
 
 def _inputs(given: Any, alone: bool) -> tuple[str, ...]:

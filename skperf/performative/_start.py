@@ -1,6 +1,6 @@
 """The first call: fit or take the classifier, measure it honestly, find the mix it is right for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,23 @@ class Data:
     deployed: Any = None
     covariates: np.ndarray | None = None  # (n_rounds, n_covariates)
     strata: np.ndarray | None = None  # (n,) of any labels
+
+    def counting(self) -> "Data":
+        """Leave out rows of weight zero; a round that has no others is refused."""
+        kept = self.weight > 0
+        if kept.all():
+            return self
+        if self.rounds is not None:
+            idle = np.setdiff1d(self.rounds, self.rounds[kept])
+            if len(idle):
+                raise ValueError(
+                    f"all rows of round {idle[0]} have weight 0: a round needs rows that count. "
+                    "Leave the round out, or weight its rows."
+                )
+        names = ("y", "known", "rounds", "weight", "deployed", "strata")
+        told = {name: getattr(self, name) for name in names}
+        parts: Any = {name: None if v is None else v[kept] for name, v in told.items()}
+        return replace(self, X=take(self.X, np.flatnonzero(kept)), **parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +137,7 @@ def start_record(
     covariates = None if data is None else data.covariates
     n_rows = 0
     if data is not None and measured is not None:
-        n_rows = int((data.weight[measured.rows] > 0).sum())
+        n_rows = len(measured.rows)
     n_covariates = 0 if covariates is None else covariates.shape[1]
     # refuses maps that there are not, also where no round will ask for one
     settings = settings_of(

@@ -33,7 +33,7 @@ def learn(
     codes[data.known] = _inputs.encode(data.y[data.known], record.classes)
     deployed = data.deployed
     if deployed is not None:
-        deployed = _inputs.check_deployed(deployed, len(codes), record.classes)
+        deployed = _inputs.deployed_codes(deployed, record.classes)
     numbers = np.unique(np.asarray(data.rounds))
     # the whole call is refused before any of it is learned
     late = _inputs.check_later(record.anticipation.trajectory, numbers)

@@ -78,13 +78,17 @@ class Contender:
     """A fitted map, its weight among all and among those that do not read the model."""
 
     response: ResponseMap
-    log_weight: float
-    log_weight_free: float
+    log_weights: Array  # (2,)
     dispersion: float
     fitted_at: int
     reads_model: bool
     kind: str
     cost: float = 0.0
+
+    @property
+    def log_weight(self) -> float:
+        """The weight among all, in logarithms."""
+        return float(self.log_weights[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +119,12 @@ class Anticipation:
 
     def mixture(self, answers: Mapping[str, Array], *, model_free: bool = False) -> Array:
         """Weigh the answers of maps, (n, n_classes) each."""
-        kept = {n: a for n, a in answers.items() if not (model_free and self._reads(n))}
+        reads = {name: one.reads_model for name, one in self.contenders.items()}
+        kept = {n: a for n, a in answers.items() if not (model_free and reads[n])}
         if not kept:
             n = max((len(answer) for answer in answers.values()), default=1)
             return np.repeat(self.log_base[None], n, axis=0)
-        which = "log_weight_free" if model_free else "log_weight"
-        weights = np.array([getattr(self.contenders[name], which) for name in kept])
+        weights = np.array([self.contenders[name].log_weights[int(model_free)] for name in kept])
         stacked = np.stack(list(kept.values()))  # (n_maps, n, n_classes)
         known: NDArray[np.bool_] = np.asarray(np.isfinite(stacked).all(axis=2))
         scores = np.where(known, weights[:, None], -np.inf)
@@ -131,9 +135,6 @@ class Anticipation:
         )
         mixed[none] = self.log_base
         return mixed
-
-    def _reads(self, name: str) -> bool:
-        return self.contenders[name].reads_model
 
 
 def blend(answer: Array, log_base: Array, strength: float | Array, mix: float | Array) -> Array:
@@ -195,26 +196,21 @@ def _weighed(
     else:
         own = mixes[:, rows.codes] + rows.scores[np.arange(len(rows.codes)), rows.codes]
         gains = (own - logsumexp(rows.scores + mixes[:, None], axis=2)) @ rows.weight
-    costs = np.array([state.contenders[name].cost for name in names])
-    gains = (gains - costs) / state.spread
-    fields = {}
-    for which in ("log_weight", "log_weight_free"):
-        weights = np.array([getattr(state.contenders[name], which) for name in names]) + gains
-        usable = np.isfinite(weights)
-        if not usable.any():
-            fields[which] = weights
-            continue
-        weights = weights - logsumexp(weights)
-        shared = np.where(usable, np.log(SHARE / usable.sum()), -np.inf)
-        fields[which] = np.logaddexp(weights + np.log1p(-SHARE), shared)
-    return {
-        name: replace(
-            state.contenders[name],
-            log_weight=float(fields["log_weight"][i]),
-            log_weight_free=float(fields["log_weight_free"][i]),
-        )
-        for i, name in enumerate(names)
-    }
+    contenders = [state.contenders[name] for name in names]
+    gains = (gains - np.array([one.cost for one in contenders])) / state.spread
+    weights = np.array([one.log_weights for one in contenders]).T + gains  # (2, n_maps)
+    usable: NDArray[np.bool_] = np.asarray(np.isfinite(weights))
+    total = logsumexp(weights, axis=1, keepdims=True)
+    weights = weights - np.where(np.isfinite(total), total, 0.0)
+    anew = np.log(SHARE / np.maximum(usable.sum(axis=1, keepdims=True), 1))
+    weights = np.where(usable, np.logaddexp(weights + np.log1p(-SHARE), anew), -np.inf)
+    return _with_weights(dict(zip(names, contenders, strict=True)), weights)
+
+
+def _with_weights(contenders: dict[str, Contender], weights: Array) -> dict[str, Contender]:
+    """Give maps their log weights (2, n_maps)."""
+    told = zip(contenders.items(), weights.T, strict=True)
+    return {name: replace(one, log_weights=each) for (name, one), each in told}
 
 
 def _updated_spread(state: Anticipation, expected: Array, counts: Array) -> float:
@@ -243,24 +239,17 @@ def _refitted(state: Anticipation, settings: Settings) -> dict[str, Contender]:
 
 def _with_entrants(contenders: dict[str, Contender], entered: list[str]) -> dict[str, Contender]:
     """Give maps that enter the weight they would have had among equals."""
-    for which in ("log_weight", "log_weight_free"):
-        allowed = {n for n, c in contenders.items() if which == "log_weight" or not c.reads_model}
-        new = [name for name in entered if name in allowed]
-        old = [name for name in allowed if name not in entered]
-        if not new:
-            continue
-        part = len(new) / (len(new) + len(old))
-        for name in old:
-            moved = getattr(contenders[name], which) + np.log1p(-part)
-            contenders[name] = _with_weight(contenders[name], which, moved)
-        for name in new:
-            contenders[name] = _with_weight(contenders[name], which, np.log(part / len(new)))
-    return contenders
-
-
-def _with_weight(contender: Contender, which: str, weight: float) -> Contender:
-    changed: Any = {which: float(weight)}
-    return replace(contender, **changed)
+    if not entered:
+        return contenders
+    new = np.array([name in entered for name in contenders])
+    free = np.array([not one.reads_model for one in contenders.values()])
+    allowed = np.stack([np.ones_like(free), free])  # (2, n_maps)
+    weights = np.array([one.log_weights for one in contenders.values()]).T
+    n_maps = np.maximum(allowed.sum(axis=1, keepdims=True), 1)
+    with np.errstate(divide="ignore"):
+        old = weights + np.log1p(-(allowed & new).sum(axis=1, keepdims=True) / n_maps)
+    moved = np.where(new, -np.log(n_maps), old)
+    return _with_weights(contenders, np.where(allowed, moved, -np.inf))
 
 
 def _fitted(
@@ -303,7 +292,8 @@ def _fitted(
     reads = candidate.form.reads_model
     if known is None:
         cost = candidate.form.cost
-        known = Contender(response, -np.inf, -np.inf, excess, 0, reads, candidate.kind, cost)
+        none = np.full(2, -np.inf)
+        known = Contender(response, none, excess, 0, reads, candidate.kind, cost)
     factor = 1.0
     if candidate.weigh:
         recent = slice(-max(8, int(2 / max(1e-9, 1 - candidate.decay))), None)

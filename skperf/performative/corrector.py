@@ -83,8 +83,7 @@ class Corrector:
         own_right: float,
     ) -> "Corrector":
         """Score all options on rows of a round: logits (n, K), codes (n,), answer (K,)."""
-        kept = np.flatnonzero(weight > 0)
-        kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), JUDGED)).astype(int)]
+        kept = np.linspace(0, len(codes) - 1, min(len(codes), JUDGED)).astype(int)
         logits, codes, weight = logits[kept], codes[kept], weight[kept] / weight[kept].sum()
         mixes = self._grid(answer, log_base)
         losses, right, noise = [], [], []

@@ -1,12 +1,13 @@
 """How a record learns: rounds with rows, rounds of counts, labels that come late."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skperf.performative.anticipation import Rows, observe
+from skperf.performative.diagnostics import total_variation
 from skperf.performative.label_shift import (
     Calibration,
     fit_calibration,
@@ -25,6 +26,7 @@ from skperf.performative.record import (
     effective,
     worst_share,
 )
+from skperf.performative.response import Inputs
 from skperf.performative.trajectory import KEPT_ROUNDS, Trajectory, centred_log, smoothed_confusion
 
 Array = NDArray[np.float64]
@@ -36,32 +38,44 @@ BATCH_ROWS = 2000  # enough to tell how far estimates from a batch are off
 REFINED_AT = (2, 4, 8, 16)  # labelled rounds at which the base mix is found anew
 STEP = 0.5  # of an interval's width after a miss
 LOSSES = ("none", "last", "adapter", "oracle", "model_free")
+MEASURED = (*LOSSES, "accuracy", "accuracy_none", "worst_recall", "tv", "strength")
+CALIBRATED = ("adapter", "model_free")
+
+
+class Expected(NamedTuple):
+    """What was expected of a round: answers of all maps and of those that don't read the model."""
+
+    answer: Array  # (n_classes,)
+    free: Array  # (n_classes,)
+    log_prior: Array  # (n_classes,) as applied
+    strength: float
 
 
 def learned(record: Record, data: Round) -> Record:
     """Take in one round; rows without a label tell the predicted shares and the mix."""
     state, n_classes = record.anticipation, len(record.log_base)
-    labelled = data.codes >= 0
+    expected = _expected(record, state.trajectory.coming(data.covariates))
+    log_prior, labelled = expected.log_prior, data.codes >= 0
     honest = labelled if data.honest is None else labelled & data.honest
     honest = honest if honest.any() else labelled
-    answers = state.answers(state.trajectory.coming(data.covariates))
-    answer = state.mixture(answers)[0]
-    log_prior, strength = record.applied(answer)
     scores = record.corrected(data.logits, log_prior)
-    predicted = data.deployed
-    if predicted is None:
+    if data.deployed is None:
         predicted = data.own if record.nothing_is_corrected else scores.argmax(axis=1)
-    codes, weight = data.codes[honest], effective(data.weight[honest])
-    logits, own, strata = data.logits[honest], data.own[honest], _part(data.strata, honest)
+        data = replace(data, deployed=predicted)
     counts = counted(data.codes[labelled], effective(data.weight[labelled]), n_classes)
-    mix = hits = None
-    if len(codes):
-        part = predicted[honest]
-        statistic = record.measured(codes, part, scores[honest], weight, strata)
-        if len(codes) == labelled.sum():
-            hits = counted(codes, (own == codes) * weight, n_classes)
+    part, mix, hits, rows = data.part(honest), None, None, None
+    if len(part.codes):
+        statistic = record.statistic_of(part, scores[honest])
+        if len(part.codes) == labelled.sum():
+            hits = counted(part.codes, (part.own == part.codes) * part.weight, n_classes)
+        entry = _entry(record, data.number, expected, part) | {"realised": counts / counts.sum()}
+        record = _judged(record, part, expected)
+        if record.options.objective == "log_loss":
+            rows = _kept_rows(record, part)
     else:
-        mix = _estimated_mix(record, data, log_prior)
+        entry = _entry(record, data.number, expected)
+        mix = len(data.logits) * np.exp(record.batch_prior(data.logits, log_prior, "map_em"))
+        mix = centred_log(mix)
         # under label shift remembered rows tell what the labels of this round would
         statistic = record.remembered_statistic(log_prior)
         if record.options.statistic == "predicted_marginal":
@@ -72,148 +86,178 @@ def learned(record: Record, data: Round) -> Record:
         counts,
         hits,
         mix=mix,
-        shares=np.bincount(predicted, data.weight, minlength=n_classes) / data.weight.sum(),
-        confusion=_confused(record, codes, predicted[honest], weight),
+        shares=counted(data.deployed, data.weight, n_classes) / data.weight.sum(),
+        confusion=_confused(record, part),
         covariates=data.covariates,
         unlabelled=float((~labelled).sum()),
     )
-    kept = None
-    if not len(codes):
-        record = replace(record, losses=_latest(record.losses, _unknown(data.number, log_prior)))
-    else:
-        free = state.mixture(answers, model_free=True)[0]
-        record = _judged(record, logits, codes, weight, answer, log_prior, own, free)
-        entry = record.losses[-1] | {"round": data.number, "strength": strength}
-        entry |= {"realised": counts / counts.sum()}
-        record = replace(record, losses=(*record.losses[:-1], entry))
-        if record.options.objective == "log_loss":
-            kept = _kept_rows(record.corrector.calibrated(logits) - record.log_base, codes, weight)
-    trajectory = _bounded(record, trajectory)
-    record = replace(record, anticipation=observe(state, record.settings, trajectory, rows=kept))
-    return _settled(_with_labels(record, logits, codes, weight, strata))
+    return _settled(_with_labels(_observed(record, trajectory, entry, rows), part))
 
 
-def _bounded(record: Record, trajectory: Trajectory) -> Trajectory:
-    limit = record.settings.buffer_size
-    return trajectory.latest(None if limit is None else limit + trajectory.lag)
+def counted_round(record: Record, number: Any, counts: Array, statistic: Array) -> Record:
+    """Learn from a round without rows: its label counts and its statistic."""
+    trajectory = record.anticipation.trajectory
+    expected = _expected(record, trajectory.coming())
+    shares = counts / max(counts.sum(), 1e-300)
+    entry = _entry(record, number, expected, shares=shares)
+    if record.anticipation.n_pairs and counts.sum() > 0:
+        corrector = record.corrector.judged_by_shares(counts, expected.answer, record.log_base)
+        width = _stepped_by(record, expected.log_prior, counts)
+        record = replace(record, corrector=corrector, width=width)
+    return _settled(_observed(record, trajectory.append(number, statistic, counts), entry))
 
 
-def _judged(
-    record: Record,
-    logits: Array,
-    codes: Codes,
-    weight: Array,
-    answer: Array,
-    log_prior: Array,
-    own: Codes,
-    free: Array,
-) -> Record:
-    """Hold what was anticipated and applied against the labels of the round."""
+def labelled_later(record: Record, data: Round) -> Record:
+    """Learn from labels of a round that was taken in without them: codes (n,), all known."""
     state, n_classes = record.anticipation, len(record.log_base)
-    counts = np.bincount(codes, weight, minlength=n_classes)
-    shares = counts / counts.sum()
-    corrector = record.corrector
-    if state.n_pairs:
-        right = float(np.average(own == codes, weights=weight))
-        corrector = corrector.judged(logits, codes, weight, answer, record.log_base, right)
-    losses = _losses(record, logits, codes, weight, log_prior, own, answer, free)
-    batch_losses, batch_width = record.batch_losses, record.batch_width
-    scores = record.corrector.calibrated(logits)
-    if record.options.is_hybrid:
-        mixes = [record.hybrid_prior(scores, log_prior, worth) for worth in WORTHS]
-        found = np.array([log_loss(scores - record.log_base + m, codes, weight) for m in mixes])
-        before = record.batch_losses
-        batch_losses = (
-            found if before is None else BATCH_MEMORY * before + (1 - BATCH_MEMORY) * found
-        )
-    if len(codes) >= 10 * n_classes:
-        part = np.linspace(0, len(codes) - 1, min(len(codes), BATCH_ROWS)).astype(int)
-        mix = np.exp(record.batch_prior(logits[part], log_prior, "map_em"))
-        low, high = record.batch_interval(logits[part], mix)
-        there = smooth_shares(np.bincount(codes[part], minlength=n_classes).astype(float))
-        batch_width = _stepped(record.batch_width, (there < low) | (there > high))
-    width = record.width
-    if state.n_pairs:
-        low, high = record.interval(np.exp(log_prior), counts.sum())
-        width = _stepped(record.width, (shares < low) | (shares > high))
+    i = int(np.flatnonzero(state.trajectory.rounds == data.number)[0])
+    at = next(j for j, one in enumerate(record.losses) if one["round"] == data.number)
+    told, log_prior = record.losses[at], np.log(record.losses[at]["predicted"])
+    scores = record.corrected(data.logits, log_prior)
+    if data.deployed is None:
+        data = replace(data, deployed=scores.argmax(axis=1))
+    data = data.part(np.ones(len(data.codes), bool))
+    before = state.trajectory.counts[i].sum()
+    statistic = record.statistic_of(data, scores)
+    if before:
+        part = data.weight.sum() / (data.weight.sum() + before)
+        statistic = part * statistic + (1 - part) * state.trajectory.statistics[i]
+    trajectory = state.trajectory.labelled_later(
+        i,
+        statistic,
+        counted(data.codes, data.weight, n_classes),
+        counted(data.codes, (data.own == data.codes) * data.weight, n_classes),
+        len(data.codes),
+        None if before else _confused(record, data),
+    )
+    anticipation = replace(state, trajectory=trajectory)
+    if not before and i >= trajectory.lag:
+        # maps have not seen these labels: they are judged as they would have been in time
+        answer, free, *_ = _expected(record, trajectory.before(i))
+        expected = Expected(answer, free, log_prior, told["strength"])
+        entry = _entry(record, data.number, expected, data)
+        record = _judged(record, data, expected)
+        losses = (*record.losses[:at], entry, *record.losses[at + 1 :])
+        record = replace(record, losses=losses)
+        anticipation = observe(state, record.settings, trajectory, at=i)
+    return _settled(_with_labels(replace(record, anticipation=anticipation), data))
+
+
+def _expected(record: Record, inputs: Inputs) -> Expected:
+    answers = record.anticipation.answers(inputs)
+    answer = record.anticipation.mixture(answers)[0]
+    free = record.anticipation.mixture(answers, model_free=True)[0]
+    return Expected(answer, free, *record.applied(answer))
+
+
+def _observed(
+    record: Record, trajectory: Trajectory, entry: dict[str, Any], rows: Rows | None = None
+) -> Record:
+    """Add a round to the record and let the maps learn from it."""
+    limit = record.settings.buffer_size
+    trajectory = trajectory.latest(None if limit is None else limit + trajectory.lag)
     return replace(
         record,
-        corrector=corrector,
-        losses=_latest(record.losses, losses),
-        batch_losses=batch_losses,
-        batch_width=batch_width,
-        width=width,
+        losses=(*record.losses[-(KEPT_ROUNDS - 1) :], entry),
+        anticipation=observe(record.anticipation, record.settings, trajectory, rows=rows),
     )
 
 
-def _losses(
+def _entry(
     record: Record,
-    logits: Array,
-    codes: Codes,
-    weight: Array,
-    log_prior: Array,
-    own: Codes,
-    answer: Array,
-    free: Array,
+    number: Any,
+    expected: Expected,
+    part: Round | None = None,
+    shares: Array | None = None,
 ) -> dict[str, Any]:
-    """Log losses and accuracies of a round's rows, before they are learned from."""
-    counts = np.bincount(codes, weight, minlength=len(record.log_base))
-    shares, last = counts / counts.sum(), record.last_mix()
-    scores = logits - record.log_base
-    corrected = record.corrected(logits, log_prior)
-    free_prior = record.corrector.log_prior(free, record.log_base)
-    values = {
-        "none": log_loss(logits, codes, weight),
-        "last": log_loss(scores + last, codes, weight),
-        "adapter": log_loss(corrected, codes, weight),
-        "oracle": log_loss(scores + np.log(np.maximum(shares, 1e-12)), codes, weight),
-        "model_free": log_loss(record.corrected(logits, free_prior), codes, weight),
+    """Losses of a round, of its rows or else of its shares; NaN where its labels are not known."""
+    predicted, unknown = np.exp(expected.log_prior), np.full(len(record.log_base), np.nan)
+    entry = {"round": number} | dict.fromkeys(MEASURED, np.nan)
+    entry |= {"strength": expected.strength, "predicted": predicted, "realised": unknown}
+    if part is not None:
+        counts = counted(part.codes, part.weight, len(predicted))
+        shares = counts / counts.sum()
+    if shares is None:
+        return entry
+    last = record.last_mix()
+    mixes = {
+        "none": record.log_base,
+        "last": last,
+        "adapter": expected.log_prior,
+        "oracle": np.log(np.maximum(shares, 1e-12)),
+        "model_free": record.corrector.log_prior(expected.free, record.log_base),
     }
-    predicted = own if record.nothing_is_corrected else corrected.argmax(axis=1)
-    values |= _gains(record, shares, answer, free)
-    return values | {
+    entry |= {"tv": float(total_variation(shares, np.exp(last))) if record.losses else 0.0}
+    # nats a label saved over the base mix by what was expected of a round
+    gains = {"gain_all": expected.answer, "gain_model_free": expected.free, "gain_last": last}
+    entry |= {name: float(shares @ (mix - record.log_base)) for name, mix in gains.items()}
+    entry["realised"] = shares
+    if part is None:
+        return entry | {name: -float(shares @ mix) for name, mix in mixes.items()}
+    codes, weight = part.codes, part.weight
+    plain, scores = part.logits, record.corrector.calibrated(part.logits)
+    predicted = part.own
+    if not record.nothing_is_corrected:
+        predicted = record.corrected(part.logits, expected.log_prior).argmax(axis=1)
+    for name, mix in mixes.items():
+        each = scores if name in CALIBRATED else plain
+        entry[name] = log_loss(each + (mix - record.log_base), codes, weight)
+    return entry | {
         "accuracy": float(np.average(predicted == codes, weights=weight)),
-        "accuracy_none": float(np.average(own == codes, weights=weight)),
+        "accuracy_none": float(np.average(part.own == codes, weights=weight)),
         "worst_recall": worst_share(codes, predicted == codes),
-        "tv": float(0.5 * np.abs(shares - np.exp(last)).sum()) if record.losses else 0.0,
-        "predicted": np.exp(log_prior),
-        "realised": shares,
     }
 
 
-def _gains(record: Record, shares: Array, answer: Array, free: Array) -> dict[str, float]:
-    """Nats a label saved over the base mix by what was expected of a round."""
-    mixes = {"gain_all": answer, "gain_model_free": free, "gain_last": record.last_mix()}
-    return {name: float(shares @ (mix - record.log_base)) for name, mix in mixes.items()}
+def _judged(record: Record, part: Round, expected: Expected) -> Record:
+    """Hold what was anticipated and applied against the labels of the round."""
+    codes, weight, log_prior = part.codes, part.weight, expected.log_prior
+    n_classes = len(record.log_base)
+    counts, changed = counted(codes, weight, n_classes), {}
+    if record.anticipation.n_pairs:
+        right = float(np.average(part.own == codes, weights=weight))
+        changed["corrector"] = record.corrector.judged(
+            part.logits, codes, weight, expected.answer, record.log_base, right
+        )
+        changed["width"] = _stepped_by(record, log_prior, counts)
+        record = replace(record, **changed)
+    if record.options.is_hybrid:
+        scores, before = record.corrector.calibrated(part.logits), record.batch_losses
+        mixes = [record.hybrid_prior(scores, log_prior, worth) for worth in WORTHS]
+        found = np.array([log_loss(scores - record.log_base + m, codes, weight) for m in mixes])
+        if before is not None:
+            found = BATCH_MEMORY * before + (1 - BATCH_MEMORY) * found
+        record = replace(record, batch_losses=found)
+    if len(codes) >= 10 * n_classes:
+        rows = np.linspace(0, len(codes) - 1, min(len(codes), BATCH_ROWS)).astype(int)
+        mix = np.exp(record.batch_prior(part.logits[rows], log_prior, "map_em"))
+        low, high = record.batch_interval(part.logits[rows], mix)
+        there = smooth_shares(counted(codes[rows], np.ones(len(rows)), n_classes))
+        width = _stepped(record.batch_width, (there < low) | (there > high))
+        record = replace(record, batch_width=width)
+    return record
 
 
-def _confused(record: Record, codes: Codes, predicted: Codes, weight: Array) -> Array | None:
-    if not len(codes) or not record.anticipation.trajectory.confusions.shape[1]:
+def _stepped_by(record: Record, log_prior: Array, counts: Array) -> float:
+    shares = counts / counts.sum()
+    low, high = record.interval(np.exp(log_prior), counts.sum())
+    return _stepped(record.width, (shares < low) | (shares > high))
+
+
+def _confused(record: Record, part: Round) -> Array | None:
+    if not len(part.codes) or not record.anticipation.trajectory.confusions.shape[1]:
         return None
     smoothing = record.options.smoothing
-    return smoothed_confusion(codes, predicted, len(record.classes), weight, smoothing)
+    n_classes = len(record.classes)
+    return smoothed_confusion(part.codes, part.predicted, n_classes, part.weight, smoothing)
 
 
-def _estimated_mix(record: Record, data: Round, log_prior: Array) -> Array:
-    return centred_log(
-        len(data.logits) * np.exp(record.batch_prior(data.logits, log_prior, "map_em"))
-    )
-
-
-def _with_labels(
-    record: Record, logits: Array, codes: Codes, weight: Array, strata: Codes | None
-) -> Record:
+def _with_labels(record: Record, part: Round) -> Record:
     """Remember labelled rows, and find base mix and calibrations anew when it is time."""
-    if not len(codes):
+    if not len(part.codes):
         return record
     n_known = len(np.unique(record.memory.codes))
-    kept = weight > 0
-    proba = probabilities(record.corrector.calibrated(logits))
-    record = replace(
-        record,
-        memory=record.memory.with_rows(logits[kept], codes[kept], _part(strata, kept)),
-        confusion=record.confusion + soft_confusion(proba, codes, weight),
-    )
+    record = _remembering(record, part.logits, part.codes, part.weight, part.strata)
     n_rounds = record.anticipation.n_rounds
     new = len(np.unique(record.memory.codes)) > n_known
     more = n_rounds in REFINED_AT and len(record.memory.codes) > 1.5 * record.base_rows
@@ -229,13 +273,19 @@ def _with_labels(
 
 def remembering(record: Record, logits: Array, codes: Codes, weight: Array) -> Record:
     """Know labelled rows (n, n_classes) before any round; fit a calibration asked for."""
-    kept = weight > 0
-    record = replace(
-        record,
-        memory=record.memory.with_rows(logits[kept], codes[kept]),
-        confusion=soft_confusion(probabilities(logits), codes, weight),
-    )
+    record = _remembering(record, logits, codes, weight)
     return _with_calibrations(record) if all(record.options.calibrations) else record
+
+
+def _remembering(
+    record: Record, logits: Array, codes: Codes, weight: Array, strata: Codes | None = None
+) -> Record:
+    proba = probabilities(record.corrector.calibrated(logits))
+    return replace(
+        record,
+        memory=record.memory.with_rows(logits, codes, strata),
+        confusion=record.confusion + soft_confusion(proba, codes, weight),
+    )
 
 
 def replaced(record: Record, memory: Memory, base: Array | None) -> Record:
@@ -292,84 +342,6 @@ def _settled(record: Record) -> Record:
     return replace(record, corrector=record.corrector.chosen(rounds, record.options.min_rounds))
 
 
-def counted_round(record: Record, number: Any, counts: Array, statistic: Array) -> Record:
-    """Learn from a round without rows: its label counts and its statistic."""
-    state = record.anticipation
-    answers = state.answers(state.trajectory.coming())
-    answer = state.mixture(answers)[0]
-    free = state.mixture(answers, model_free=True)[0]
-    log_prior, strength = record.applied(answer)
-    shares = counts / max(counts.sum(), 1e-300)
-    mixes = {
-        "none": record.log_base,
-        "last": record.last_mix(),
-        "adapter": log_prior,
-        "oracle": np.log(np.maximum(shares, 1e-12)),
-        "model_free": record.corrector.log_prior(free, record.log_base),
-    }
-    losses = {name: -float(shares @ mix) for name, mix in mixes.items()}
-    last = np.exp(mixes["last"])
-    losses |= _unknown(number, log_prior, known=losses)
-    losses |= {"realised": shares, "strength": strength} | _gains(record, shares, answer, free)
-    losses["tv"] = float(0.5 * np.abs(shares - last).sum()) if record.losses else 0.0
-    corrector, width = record.corrector, record.width
-    if state.n_pairs and counts.sum() > 0:
-        corrector = corrector.judged_by_shares(counts, answer, record.log_base)
-        low, high = record.interval(np.exp(log_prior), counts.sum())
-        width = _stepped(width, (shares < low) | (shares > high))
-    trajectory = state.trajectory.append(number, statistic, counts)
-    trajectory = _bounded(record, trajectory)
-    record = replace(
-        record,
-        corrector=corrector,
-        width=width,
-        losses=_latest(record.losses, losses),
-        anticipation=observe(state, record.settings, trajectory),
-    )
-    return _settled(record)
-
-
-def labelled_later(record: Record, data: Round) -> Record:
-    """Learn from labels of a round that was taken in without them: codes (n,), all known."""
-    state, n_classes = record.anticipation, len(record.log_base)
-    i = int(np.flatnonzero(state.trajectory.rounds == data.number)[0])
-    at = next(j for j, one in enumerate(record.losses) if one["round"] == data.number)
-    log_prior, weight = np.log(record.losses[at]["predicted"]), effective(data.weight)
-    scores = record.corrected(data.logits, log_prior)
-    predicted = scores.argmax(axis=1) if data.deployed is None else data.deployed
-    before = state.trajectory.counts[i].sum()
-    statistic = record.measured(data.codes, predicted, scores, weight, data.strata)
-    if before:
-        part = weight.sum() / (weight.sum() + before)
-        statistic = part * statistic + (1 - part) * state.trajectory.statistics[i]
-    trajectory = state.trajectory.labelled_later(
-        i,
-        statistic,
-        counted(data.codes, weight, n_classes),
-        counted(data.codes, (data.own == data.codes) * weight, n_classes),
-        len(data.codes),
-        None if before else _confused(record, data.codes, predicted, weight),
-    )
-    told = record.losses
-    if not before and i >= trajectory.lag:
-        # maps have not seen these labels: they are judged as they would have been in time
-        answers = state.answers(trajectory.before(i))
-        answer = state.mixture(answers)[0]
-        free = state.mixture(answers, model_free=True)[0]
-        record = _judged(record, data.logits, data.codes, weight, answer, log_prior, data.own, free)
-        entry = told[at] | record.losses[-1]
-        record = replace(record, losses=(*told[:at], entry, *told[at + 1 :]))
-        anticipation = observe(state, record.settings, trajectory, at=i)
-    else:
-        anticipation = replace(state, trajectory=trajectory)
-    record = replace(record, anticipation=anticipation)
-    return _settled(_with_labels(record, data.logits, data.codes, weight, data.strata))
-
-
-def _part(values: Codes | None, rows: NDArray[np.bool_]) -> Codes | None:
-    return None if values is None else values[rows]
-
-
 def _stepped(width: float, missed: NDArray[np.bool_]) -> float:
     """Widen an interval after more misses than it may have, else narrow it."""
     # online conformal inference: whatever the world does, the share of misses tends to 1 - COVERED
@@ -377,21 +349,9 @@ def _stepped(width: float, missed: NDArray[np.bool_]) -> float:
     return float(np.clip(moved, 0.05, 1e4))
 
 
-def _latest(
-    losses: tuple[dict[str, Any], ...], entry: dict[str, Any]
-) -> tuple[dict[str, Any], ...]:
-    return (*losses[-(KEPT_ROUNDS - 1) :], entry)
-
-
-def _unknown(number: Any, log_prior: Array, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    names: tuple[str, ...] = ("accuracy", "accuracy_none", "worst_recall", "tv", "strength")
-    if known is None:
-        names = (*names, *LOSSES)
-    mixes = {"predicted": np.exp(log_prior), "realised": np.full(len(log_prior), np.nan)}
-    return {"round": number} | dict.fromkeys(names, np.nan) | mixes
-
-
-def _kept_rows(scores: Array, codes: Codes, weight: Array) -> Rows:
-    kept = np.flatnonzero(weight > 0)
-    kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), ROWS_A_ROUND)).astype(int)]
-    return Rows(scores[kept], codes[kept], weight[kept] * weight.sum() / weight[kept].sum())
+def _kept_rows(record: Record, part: Round) -> Rows:
+    n = len(part.codes)
+    kept = np.linspace(0, n - 1, min(n, ROWS_A_ROUND)).astype(int)
+    scores = record.corrector.calibrated(part.logits[kept]) - record.log_base
+    weight = part.weight[kept] * part.weight.sum() / part.weight[kept].sum()
+    return Rows(scores, part.codes[kept], weight)

@@ -63,6 +63,18 @@ class Round:
     covariates: Array | None = None  # (n_covariates,)
     strata: Codes | None = None  # (n,)
 
+    @property
+    def predicted(self) -> Codes:
+        """What went out, (n,): the classifier's own predictions where nothing else is told."""
+        return self.own if self.deployed is None else self.deployed
+
+    def part(self, rows: NDArray[np.bool_]) -> "Round":
+        """Take some rows, weighted by what they are worth."""
+        names = ("logits", "own", "codes", "weight", "deployed", "strata")
+        told = {name: getattr(self, name) for name in names}
+        taken: Any = {name: None if v is None else v[rows] for name, v in told.items()}
+        return replace(self, **taken | {"weight": effective(taken["weight"])})
+
 
 @dataclass(frozen=True, eq=False)
 class Memory:
@@ -242,6 +254,10 @@ class Record:
         return measure(
             self.options, self.classes, codes, predicted, scores, weight, strata, n_strata
         )
+
+    def statistic_of(self, part: Round, scores: Array) -> Array:
+        """Statistic (n_statistics,) of what went out for labelled rows: scores (n, n_classes)."""
+        return self.measured(part.codes, part.predicted, scores, part.weight, part.strata)
 
     def remembered_statistic(self, log_prior: Array) -> Array:
         """Statistic of the model corrected for a log mix, measured on remembered rows."""

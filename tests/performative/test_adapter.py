@@ -230,7 +230,7 @@ def test_logged_predictions_are_what_was_deployed(frozen, lived):
     proba = np.eye(K)[deployed]
     again = clone(right).fit(X, y, rounds=rounds, deployed_pred=proba)
     np.testing.assert_array_equal(again.trajectory_.statistics, right.trajectory_.statistics)
-    for wrong, message in ((y[:5], "5 rows"), (proba[:, :2], "2 columns"), (y + 9, "labels")):
+    for wrong, message in ((y[:5], "(5,)"), (proba[:, :2], "2 columns"), (y + 9, "labels")):
         with pytest.raises(ValueError, match=message):
             clone(right).fit(X, y, rounds=rounds, deployed_pred=wrong)
 
