@@ -31,6 +31,7 @@ from skperf.performative._scores import Opened, is_frozen, is_network, open_cand
 from skperf.performative._start import (
     Data,
     begin,
+    given_base,
     start_record,
     trajectory_base,
     trajectory_classes,
@@ -437,12 +438,9 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             seed, params = seed_of(self.random_state), self.get_params(deep=False)
             fitted, labels = trajectory_classes(self.estimator, classes, n_classes)
             base = trajectory_base(params, fitted, labels, counts)
-            found = isinstance(self.base_prior, str) and self.base_prior == "fit"
-            options = options_of(params, seed, refines_base=found and fitted is not None)
-            none = np.zeros(0, np.int64)
-            record = start_record(
-                params, options, labels, base, seed, None, None, none, statistics.shape[1]
-            )
+            finds_base = fitted is not None and given_base(params, labels) is None
+            options = options_of(params, seed, refines_base=finds_base)
+            record = start_record(params, options, labels, base, n_statistics=statistics.shape[1])
             for number, counted, statistic in zip(numbers, counts, statistics, strict=True):
                 record = learning.counted_round(record, number, counted, statistic)
             if fitted is not None:
@@ -484,7 +482,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         with unchanged_on_error(self):
             self.estimator = estimator
             X = None if X is None else self._rows(X, reset=True)
-            finds_base = isinstance(self.base_prior, str) and self.base_prior == "fit"
+            finds_base = given_base(self.get_params(deep=False), self.classes_) is None
             self.estimator_, record = _steps.replaced(
                 self.record_, estimator, X, y, finds_base=finds_base
             )

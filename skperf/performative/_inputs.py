@@ -331,39 +331,24 @@ def same(one, other):
         return False
 
 
-def check_prior(given, classes):
-    """Turn a mix that is known, an array or a dict by label, into shares of shape (n_classes,)."""
-    if isinstance(given, dict):
-        unknown = sorted(set(given) - set(classes.tolist()), key=str)
-        if unknown:
-            raise ValueError(f"prior has labels that are not known: {unknown}.")
-        given = [given.get(label, 0.0) for label in classes.tolist()]
-    prior = np.asarray(given, dtype=np.float64)
-    if prior.shape != (len(classes),):
-        raise ValueError(f"prior has shape {prior.shape}, but there are {len(classes)} classes.")
-    if not np.isfinite(prior).all() or (prior < 0).any() or prior.sum() == 0:
-        raise ValueError(f"prior must be shares, none negative, got {prior.tolist()}.")
-    return prior / prior.sum()
-
-
-def check_base_prior(given, classes):
-    """Turn a base prior, an array or a dict by label, into shares of shape (n_classes,)."""
+def check_prior(given, classes, name="prior", *, positive=False):
+    """Turn a mix, an array or a dict by label, into shares of shape (n_classes,)."""
     if isinstance(given, dict):
         labels = classes.tolist()
-        if set(given) != set(labels):
+        unknown = sorted(set(given) - set(labels), key=str)
+        missing = sorted(set(labels) - set(given), key=str) if positive else []
+        if unknown or missing:
             raise ValueError(
-                f"base_prior must have the keys {labels}; missing are "
-                f"{sorted(set(labels) - set(given), key=str)}, not known "
-                f"{sorted(set(given) - set(labels), key=str)}."
+                f"{name} has keys of {labels}; missing are {missing}, not known {unknown}."
             )
-        given = [given[label] for label in labels]
+        given = [given.get(label, 0.0) for label in labels]
     prior = np.asarray(given, dtype=np.float64)
     if prior.shape != (len(classes),):
-        raise ValueError(
-            f"base_prior has shape {prior.shape}, but there are {len(classes)} classes."
-        )
-    if not np.isfinite(prior).all() or (prior <= 0).any():
-        raise ValueError(f"base_prior must be positive for every class, got {prior.tolist()}.")
+        raise ValueError(f"{name} has shape {prior.shape}, but there are {len(classes)} classes.")
+    if not np.isfinite(prior).all() or prior.min() < 0 or not prior.max() > 0:
+        raise ValueError(f"{name} must be shares, none negative, got {prior.tolist()}.")
+    if positive and prior.min() == 0:
+        raise ValueError(f"{name} must be positive for every class, got {prior.tolist()}.")
     return prior / prior.sum()
 
 

@@ -1,6 +1,7 @@
 """Response maps that are torch modules, trained by skorch."""
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from skperf.backbone.architectures import MLP
 from skperf.backbone.randomness import drawing_from
 
 BATCH_SIZE = 32
+AGAIN = 8  # share of the epochs when rounds were added
 
 
 class MixLoss(nn.Module):
@@ -63,29 +65,34 @@ def fit_neural(
     statistics, counts = inputs.statistics[known, 0], counts[known]
     scale = np.maximum(statistics.std(axis=0), 0.02)
     if start is not None:
-        centre, scale, max_epochs = start.centre, start.scale, max(1, max_epochs // 4)
+        centre, scale, max_epochs = start.centre, start.scale, max(1, max_epochs // AGAIN)
     else:
         centre = statistics.mean(axis=0)
     features = torch.as_tensor((statistics - centre) / scale, dtype=torch.float32)
     # counts far below zero can only come from pseudo-counts of classes that never occur
     targets = torch.as_tensor(np.asarray(counts), dtype=torch.float32)
-    with drawing_from(torch.Generator().manual_seed(seed)):
+    generator = torch.Generator().manual_seed(seed)
+    with drawing_from(generator):
         net = NeuralNet(
             _build(module, statistics.shape[1], counts.shape[1], hidden),
             MixLoss,
             optimizer=torch.optim.Adam,
             optimizer__weight_decay=weight_decay * l2,
+            optimizer__fused=True,
             lr=lr,
             max_epochs=max_epochs,
             batch_size=BATCH_SIZE,
             train_split=None,
             iterator_train=TensorBatches,
             iterator_train__shuffle=True,
+            iterator_train__generator=generator,
             callbacks="disable",
             verbose=0,
         ).initialize()
-        if start is not None:
-            net.module_.load_state_dict(start.module.state_dict())
+    if start is not None:
+        net.module_.load_state_dict(start.module.state_dict())
+    # a module of the user's own may draw while it trains; looking at every operator costs a third
+    with nullcontext() if module is MLP else drawing_from(generator):
         net.partial_fit(features, targets)
     return NeuralMap(net.module_, log_base, centre, scale)
 

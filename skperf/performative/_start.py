@@ -93,10 +93,10 @@ def begin(
     if estimator is None:
         # in double precision a row's scores do not depend on the rows around it
         fitted.module_.double()
-    known = data.y[data.known]
-    labels = _classes_of(fitted, known, classes, frozen)
+    labels = _classes_of(fitted, data.y[data.known], classes, frozen)
     codes = _inputs.encode(y, labels)
-    shares = _inputs.shares_of(codes, data.weight[trained], labels, warn=_is_fit(params))
+    given = given_base(params, labels)
+    shares = _inputs.shares_of(codes, data.weight[trained], labels, warn=given is None)
     opened = Opened(fitted, labels, np.log(shares))
     rows, found = held_out if len(held_out) else labelled, None
     if not frozen and not is_network(estimator):
@@ -109,10 +109,23 @@ def begin(
             check_agreement(opened, part, logits)
     measured = Measured(rows, *found)
     codes = _inputs.encode(data.y[rows], labels)
-    weight = effective(data.weight[rows])
-    base = _base_prior(params, labels, measured.logits, codes, weight, frozen, shares)
-    options = options_of(params, seed, refines_base=frozen and _is_fit(params))
-    record = start_record(params, options, labels, base, seed, data, measured, codes)
+    options = options_of(params, seed, refines_base=frozen and given is None)
+    if given is None:
+        weight = effective(data.weight[rows])
+        given = _found_base(measured.logits, codes, weight, None if frozen else shares)
+    strata = None if data.strata is None else np.unique(data.strata)
+    record = start_record(
+        params,
+        options,
+        labels,
+        given,
+        n_statistics=_width(options, labels, measured, codes, data, strata),
+        n_covariates=0 if data.covariates is None else data.covariates.shape[1],
+        strata=strata,
+        base_rows=len(rows),
+    )
+    if data.rounds is None and len(codes):
+        record = remembering(record, measured.logits, codes, data.weight[rows])
     return fitted, record, measured
 
 
@@ -121,35 +134,29 @@ def start_record(
     options: Options,
     labels: np.ndarray,
     base: np.ndarray,
-    seed: int,
-    data: Data | None,
-    measured: Measured | None,
-    codes: np.ndarray,
-    n_statistics: int | None = None,
+    *,
+    n_statistics: int,
+    n_covariates: int = 0,
+    strata: np.ndarray | None = None,
+    base_rows: int = 0,
 ) -> Record:
-    """Start a record that knows the base mix (n_classes,) and, without rounds, its first rows."""
-    strata = None if data is None or data.strata is None else np.unique(data.strata)
+    """Start a record that knows the base mix (n_classes,)."""
     n_classes = len(labels)
-    if n_statistics is None:
-        assert measured is not None
-        assert data is not None
-        n_statistics = _width(options, labels, measured, codes, data, strata)
-    covariates = None if data is None else data.covariates
-    n_rows = 0
-    if data is not None and measured is not None:
-        n_rows = len(measured.rows)
-    n_covariates = 0 if covariates is None else covariates.shape[1]
     # refuses maps that there are not, also where no round will ask for one
     settings = settings_of(
-        params, seed, n_statistics=n_statistics, n_classes=n_classes, n_covariates=n_covariates
+        params,
+        options.seed,
+        n_statistics=n_statistics,
+        n_classes=n_classes,
+        n_covariates=n_covariates,
     )
     if "paper" in settings.candidates:
         base = base + BASE_PSEUDO_SHARE  # as released
     trajectory = Trajectory.empty(
         n_statistics, n_classes, n_covariates=n_covariates, lag=params["lag"]
     )
-    contenders = first_contenders(params, seed, n_statistics, n_classes)
-    record = Record(
+    contenders = first_contenders(params, options.seed, n_statistics, n_classes)
+    return Record(
         options=options,
         settings=settings,
         classes=labels,
@@ -158,11 +165,16 @@ def start_record(
         memory=Memory.empty(n_classes),
         confusion=np.zeros((n_classes, n_classes)),
         strata=strata,
-        base_rows=n_rows,
+        base_rows=base_rows,
     )
-    if data is not None and measured is not None and data.rounds is None and len(codes):
-        record = remembering(record, measured.logits, codes, data.weight[measured.rows])
-    return record
+
+
+def given_base(params: dict[str, Any], labels: np.ndarray) -> np.ndarray | None:
+    """Give the base mix (n_classes,) that is asked for; None where it is to be found."""
+    given = params["base_prior"]
+    if not isinstance(given, str):
+        return _inputs.check_prior(given, labels, "base_prior", positive=True)
+    return np.full(len(labels), 1 / len(labels)) if given == "uniform" else None
 
 
 def trajectory_classes(estimator: Any, classes: Any, n_classes: int) -> tuple[Any, np.ndarray]:
@@ -184,11 +196,9 @@ def trajectory_base(
     params: dict[str, Any], fitted: Any, labels: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
     """Give the base mix (n_classes,) of a record without rows: counts (n_rounds, n_classes)."""
-    given = params["base_prior"]
-    if isinstance(given, str) and given == "uniform":
-        return np.full(len(labels), 1 / len(labels))
-    if not isinstance(given, str):
-        return _inputs.check_base_prior(given, labels)
+    given = given_base(params, labels)
+    if given is not None:
+        return given
     if fitted is not None:
         return _stated_base(fitted, len(labels))
     absent = counts[0] == 0
@@ -231,35 +241,22 @@ def _classes_of(fitted: Any, y: np.ndarray, classes: Any, frozen: bool) -> np.nd
     return given
 
 
-def _is_fit(params: dict[str, Any]) -> bool:
-    return isinstance(params["base_prior"], str) and params["base_prior"] == "fit"
-
-
-def _base_prior(
-    params: dict[str, Any],
-    labels: np.ndarray,
-    logits: np.ndarray,
-    codes: np.ndarray,
-    weight: np.ndarray,
-    frozen: bool,
-    shares: np.ndarray,
+def _found_base(
+    logits: np.ndarray, codes: np.ndarray, weight: np.ndarray, shares: np.ndarray | None
 ) -> np.ndarray:
-    given = params["base_prior"]
-    if isinstance(given, str) and given == "uniform":
-        return np.full(len(labels), 1 / len(labels))
-    if not isinstance(given, str):
-        return _inputs.check_base_prior(given, labels)
+    """Find the base mix on rows (n, n_classes); `shares` are those of rows it was fitted on."""
+    n_classes = logits.shape[1]
     if not len(codes):
-        return np.full(len(labels), 1 / len(labels))
+        return np.full(n_classes, 1 / n_classes)
     found = estimate_base_prior(logits, codes, weight=weight)
-    if frozen:
+    if shares is None:
         return found
     # weights of classes and of rows move the mix that a classifier is right for away from its
     # rows' own; without strong evidence that mix is kept
-    scores = logits + np.log(np.maximum(np.bincount(codes, weight, len(labels)), 1e-12))
+    scores = logits + np.log(np.maximum(np.bincount(codes, weight, n_classes), 1e-12))
     gained = log_loss(scores - np.log(shares), codes, weight)
     gained -= log_loss(scores - np.log(found), codes, weight)
-    sure = 2 * weight.sum() * gained > chi2.isf(SURE, len(labels) - 1)
+    sure = 2 * weight.sum() * gained > chi2.isf(SURE, n_classes - 1)
     return found if sure else shares
 
 
@@ -278,7 +275,5 @@ def _width(
         return len(strata) * (len(labels) if options.statistic == "class_stratum" else 1)
     if not len(codes):
         return len(labels) ** 2 if options.statistic == "confusion" else len(labels)
-    weight = data.weight[measured.rows]
-    return len(
-        measure(options, labels, codes, measured.logits.argmax(axis=1), measured.logits, weight)
-    )
+    weight, predicted = data.weight[measured.rows], measured.logits.argmax(axis=1)
+    return len(measure(options, labels, codes, predicted, measured.logits, weight))

@@ -156,16 +156,20 @@ def observe(
     *,
     at: int = -1,
     rows: Rows | None = None,
+    answers: Mapping[str, Array] | None = None,
 ) -> Anticipation:
-    """Learn from one round of a trajectory: score what each map expected of it, then refit."""
+    """Learn from one round of a trajectory: score what each map expected of it, then refit.
+
+    Shapes: answers (1, n_classes) of each map, where they have been computed.
+    """
     at = at % len(trajectory)
-    before, counts = trajectory.before(at), trajectory.counts[at]
+    counts = trajectory.counts[at]
     known = state.trajectory.rounds[-1:].tolist() == trajectory.rounds[-1:].tolist()
     state = replace(state, trajectory=trajectory, n_rounds=state.n_rounds + (not known))
     if at < trajectory.lag or counts.sum() == 0:
         return state
-    answers = {name: answer[0] for name, answer in state.answers(before).items()}
-    expected = state.mixture({name: answer[None] for name, answer in answers.items()})[0]
+    answers = state.answers(trajectory.before(at)) if answers is None else answers
+    expected = state.mixture(answers)[0]
     kept = (*state.rows, rows)[-(settings.buffer_size or WINDOW) :] if rows is not None else ()
     state = replace(
         state,
@@ -188,7 +192,7 @@ def _weighed(
     if not answers:
         return {}
     names = list(answers)
-    mixes = np.array([answers[name] for name in names])
+    mixes = np.concatenate([answers[name] for name in names])
     # a map that could not answer is judged as all of them together
     mixes = np.where(np.isfinite(mixes).all(axis=1)[:, None], mixes, expected)
     if rows is None:

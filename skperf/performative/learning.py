@@ -1,5 +1,6 @@
 """How a record learns: rounds with rows, rounds of counts, labels that come late."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ class Expected(NamedTuple):
     free: Array  # (n_classes,)
     log_prior: Array  # (n_classes,) as applied
     strength: float
+    answers: Mapping[str, Array] | None = None  # (1, n_classes) of each map
 
 
 def learned(record: Record, data: Round) -> Record:
@@ -91,7 +93,7 @@ def learned(record: Record, data: Round) -> Record:
         covariates=data.covariates,
         unlabelled=float((~labelled).sum()),
     )
-    return _settled(_with_labels(_observed(record, trajectory, entry, rows), part))
+    return _settled(_with_labels(_observed(record, trajectory, entry, expected, rows), part))
 
 
 def counted_round(record: Record, number: Any, counts: Array, statistic: Array) -> Record:
@@ -104,7 +106,8 @@ def counted_round(record: Record, number: Any, counts: Array, statistic: Array) 
         corrector = record.corrector.judged_by_shares(counts, expected.answer, record.log_base)
         width = _stepped_by(record, expected.log_prior, counts)
         record = replace(record, corrector=corrector, width=width)
-    return _settled(_observed(record, trajectory.append(number, statistic, counts), entry))
+    trajectory = trajectory.append(number, statistic, counts)
+    return _settled(_observed(record, trajectory, entry, expected))
 
 
 def labelled_later(record: Record, data: Round) -> Record:
@@ -147,20 +150,24 @@ def _expected(record: Record, inputs: Inputs) -> Expected:
     answers = record.anticipation.answers(inputs)
     answer = record.anticipation.mixture(answers)[0]
     free = record.anticipation.mixture(answers, model_free=True)[0]
-    return Expected(answer, free, *record.applied(answer))
+    return Expected(answer, free, *record.applied(answer), answers)
 
 
 def _observed(
-    record: Record, trajectory: Trajectory, entry: dict[str, Any], rows: Rows | None = None
+    record: Record,
+    trajectory: Trajectory,
+    entry: dict[str, Any],
+    expected: Expected,
+    rows: Rows | None = None,
 ) -> Record:
     """Add a round to the record and let the maps learn from it."""
     limit = record.settings.buffer_size
     trajectory = trajectory.latest(None if limit is None else limit + trajectory.lag)
-    return replace(
-        record,
-        losses=(*record.losses[-(KEPT_ROUNDS - 1) :], entry),
-        anticipation=observe(record.anticipation, record.settings, trajectory, rows=rows),
+    anticipation = observe(
+        record.anticipation, record.settings, trajectory, rows=rows, answers=expected.answers
     )
+    losses = (*record.losses[-(KEPT_ROUNDS - 1) :], entry)
+    return replace(record, losses=losses, anticipation=anticipation)
 
 
 def _entry(

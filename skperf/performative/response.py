@@ -165,36 +165,9 @@ def anchor_of(inputs: Inputs, form: Form, log_base: Array) -> Array:
     return latest
 
 
-def features_of(inputs: Inputs, form: Form, knots: Array) -> Array:
-    """Features with one entry a class, (R, K, J)."""
-    parts = []
-    for name in form.shared:
-        if name == "curve":
-            parts.append(_hinges(inputs.statistics[:, 0], knots))
-        elif name == "shares":
-            # a world may answer shares by their level or by their ratio
-            known = inputs.shares
-            logs = np.log(np.maximum(known, 1e-3))
-            parts.append(np.stack([_centred(known), _centred(logs)], axis=-1))
-        elif name == "taken":
-            # what each class takes from the others, (R, K)
-            n_classes = inputs.mixes.shape[2]
-            tables = inputs.confusions.reshape(len(inputs), n_classes, n_classes)
-            taken = tables.sum(axis=1) - np.diagonal(tables, axis1=1, axis2=2)
-            parts.append(_centred(taken)[..., None])
-        elif name == "change":
-            parts.append((inputs.mixes[:, 0] - inputs.mixes[:, 1])[..., None])
-        else:
-            source, lag = _SOURCES[name]
-            values = getattr(inputs, source)[:, lag]
-            parts.append(_centred(values)[..., None])
-    if not parts:
-        return np.zeros((*inputs.mixes[:, 0].shape, 0))
-    return np.concatenate(parts, axis=-1)
-
-
 _SOURCES = {
     "statistic": ("statistics", 0),
+    "curve": ("statistics", 0),
     "statistic_2": ("statistics", 1),
     "mix": ("mixes", 0),
     "mix_2": ("mixes", 1),
@@ -202,33 +175,43 @@ _SOURCES = {
 }
 
 
+def _read(inputs: Inputs, name: str) -> Array:
+    """One input that a form names, (R, K) or (R, D); NaN where it is not known."""
+    if name == "change":
+        return np.asarray(inputs.mixes[:, 0] - inputs.mixes[:, 1])
+    if name == "taken":  # what each class takes from the others
+        n_classes = inputs.mixes.shape[2]
+        tables = inputs.confusions.reshape(len(inputs), n_classes, n_classes)
+        return np.asarray(tables.sum(axis=1) - np.diagonal(tables, axis1=1, axis2=2))
+    source, lag = _SOURCES.get(name, (name, None))
+    values: Array = getattr(inputs, source)
+    if lag is None:
+        return values
+    return values[:, lag] if lag < values.shape[1] else np.full_like(values[:, 0], np.nan)
+
+
+def features_of(inputs: Inputs, form: Form, knots: Array) -> Array:
+    """Features with one entry a class, (R, K, J)."""
+    parts = []
+    for name in form.shared:
+        values = _read(inputs, name)
+        parts.append(_hinges(values, knots) if name == "curve" else _centred(values)[..., None])
+        if name == "shares":  # a world may answer shares by their level or by their ratio
+            parts.append(_centred(np.log(np.maximum(values, 1e-3)))[..., None])
+    return np.concatenate([np.zeros((*inputs.mixes[:, 0].shape, 0)), *parts], axis=-1)
+
+
 def free_of(inputs: Inputs, form: Form) -> Array:
     """Free vector of each round, (R, D)."""
-    parts = []
-    for name in form.free:
-        if name in ("covariates", "shares", "confusions"):
-            parts.append(getattr(inputs, name))
-        else:
-            source, lag = _SOURCES[name]
-            parts.append(getattr(inputs, source)[:, lag])
-    return np.concatenate(parts, axis=1) if parts else np.zeros((len(inputs), 0))
+    parts = [_read(inputs, name) for name in form.free]
+    return np.concatenate([np.zeros((len(inputs), 0)), *parts], axis=1)
 
 
 def known_rounds(inputs: Inputs, form: Form) -> NDArray[np.bool_]:
     """Tell the rounds (R,) before which all that a form reads is known."""
-    known = np.ones(len(inputs), bool)
     names = set(form.shared + form.free) | ({"mix"} if form.anchor == "previous" else set())
-    for name in names:
-        if name in ("covariates", "shares", "confusions", "taken"):
-            values = inputs.confusions if name == "taken" else getattr(inputs, name)
-            known &= np.isfinite(values).all(axis=1)
-        elif name == "change":
-            known &= np.isfinite(inputs.mixes[:, :2]).all(axis=(1, 2))
-        else:
-            source, lag = _SOURCES.get(name, ("statistics", 0))
-            values = getattr(inputs, source)
-            known &= np.isfinite(values[:, lag]).all(axis=1) if values.shape[1] > lag else False
-    return known
+    known = [np.isfinite(_read(inputs, name)).all(axis=1) for name in names]
+    return np.all([np.ones(len(inputs), bool), *known], axis=0)
 
 
 def fit_map(
@@ -243,8 +226,6 @@ def fit_map(
 ) -> LogLinearMap:
     """Fit a map to label counts (R, K) of rounds; counts may be weighted or pseudo-counts."""
     n_classes = counts.shape[1]
-    if {"statistic", "curve", "statistic_2"} & set(form.shared):
-        _one_entry_a_class(inputs.statistics.shape[2], n_classes)
     # counts of none tell nothing and may stand beside inputs that are not known
     used = known_rounds(inputs, form) & (np.abs(counts).sum(axis=1) > 0)
     inputs, counts = inputs[used], counts[used]
@@ -386,11 +367,3 @@ def _hinges(statistics: Array, knots: Array) -> Array:
 def _centred(statistics: Array) -> Array:
     centred: Array = statistics - statistics.mean(axis=1, keepdims=True)
     return centred
-
-
-def _one_entry_a_class(n_statistics: int, n_classes: int) -> None:
-    if n_statistics != n_classes:
-        raise ValueError(
-            f"a slope shared by {n_classes} classes needs a statistic with one entry a "
-            f"class, not {n_statistics} entries: use adapter='linear' or 'mlp'."
-        )

@@ -124,12 +124,6 @@ def test_one_round_of_one_label_moves_little(name):
     assert moved < 0.35
 
 
-@pytest.mark.parametrize("name", ["tied", "curve"])
-def test_shared_slopes_need_one_entry_a_class(name):
-    with pytest.raises(ValueError, match="one entry a class"):
-        fit(name, at(np.zeros((2, 3))), np.ones((2, K)))
-
-
 def test_linear_map_takes_any_statistic():
     rng = np.random.default_rng(0)
     statistics = rng.normal(size=(60, 2))
