@@ -490,17 +490,30 @@ def test_a_threshold_keeps_the_share_of_fresh_rows_that_was_asked_for(retention)
     assert np.mean(kept) == pytest.approx(retention, abs=0.004)
 
 
-def test_left_out_auroc_by_counting():
-    rng = rng_of(0)
-    parts = [tuple(torch.tensor(rng.integers(0, 5, n)) for n in (7, 4)) for _ in range(3)]
-    parts.append((torch.zeros(3), torch.zeros(0)))
-    expected = [
-        np.mean([float(i > o) + 0.5 * float(i == o) for i in inside for o in outside])
-        for inside, outside in parts[:3]
-    ]
-    found = rejection.left_out_auroc(lambda code: parts[code], 4)
-    assert found == pytest.approx(np.mean(expected))
-    assert rejection.left_out_auroc(lambda code: parts[3], 1) == 0.5
+def test_left_out_aurocs_by_counting():
+    codes = torch.tensor([0, 3, 3, 0, 5, 5, 3, 0, 0, 3, 5, 3])
+    scores, asked_for = rng_of(0).integers(0, 4, 12), []
+
+    def score(known, asked):
+        asked_for.append((known, asked))
+        return torch.tensor(scores[asked])
+
+    found = rejection.left_out_aurocs(score, codes, 3)
+    assert len(found) == 3
+    for value, code, (known, asked) in zip(found, (0, 3, 5), asked_for, strict=True):
+        outside = np.flatnonzero(codes.numpy() == code)
+        fresh = np.setdiff1d(asked, outside)
+        assert sorted([*known, *asked]) == list(range(12))
+        assert set(outside) <= set(asked)
+        assert len(fresh) == max(1, (12 - len(outside)) // 5)
+        wins = [
+            float(scores[i] > scores[o]) + 0.5 * float(scores[i] == scores[o])
+            for i in fresh
+            for o in outside
+        ]
+        assert value == pytest.approx(np.mean(wins))
+    asked_for.clear()
+    assert len(rejection.left_out_aurocs(score, codes, 2)) == len(asked_for) == 2
 
 
 @pytest.mark.parametrize("top", [None, 2, 50])
