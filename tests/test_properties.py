@@ -491,7 +491,7 @@ def test_a_threshold_keeps_the_share_of_fresh_rows_that_was_asked_for(retention)
 
 def test_left_out_aurocs_by_counting():
     codes = torch.tensor([0, 3, 3, 0, 5, 5, 3, 0, 0, 3, 5, 3])
-    scores, asked_for = rng_of(0).integers(0, 4, 12), []
+    scores, asked_for = rng_of(0).integers(0, 4, 12).astype(float), []
 
     def score(known, asked):
         asked_for.append((known, asked))
