@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skperf.components.editing import ORDERS, grid_of_k
 from skperf.components.gates import Asked, Circuit
 from skperf.components.measures import Measure
 
@@ -20,6 +19,51 @@ Mask = NDArray[np.bool_]
 _SHORTLIST = 24
 _STEPS = 8
 _LEAST_GAIN = 0.003
+
+
+def welch_order(target: Array, reference: Array | None, *, increase: bool) -> Order:
+    """Rank by Welch's t statistic: target (n_t, N), reference (n_r, N) -> (N,)."""
+    # `t_j = (mean_T a_j - mean_R a_j) / sqrt(var_T(a_j) / |T| + var_R(a_j) / |R|)`; lowest first
+    # to raise the targets' outputs, highest first to lower them.
+    if reference is None or not len(reference):
+        reference = np.zeros((1, target.shape[1]))
+    difference = target.mean(0) - reference.mean(0)
+    variance = target.var(0) / len(target) + reference.var(0) / len(reference)
+    positive = variance[variance > 0]
+    floor = float(np.sqrt(np.median(positive))) if len(positive) else 1.0
+    error = np.where(variance > 0, np.sqrt(variance), floor)
+    score = difference / np.where(error > 0, error, 1.0)
+    return np.argsort(score if increase else -score, kind="stable")
+
+
+def budgeted_order(
+    target: Array, reference: Array | None, *, increase: bool, target_error: Array | None = None
+) -> Order:
+    """Rank by gain for the targets over harm to the references: (n_t, N), (n_r, N) -> (N,)."""
+    # A linear model makes the choice a knapsack: gain in the targets' mean output over the mean
+    # fall of the references' outputs. Falls and rises of different references do not cancel,
+    # `harm_j = mean_R max(a_j, 0)`: it is the single example that is lost. Gains below their own
+    # standard error come last.
+    gain = -target.mean(0) if increase else target.mean(0)
+    if target_error is not None:
+        noise = np.sqrt((target_error**2).sum(0)) / len(target)
+        gain = np.sign(gain) * np.maximum(np.abs(gain) - noise, 0.0)
+    harm = np.zeros(len(gain)) if reference is None else np.maximum(reference, 0.0).mean(0)
+    ratio = gain / np.maximum(harm, 0.2 * harm.mean() + 1e-12)
+    return np.lexsort((-gain, -ratio, gain <= 0))
+
+
+ORDERS = {"welch": welch_order, "budgeted": budgeted_order}
+
+
+def grid_of_k(n_components: int, most: int | None = None) -> list[int]:
+    """Numbers of components to try, growing by about a third."""
+    last = min(most or max(1, n_components // 2), n_components)
+    grid, k = [0], 1
+    while k < last:
+        grid.append(k)
+        k = max(k + 1, round(k * 1.35))
+    return [*grid, last]
 
 
 @dataclass(frozen=True)
@@ -93,7 +137,7 @@ class Search:
         seen = self._seen(self.mask[None])
         # accuracies of few rows jump; a smooth step as wide as outputs are moves with each row
         judged = seen["guard" if wish.worst_group else "target"][0]
-        self.width = max(float(np.abs(judged).mean()), 1e-9)
+        self.width = max((0.3 if wish.worst_group else 1.0) * float(np.abs(judged).mean()), 1e-9)
         self.path = self.steps(self.mask[None])
 
     @property
@@ -132,7 +176,13 @@ class Search:
             masks = np.repeat(self.mask[None], len(tried), 0)
             masks[np.arange(len(tried)), tried] = False
             steps = self.steps(masks)
-            allowed = [i for i, step in enumerate(steps) if forced or self._harmless(step)]
+            # the best of many steps is lucky with the few rows near the boundary; margins are not
+            least = self.path[0]["guard_smooth"] - self.wish.max_drop
+            allowed = [
+                i
+                for i, step in enumerate(steps)
+                if forced or (self._harmless(step) and step["guard_smooth"] >= least)
+            ]
             best = max(allowed, key=lambda i: steps[i]["aim"], default=None)
             gain = -np.inf if best is None else steps[best]["aim"] - self.path[-1]["aim"]
             if best is None or not (forced or gain >= _LEAST_GAIN):
@@ -177,12 +227,13 @@ class Search:
 
     def _step(self, seen: dict[str, Array]) -> dict[str, Any]:
         """Sum up one mask: outputs and whether right, (2, n), of all that is watched."""
-        step: dict[str, Any] = {"guard_score": 1.0}
+        step: dict[str, Any] = {"guard_score": 1.0, "guard_smooth": 1.0}
         for name, (output, right) in seen.items():
             kept = output if np.isnan(right).any() else right
             score = float(kept.mean())
             if name != "target":
-                step["guard_score"] = score
+                smooth = float(self._smooth(output).mean())
+                step |= {"guard_score": score, "guard_smooth": smooth}
             if name != "guard":
                 step[f"{name}_output"] = float(output.mean())
                 step |= {} if kept is output else {f"{name}_accuracy": score}
@@ -292,7 +343,7 @@ def _means(values: Array, groups: Any) -> dict[Any, float]:
 def _right(outputs: Tensor, asked: Asked) -> Tensor:
     """Whether rows are right, NaN where they have no label each: outputs (n, ...) -> (n,)."""
     targets = asked.targets
-    labelled = targets is not None and not targets.is_floating_point() and targets.ndim == 1
-    if labelled and outputs.ndim == 2 and outputs.shape[1] > 1:
-        return outputs.argmax(1).eq(targets)
-    return torch.full((len(outputs),), torch.nan)
+    if targets is None or targets.is_floating_point() or targets.ndim > 1:
+        return torch.full((len(outputs),), torch.nan)
+    several = outputs.ndim == 2 and outputs.shape[1] > 1
+    return outputs.argmax(1).eq(targets) if several else torch.full((len(outputs),), torch.nan)

@@ -241,9 +241,8 @@ class Circuit:
             recalled = any(spot.module in self.wiring.prefix for spot in site.spots)
             spots = site.weights if self.by_weights and site.weights else site.spots
             weights = site.weights if quick and not recalled else ()
-            laid.append(
-                tuple([self._tap(site, spot, channels) for spot in own] for own in (spots, weights))
-            )
+            taps = [self._tap(site, spot, channels) for spot in spots]
+            laid.append((taps, [self._tap(site, spot, channels) for spot in weights]))
         return laid
 
     def _tap(self, site: Site, spot: Spot, channels: Tensor) -> Tap:
@@ -255,9 +254,9 @@ class Circuit:
                     f"reached by its parameter {spot.side!r} alone; use 'zero'."
                 )
             return Tap(spot, channels, None, part.get_parameter(spot.side).numel())
-        bias = part._parameters.get("bias")
-        kept = site.keeps_bias and not self.rule.replaces and bias is not None
-        return Tap(spot, channels, bias.detach() if kept else None)
+        kept = site.keeps_bias and not self.rule.replaces
+        bias = part._parameters.get("bias") if kept else None
+        return Tap(spot, channels, None if bias is None else bias.detach())
 
     def _batch(self, asked: Asked, measure: Measure, values: Tensor, first: int) -> Tensor:
         asked = asked.ready(self.network)
@@ -301,7 +300,7 @@ class Circuit:
                 # What was changed in place afterwards must be computed anew.
                 if isinstance(output, Tensor) and output._version == 0:
                     own = part.__dict__.get("forward")
-                    part.__dict__["forward"] = _Recall(output)
+                    part.__dict__["forward"] = _recall(output)
                     stack.callback(_put_back, part, own)
             yield
 
@@ -356,14 +355,9 @@ class Circuit:
         return layout.split(tensor, n_rows)
 
 
-class _Recall:
-    """Stands in for a forward method."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.output
+def _recall(output: Tensor) -> Callable[..., Tensor]:
+    """Make what stands in for a forward method."""
+    return lambda *args, **kwargs: output
 
 
 def _put_back(part: nn.Module, own: Any) -> None:

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from skperf.components.editing import budgeted_order, grid_of_k, welch_order
-from skperf.components.edits import Search, Wish
+from skperf.components.edits import Search, Wish, budgeted_order, grid_of_k, welch_order
 
 rng = np.random.default_rng(0)
 
@@ -19,8 +18,9 @@ class Known(Search):
     def steps(self, masks):
         gone = [set(np.flatnonzero(~mask).tolist()) for mask in masks]
         return [
-            {"k": len(which), **dict(zip(("aim", "guard_score"), self.outcome(which), strict=True))}
+            {"k": len(which), "aim": aim, "guard_score": score, "guard_smooth": score}
             for which in gone
+            for aim, score in [self.outcome(which)]
         ]
 
 
