@@ -37,6 +37,7 @@ from benchmarks.replay_configurations import (
     fashion,
 )
 from skperf import InfluenceScorer, Net
+from skperf.backbone._training import data_of
 from skperf.backbone.training_run import Run, train_again
 from skperf.backbone.views import own_copy
 from skperf.influence.replay import Budget, losses_at, replayed, smoothness
@@ -61,7 +62,7 @@ def trained(config: Configuration, seed: int) -> tuple[Net, Any, Any]:
         record_run=True,
         **{f"optimizer__{name}": value for name, value in config.settings.items()},
     ).fit(X, y)
-    return net, net.run_.data_of(X_query, y_query), (X, y, X_query, y_query)
+    return net, data_of(net.run_, X_query, y_query), (X, y, X_query, y_query)
 
 
 def retrained(run: Run, weights: torch.Tensor, asked: Any) -> np.ndarray:
@@ -313,7 +314,7 @@ def speed() -> None:
         net, _, (X, y, X_query, y_query) = trained(config, 0)
         run = net.run_.recorded
         X_more, y_more = np.concatenate([X_query, X[:40]]), np.concatenate([y_query, y[:40]])
-        more = net.run_.data_of(X_more, y_more)
+        more = data_of(net.run_, X_more, y_more)
         # tolerance, queries, aggregated
         asked: dict[str, tuple[float, int, bool]] = {"mean of 100": (0.0, 100, True)}
         if config.widths:

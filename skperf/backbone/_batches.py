@@ -58,12 +58,11 @@ class TensorBatches:
         # skorch stands a float 0 in for a missing y
         self.y = None if y is None else map_tensors(y, where)
         self.gather: Callable[[Any], Any]
+        self.n_rows = len(dataset)
         if labelled is not None and labelled.stays:
-            self.n_rows = len(data) if self.subset is None else len(self.subset)
             self.gather = lambda rows: labelled.gather(self._positions(rows))
         else:
             X = map_tensors(data.X if labelled is None else labelled.rows.tree, where)
-            self.n_rows = len(_first(X))
             self.gather = lambda rows: map_tensors(X, rows)
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -102,9 +101,3 @@ def map_tensors(values: Any, rows: Any) -> Any:
     if isinstance(values, dict):
         return {name: map_tensors(value, rows) for name, value in values.items()}
     return torch.as_tensor(values)[rows]
-
-
-def _first(values: Any) -> Any:
-    while isinstance(values, tuple | dict):
-        values = next(iter(values.values() if isinstance(values, dict) else values))
-    return values

@@ -42,7 +42,6 @@ from skperf.backbone.training_run import (
     Streams,
     mask_gradients,
     mean_loss,
-    outputs_of,
     restore_masked,
     tensor_of,
 )
@@ -427,9 +426,7 @@ class Net(OfLogits, NeuralNetClassifier):
         where = torch.linspace(0, len(data) - 1, min(256, len(data))).long()
         some = Rows(data.gather(where))
         codes = data.targets[0] if isinstance(data.targets, tuple) else data.targets
-        chosen = chosen_entries(
-            self.train_only, self.module_, self.loss_, outputs_of, some, codes[where]
-        )
+        chosen = chosen_entries(self.train_only, self.module_, self.loss_, some, codes[where])
         initial = {}
         for name, parameter in self.module_.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -464,9 +461,7 @@ class Net(OfLogits, NeuralNetClassifier):
                 "back through."
             )
         norms = [c.gradient_clip_value for c in clippings if c.gradient_clip_value is not None]
-        run = recording.finish(
-            self.loss_, outputs_of, self._as_data(data), norms[0] if norms else None
-        )
+        run = recording.finish(self.loss_, self._as_data(data), norms[0] if norms else None)
         learned = {name: vars(self)[name] for name in _LEARNED if name in vars(self)}
         self.run_ = TrainingRun(run, self.__sklearn_clone__(), learned)
 
@@ -549,19 +544,11 @@ class Net(OfLogits, NeuralNetClassifier):
         else:
             self.loss_ = resolve_loss(criterion)
         # a criterion of the user's own may know the mean of a batch only
-        self.per_row_ = None if isinstance(self.loss_, Own) else True
+        self.per_row_: bool | None = None if isinstance(self.loss_, Own) else True
         return self
 
     def check_data(self, X: Any, y: Any = None) -> None:
-        """Accept what `fit` has validated.
-
-        Parameters
-        ----------
-        X : Rows
-            Not looked at again.
-        y : ndarray, optional
-            Likewise.
-        """
+        """Accept what `fit` has validated."""
 
     def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
         """Weigh and average a batch's losses: y_pred (n, K), y_true (n,) or with weights (n,)."""
@@ -569,7 +556,10 @@ class Net(OfLogits, NeuralNetClassifier):
         outputs = tensor_of(y_pred)
         targets = targets.to(outputs.device)
         if self.per_row_ is None:
-            self.per_row_ = _is_per_row(self.loss_, outputs, targets)
+            self.per_row_ = False
+            with suppress(ValueError):
+                self.loss_.value(outputs.detach(), targets)
+                self.per_row_ = True
         if weight is None and not self.per_row_:
             loss: Tensor = self.criterion_(outputs, targets)
             return loss
@@ -630,14 +620,6 @@ def _parts(X: Any, y: Any) -> tuple[Any, Any]:
     if isinstance(X, Dataset):
         return X.X, X.y if y is None else y
     return X, y
-
-
-def _is_per_row(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
-    try:
-        loss.value(outputs.detach(), targets)
-    except ValueError:
-        return False
-    return True
 
 
 def default_net(**params: Any) -> Net:

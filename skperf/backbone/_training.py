@@ -160,7 +160,7 @@ class TrainingRun:
         run = self.recorded
         net = clone(self._like)
         if X is not None:
-            run = run.with_data(self.data_of(X, y))
+            run = run.with_data(data_of(self, X, y))
         if run.data is None:
             raise ValueError(
                 "the run does not hold its rows, which pickling leaves out: pass X and y again."
@@ -175,30 +175,16 @@ class TrainingRun:
         net.run_ = TrainingRun(again, self._like, self._learned)
         return net
 
-    def data_of(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Data:
-        """Bring rows and labels into the form that the run trains on.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Rows.
-        y : array-like of shape (n,)
-            Labels.
-        sample_weight : array-like of shape (n,), optional
-            Weights that the run was fitted with.
-
-        Returns
-        -------
-        Data
-            Their inputs, targets and weights.
-        """
-        net = clone(self._like)
-        net._adopt(self.recorded.module, self._learned)
-        data: Data = net._training_data(X, y, sample_weight)
-        return data
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": ()}
+
+
+def data_of(run: TrainingRun, X: Any, y: Any, sample_weight: Any = None) -> Data:
+    """Bring rows (n, ...), labels (n,) and weights (n,) into the form that a run trains on."""
+    net = clone(run._like)
+    net._adopt(run.recorded.module, run._learned)
+    data: Data = net._training_data(X, y, sample_weight)
+    return data
 
 
 class _Loop:
@@ -247,7 +233,7 @@ class _Loop:
         data = self._table()
         steps = [_without_copy(step, data) for step in recording.steps]
         recording.steps = steps
-        return recording.finish(loss, outputs_of, data, max_norm)
+        return recording.finish(loss, data, max_norm)
 
     def _table(self) -> Data:
         """Put the rows of all batches in one place, each as it was seen first."""

@@ -66,7 +66,8 @@ class Loss:
 
     def weights(self, targets: Tensor) -> Tensor | None:
         """Training weight of each row beside its sample weight: targets (n, ...) -> (n,)."""
-        return None
+        weight = getattr(self, "weight", None) if self.kind == "classes" else None
+        return None if weight is None else weight.to(targets.device)[targets]
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,10 +239,6 @@ class Focal(Loss):
         nats = functional.cross_entropy(outputs, targets, reduction="none")
         return (1 - (-nats).exp()) ** self.gamma * nats
 
-    def weights(self, targets: Tensor) -> Tensor | None:
-        """Weight of each row's class: targets (n,) -> (n,)."""
-        return None if self.weight is None else self.weight.to(targets.device)[targets]
-
 
 @dataclass(frozen=True, eq=False)
 class Margin(Loss):
@@ -258,10 +255,6 @@ class Margin(Loss):
         gaps = (self.margin - own + outputs).clamp_min(0) ** self.p
         mine = functional.one_hot(targets, outputs.shape[1]).bool()
         return gaps.masked_fill(mine, 0).sum(1) / outputs.shape[1]
-
-    def weights(self, targets: Tensor) -> Tensor | None:
-        """Weight of each row's class: targets (n,) -> (n,)."""
-        return None if self.weight is None else self.weight.to(targets.device)[targets]
 
 
 @dataclass(frozen=True, eq=False)

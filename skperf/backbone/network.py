@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skperf.backbone.losses import LOSSES, Loss, Penalty
 from skperf.backbone.parameters import Parameters, substituted
 from skperf.backbone.randomness import drawing_from
-from skperf.backbone.rows import Rows
+from skperf.backbone.rows import Rows, call
 from skperf.backbone.views import own_copy
 
 Readout = Callable[[Any], Tensor]
@@ -61,7 +61,7 @@ class Network:
     def takes_tokens(self) -> bool:
         """Whether integer inputs are indices into an embedding."""
         embeddings = (nn.Embedding, nn.EmbeddingBag)
-        if "input_ids" in _names(getattr(self.module.forward, "__func__", self.module.forward))[1]:
+        if "input_ids" in _names(self.module)[1]:
             return True
         return any(isinstance(part, embeddings) for part in self.module.modules())
 
@@ -85,9 +85,7 @@ class Network:
     def _run(self, tree: Any) -> Any:
         if self.forward is not None:
             return self.forward(self.module, tree)
-        if isinstance(tree, dict):
-            return self.module(**tree)
-        return self.module(*tree) if isinstance(tree, tuple) else self.module(tree)
+        return call(self.module, tree)
 
     def inputs(self, X: Any) -> Rows:
         """Bring rows to the module's device and type: (n, ...)."""
@@ -193,7 +191,7 @@ class Network:
 
     def _converter(self) -> Callable[[Rows], Rows]:
         device, dtype, takes_tokens = self.device, self.dtype, self.takes_tokens
-        names = forward_names(self.module) if self.forward is None else None
+        names = _names(self.module)[0] if self.forward is None else None
         mask_of = _mask_maker(self.module) if self.forward is None else None
 
         def convert(leaf: Any) -> Tensor:
@@ -226,24 +224,24 @@ class Network:
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
-def forward_names(module: nn.Module) -> tuple[str, ...] | None:
-    """Names that a module's forward takes by position, None where it takes any."""
-    return _names(getattr(module.forward, "__func__", module.forward))[0]
+def _names(module: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Names of a forward's inputs by position, None where it takes any, and all its names."""
+    return _names_of(getattr(module.forward, "__func__", module.forward))
 
 
 @lru_cache(maxsize=256)
-def _names(function: Callable[..., Any]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """Names of a forward's inputs by position, None where it takes any, and all its names."""
+def _names_of(function: Callable[..., Any]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        parameters = [
+            p for p in inspect.signature(function).parameters.values() if p.name != "self"
+        ]
     except (TypeError, ValueError):
         return None, ()
-    every = tuple(p.name for p in parameters if p.name != "self")
+    every = tuple(p.name for p in parameters)
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         # a container passes on what it gets
         return None, every
-    named = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.name != "self")
-    return named, every
+    return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY), every
 
 
 def _only_inputs(rows: Rows, names: tuple[str, ...] | None) -> Rows:
@@ -268,7 +266,7 @@ def _only_inputs(rows: Rows, names: tuple[str, ...] | None) -> Rows:
 def _mask_maker(module: nn.Module) -> Callable[[Rows], Rows] | None:
     """Say how to tell padding from tokens, for modules that take token ids and a mask."""
     config = getattr(module, "config", None)
-    names = _names(getattr(module.forward, "__func__", module.forward))[1]
+    names = _names(module)[1]
     if config is None or "attention_mask" not in names or "input_ids" not in names:
         return None
     config = getattr(config, "text_config", config)

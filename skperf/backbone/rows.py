@@ -165,6 +165,13 @@ class Rows:
         return digest.hexdigest()
 
 
+def call(function: Callable[..., Any], tree: Any) -> Any:
+    """Pass on inputs as a module takes them: one, several in order, or several by name."""
+    if isinstance(tree, dict):
+        return function(**tree)
+    return function(*tree) if isinstance(tree, tuple) else function(tree)
+
+
 _TARGETS = ("label", "labels", "target", "targets", "idx", "__index_level_0__")
 
 

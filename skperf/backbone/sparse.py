@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from skperf.backbone.losses import Loss
 from skperf.backbone.parameters import Parameters, select_parameters, substituted
 from skperf.backbone.rows import Rows
-from skperf.backbone.training_run import Compute
+from skperf.backbone.training_run import outputs_of
 
 Saliency = Callable[[Parameters, Parameters], Parameters]
 _ROWS = 256  # that gradients and their squares are averaged over
@@ -47,14 +47,14 @@ SALIENCIES: dict[str, Saliency] = {"sam": _sam, "gradient": _gradient}
 
 
 def chosen_entries(
-    train_only: Any, module: nn.Module, loss: Loss, compute: Compute, inputs: Rows, targets: Tensor
+    train_only: Any, module: nn.Module, loss: Loss, inputs: Rows, targets: Tensor
 ) -> dict[str, Tensor]:
     """Say which entries of each parameter train, by name; parameters left out do not train.
 
     Shapes: inputs (n, ...), targets (n, ...).
     """
     if isinstance(train_only, Sparse):
-        return _by_saliency(train_only, module, loss, compute, inputs, targets)
+        return _by_saliency(train_only, module, loss, inputs, targets)
     if isinstance(train_only, Mapping):
         return {name: _mask(module, name, mask) for name, mask in train_only.items()}
     if isinstance(train_only, str | list | tuple):
@@ -84,7 +84,7 @@ def _mask(module: nn.Module, name: str, mask: Any) -> Tensor:
 
 
 def _by_saliency(
-    rule: Sparse, module: nn.Module, loss: Loss, compute: Compute, inputs: Rows, targets: Tensor
+    rule: Sparse, module: nn.Module, loss: Loss, inputs: Rows, targets: Tensor
 ) -> dict[str, Tensor]:
     if not 0 < rule.ratio <= 1:
         raise ValueError(f"train_only: ratio must lie in (0, 1], got {rule.ratio}.")
@@ -94,7 +94,7 @@ def _by_saliency(
             f"{sorted(SALIENCIES)} or a function of gradients and curvatures."
         )
     function = SALIENCIES[rule.saliency] if isinstance(rule.saliency, str) else rule.saliency
-    gradients, squares = _moments(module, loss, compute, inputs, targets)
+    gradients, squares = _moments(module, loss, inputs, targets)
     values = function(gradients, squares)
     everything = torch.cat([values[name].reshape(-1) for name in gradients])
     k = max(1, round(rule.ratio * len(everything)))
@@ -109,7 +109,7 @@ def _by_saliency(
 
 
 def _moments(
-    module: nn.Module, loss: Loss, compute: Compute, inputs: Rows, targets: Tensor
+    module: nn.Module, loss: Loss, inputs: Rows, targets: Tensor
 ) -> tuple[Parameters, Parameters]:
     """Mean and mean square of the rows' gradients, the second in the curvature's place."""
     parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
@@ -120,7 +120,7 @@ def _moments(
 
     def one(values: Parameters, row: Any, target: Tensor) -> Tensor:
         with substituted(module, values):
-            return loss.value(compute(module, Rows.of(row)), target)[0]
+            return loss.value(outputs_of(module, Rows.of(row)), target)[0]
 
     per_row = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=32)
     each = per_row(parameters, rows.map(lambda leaf: leaf[:, None]).tree, at[:, None])

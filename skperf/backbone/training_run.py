@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from skperf.backbone.losses import Loss
 from skperf.backbone.randomness import Drawing, drawing_from
-from skperf.backbone.rows import Rows
+from skperf.backbone.rows import Rows, call
 from skperf.backbone.views import own_copy
 
 # the states beside the weights of the optimizers that a run can be gone back through
@@ -21,7 +21,20 @@ SLOTS: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
 }
 Settings = dict[str, Any]
-Compute = Callable[[nn.Module, Rows], Tensor]
+
+
+def outputs_of(module: nn.Module, inputs: Rows) -> Tensor:
+    """Run a module on rows in its own way of taking them: (n, ...) -> (n, ...)."""
+    return tensor_of(call(module, inputs.tree))
+
+
+def tensor_of(returned: Any) -> Tensor:
+    """Find the outputs in what a module returns: -> (n, ...)."""
+    if isinstance(returned, Tensor):
+        return returned
+    outputs = returned["logits"] if hasattr(returned, "keys") else returned[0]
+    assert isinstance(outputs, Tensor)
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -68,13 +81,14 @@ class Run:
     optimizer: type[Optimizer]
     groups: tuple[tuple[str, ...], ...]  # names of the parameters that train
     steps: list[Step]
-    compute: Compute
     data: Data | None = None
     max_norm: float | None = None  # at which the gradient is clipped
     masks: dict[str, Tensor] = field(default_factory=dict)  # entries that train, by parameter
     states: list[Tensor] | None = None  # (n_steps + 1) states, where they were kept
     end: Tensor | None = None  # the last state, as trained
     base_lr: tuple[float, ...] = ()  # of each group, before any schedule
+
+    compute: ClassVar[Callable[[nn.Module, Rows], Tensor]] = staticmethod(outputs_of)
 
     @property
     def names(self) -> list[str]:
@@ -121,23 +135,6 @@ def mean_loss(
     if own is not None:
         losses = losses * own
     return (losses if weights is None else losses * weights).mean()
-
-
-def outputs_of(module: nn.Module, inputs: Rows) -> Tensor:
-    """Run a module on rows in its own way of taking them: (n, ...) -> (n, ...)."""
-    tree = inputs.tree
-    if isinstance(tree, dict):
-        return tensor_of(module(**tree))
-    return tensor_of(module(*tree) if isinstance(tree, tuple) else module(tree))
-
-
-def tensor_of(returned: Any) -> Tensor:
-    """Find the outputs in what a module returns: -> (n, ...)."""
-    if isinstance(returned, Tensor):
-        return returned
-    outputs = returned["logits"] if hasattr(returned, "keys") else returned[0]
-    assert isinstance(outputs, Tensor)
-    return outputs
 
 
 def stream_of(seed: int, step: int) -> int:
@@ -200,7 +197,7 @@ class Trainer:
         self.optimizer.zero_grad()
         with torch.enable_grad():
             with drawing(step.stream):
-                outputs = run.compute(self.module, inputs)
+                outputs = outputs_of(self.module, inputs)
             mean_loss(run.loss, outputs, targets, own).backward()  # type: ignore[no-untyped-call]
         mask_gradients(self.module, run.masks)
         if run.max_norm is not None:
@@ -402,9 +399,7 @@ class Recording:
             parameters, self.optimizer, slots_of(type(self.optimizer), settings), buffers
         )
 
-    def finish(
-        self, loss: Loss, compute: Compute, data: Data | None, max_norm: float | None
-    ) -> Run:
+    def finish(self, loss: Loss, data: Data | None, max_norm: float | None) -> Run:
         """Close the record."""
         if not self.steps:
             raise ValueError("no step was recorded: the run has none.")
@@ -424,7 +419,6 @@ class Recording:
             type(self.optimizer),
             self.groups,
             self.steps,
-            compute,
             data,
             max_norm,
             self.masks,

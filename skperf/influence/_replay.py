@@ -16,6 +16,7 @@ from torch import Tensor
 
 from skperf.backbone._nets import default_net
 from skperf.backbone._stock import net_of
+from skperf.backbone._training import data_of
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
@@ -55,7 +56,7 @@ def replay_of(
     given = method.run if method.run is not None else getattr(inner, "run_", None)
     if given is None:
         raise ValueError(_NO_RUN.format(type(inner).__name__))
-    run, data = given.recorded, given.data_of(*rows)
+    run, data = given.recorded, data_of(given, *rows)
     # other rows than the run was trained on do not arrive at its end, which is looked at then
     same = run.data is not None and _same(run.data, data)
     run = replace(run.with_data(data), states=run.states if same else None)

@@ -10,9 +10,10 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 from skperf import MLP, Net, TrainingRun
+from skperf.backbone._training import data_of
 from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from skperf.backbone.rows import Rows
-from skperf.backbone.training_run import Data, Run, Step, Trainer, outputs_of, train_again
+from skperf.backbone.training_run import Data, Run, Step, Trainer, train_again
 from skperf.influence import replay, replay_store
 from skperf.influence.replay import Budget, basis_of, losses_at, replayed, smoothness
 
@@ -88,7 +89,6 @@ def recorded(
         optimizer,
         (tuple(name for name, _ in module.named_parameters()),),
         steps,
-        outputs_of,
         Data(Rows(X), y, weights),
         max_norm,
         masks or {},
@@ -455,7 +455,7 @@ def test_leaving_rows_out_of_a_net():
         record_run=True,
     ).fit(X[::2], y[::2])
     run = net.run_.recorded
-    asked = net.run_.data_of(X[1::2], y[1::2])
+    asked = data_of(net.run_, X[1::2], y[1::2])
     found = replayed(run).influence(asked.inputs, asked.targets)
     before = losses_at(run, train_again(run).module, asked.inputs, asked.targets)
     actual = []
