@@ -309,21 +309,16 @@ def _of_net(net: Any, labels: Any = None) -> Network:
         if weight is not None:
             weight = torch.cat([torch.ones(1), weight.detach().reshape(1).cpu().float()])
         loss = CrossEntropy(weight)
+    decay = float(net.get_params(deep=False).get("optimizer__weight_decay", 0.0) or 0.0)
     return Network(
         view(net.module_),
         classes,
         max(256, net.batch_size),
         readout,
         loss=loss,
-        penalty=penalty_of_net(net),
+        penalty=Penalty(decay) if decay else None,
         trainable=trained_names(net.module_),
     )
-
-
-def penalty_of_net(net: Any) -> Penalty | None:
-    """Weight decay that a skorch net was trained with, None where there is none."""
-    decay = float(net.get_params(deep=False).get("optimizer__weight_decay", 0.0) or 0.0)
-    return Penalty(decay) if decay else None
 
 
 def _from_logistic_regression(fitted: Any) -> Network:

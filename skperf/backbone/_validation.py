@@ -80,13 +80,10 @@ def check_labelled_rows(
 ) -> tuple[Rows, np.ndarray]:
     """Validate rows and their class labels: X (n, ...), y (n,)."""
     _need_targets(estimator, X, y)
-    rows = check_rows(estimator, X, reset=reset)
-    labels = column_or_1d(as_labels(y), warn=True)
-    _check_targets_finite(labels)
-    check_consistent_length(range(len(rows)), labels)
+    rows, labels = check_targets(estimator, X, column_or_1d(as_labels(y), warn=True), reset=reset)
     if reset:  # later labels are held against the classes that fit has seen
         check_classification_targets(labels)
-    return rows, np.asarray(labels)
+    return rows, labels
 
 
 def check_targets(
@@ -129,17 +126,15 @@ def _numbers(check: Any, *args: Any, **options: Any) -> Any:
 def _is_table(X: Any) -> bool:
     if issparse(X):
         return True
-    if isinstance(X, Mapping | str) or (isinstance(X, tuple) and any(map(_has_axes, X))):
+    if isinstance(X, Mapping | str) or (
+        isinstance(X, tuple) and any(len(getattr(value, "shape", ())) > 0 for value in X)
+    ):
         return False
     if hasattr(X, "shape") or isinstance(X, list | tuple):
         shape = getattr(X, "shape", None)
         return shape is None or len(shape) <= 2
     # what is neither a data set: in scikit-learn's own words
     return not (hasattr(X, "__getitem__") and hasattr(X, "__len__")) and not hasattr(X, "dataset")
-
-
-def _has_axes(value: Any) -> bool:
-    return len(getattr(value, "shape", ())) > 0
 
 
 def _forget_widths(estimator: Any) -> None:

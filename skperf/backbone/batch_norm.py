@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -19,24 +19,33 @@ def batch_statistics_wanted() -> bool:
     return _WANTED.get()
 
 
-class _BatchStatistics(TorchFunctionMode):
+class OtherBatchNorm(TorchFunctionMode):
+    """Runs something else in place of ``functional.batch_norm``, and changes nothing else."""
+
     # A mode of one thread, so that no module is touched: layers that fuse an activation keep
     # it, and running statistics stay what they are.
+    def __init__(self, instead: Callable[..., Any]) -> None:
+        super().__init__()
+        self.instead = instead
+
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.batch_norm:
-            names = ("input", "running_mean", "running_var", "weight", "bias")
-            named = dict(zip(names, args, strict=False)) | kwargs
-            values, eps = named["input"], args[7] if len(args) > 7 else kwargs.get("eps", 1e-5)
-            weight, bias = named.get("weight"), named.get("bias")
-            return func(values, None, None, weight, bias, training=True, eps=eps)
-        return func(*args, **kwargs)
+        used = self.instead if func is functional.batch_norm else func
+        return used(*args, **(kwargs or {}))
+
+
+def _by_the_batch(
+    values: Tensor,
+    mean: Any,
+    variance: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    return functional.batch_norm(values, None, None, weight, bias, training=True, eps=eps)
 
 
 @contextmanager
@@ -51,7 +60,7 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
         )
     token = _WANTED.set(True)
     try:
-        with _BatchStatistics():
+        with OtherBatchNorm(_by_the_batch):
             yield
     finally:
         _WANTED.reset(token)

@@ -8,18 +8,12 @@ from torch import nn
 
 
 @contextmanager
-def forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Change or watch the outputs of parts of a network."""
+def forward_hooks(
+    hooks: Mapping[nn.Module, Callable[..., Any]], *, before: bool = False
+) -> Iterator[None]:
+    """Change or watch the outputs of parts of a network, or its inputs, before they are used."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
-            stack.callback(module.register_forward_hook(hook).remove)
-        yield
-
-
-@contextmanager
-def forward_pre_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Change or watch the inputs of parts of a network."""
-    with ExitStack() as stack:
-        for module, hook in hooks.items():
-            stack.callback(module.register_forward_pre_hook(hook).remove)
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(hook).remove)
         yield

@@ -202,7 +202,10 @@ class Network:
                 kind = torch.bool if rows.dtype == torch.bool else torch.long
                 return rows.to(device, kind)
             moved = rows.to(device, dtype)
-            if moved.dtype.itemsize < rows.dtype.itemsize and not _fits(rows, moved):
+            narrowed = rows.is_floating_point() and moved.dtype.itemsize < rows.dtype.itemsize
+            # a sum is cheap, and finite as a rule
+            suspect = narrowed and not bool(torch.isfinite(moved.sum()))
+            if suspect and bool((torch.isinf(moved) & torch.isfinite(rows)).any()):
                 raise ValueError(
                     f"X holds values up to {float(rows.abs().max()):.3g}, beyond the largest "
                     f"number of the network's type {dtype}: scale them, or use a float64 module."
@@ -296,12 +299,6 @@ def _mask_maker(module: nn.Module) -> Callable[[Rows], Rows] | None:
         return Rows({**named, "attention_mask": mask.long()})
 
     return with_mask
-
-
-def _fits(rows: Tensor, moved: Tensor) -> bool:
-    if not rows.is_floating_point() or bool(torch.isfinite(moved).all()):
-        return True
-    return bool((torch.isfinite(moved) | ~torch.isfinite(rows)).all())
 
 
 def _as_tensor(array: NDArray[Any]) -> Tensor:

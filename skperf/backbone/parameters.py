@@ -39,7 +39,7 @@ def select_parameters(
         if not any(fnmatchcase(name, pattern) for name in named):
             raise ValueError(
                 f"parameters={pattern!r} matches no parameter of {type(module).__name__}; "
-                f"it has {_shortened(list(named))}."
+                f"it has {list(named)[:12]}{' and more' if len(named) > 12 else ''}."
             )
     return {n: p for n, p in named.items() if any(fnmatchcase(n, glob) for glob in patterns)}
 
@@ -124,8 +124,3 @@ def fingerprint(module: nn.Module) -> str:
             digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _shortened(names: list[str], most: int = 12) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

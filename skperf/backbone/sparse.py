@@ -39,11 +39,10 @@ def _sam(gradients: Parameters, curvatures: Parameters) -> Parameters:
     return {name: g.square() / (curvatures[name] + floor) for name, g in gradients.items()}
 
 
-def _gradient(gradients: Parameters, curvatures: Parameters) -> Parameters:
-    return {name: gradient.abs() for name, gradient in gradients.items()}
-
-
-SALIENCIES: dict[str, Saliency] = {"sam": _sam, "gradient": _gradient}
+SALIENCIES: dict[str, Saliency] = {
+    "sam": _sam,
+    "gradient": lambda gradients, _: {name: g.abs() for name, g in gradients.items()},
+}
 
 
 def chosen_entries(

@@ -100,7 +100,8 @@ def _copied(
             if own is not None and id(own) not in memo:
                 memo[id(own)] = buffer(own)
         # all empty copies first, so that references between parts end inside the copy
-        if "__deepcopy__" not in dir(type(part)) or _is_parametrized(part):
+        # (the __deepcopy__ of what is parametrized does that too, with no way past what refuses)
+        if "__deepcopy__" not in dir(type(part)) or "parametrizations" in part._modules:
             shell = type(part).__new__(type(part))
             memo[id(part)] = shell
             shells.append((part, shell))
@@ -118,11 +119,6 @@ def _whole(part: torch.jit.ScriptModule) -> nn.Module:
     return copied
 
 
-def _is_parametrized(part: nn.Module) -> bool:
-    # its __deepcopy__ does what is done here, without a way past what refuses copying
-    return "parametrizations" in part._modules
-
-
 def _attributes(part: nn.Module, memo: dict[int, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in list(part.__dict__.items()):
         if isinstance(value, _IMMUTABLE):
@@ -130,16 +126,16 @@ def _attributes(part: nn.Module, memo: dict[int, Any]) -> Iterator[tuple[str, An
         elif isinstance(value, dict) and not value:
             yield name, type(value)() if type(value) in (dict, OrderedDict) else deepcopy(value)
         elif name in ("_parameters", "_buffers", "_modules"):
-            entries = ((key, _inside(entry, memo)) for key, entry in value.items())
-            yield name, type(value)(entries)
+            # None copies as None
+            yield (
+                name,
+                type(value)(
+                    (key, memo[id(entry)] if id(entry) in memo else deepcopy(entry, memo))
+                    for key, entry in value.items()
+                ),
+            )
         else:
             yield name, _own(value, memo)
-
-
-def _inside(entry: Any, memo: dict[int, Any]) -> Any:
-    if entry is None:
-        return None
-    return memo[id(entry)] if id(entry) in memo else deepcopy(entry, memo)
 
 
 def _own(value: Any, memo: dict[int, Any]) -> Any:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from skperf.backbone.modes import forward_hooks, forward_pre_hooks
+from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
 
@@ -44,7 +44,7 @@ def features_of(network: Network, X: Rows) -> Tensor:
         seen.append(args[0].detach().cpu())
 
     features = []
-    with torch.inference_mode(), forward_pre_hooks({last: keep}):
+    with torch.inference_mode(), forward_hooks({last: keep}, before=True):
         for (inputs,) in network.batches(X):
             seen.clear()
             network(inputs)

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skperf.backbone.batch_norm import OtherBatchNorm
 from skperf.backbone.modes import forward_hooks
 from skperf.backbone.parameters import checksum, fingerprint
 from skperf.backbone.views import view
-from skperf.reprogramming.batch_norm import AffineBatchNorm
+from skperf.reprogramming.batch_norm import affine_batch_norm
 from skperf.reprogramming.pixels import (
     PLAIN,
     PixelPipeline,
@@ -205,7 +206,7 @@ class FrozenEncoder:
         ValueError
             If the model returns something else than one row for each image.
         """
-        with AffineBatchNorm():
+        with OtherBatchNorm(affine_batch_norm):
             returned = self.image(self._used(model), self._pixels(images))
         outputs = _read(returned)[0]
         self._check(outputs, len(images))
