@@ -1,9 +1,10 @@
 """A classifier opened as a network of our own: rows in, outputs out."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -21,6 +22,7 @@ from skperf.backbone.views import own_copy
 Readout = Callable[[Any], Tensor]
 Forward = Callable[[nn.Module, Any], Any]
 _BROUGHT_OVER = 2**22  # bytes
+_SINGLE = torch.empty(0, dtype=torch.float32)  # what a module without tensors computes in
 _SEED = 0  # of networks that draw random numbers in evaluation mode: the same at every call
 
 
@@ -42,14 +44,12 @@ class Network:
     @property
     def device(self) -> torch.device:
         """Where the module's tensors live."""
-        tensor = self._first_floating()
-        return torch.device("cpu") if tensor is None else tensor.device
+        return self._like().device
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating type of the module's parameters."""
-        tensor = self._first_floating()
-        return torch.float32 if tensor is None else tensor.dtype
+        return self._like().dtype
 
     @property
     def n_classes(self) -> int:
@@ -57,7 +57,7 @@ class Network:
         assert self.classes is not None
         return len(self.classes)
 
-    @property
+    @cached_property
     def takes_tokens(self) -> bool:
         """Whether integer inputs are indices into an embedding."""
         embeddings = (nn.Embedding, nn.EmbeddingBag)
@@ -161,7 +161,7 @@ class Network:
                 "one row for each of X, one column for each of its classes. "
                 "skperf.from_module(module, readout=...) says which part of what it returns."
             )
-        if bool(torch.isfinite(logits.sum())):  # as a rule, and cheap
+        if math.isfinite(logits.sum()):  # as a rule, and cheap
             return logits
         finite = torch.isfinite(logits).flatten(1).all(1)
         if not bool(finite.all()):
@@ -190,7 +190,8 @@ class Network:
             yield convert(rows[start : start + at_once])
 
     def _converter(self) -> Callable[[Rows], Rows]:
-        device, dtype, takes_tokens = self.device, self.dtype, self.takes_tokens
+        like, takes_tokens = self._like(), self.takes_tokens
+        device, dtype = like.device, like.dtype
         names = _names(self.module)[0] if self.forward is None else None
         mask_of = _mask_maker(self.module) if self.forward is None else None
 
@@ -204,7 +205,7 @@ class Network:
             moved = rows.to(device, dtype)
             narrowed = rows.is_floating_point() and moved.dtype.itemsize < rows.dtype.itemsize
             # a sum is cheap, and finite as a rule
-            suspect = narrowed and not bool(torch.isfinite(moved.sum()))
+            suspect = narrowed and not math.isfinite(moved.sum())
             if suspect and bool((torch.isinf(moved) & torch.isfinite(rows)).any()):
                 raise ValueError(
                     f"X holds values up to {float(rows.abs().max()):.3g}, beyond the largest "
@@ -222,9 +223,10 @@ class Network:
 
         return converted
 
-    def _first_floating(self) -> Tensor | None:
+    def _like(self) -> Tensor:
+        """Give the first floating tensor of the module."""
         tensors = chain(self.module.parameters(), self.module.buffers())
-        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+        return next((tensor for tensor in tensors if tensor.is_floating_point()), _SINGLE)
 
 
 def _names(module: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
