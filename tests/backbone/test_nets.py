@@ -454,11 +454,8 @@ def test_one_class():
 
 
 def test_tensor_batches_cover_the_rows_once():
-    class Rows:
-        X = torch.arange(10)
-        y = torch.arange(10) * 2
-
-    batches = TensorBatches(Rows, batch_size=4, shuffle=True, generator=torch.Generator())
+    rows = SkorchDataset(torch.arange(10), torch.arange(10) * 2)
+    batches = TensorBatches(rows, batch_size=4, shuffle=True, generator=torch.Generator())
     assert len(batches) == 3
     inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert inputs.tolist() != list(range(10))
