@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Run:
     end: Tensor | None = None  # the last state, as trained
     base_lr: tuple[float, ...] = ()  # of each group, before any schedule
 
-    compute: ClassVar[Callable[[nn.Module, Rows], Tensor]] = staticmethod(outputs_of)
+    compute = staticmethod(outputs_of)
 
     @property
     def names(self) -> list[str]:
