@@ -47,7 +47,7 @@ WORKLOADS = (
     Workload(
         "growth",
         "How time and memory grow with each size",
-        "growth --large",
+        "growth",
         ("growth.json",),
         "benchmarks",
     ),

@@ -67,21 +67,21 @@ class BenchmarkTable(Directive):
 
 
 class WorkloadTable(Directive):
-    """Draw what is measured, by which command, and the page that shows it."""
+    """Draw what is measured, linked to the page that shows it, and by which command."""
 
     def run(self):
         from benchmarks.runner import WORKLOADS
 
         first = {each.question: each for each in reversed(WORKLOADS) if each.page}
+        here = self.state.document.settings.env.docname
         rows = [
             [
-                question,
+                _link(here, each.page, question),
                 nodes.literal(text=f"python -m benchmarks.{each.command}"),
-                _link(self.state.document.settings.env.docname, each.page),
             ]
             for question, each in reversed(first.items())
         ]
-        return [_table(["what is measured", "command", "shown in"], rows)]
+        return [_table(["what is measured", "command"], rows)]
 
 
 def _table(head, rows):
@@ -94,12 +94,11 @@ def _table(head, rows):
     return table
 
 
-def _link(here, page):
-    title = page.rpartition("/")[2]
+def _link(here, page, text):
     link = addnodes.pending_xref(
         "", refdomain="std", reftype="doc", reftarget=f"/{page}", refdoc=here, refexplicit=True
     )
-    link += nodes.inline(text=title)
+    link += nodes.inline(text=text)
     return link
 
 

@@ -25,9 +25,9 @@ class ComponentTable(Directive):
         head, rows, paths = TABLES[self.arguments[0]](*self.arguments[1:])
         for path in paths:
             self.state.document.settings.record_dependencies.add(str(path))
-        origins = [json.loads(path.read_text()) for path in paths]
-        known = [kept["provenance"] for kept in origins if isinstance(kept, dict)]
-        known = [origin for origin in known if origin]
+        kept = [json.loads(path.read_text()) for path in paths]
+        known = [each["provenance"] for each in kept if "provenance" in each]
+        # one line for all files: only where every one of them says where it came from
         origin = _origin(known[-1]) if len(known) == len(paths) else _unknown_origin()
         return [_table(head, rows), origin]
 
