@@ -212,11 +212,16 @@ def _check(known: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Any)
     missing = {"image", "mapping", "shift", "stretch", "none_level"} - set(shapes)
     if missing:
         refuse(f"it lacks the tensors {sorted(missing)}")
-    if known["text"] is not None and not {"text", "used_tokens"} <= set(shapes):
-        refuse("it lacks the tensors of its text program")
+    if known["text"] is not None:
+        n_positions, width, _ = known["text"]
+        n_rows = shapes["used_tokens"][0] + abs(n_positions)
+        if shapes["text"] != (n_rows, width):
+            refuse(f"its text program is of another shape than {(n_rows, width)}")
     (height, width), border = canvas, int(known["parameters"]["border"])
     inner = max(0, height - 2 * border) * max(0, width - 2 * border)
     pixels = height * width - inner if known["parameters"]["layout"] != "mask" else None
+    if pixels is None and shapes["image"][-1] < height * width:
+        refuse(f"a pattern and a mask on {canvas} have more weights than {shapes['image']}")
     if pixels is not None and shapes["image"][-1:] != (pixels,):
         refuse(f"a border of {border} on {canvas} has {pixels} pixels, its own {shapes['image']}")
     if len(shapes["mapping"]) != 2 or shapes["mapping"][1] != len(classes):

@@ -356,13 +356,19 @@ def damaged(path, change):
         (lambda k, t: k.update(classes=["cat", "dog"]), "names 3 of 2 classes"),
         (lambda k, t: k.update(canvas=[10**6, 10**6]), "its canvas"),
         (lambda k, t: k.update(canvas=[13, 12]), "has 84 pixels"),
+        (lambda k, t: k.update(text=[10**6, 10**6, 0]), "of another shape"),
+        (lambda k, t: t.pop("used_tokens"), "lacks or garbles 'used_tokens'"),
+        (
+            lambda k, t: (k["parameters"].update(layout="mask"), k.update(canvas=[8192, 8192])),
+            "have more weights than",
+        ),
         (lambda k, t: k["choice"].update(alpha=2.0), "alpha is not in"),
         (lambda k, t: k["choice"]["thresholds"].update(mcm=float("nan")), "not finite"),
         (lambda k, t: t["image"].fill_(float("nan")), "'image' holds values that are not finite"),
         (lambda k, t: k.pop("canvas"), "lacks or garbles 'canvas'"),
         (lambda k, t: k.update(format=1), "save the program anew"),
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_damaged_files_are_refused(towers, pictures, parameters, tmp_path, change, match):
     X, y = pictures
