@@ -236,7 +236,7 @@ def relabelling(net: Net, asked: Any, X: Any, y: Any, seed: int) -> float:
     wrong[chosen] = labels[(np.searchsorted(labels, y[chosen]) + 1) % len(labels)]
     flawed = copy.deepcopy(net).fit(X, wrong)
     run = flawed.run_.recorded
-    found = replayed(run).label_influence(asked.inputs, asked.targets, len(labels))
+    found = replayed(run).derivative(asked.inputs, asked.targets, n_labels=len(labels)).labels
     codes = torch.as_tensor(np.searchsorted(labels, y[chosen]))
     predicted = found[:, torch.as_tensor(chosen), codes].T
     base = losses_at(run, flawed.module_, asked.inputs, asked.targets)

@@ -15,6 +15,7 @@ from skperf.influence._methods import (
     LiSSA,
     Nearest,
     Replay,
+    Source,
     TracIn,
 )
 from skperf.influence._scorer import InfluenceScorer
@@ -41,6 +42,7 @@ __all__ = [
     "PerDraw",
     "Recipe",
     "Replay",
+    "Source",
     "TracIn",
     "noised",
     "read_checkpoints",

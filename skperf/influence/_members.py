@@ -21,16 +21,18 @@ from skperf.backbone.network import Network
 from skperf.backbone.outputs import resolve_output
 from skperf.backbone.parameters import Parameters, checksum, select_parameters
 from skperf.backbone.rows import Rows
-from skperf.influence._methods import GGN, Exact, Method, Nearest, Replay, TracIn
+from skperf.influence._methods import GGN, Exact, Method, Nearest, Replay, Source, TracIn
 from skperf.influence._replay import ReplayEnsemble, replay_of
 from skperf.influence.captures import record
+from skperf.influence.curvature import RowSpace
 from skperf.influence.damping import horizon_time
 from skperf.influence.horizon import FurtherTraining, further_trained
-from skperf.influence.methods import METHODS, Adam, redamped
+from skperf.influence.methods import METHODS, Adam, redamped, train_and_rows
 from skperf.influence.neighbours import last_layer
 from skperf.influence.placement import Plan, plan
-from skperf.influence.problem import Fitted, Problem, Settings
+from skperf.influence.problem import LOSS_UNIT, Fitted, Problem, Settings
 from skperf.influence.scoring import Candidates, Ensemble, Member
+from skperf.influence.source import Segment, Unrolled
 from skperf.influence.tiles import Shelf, budget_in_bytes
 
 OUTPUTS = ("loss", "log_odds", "logit", "margin", "proba")
@@ -135,8 +137,7 @@ class Learned:
         kept: Any = self.stages[0].fit.lift
         if kept.run.data is None:
             rows = (self.X, self.y, self.weights)
-            budget = self.choices.memory_budget
-            return replay_of(self.estimators[0], network, self.method, rows, budget)
+            return replay_of(self.estimators[0], network, self.method, rows, self.choices)
         return kept
 
     def staged(self, network: Network, state: Mapping[str, Tensor] | None) -> Network:
@@ -389,10 +390,11 @@ def _stages(learned: Learned, networks: list[Network]) -> list[Stage]:
         if len(networks) > 1:
             raise ValueError("method='replay' takes one network, whose run it goes back through.")
         rows = (learned.X, learned.y, learned.weights)
-        budget = learned.choices.memory_budget
-        run: Any = replay_of(learned.estimators[0], networks[0], method, rows, budget)
+        run: Any = replay_of(learned.estimators[0], networks[0], method, rows, learned.choices)
         fit = Fitted([], run, 1.0, run.unit, {"n_steps": len(run.run.steps)})
         return [Stage(0, None, 1.0, {}, learned.planned(networks[0]), fit)]
+    if isinstance(method, Source):
+        return [_unrolled(learned, method, networks, i) for i in range(len(networks))]
     if isinstance(method, TracIn):
         found = _checkpoints(learned, method, networks)
     else:
@@ -437,6 +439,34 @@ def _checkpoints(learned: Learned, method: TracIn, networks: list[Network]) -> l
             weights = _state_of(network, checkpoint, j)
             found.append((i, weights, float(rate) / len(networks), own))
     return found
+
+
+def _unrolled(learned: Learned, method: Source, networks: list[Network], i: int) -> Stage:
+    """Fit the curvature of every stretch of a training, of member i."""
+    network, choices = networks[i], learned.choices
+    checkpoints, options = choices.checkpoints or [None], method.options()
+    steps = choices.horizon if options["n_steps"] is None else options["n_steps"]
+    rate: Any = choices.learning_rate
+    rate = learning_rate_of(learned.estimators[i], None) if rate is None else rate
+    for name, known in (("Source(n_steps=...)", steps), ("learning_rate", rate)):
+        if known is None or (np.ndim(known) and len(known) != len(checkpoints)):
+            raise ValueError(
+                f"method='source' needs {name}, one number for all or one for each of the "
+                f"{len(checkpoints)} checkpoints, got {known!r}."
+            )
+    times = np.broadcast_to(np.multiply(steps, rate), len(checkpoints))
+    rows, segments = [], []
+    planned = learned.planned(network)
+    for j, (checkpoint, time) in enumerate(zip(checkpoints, times, strict=True)):
+        state = None if checkpoint is None else _state_of(network, checkpoint, j)
+        problem = learned.problem(with_weights(network, state), planned)
+        own = {name: options[name] for name in ("kept_trace", "max_rows")}
+        train, curved, _ = train_and_rows(problem, **own)
+        rows += train
+        decay = problem.settings.weight_decay
+        segments.append(Segment(RowSpace.of(curved), float(time), decay))
+    fit = Fitted(rows, Unrolled(tuple(segments)), 1 / len(learned.X), LOSS_UNIT)
+    return Stage(i, None, 1 / len(networks), {}, planned, fit)
 
 
 def _adam(learned: Learned, network: Network, state: Mapping[str, Any], method: TracIn) -> Adam:
@@ -521,6 +551,8 @@ def _half_way(learned: Learned, networks: list[Network]) -> list[Parameters | No
 
 def with_damping(learned: Learned, damping: float | str, horizon: int | None = None) -> Learned:
     """Fit with another damping, without a pass through the network where the method allows."""
+    if isinstance(learned.method, Source | Replay):
+        raise ValueError(f"method={learned.method.name!r} has no damping that could be changed.")
     networks = learned.networks()
     choices = replace(learned.choices, damping=damping, horizon=horizon)
     parameters = _selected(networks[0], learned.names)

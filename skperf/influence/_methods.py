@@ -25,6 +25,7 @@ _ALLOWED: dict[str, Any] = {
     "n_projections": _COUNT,
     "n_repeats": _COUNT,
     "n_samples": [*_COUNT, None],
+    "n_steps": [*_COUNT, "array-like", None],
     "normalize": ["boolean"],
     "rank": [*_COUNT, None],
     "ratio": _SHARE,
@@ -288,16 +289,42 @@ class Replay(Method):
     ----------
     run : TrainingRun, optional
         The run that trained the network, where it was not trained by the scorer.
-    tolerance : float, default=0.05
+    tolerance : float, default=0.0001
         Largest relative error of a query's gradient in the directions that go back for all.
+        Fewer directions cost less, and their scores depend on what else was asked.
     folder : str, optional
         Where checkpoints are kept, and an interrupted pass goes on from; by default in memory.
     """
 
     name = "replay"
     run: Any = None
-    tolerance: Any = 0.05
+    tolerance: Any = 1e-4
     folder: Any = None
+
+
+@dataclass(eq=False, repr=False)
+class Source(Method):
+    """Through a training that is over, by its checkpoints (SOURCE, arXiv 2405.12186).
+
+    Each of the scorer's `checkpoints` stands for a stretch of training, with its gradients and
+    its Gauss-Newton curvature; the last one ends at the estimator's weights. Without checkpoints
+    the estimator's weights stand for all of it: influence damped by its horizon.
+
+    Parameters
+    ----------
+    n_steps : int or list of int, optional
+        Steps of training that each checkpoint stands for; by default the scorer's `horizon`.
+        Their rate is the scorer's `learning_rate`, one number or a list.
+    kept_trace : float, default=0.95
+        As of :class:`GGN`.
+    max_rows : int or None, default=1000
+        As of :class:`GGN`.
+    """
+
+    name = "source"
+    n_steps: Any = None
+    kept_trace: Any = 0.95
+    max_rows: Any = 1000
 
 
 @dataclass(eq=False, repr=False)
@@ -317,7 +344,7 @@ class Nearest(BaseEstimator):
 
 
 _FIRST_ORDER = (GradientDot, TracIn, TRAK, Replay)
-_CURVED = (GGN, EKFAC, KFAC, Arnoldi, CG, LiSSA, DataInf, GIF, Exact)
+_CURVED = (GGN, Source, EKFAC, KFAC, Arnoldi, CG, LiSSA, DataInf, GIF, Exact)
 RECORDS: dict[str, type[Method]] = {record.name: record for record in (*_FIRST_ORDER, *_CURVED)}
 
 

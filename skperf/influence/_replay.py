@@ -49,7 +49,7 @@ def recording(estimator: Any, method: Replay) -> Any:
 
 
 def replay_of(
-    fitted: Any, network: Network, method: Replay, rows: tuple[Any, Any, Any], budget: Any
+    fitted: Any, network: Network, method: Replay, rows: tuple[Any, Any, Any], choices: Any
 ) -> Replayed:
     """Hold the run of a fitted estimator against its weights, on rows, targets and weights."""
     inner = fitted.estimator if isinstance(fitted, FrozenEstimator) else fitted
@@ -60,7 +60,9 @@ def replay_of(
     # other rows than the run was trained on do not arrive at its end, which is looked at then
     same = run.data is not None and _same(run.data, data)
     run = replace(run.with_data(data), states=run.states if same else None)
-    found = replayed(run, Budget(budget_in_bytes(budget), method.tolerance, method.folder))
+    memory, options = budget_in_bytes(choices.memory_budget), method.options()
+    allowed = options["tolerance"], options["folder"], choices.verbose, choices.n_jobs
+    found = replayed(run, Budget(memory, *allowed))
     state = split_state(run, run.module, found.end)
     own = dict(network.module.named_parameters())
     for name, value in zip(run.names, state.parameters, strict=True):

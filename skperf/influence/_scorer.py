@@ -56,9 +56,10 @@ class InfluenceScorer(
         ``"ggn"`` row-space Gauss-Newton; ``"ekfac"``, ``"kfac"`` Kronecker-factored;
         ``"exact"`` dense, in double precision; ``"cg"``, ``"lissa"``, ``"arnoldi"`` iterative;
         ``"datainf"``; ``"trak"``; ``"gif"`` generalised influence on few parameters;
-        ``"gradient_dot"``; ``"tracin"`` over `checkpoints`. A record of
-        ``skperf.influence`` sets a method's own options, such as ``EKFAC(rank=4)``. ``"auto"``
-        is exact where a single linear layer of at most 5,000 weights trains, else ``"ggn"``.
+        ``"gradient_dot"``; ``"tracin"`` and ``"source"`` over `checkpoints`; ``"replay"`` back
+        through the training itself. A record of ``skperf.influence`` sets a method's own
+        options, such as ``EKFAC(rank=4)``. ``"auto"`` is exact where a single linear layer of
+        at most 5,000 weights trains, else ``"ggn"``.
     loss : "auto", str, nn.Module or callable, default="auto"
         What the network was trained on; ``"auto"`` is what the estimator says.
         ``"cross_entropy"``, ``"binary_cross_entropy"`` (multi-label), ``"squared_error"``, a
@@ -81,7 +82,7 @@ class InfluenceScorer(
     learning_rate : float, optional
         Of those steps; by default the estimator's own.
     checkpoints : list of state dicts, modules or estimators, optional
-        For ``"tracin"``: stages of the same network.
+        For ``"tracin"`` and ``"source"``: stages of the same network.
     candidates : int or Nearest, optional
         Score only this many nearest training rows of each query, in the features before the
         last layer; all others get 0. ``Nearest(k, per_class=True)`` takes k of every class.

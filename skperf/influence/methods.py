@@ -132,9 +132,10 @@ class RowForm:
         return [*enumerate(queries), (len(queries), Dense(self.filtered.weights(queries)))]
 
 
-def _train_and_rows(
-    problem: Problem, *, kept_trace: float, max_rows: int | None, curvature: str
+def train_and_rows(
+    problem: Problem, *, kept_trace: float, max_rows: int | None, curvature: str = "ggn"
 ) -> tuple[Gradients, Gradients, float]:
+    """Gradients of the training rows, rows of the curvature, the share of its trace they hold."""
     rows = curvature_rows(problem, kept_trace=kept_trace, max_rows=max_rows, curvature=curvature)
     n = problem.n_train
     everything = problem.gather(
@@ -174,7 +175,7 @@ def ggn(
     curvature: str = "ggn",
 ) -> Fitted:
     """Row-space Gauss-Newton."""
-    train, rows, kept = _train_and_rows(
+    train, rows, kept = train_and_rows(
         problem, kept_trace=kept_trace, max_rows=max_rows, curvature=curvature
     )
     space = RowSpace.of(rows)
@@ -245,7 +246,7 @@ def _kronecker(problem: Problem, rank: int | None, curvature: str, *, corrected:
             "Kronecker-factored curvature needs the factorised gradients of each layer, and none "
             "of these has any; use method='ggn', 'cg' or 'arnoldi'."
         )
-    train, rows, kept = _train_and_rows(
+    train, rows, kept = train_and_rows(
         problem, kept_trace=0.999, max_rows=None, curvature=curvature
     )
     bases, dampings = [], []

@@ -1,15 +1,16 @@
 """Influence through a training run: the derivative of the whole run, by going back through it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
 import torch
+from joblib import Parallel, delayed, effective_n_jobs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from skperf.backbone._workers import leaves_the_process
 from skperf.backbone.parameters import substituted
 from skperf.backbone.progress import track
 from skperf.backbone.rows import Rows
@@ -46,9 +47,10 @@ class Budget:
     """What going back may use."""
 
     memory: int = 2**30  # bytes
-    tolerance: float = 0.05  # relative error of each query's gradient in the common basis
+    tolerance: float = 1e-4  # relative error of each query's gradient in the common basis
     folder: str | None = None  # where checkpoints are kept, if not in memory
     verbose: int = 0
+    n_jobs: int | None = None  # groups of directions that go back side by side, through joblib
 
 
 @dataclass(frozen=True)
@@ -389,7 +391,9 @@ def basis_of(gradients: Tensor, tolerance: float) -> Basis:
     norms = gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
     # every query counts alike, however small its gradient: its scores are read by themselves
     unit = gradients / norms[:, None]
-    gram = (unit @ unit.T).double()
+    # squared errors below the rounding of float32 are asked about
+    wide = unit.double()
+    gram = wide @ wide.T
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     left = (gram.diagonal()[:, None] - (vectors.square() * values).cumsum(1)).clamp_min(0)
@@ -453,16 +457,6 @@ class Replayed:
         weights = self.run.data.weights
         return -found.rows if weights is None else -found.rows * weights.to(found.rows)
 
-    def label_influence(self, inputs: Rows, targets: Tensor, n_classes: int) -> Tensor:
-        """How much each query's loss would rise if a row had another label: -> (q, n, K)."""
-        found = self.derivative(inputs, targets, n_labels=n_classes)
-        assert found.labels is not None
-        return found.labels
-
-    def hyperparameter_gradient(self, inputs: Rows, targets: Tensor) -> dict[str, Tensor]:
-        """Differentiate each query's loss by the run's settings: -> (q,) each."""
-        return self.derivative(inputs, targets, hyperparameters=True).hyperparameters
-
     def derivative(
         self,
         inputs: Rows,
@@ -475,8 +469,22 @@ class Replayed:
     ) -> Derivative:
         """Everything that is asked of one pass back: inputs (q, ...), targets (q, ...)."""
         basis = self.basis(inputs, targets, value=value, aggregate=aggregate)
-        asked = partial(self.back, hyperparameters=hyperparameters, n_labels=n_labels)
-        parts = [asked(directions) for directions in basis.directions.split(self.at_once)]
+        run, budget, directions = self.run, self.budget, basis.directions
+        asked = {"hyperparameters": hyperparameters, "n_labels": n_labels}
+        n_jobs = effective_n_jobs(budget.n_jobs)
+        if n_jobs == 1:
+            parts = [self.back(part, **asked) for part in directions.split(self.at_once)]
+            return _joined(parts).combined(basis.coefficients)
+        if budget.folder is not None:
+            raise ValueError("Replay(folder=...) keeps one pass at a time: give n_jobs=1.")
+        size = max(1, min(self.at_once // n_jobs, -(-len(directions) // n_jobs)))
+        # states are as many bytes to send as they cost time to compute again
+        states = None if leaves_the_process(n_jobs, "threads") else run.states
+        tasks = [
+            delayed(_back_elsewhere)(self, run.data, states, part, asked)
+            for part in directions.split(size)
+        ]
+        parts = Parallel(n_jobs, prefer="threads")(tasks)
         return _joined(parts).combined(basis.coefficients)
 
     def basis(
@@ -510,6 +518,14 @@ class Replayed:
         if shelf is not None:
             shelf.clear()
         return state.derivative()
+
+
+def _back_elsewhere(
+    fitted: Replayed, data: Any, states: Any, directions: Tensor, asked: dict[str, Any]
+) -> Derivative:
+    # a run leaves its rows and states behind where it is pickled
+    run = replace(fitted.run, data=data, states=states)
+    return replace(fitted, run=run).back(directions, **asked)
 
 
 def _joined(parts: Sequence[Derivative]) -> Derivative:

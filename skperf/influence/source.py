@@ -1,52 +1,64 @@
 """Influence between the checkpoints of a training that is over (SOURCE, arXiv 2405.12186)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skperf.influence.curvature import Filter, Filtered, RowSpace, gradient_flow
-from skperf.influence.gradients import Dense, Gradients, inner, written_out
+from skperf.influence.curvature import Filtered, RowSpace, gradient_flow
+from skperf.influence.gradients import Dense, Gradients, written_out
+from skperf.influence.problem import Problem
+from skperf.influence.tiles import Terms
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of training with one curvature, seen from the checkpoint that stands for it."""
+    """A stretch of training with one curvature, that at the checkpoint that stands for it."""
 
-    rows: Gradients  # gradients of the n training rows, each times its weight
     curvature: RowSpace  # Gauss-Newton, of the mean loss
     time: float  # learning rate times steps
+    weight_decay: float = 0.0
 
-    def apply(self, vectors: Gradients, function: Filter) -> Gradients:
-        """Multiply vectors by a function of the curvature: (q, ...) each."""
-        return Filtered.of(self.curvature, function).apply(vectors)
+    def pushed(self, vectors: Gradients) -> Gradients:
+        """How far a constant force moves the weights, ``(1 - exp(-time C)) / C``."""
+        flow = gradient_flow(self.time, self.weight_decay)
+        return Filtered.of(self.curvature, flow).apply(vectors)
+
+    def faded(self, vectors: Gradients) -> Gradients:
+        """Say what is left of an earlier move, ``exp(-time C)``."""
+
+        def left(values: Tensor) -> Tensor:
+            return torch.exp(-self.time * (values + self.weight_decay))
+
+        return Filtered.of(self.curvature, left).apply(vectors)
 
 
-def fading_away(time: float) -> Filter:
-    """Make the filter of what is left after training on for a while, ``exp(-time x)``."""
+@dataclass(frozen=True)
+class Unrolled:
+    """Queries at the end of training, carried back to meet the rows' gradients in each segment.
 
-    def apply(values: Tensor) -> Tensor:
-        return torch.exp(-time * values)
-
-    return apply
-
-
-def unrolled(segments: Sequence[Segment], queries: Gradients) -> Tensor:
-    """How much each query's loss would rise without each row, in the loss's unit: -> (q, n).
-
-    Segments in the order of training; queries are gradients at its end. With one segment this is
-    influence at a checkpoint, damped by its horizon.
+    What is stored of the rows is one list of layers a segment, one segment after another. With
+    one segment this is influence at a checkpoint, damped by its horizon.
     """
-    # A row pushes the weights within every segment, by (1 - exp(-time C)) / C; what it did there
-    # fades by exp(-time C) in each later one. Queries are carried back instead of rows forwards.
-    total: Tensor | None = None
-    vectors: Gradients = [Dense(written_out(query)) for query in queries]
-    for segment in reversed(segments):
-        pushed = segment.apply(vectors, gradient_flow(segment.time))
-        scores = inner(pushed, segment.rows) / len(segment.rows[0])
-        total = scores if total is None else total + scores
-        vectors = segment.apply(vectors, fading_away(segment.time))
-    if total is None:
-        raise ValueError("checkpoints must hold at least one set of weights.")
-    return total
+
+    segments: tuple[Segment, ...]  # in the order of training
+
+    def store(self, problem: Problem, rows: Gradients) -> Gradients:
+        """Keep the rows, whose gradients are known at the last weights only."""
+        if len(self.segments) > 1:
+            raise ValueError(
+                "method='source' with several checkpoints scores training rows against queries "
+                "only: ask for influence(X, y)."
+            )
+        return rows
+
+    def __call__(self, problem: Problem, queries: Gradients) -> Terms:
+        """Map the queries: a row pushed in its segment, and what it did fades in later ones."""
+        terms: Terms = []
+        vectors: Gradients = [Dense(written_out(query)) for query in queries]
+        for k in range(len(self.segments) - 1, -1, -1):
+            pushed = self.segments[k].pushed(vectors)
+            terms += enumerate(pushed, k * len(pushed))
+            if k:
+                vectors = self.segments[k].faded(vectors)
+        return terms

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from joblib import parallel_config
 from sklearn.base import clone
 from sklearn.datasets import load_iris
 from torch import nn
@@ -49,6 +50,18 @@ def normed(momentum):
         nn.BatchNorm1d(7, momentum=momentum),
         nn.Tanh(),
         nn.Linear(7, CLASSES),
+    )
+
+
+def convolution():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, WIDTH)),
+        nn.Conv1d(1, 4, 3),
+        nn.GELU(),
+        nn.Conv1d(4, 2, 2, padding=1, bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(10, 3),
     )
 
 
@@ -113,6 +126,10 @@ def difference(run, changed, inputs, targets, size):
     return (up - down) / (2 * size)
 
 
+def exact(run, **budget):
+    return replayed(run, Budget(tolerance=0, **budget))
+
+
 def close(found, actual, tolerance=1e-6):
     assert float((found - actual).abs().max()) <= tolerance * float(actual.abs().max())
 
@@ -143,16 +160,7 @@ RUNS = {
     ),
     "batch norm": lambda: recorded(normed(0.1), torch.optim.Adam, lr=0.02),
     "batch norm, cumulative": lambda: recorded(normed(None), lr=0.1, momentum=0.5),
-    "convolution": lambda: recorded(
-        nn.Sequential(
-            nn.Unflatten(1, (1, WIDTH)),
-            nn.Conv1d(1, 4, 3),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(16, 3),
-        ),
-        lr=0.3,
-    ),
+    "convolution": lambda: recorded(convolution(), lr=0.3, momentum=0.5),
     "attention": lambda: recorded(Attention(), torch.optim.Adam, lr=0.02),
     "masks": lambda: recorded(
         mlp(),
@@ -190,7 +198,7 @@ def test_weights_of_rows(name):
 def test_hyperparameters(name):
     run = RUNS[name]()
     inputs, targets = queries(run)
-    found = replayed(run, Budget(tolerance=0)).hyperparameter_gradient(inputs, targets)
+    found = exact(run).derivative(inputs, targets, hyperparameters=True).hyperparameters
 
     def rate(run, size):
         factor = 1 + size / run.base_lr[0]
@@ -214,11 +222,35 @@ def test_hyperparameters(name):
     close(found["weight_decay"], difference(run, decay, inputs, targets, 2e-7))
 
 
+def test_groups_of_parameters_have_rates_of_their_own():
+    run = recorded(mlp(), lr=0.2)
+    own, others = run.names[:2], run.names[2:]
+    slow = {**run.steps[0].settings[0], "lr": 0.05}
+    steps = [replace(step, settings=(step.settings[0], slow)) for step in run.steps]
+    run = replace(run, groups=(tuple(own), tuple(others)), steps=steps, base_lr=(0.2, 0.05))
+    inputs, targets = queries(run)
+    found = exact(run).derivative(inputs, targets, hyperparameters=True).hyperparameters
+    assert set(found) == {"lr.0", "weight_decay.0", "lr.1", "weight_decay.1"}
+    for k in (0, 1):
+        for name in ("lr", "weight_decay"):
+
+            def moved(run, size, k=k, name=name):
+                def changed(settings):
+                    settings = [dict(group) for group in settings]
+                    settings[k][name] += size
+                    return tuple(settings)
+
+                steps = [replace(step, settings=changed(step.settings)) for step in run.steps]
+                return replace(run, steps=steps)
+
+            close(found[f"{name}.{k}"], difference(run, moved, inputs, targets, 1e-6))
+
+
 @pytest.mark.parametrize("name", ["plain", "adam", "dropout", "batch norm", "attention"])
 def test_labels_of_rows(name):
     run = RUNS[name]()
     inputs, targets = queries(run)
-    found = replayed(run, Budget(tolerance=0)).label_influence(inputs, targets, CLASSES)
+    found = exact(run).derivative(inputs, targets, n_labels=CLASSES).labels
     row = 4
     old = int(run.data.targets[row])
     assert float(found[:, row, old].abs().max()) == 0
@@ -236,9 +268,9 @@ def test_labels_of_rows(name):
 def test_labels_with_class_weights_whichever_way_they_are_found(monkeypatch):
     run = RUNS["class weights"]()
     inputs, targets = queries(run)
-    by_chain = replayed(run, Budget(tolerance=0)).label_influence(inputs, targets, CLASSES)
+    by_chain = exact(run).derivative(inputs, targets, n_labels=CLASSES).labels
     monkeypatch.setattr(replay.Differentiator, "_checked_chain", lambda *args: None)
-    by_graph = replayed(run, Budget(tolerance=0)).label_influence(inputs, targets, CLASSES)
+    by_graph = exact(run).derivative(inputs, targets, n_labels=CLASSES).labels
     assert float(by_chain.abs().max()) > 0
     close(by_chain, by_graph, 1e-10)
 
@@ -249,6 +281,7 @@ def test_labels_with_class_weights_whichever_way_they_are_found(monkeypatch):
         (mlp(), True),
         (MLP(WIDTH, CLASSES), True),
         (nn.Linear(WIDTH, CLASSES), True),
+        (convolution(), True),
         (normed(0.1), False),
         (Attention(), False),
     ],
@@ -418,6 +451,33 @@ def test_groups_of_directions_and_aggregates(name):
     rough = replace(exact, budget=Budget(tolerance=0.3)).influence(inputs, targets)
     error = (rough - expected).norm(dim=1) / expected.norm(dim=1)
     assert 0 < float(error.max()) < 0.6
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_groups_of_directions_go_back_side_by_side(backend):
+    run = with_states(RUNS["adam"]())
+    inputs, targets = queries(run, 9)
+    expected = exact(run).influence(inputs, targets)
+    with parallel_config(backend):
+        found = exact(run, n_jobs=2).influence(inputs, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_one_pass_at_a_time_writes_to_a_folder(tmp_path):
+    run = RUNS["plain"]()
+    with pytest.raises(
+        ValueError, match="keeps one pass at a time: give n_jobs=1"
+    ):
+        exact(run, n_jobs=2, folder=str(tmp_path)).influence(*queries(run))
+
+
+@pytest.mark.parametrize("name", ["plain", "nesterov", "adam", "dropout", "convolution"])
+def test_products_by_hand_are_those_of_the_graph(name, monkeypatch):
+    run = with_states(RUNS[name]())
+    inputs, targets = queries(run, 7)
+    by_hand = exact(run).influence(inputs, targets)
+    monkeypatch.setattr(replay.Differentiator, "_checked_chain", lambda *args: None)
+    close(by_hand, exact(run).influence(inputs, targets), 1e-10)
 
 
 def test_another_question_than_the_loss():
