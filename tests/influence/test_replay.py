@@ -465,9 +465,7 @@ def test_groups_of_directions_go_back_side_by_side(backend):
 
 def test_one_pass_at_a_time_writes_to_a_folder(tmp_path):
     run = RUNS["plain"]()
-    with pytest.raises(
-        ValueError, match="keeps one pass at a time: give n_jobs=1"
-    ):
+    with pytest.raises(ValueError, match="keeps one pass at a time: give n_jobs=1"):
         exact(run, n_jobs=2, folder=str(tmp_path)).influence(*queries(run))
 
 
