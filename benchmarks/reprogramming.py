@@ -32,7 +32,7 @@ from benchmarks import runner
 from benchmarks.reprogramming_tasks import ENCODERS, PROMPT, make_tasks
 from skperf.metrics import fpr_at_95_tpr, ood_auroc
 from skperf.reprogramming import RELEASED_SETTINGS, Reprogrammer
-from skperf.reprogramming.rejection import concept_matching, max_logit
+from skperf.reprogramming.rejection import SCORES as RATES
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -328,7 +328,10 @@ def write(name, records):
 
 
 MEAN = "mean of tasks"
-SCORES = {"": concept_matching, " max logit": max_logit}
+SCORES = {
+    "": partial(RATES["mcm"], temperature=1),
+    " max logit": partial(RATES["max_logit"], temperature=1),
+}
 COLUMNS = ("ID", "shifted", *(f"{what}{s}" for s in SCORES for what in ("AUROC", "FPR95")))
 METHODS = ["released preset", "released preset, text rate scaled", "zero-shot", "linear probe"]
 REJECTING = "full fine-tuning with none of these"

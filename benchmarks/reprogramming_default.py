@@ -8,7 +8,7 @@ far ones, and the share of fresh rows that ``predict_inlier`` keeps. Defaults we
 data: drawn letters and Google's emoji (shipped encoder), R8 and 20 Newsgroups (wordllama). Rows
 are written as they come; a run goes on where the last one ended:
 
-    python -m benchmarks.data fetch mnist fashion_mnist
+    python -m benchmarks.data fetch mnist
     python -m benchmarks.reprogramming_default --seeds 0 1 2
 """
 
@@ -25,16 +25,15 @@ from benchmarks import runner
 from benchmarks.data import fetch_mnist
 from benchmarks.reprogramming_tasks import DIGITS, FASHION, PROMPT
 from skperf.datasets import (
-    fetch_fashion_mnist,
     load_emoji,
     load_faces,
+    load_fashion_mnist,
     load_rnet,
     load_text_image_encoder,
 )
 from skperf.metrics import ood_auroc
 from skperf.reprogramming import Reprogrammer
 from skperf.reprogramming.heads import HEADS, Cached, folds_of
-from skperf.reprogramming.rejection import max_logit
 
 FOLDER = Path(__file__).parent / "results"
 ROWS, TABLE = FOLDER / "reprogramming_default_rows.json", FOLDER / "reprogramming_default.json"
@@ -55,7 +54,7 @@ def drawn(images, target, names, foreign, n, seed, each=False):
 
 def tasks():
     """Name, size and a function of the seed that draws each task."""
-    fashion, mnist = fetch_fashion_mnist(subset="test"), fetch_mnist()
+    fashion, mnist = load_fashion_mnist(subset="train"), fetch_mnist()
     uci, faces, twitter = load_digits(), load_faces(), load_emoji("twitter")
     digits = np.clip(uci.images * 16, 0, 255).astype(np.uint8)[:, None]
     garments, numbers = fashion.images[:, None], mnist.images[:, None]
@@ -116,7 +115,7 @@ def run(name, draw, seed):
     plain = Reprogrammer(**options | {"max_epochs": 0}).fit(X, y)
     rows = {part: torch.as_tensor(plain.transform(pictures)) for part, pictures in sets.items()}
     if plain.class_embeddings_ is not None and name != "R-Net crops":
-        scores = {part: max_logit(e @ plain.class_embeddings_.T) for part, e in rows.items()}
+        scores = {part: (e @ plain.class_embeddings_.T).amax(1) for part, e in rows.items()}
         own = scores.pop("own")
         yield "zero-shot", figures(plain.predict_proba(T), codes, own.numpy(), scores)
     embedded = torch.as_tensor(plain.transform(X))

@@ -72,10 +72,7 @@ class ProgramNet(Net):
         return self
 
     def learn(self, source, codes, weight, rows, held_out=None, draws=False):
-        """Train until the epochs, the patience or the query budget are over.
-
-        Shapes: codes (n,), weight (n,), rows (m,), held_out (k,), of the pictures in `source`.
-        """
+        """Train until it is over: codes (n,), weight (n,) of all, rows (m,), held_out (k,)."""
         module = self.module_
         self.source = source
         inputs, targets = self._inputs(rows), torch.as_tensor(codes)[rows]
@@ -221,13 +218,9 @@ class ProgramNet(Net):
         codes, weight = targets if isinstance(targets, tuple | list) else (targets, None)
         codes = codes.to(logits.device)
         mixes = logits if logits.ndim == 3 else logits[None]
+        losses = sum(self.criterion_(mix, codes) for mix in mixes) / len(mixes)
         if weight is None:
-            return sum(self.criterion_(mix, codes) for mix in mixes) / len(mixes)
-        reduction, self.criterion_.reduction = self.criterion_.reduction, "none"
-        try:
-            losses = sum(self.criterion_(mix, codes) for mix in mixes) / len(mixes)
-        finally:
-            self.criterion_.reduction = reduction
+            return losses.mean()
         weight = weight.to(losses)
         return (losses * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 

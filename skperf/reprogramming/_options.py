@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from numbers import Integral, Real
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -252,34 +253,12 @@ def form_of(pixels: Any, any_rows: bool = False) -> PictureForm:
     return PictureForm(pixels.channels, low, high, shape, any_rows)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All parameters as they were when `fit` began."""
+class Settings(SimpleNamespace):
+    """All parameters as they were when `fit` began, by name."""
 
-    encoder: Any
-    processor: Any
-    tokenizer: Any
-    class_names: Any
-    prompts: Any
-    layout: str
-    border: int
-    init: str
-    text: str
-    head: str
-    mapping: Any
-    objective: str
-    alpha: Any
-    ood_score: str
-    ood_temperature: float
-    ood_retention: float
-    max_epochs: int
-    batch_size: int
-    gradient: str
-    device: Any
-    random_state: Any
-    verbose: int
-    pixels: Any
-    training: Any
+    def but(self, **changed: Any) -> "Settings":
+        """Copy with others."""
+        return Settings(**(vars(self) | changed))
 
     @property
     def trains_none(self) -> bool:

@@ -291,7 +291,7 @@ def _reader(
     changed |= {"encoder": encoder, "head": known["module_head"], "ood_score": "mcm"}
     changed["text"] = "none" if texts is not None else "auto"
     changed["prompts"] = {} if texts is None else dict(zip(known["classes"], texts, strict=True))
-    return replace(settings, **changed)
+    return settings.but(**changed)
 
 
 def _load(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Any) -> None:

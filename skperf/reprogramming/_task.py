@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from skperf.backbone.randomness import drawing_from
 from skperf.reprogramming._options import ALPHA_GRID, Settings
-from skperf.reprogramming.encoders import FrozenEncoder, of_tokens, open_encoder
+from skperf.reprogramming.encoders import FrozenEncoder, examined, of_tokens, open_encoder
 from skperf.reprogramming.heads import HEADS
 from skperf.reprogramming.masks import MaskProgram
 from skperf.reprogramming.pictures import Pictures
@@ -70,7 +70,7 @@ class Task:
     def with_names(self, settings: Settings, classes: np.ndarray) -> "Task":
         """Take other classes, with the same text program: classes (n_classes,)."""
         names = class_texts(settings.class_names, classes)
-        _, prompts, texts = _texts(replace(settings, text="none"), self.encoder, names, classes)
+        _, prompts, texts = _texts(settings.but(text="none"), self.encoder, names, classes)
         with torch.no_grad():
             zero_shot = prompts.embeddings(self.own).detach()
         _warn_of_twins(zero_shot, names)
@@ -219,7 +219,7 @@ def _tried(encoder: FrozenEncoder, program: InputProgram, first: Tensor):
     placed = program.place(first).to(own.device)
     try:
         with drawing_from(torch.Generator().manual_seed(0)) as drawing:
-            encoder = own.examined(placed)
+            encoder = examined(own, placed)
     except (RuntimeError, ValueError) as error:
         if "turned" in str(error):
             raise

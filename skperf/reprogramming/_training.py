@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from skperf.reprogramming.pictures import Pictures
 from skperf.reprogramming.programmed import ProgrammedEncoder
 from skperf.reprogramming.programs import Prompts
 from skperf.reprogramming.rejection import FEATURE_SCORES
-from skperf.reprogramming.residual import unit
+from skperf.reprogramming.residual import Representations, unit
 
 #: Learning rates of the border where texts are trained beside it, and where it is alone.
 BORDER_RATES = {"beside texts": 0.03, "alone": 0.1}
@@ -71,19 +72,12 @@ class Labelled:
         return torch.as_tensor(weight[rows]).float()
 
 
-class WarmupCosine:
-    """Factor of the learning rate at each step: linear warm-up, then a cosine to zero."""
-
-    def __init__(self, n_steps, n_warmup):
-        self.n_steps = n_steps
-        self.n_warmup = n_warmup
-
-    def __call__(self, step):
-        """Compute the factor."""
-        if step < self.n_warmup:
-            return (step + 1) / self.n_warmup
-        done = (step - self.n_warmup) / max(1, self.n_steps - self.n_warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def warmup_cosine(n_steps, n_warmup, step):
+    """Factor of the learning rate at a step: linear warm-up, then a cosine to zero."""
+    if step < n_warmup:
+        return (step + 1) / n_warmup
+    done = (step - n_warmup) / max(1, n_steps - n_warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def hold_out(codes, fraction, generator):
@@ -135,7 +129,8 @@ def fit_program(
             each = round(epochs * steps / -(-len(part) // settings.batch_size))
             nets.append(trained(settings, labelled, part, test, seed, each))
         if settings.training.early_stopping:
-            epochs = max(1, round(float(np.median([_best_epoch(net) for net in nets]))))
+            best = [np.argmin(net.history[:, "valid_loss"]) + 1 for net in nets]
+            epochs = max(1, round(float(np.median(best))))
     net = trained(settings, labelled, train, held_out, seed, epochs)
     judged = judge(settings, labelled, splits, nets or [net])
     if settings.max_epochs and settings.encoder is not None:
@@ -191,7 +186,8 @@ def embed(task: Task, pictures: Pictures, batch_size: int, module=None) -> Tenso
 
 def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[ProgramNet]) -> Judged:
     """Embed rows by programs that were not trained on them, where there are such."""
-    task, parts = labelled.task, []
+    task, logits = labelled.task, []
+    parts: list[Representations] = []
     for (_, test), net in zip(splits, nets, strict=True):
         module = net.module_
         unmoved = module.image.numel() == 0 or not settings.max_epochs
@@ -200,9 +196,12 @@ def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[Prog
         else:
             outputs = embed(task, labelled.pictures[test], settings.batch_size, module)
         with torch.no_grad():
-            classes = module.classes().detach().cpu() if module.has_unit_embeddings else None
-            logits = None if classes is not None else module.logits(outputs.to(module.image)).cpu()
-        parts.append((outputs, classes, logits))
+            if task.zero_shot is None:
+                logits.append(module.logits(outputs.to(module.image)).cpu())
+                continue
+            assert labelled.plain is not None
+            classes, zero_shot = module.classes().detach().cpu(), task.zero_shot.cpu()
+            parts.append(Representations(outputs, labelled.plain[test], classes, zero_shot))
     rows = np.concatenate([test for _, test in splits])
     plain, full = labelled.plain, labelled.codes
     scored: dict[str, Tensor] = {}
@@ -221,11 +220,8 @@ def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[Prog
         rows,
         torch.as_tensor(full[rows]),
         labelled.weights(rows),
-        [outputs for outputs, _, _ in parts],
-        None if plain is None else [plain[test] for _, test in splits],
-        [c for _, c, _ in parts if c is not None] if task.zero_shot is not None else None,
-        None if task.zero_shot is None else task.zero_shot.cpu(),
-        torch.cat([v for *_, v in parts if v is not None]) if task.zero_shot is None else None,
+        parts or None,
+        torch.cat(logits) if logits else None,
         scored,
         None if plain is None else (plain, torch.as_tensor(full)),
     )
@@ -312,7 +308,7 @@ def zero_shot_program(settings, task: Task, pictures: Pictures, seed: int):
     """Put the classifier of the prompts alone together, thresholds from unlabelled rows."""
     if task.zero_shot is None:
         raise ValueError("y is None: zero-shot needs an encoder with a text tower and a tokenizer.")
-    settings = replace(settings, max_epochs=0)
+    settings = settings.but(max_epochs=0)
     plain = embed(task, pictures, settings.batch_size)
     codes = (plain @ task.zero_shot.cpu().T).argmax(1).numpy()
     labelled = Labelled(task, pictures, codes, None, plain)
@@ -328,7 +324,6 @@ def with_classes(settings, task: Task, fitted: FittedProgram, net: ProgramNet, c
     """Put a program around the prompts of other classes: classes (n_classes,)."""
     old, known = fitted.programmed, [names[0] for names in task.names]
     task = task.reopened().with_names(settings, classes)
-    settings = replace(settings, max_epochs=settings.max_epochs)
     other = make_net(settings, task, 1, 0, 0, settings.max_epochs, False).begin(len(classes))
     module = other.module_
     same = [(i, known.index(n[0])) for i, n in enumerate(task.names) if n[0] in known]
@@ -345,10 +340,10 @@ def with_classes(settings, task: Task, fitted: FittedProgram, net: ProgramNet, c
     score = fitted.choice.score
     if score in fitted.scorers:  # which know the old classes
         score = "max_logit" if settings.trains_none else "mcm"
-    changed = {"thresholds": {}, "curve": None, "head": task.head, "losses": {}, "score": score}
-    choice = replace(fitted.choice, **changed)
-    own = {"settled": settled, "head": None, "scorers": {}, "choice": choice}
-    fitted = replace(fitted, programmed=module, **own)
+    choice = replace(fitted.choice, score=score, thresholds={}, curve=None, losses={})
+    choice = replace(choice, head=task.head)
+    own = replace(fitted, programmed=module, settled=settled, choice=choice)
+    fitted = replace(own, head=None, scorers={})
     return task, fitted, other
 
 
@@ -421,16 +416,8 @@ def make_net(settings, task, n_train, n_held_out, seed, max_epochs, stop) -> Pro
         "mapping_per_class": training.mapping_m,
         "mapping_smoothing": training.mapping_smoothing,
         "augment": pixels.augment,
-        **module_params(task, init=settings.init, exact=settings.gradient == "exact", seed=seed),
-        "module__training_alpha": training.training_alpha if settings.max_epochs else 0.0,
-        "module__none_margin": training.none_margin if settings.trains_none else None,
     }
-    return ProgramNet(ProgrammedEncoder, **(params | own))
-
-
-def module_params(task, *, init, exact, seed=0):
-    """Give the ``module__`` parameters that build the ProgrammedEncoder of a task."""
-    values = {
+    module = {
         "encoder": task.own,
         "program": task.program,
         "n_outputs": task.n_outputs,
@@ -439,11 +426,14 @@ def module_params(task, *, init, exact, seed=0):
         "text": task.text,
         "prompts": task.prompts,
         "zero_shot": task.zero_shot,
-        "init": init,
-        "exact": exact,
+        "init": settings.init,
+        "exact": settings.gradient == "exact",
         "seed": seed,
+        "training_alpha": training.training_alpha if settings.max_epochs else 0.0,
+        "none_margin": training.none_margin if settings.trains_none else None,
     }
-    return {f"module__{name}": value for name, value in values.items()}
+    params |= {f"module__{name}": value for name, value in module.items()}
+    return ProgramNet(ProgrammedEncoder, **(params | own))
 
 
 def prepare_head(net, settings, labelled: Labelled, rows):
@@ -513,17 +503,13 @@ def _callbacks(settings, n_rows, max_epochs, stop) -> Iterator:
     if training.schedule == "cosine" and n_steps:
         warmup = training.warmup
         n_warmup = round(warmup * n_steps) if warmup < 1 else round(warmup)
-        policy = {"policy": LambdaLR, "lr_lambda": WarmupCosine(n_steps, n_warmup)}
+        policy = {"policy": LambdaLR, "lr_lambda": partial(warmup_cosine, n_steps, n_warmup)}
         yield "schedule", LRScheduler(**policy, step_every="batch")
     if stop:
         patience = training.n_iter_no_change
         yield "early_stopping", EarlyStopping(patience=patience, load_best=True, sink=_silent)
     if settings.verbose:
         yield "progress", ProgressBar()
-
-
-def _best_epoch(net) -> int:
-    return int(np.argmin(net.history[:, "valid_loss"])) + 1
 
 
 def _warn_of_retention(n_rows: int, retention: float) -> None:

@@ -146,46 +146,6 @@ class FrozenEncoder:
         private = self.differentiable and not self.mine
         return replace(self, model=view(self.model), mine=True) if private else self
 
-    def examined(self, images: Tensor) -> "FrozenEncoder":
-        """Find out by running images what the model returns.
-
-        Parameters
-        ----------
-        images : Tensor of shape (n, channels, height, width)
-            In [0, 1], of the size that the model takes.
-
-        Returns
-        -------
-        FrozenEncoder
-            With `outputs`, `probabilities` and `width` settled.
-        """
-        own = self.private()
-        last: list[tuple[nn.Module, Any]] = []
-        leaves = []
-        if self.differentiable:
-            leaves = [part for part in own.model.modules() if not list(part.children())]
-
-        def remember(module: nn.Module, args: Any, output: Any) -> None:
-            last[:] = [(module, output)]
-
-        with torch.no_grad(), forward_hooks(dict.fromkeys(leaves, remember)):
-            returned = own.image(own.model, self._pixels(images))
-        outputs, kind = _read(returned)
-        # not in inference mode, in which a dropout that is switched off counts as a draw
-        self._check(outputs, len(images))
-        if kind == "unknown":
-            # a layer that is called last and whose output comes back as it is
-            ends = bool(last) and isinstance(last[0][0], nn.Linear) and _same(last[0][1], outputs)
-            kind = "logits" if ends or not self.differentiable else "features"
-            if getattr(self.model, "num_classes", None) == 0:
-                kind = "features"
-        shares = outputs.float()
-        likely = shares.shape[1] > 1 and bool((shares >= 0).all())
-        likely = likely and bool(((shares.sum(1) - 1).abs() < 1e-3).all())
-        kind = self.outputs if self.outputs != "unknown" else "logits" if likely else kind
-        likely = likely and kind == "logits"
-        return replace(self, outputs=kind, probabilities=likely, width=outputs.shape[1])
-
     def encode_image(self, images: Tensor, model: Any = None) -> Tensor:
         """Encode images.
 
@@ -294,6 +254,36 @@ class FrozenEncoder:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenEncoder":
         return self
+
+
+def examined(encoder: FrozenEncoder, images: Tensor) -> FrozenEncoder:
+    """Find out what a model returns by running images (n, channels, height, width) in [0, 1]."""
+    own = encoder.private()
+    last: list[tuple[nn.Module, Any]] = []
+    leaves = []
+    if encoder.differentiable:
+        leaves = [part for part in own.model.modules() if not list(part.children())]
+
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
+        last[:] = [(module, output)]
+
+    with torch.no_grad(), forward_hooks(dict.fromkeys(leaves, remember)):
+        returned = own.image(own.model, encoder._pixels(images))
+    outputs, kind = _read(returned)
+    # not in inference mode, in which a dropout that is switched off counts as a draw
+    encoder._check(outputs, len(images))
+    if kind == "unknown":
+        # a layer that is called last and whose output comes back as it is
+        ends = bool(last) and isinstance(last[0][0], nn.Linear) and _same(last[0][1], outputs)
+        kind = "logits" if ends or not encoder.differentiable else "features"
+        if getattr(encoder.model, "num_classes", None) == 0:
+            kind = "features"
+    shares = outputs.float()
+    likely = shares.shape[1] > 1 and bool((shares >= 0).all())
+    likely = likely and bool(((shares.sum(1) - 1).abs() < 1e-3).all())
+    kind = encoder.outputs if encoder.outputs != "unknown" else "logits" if likely else kind
+    likely = likely and kind == "logits"
+    return replace(encoder, outputs=kind, probabilities=likely, width=outputs.shape[1])
 
 
 def open_encoder(encoder: Any, *, processor: Any = None, tokenizer: Any = None) -> FrozenEncoder:

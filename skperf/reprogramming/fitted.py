@@ -50,10 +50,7 @@ class ReprogrammedClassifier(nn.Module):
         self.register_buffer("text", None if text is None else text.detach().clone())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute class logits.
-
-        Shapes: images (n, channels, height, width) or (n, n_features) -> (n, n_classes).
-        """
+        """Compute class logits of images or rows: (n, ...) -> (n, n_classes)."""
         return self.class_logits(self._placed(images))
 
     def class_logits(self, placed: Tensor) -> Tensor:
@@ -64,10 +61,7 @@ class ReprogrammedClassifier(nn.Module):
         return self.scale * self.similarities(self.represent(placed)) + self.bias
 
     def represent(self, placed: Tensor) -> Tensor:
-        """Encode images on the canvas with the programs and the residual.
-
-        Shapes: placed (n, channels, height, width) or (n, n_features) -> (n, n_outputs).
-        """
+        """Encode with the programs and the residual: placed (n, ...) -> (n, n_outputs)."""
         if self.alpha == 1:
             return self._encode(placed)
         outputs = self._encode(self.programmed.program.add(placed, self.programmed.image))
@@ -88,10 +82,7 @@ class ReprogrammedClassifier(nn.Module):
         return mixed(classes, programmed.zero_shot, self.alpha, renormalize=self.renormalize)
 
     def similarities(self, representation: Tensor) -> Tensor:
-        """Hold representations against the classes.
-
-        Shapes: representation (n, n_outputs) -> (n, n_classes).
-        """
+        """Hold against the classes: representation (n, n_outputs) -> (n, n_classes)."""
         classes = self.classes()
         if classes is None:
             return self.programmed.logits(representation)

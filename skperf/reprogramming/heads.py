@@ -314,11 +314,14 @@ def fit_cache(cached: Cached, folds: Folds) -> Fitted:
 def fit_adapter(cached: Cached, folds: Folds) -> Fitted:
     """Choose the adapter's share by the loss of rows left out."""
     trials = {
-        share: left_out_logits(cached, folds, lambda rows, _, share=share: Adapter(rows, share))
-        for share in ADAPTER_SHARES
+        share: left_out_logits(cached, folds, partial(_adapter, share)) for share in ADAPTER_SHARES
     }
     best = min(trials, key=lambda share: cached.loss(trials[share], folds))
     return Fitted(Adapter(cached, best), trials[best])
+
+
+def _adapter(share: float, cached: Cached, fold: int) -> Head:
+    return Adapter(cached, share)
 
 
 def fit_attributes(cached: Cached, folds: Folds) -> Fitted:

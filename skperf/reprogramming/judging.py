@@ -27,35 +27,24 @@ class Judged:
     rows: NDArray[np.intp]  # (m,), their numbers
     codes: Tensor  # (m,)
     weight: Tensor  # (m,)
-    outputs: list[Tensor]  # each (m_i, d)
-    plain: list[Tensor] | None  # each (m_i, d)
-    classes: list[Tensor] | None  # each (n_classes, d)
-    zero_shot: Tensor | None  # (n_classes, d)
-    logits: Tensor | None  # (m, n_classes), without texts
+    parts: list[Representations] | None  # where there are texts, else
+    logits: Tensor | None  # (m, n_classes)
     features: dict[str, Tensor] = field(default_factory=dict)  # scores of outputs, each (m,)
     known: tuple[Tensor, Tensor] | None = None  # plain outputs (n, d) and codes (n,) of all rows
 
-    @property
-    def representations(self) -> list[Representations]:
-        """Embeddings of the parts, with their classes."""
-        assert self.classes is not None
-        assert self.plain is not None
-        assert self.zero_shot is not None
-        parts = zip(self.outputs, self.plain, self.classes, strict=True)
-        return [Representations(u, u0, q, self.zero_shot) for u, u0, q in parts]
-
     def similarities(self, alpha: float, renormalize: bool) -> Tensor:
         """Similarities to the classes, or logits without texts: -> (m, n_classes)."""
-        if self.logits is not None:
+        if self.parts is None:
+            assert self.logits is not None
             return self.logits
-        parts = self.representations
-        return torch.cat([part.similarities(alpha, renormalize=renormalize) for part in parts])
+        each = [part.similarities(alpha, renormalize=renormalize) for part in self.parts]
+        return torch.cat(each)
 
     def scores(self, name: str, similarities: Tensor, temperature: float) -> Tensor:
         """Scores for rejection: similarities (m, n_classes) -> (m,)."""
         if name == "disagreement":
-            parts = self.representations
-            return torch.cat([agreement(part.images, part.images_zero) for part in parts])
+            assert self.parts is not None
+            return torch.cat([agreement(part.images, part.images_zero) for part in self.parts])
         if name in self.features:
             return self.features[name]
         return SCORES[name](similarities, temperature)
@@ -84,10 +73,10 @@ def choose(
     """Choose alpha, scale, score, thresholds and head: heads each (m, n_classes)."""
     training, encoder = settings.training, task.own
     alpha, curve, scale, bias = 0.0, None, 1.0, 0.0
-    if judged.logits is None:
+    if judged.parts is not None:
         scale, bias = encoder.logit_scale, encoder.logit_bias
         curve = alpha_curve(
-            judged.representations,
+            judged.parts,
             judged.codes,
             task.alphas if alphas is None else alphas,
             scale=scale,
@@ -101,7 +90,7 @@ def choose(
     elif training.logit_scale != "encoder":
         scale = float(training.logit_scale)
     names = [*SCORES, *judged.features]
-    if judged.zero_shot is not None and judged.plain is not None:
+    if judged.parts is not None:
         names.append("disagreement")
     scores = {n: judged.scores(n, similarities, settings.ood_temperature) for n in names}
     kept = settings.ood_retention
@@ -124,10 +113,7 @@ def choose(
 
 
 def best_score(outputs: Tensor, codes: Tensor, usual: str = "mahalanobis") -> str:
-    """Find the score that best tells classes apart which it does not know of.
-
-    Shapes: outputs (n, d), codes (n,).
-    """
+    """Find the score that best tells unknown classes apart: outputs (n, d), codes (n,)."""
     # the program was trained on all classes: only scores that are fitted anew can be compared
     rows = torch.from_numpy(np.random.RandomState(0).permutation(len(codes))[:4000])
     outputs, codes = outputs[rows], codes[rows]

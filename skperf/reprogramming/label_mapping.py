@@ -24,10 +24,7 @@ def cooccurrence(
     weight: Tensor | None = None,
     top: int | None = None,
 ) -> Tensor:
-    """Count which source labels the rows of each class get.
-
-    Shapes: source_logits (n, n_source), codes (n,), weight (n,) -> (n_source, n_classes).
-    """
+    """Count the source labels that rows get: logits (n, n_source) -> (n_source, n_classes)."""
     if top is None:
         labels = source_logits.argmax(1, keepdim=True)
         values = torch.ones_like(labels, dtype=source_logits.dtype)
@@ -42,10 +39,7 @@ def cooccurrence(
 
 
 def one_to_one(counts: Tensor, per_class: int = 1) -> Tensor:
-    """Give each class the source labels that it gets most often, none of them twice.
-
-    Shapes: counts (n_source, n_classes) -> (n_source, n_classes).
-    """
+    """Give each class its most frequent source labels, none twice: (n_source, n_classes)."""
     n_source, n_classes = counts.shape
     _check_enough(n_source, n_classes, per_class)
     mapping = torch.zeros_like(counts)
@@ -62,10 +56,7 @@ def one_to_one(counts: Tensor, per_class: int = 1) -> Tensor:
 def random_mapping(
     n_source: int, n_classes: int, per_class: int, generator: torch.Generator
 ) -> Tensor:
-    """Give each class source labels drawn at random, none of them twice.
-
-    Shapes: -> (n_source, n_classes).
-    """
+    """Give each class source labels drawn at random, none twice: -> (n_source, n_classes)."""
     _check_enough(n_source, n_classes, per_class)
     drawn = torch.randperm(n_source, generator=generator)[: n_classes * per_class]
     mapping = torch.zeros(n_source, n_classes)
@@ -74,10 +65,7 @@ def random_mapping(
 
 
 def bayesian(counts: Tensor, smoothing: float = 1.0) -> Tensor:
-    """Estimate how likely each class is given a source label, columns scaled to sum 1.
-
-    Shapes: counts (n_source, n_classes) -> (n_source, n_classes).
-    """
+    """Estimate classes given source labels, columns scaled to sum 1: (n_source, n_classes)."""
     given_source = counts / (counts.sum(1, keepdim=True) + smoothing).clamp_min(1e-12)
     totals = given_source.sum(0)
     mapping = given_source / totals.clamp_min(torch.finfo(totals.dtype).tiny)

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 def focal_cross_entropy(
     logits: Tensor, targets: Tensor, *, gamma: float = 0.0, scale: float = 1.0
 ) -> Tensor:
-    """Focal loss ``-scale (1 - p)^gamma log p`` of the targets, row by row.
-
-    Shapes: logits (n, m), targets (n,) -> (n,).
-    """
+    """Loss ``-scale (1 - p)^gamma log p`` of targets (n,): logits (n, m) -> (n,)."""
     logarithms = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     if gamma == 0:
         return -scale * logarithms
@@ -22,26 +19,17 @@ def focal_cross_entropy(
 class ClassObjective(nn.Module):
     """Loss of class logits."""
 
-    def __init__(
-        self,
-        contrastive: bool = False,
-        gamma: float = 0.0,
-        scale: float = 1.0,
-        reduction: str = "mean",
-    ) -> None:
+    def __init__(self, contrastive: bool = False, gamma: float = 0.0, scale: float = 1.0) -> None:
         super().__init__()
         self.contrastive = contrastive
         self.gamma = gamma
         self.scale = scale
-        self.reduction = reduction
 
     def forward(self, logits: Tensor, codes: Tensor) -> Tensor:
-        """Compute the loss: logits (n, n_classes), codes (n,) -> () or (n,)."""
+        """Compute the losses: logits (n, n_classes), codes (n,) -> (n,)."""
         focal = partial(focal_cross_entropy, gamma=self.gamma, scale=self.scale)
-        if self.contrastive:
-            pairs = logits[:, codes]  # (n, n): image i against the class of image j
-            own = torch.arange(len(codes), device=logits.device)
-            losses = (focal(pairs, own) + focal(pairs.T, own)) / 2
-        else:
-            losses = focal(logits, codes)
-        return losses.mean() if self.reduction == "mean" else losses
+        if not self.contrastive:
+            return focal(logits, codes)
+        pairs = logits[:, codes]  # (n, n): image i against the class of image j
+        own = torch.arange(len(codes), device=logits.device)
+        return (focal(pairs, own) + focal(pairs.T, own)) / 2

@@ -71,11 +71,7 @@ class ProgrammedEncoder(nn.Module):
     def forward(
         self, placed: Tensor, plain: Tensor | None = None, classes: Tensor | None = None
     ) -> Tensor:
-        """Compute logits of all classes, or of some, for images on the canvas.
-
-        Shapes: placed (n, channels, height, width), plain (n, n_outputs), classes (m,) -> (n, m),
-        (2, n, m) or (2, n, m + 1).
-        """
+        """Compute logits of all classes, or of some: placed (n, ...) -> those of `logits`."""
         return self.logits(self.encode(placed, self.image), plain, classes)
 
     def encode(self, placed: Tensor, weights: Tensor | None) -> Tensor:
@@ -92,10 +88,7 @@ class ProgrammedEncoder(nn.Module):
     def logits(
         self, outputs: Tensor, plain: Tensor | None = None, classes: Tensor | None = None
     ) -> Tensor:
-        """Compute class logits from the encoder's outputs.
-
-        Shapes: outputs (n, n_outputs), plain (n, n_outputs), classes (m,) -> (n, m).
-        """
+        """Compute class logits: outputs (n, n_outputs) -> (n, m), (2, n, m) or (2, n, m + 1)."""
         if self.head_kind == "mapping":
             return outputs @ self.mapping
         if self.zero_shot is None:
@@ -115,10 +108,7 @@ class ProgrammedEncoder(nn.Module):
         return self.encoder.logit_scale * similarities + self.encoder.logit_bias
 
     def classes(self, wanted: Tensor | None = None) -> Tensor:
-        """Embed classes, with the text program and the linear head's offsets.
-
-        Shapes: wanted (m,) -> (m, n_outputs).
-        """
+        """Embed classes, with all that was trained: wanted (m,) -> (m, n_outputs)."""
         return self.shifted(self.embedded_prompts(self.encoder, wanted=wanted), wanted)
 
     def embedded_prompts(
@@ -132,20 +122,14 @@ class ProgrammedEncoder(nn.Module):
         return prompts.embeddings(encoder, self.text_program.hook(self.text), model)
 
     def shifted(self, prompts: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Add the linear head's offsets, where there are any.
-
-        Shapes: prompts (m, n_outputs), wanted (m,) -> (m, n_outputs).
-        """
+        """Add the linear head's offsets, where there are any: prompts (m, n_outputs)."""
         if self.head is None:
             return prompts
         offsets = self.head.weight if wanted is None else self.head.weight[wanted]
         return unit(prompts + offsets)
 
     def set_none_level(self, plain: Tensor, weight: Tensor | None) -> None:
-        """Place the logit of "none of these" above those of zero-shot.
-
-        Shapes: plain (n, n_outputs), weight (n,).
-        """
+        """Place the logit of "none of these" above those of zero-shot: plain (n, n_outputs)."""
         assert self.zero_shot is not None
         assert self.none_margin is not None
         largest = (plain.to(self.zero_shot) @ self.zero_shot.T).amax(1)
@@ -154,10 +138,7 @@ class ProgrammedEncoder(nn.Module):
         self.none_level.copy_(largest @ weight / weight.sum() + margin)
 
     def standardise(self, outputs: Tensor) -> None:
-        """Take over the means and deviations of outputs, for the linear head.
-
-        Shapes: outputs (n, n_outputs).
-        """
+        """Take over means and deviations, for the linear head: outputs (n, n_outputs)."""
         deviation = outputs.double().std(0, correction=0)
         self.shift.copy_(outputs.double().mean(0))
         self.stretch.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), 1.0))

@@ -22,48 +22,18 @@ from torch.nn import functional
 
 from skperf.reprogramming.residual import unit
 
-
-def concept_matching(similarities: Tensor, temperature: float = 1.0) -> Tensor:
-    """Largest softmax probability (MCM on cosines, maximal softmax on logits).
-
-    Shapes: similarities (n, n_classes) -> (n,).
-    """
-    return (similarities / temperature).softmax(1).amax(1)
-
-
-def max_logit(similarities: Tensor, temperature: float = 1.0) -> Tensor:
-    """Largest similarity: similarities (n, n_classes) -> (n,)."""
-    return similarities.amax(1)
-
-
-def energy(similarities: Tensor, temperature: float = 1.0) -> Tensor:
-    """Free energy with its sign turned, ``T logsumexp(s / T)``.
-
-    Shapes: similarities (n, n_classes) -> (n,).
-    """
-    return temperature * (similarities / temperature).logsumexp(1)
-
-
-def negative_entropy(similarities: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of the softmax with its sign turned: similarities (n, n_classes) -> (n,)."""
-    logarithms = (similarities / temperature).log_softmax(1)
-    return (logarithms.exp() * logarithms).sum(1)
+#: Scores of similarities (n, n_classes), or of logits, at a temperature: -> (n,).
+SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mcm": lambda s, temperature: (s / temperature).softmax(1).amax(1),
+    "max_logit": lambda s, temperature: s.amax(1),
+    "energy": lambda s, temperature: temperature * (s / temperature).logsumexp(1),
+    "entropy": lambda s, temperature: -torch.special.entr((s / temperature).softmax(1)).sum(1),
+}
 
 
 def agreement(reprogrammed: Tensor, zero_shot: Tensor) -> Tensor:
-    """Cosine between a row's embedding with and without the program.
-
-    Shapes: reprogrammed (n, d), zero_shot (n, d) -> (n,).
-    """
+    """Cosine between embeddings with and without the program: (n, d) each -> (n,)."""
     return functional.cosine_similarity(reprogrammed, zero_shot, dim=1)
-
-
-SCORES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "mcm": concept_matching,
-    "max_logit": max_logit,
-    "energy": energy,
-    "entropy": negative_entropy,
-}
 
 
 #: Directions that the common covariance of the classes keeps apart; the others share one variance.

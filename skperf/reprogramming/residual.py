@@ -40,10 +40,7 @@ def unit(embeddings: Tensor) -> Tensor:
 def mixed(
     reprogrammed: Tensor, zero_shot: Tensor, alpha: float, *, renormalize: bool = False
 ) -> Tensor:
-    """Mix unit embeddings, ``(1 - alpha) u + alpha u0``.
-
-    Shapes: reprogrammed, zero_shot (n, d) -> (n, d).
-    """
+    """Mix unit embeddings, ``(1 - alpha) u + alpha u0``: (n, d) each -> (n, d)."""
     # Where the two disagree the mix is shorter, `|mix|^2 = 1 - 2 alpha (1 - alpha) (1 - cos(u,
     # u0))`, which lowers the confidence.
     if alpha in (0, 1):

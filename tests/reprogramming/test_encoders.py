@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from skperf.reprogramming import Reprogrammer, open_encoder
-from skperf.reprogramming.encoders import CLIP_MEAN, projected
+from skperf.reprogramming.encoders import CLIP_MEAN, examined, projected
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 TOWER = SMALL | {"num_attention_heads": 2}
@@ -167,8 +167,8 @@ def test_modules_are_told_apart_by_their_last_layer():
     logits = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
     features = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1))
     images = torch.rand(1, 1, 4, 4)
-    assert open_encoder(logits).examined(images).outputs == "logits"
-    assert open_encoder(features).examined(images).outputs == "features"
+    assert examined(open_encoder(logits), images).outputs == "logits"
+    assert examined(open_encoder(features), images).outputs == "features"
     assert open_encoder(logits).channels == 1
     assert open_encoder(features).encode_image(torch.rand(3, 1, 6, 6)).shape == (3, 2)
 
