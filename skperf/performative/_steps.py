@@ -214,18 +214,13 @@ def ranked(
         )
     generator = np.random.default_rng(record.options.seed)
     found = predict_scores(record, models, codes, n_bootstrap, generator, answers=answers)
+    told = zip(("predicted", "low", "high", "prior"), zip(*found, strict=True), strict=True)
+    ranking = Bunch(**{name: np.array(values) for name, values in told})
     shares = np.bincount(codes, minlength=len(record.classes)) / len(codes)
-    predicted = np.array([one.value for one in found])
-    return Bunch(
-        order=np.argsort(-predicted, kind="stable"),
-        predicted=predicted,
-        low=np.array([one.low for one in found]),
-        high=np.array([one.high for one in found]),
-        current=np.array([model.score(shares, np.arange(len(codes))) for model in models]),
-        prior=np.array([one.prior for one in found]),
-        names=list(named),
-        fallback=not answers,
-    )
+    current = [model.score(shares, np.arange(len(codes))) for model in models]
+    order = np.argsort(-ranking.predicted, kind="stable")
+    ranking.update(order=order, current=np.array(current), names=list(named), fallback=not answers)
+    return ranking
 
 
 def _candidate(record: Record, model: Any, X: Any, codes: np.ndarray, scoring: Any) -> Candidate:

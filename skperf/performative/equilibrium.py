@@ -1,8 +1,7 @@
 """Where a model and the label mix that answers it come to rest."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +17,7 @@ FLIP = 0.1  # total variation between rounds above which a steady alternation is
 MEMORY = 0.1  # of the running mean of answers: about ten steps
 
 
-@dataclass(frozen=True, eq=False)
-class Equilibrium:
+class Equilibrium(NamedTuple):
     """Outcome of an iteration towards a stable label mix."""
 
     prior: Array  # (n_classes,)
@@ -87,14 +85,10 @@ def rest_point(
     rest = stable_prior(answer, start, damping=damping, tol=tol, max_iter=max_iter)
     one, two = plain_gaps(answer, start)
     right = corrected(rest.prior).argmax(axis=1) == codes
-    return {
-        "prior": rest.prior,
+    return rest._asdict() | {
         "statistic": statistic(rest.prior),
-        "converged": rest.converged,
-        "residual": rest.residual,
         "cycle": bool(one > FLIP and two < 0.5 * one),
         "cycle_gap": one,
         "worst_recall": worst_share(codes, right),
         "accuracy": score_under(rest.prior, right.astype(np.float64), codes),
-        "n_iter": rest.n_iter,
     }

@@ -19,6 +19,7 @@ from skperf.performative.label_shift import (
 )
 from skperf.performative.record import (
     COVERED,
+    MEASURED,
     WORTHS,
     Memory,
     Record,
@@ -38,8 +39,6 @@ BATCH_MEMORY = 0.8  # about five rounds
 BATCH_ROWS = 2000  # enough to tell how far estimates from a batch are off
 REFINED_AT = (2, 4, 8, 16)  # labelled rounds at which the base mix is found anew
 STEP = 0.5  # of an interval's width after a miss
-LOSSES = ("none", "last", "adapter", "oracle", "model_free")
-MEASURED = (*LOSSES, "accuracy", "accuracy_none", "worst_recall", "tv", "strength")
 CALIBRATED = ("adapter", "model_free")
 
 

@@ -109,16 +109,6 @@ class Candidate:
     score: Callable[[Array, Codes], float]
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """What one candidate would score."""
-
-    value: float
-    low: float
-    high: float
-    prior: Array  # (n_classes,)
-
-
 def predict_scores(
     record: Record,
     candidates: list[Candidate],
@@ -128,8 +118,8 @@ def predict_scores(
     *,
     answers: bool,
     level: float = 0.9,
-) -> list[Prediction]:
-    """Predict the score of candidates in the mixes that answer them, on rows with labels (n,)."""
+) -> list[tuple[float, float, float, Array]]:
+    """Score, its interval and the mix that answers, of each candidate, on rows with labels (n,)."""
     everything = np.arange(len(codes))
     draws = _row_draws(codes, n_bootstrap, generator)
     maps = resampled_maps(record, n_bootstrap, generator) if answers else []
@@ -156,8 +146,8 @@ def predict_scores(
             # the usual quantiles of few draws hold less than they say
             tails = [(1 - level) / 2, (1 + level) / 2]
             low, high = np.quantile(resampled, tails, method="weibull")
-            low, high = min(value, float(low)), max(value, float(high))
-        found.append(Prediction(value, low, high, prior))
+            low, high = min(value, low), max(value, high)
+        found.append((value, float(low), float(high), prior))
     return found
 
 

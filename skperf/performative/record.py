@@ -26,6 +26,8 @@ Codes = NDArray[np.int64]
 KEPT_ROWS = 4000  # labelled rows that stand for all classes in later questions
 WORTHS = (np.inf, 1e4, 1e3, 1e2, 0.0)  # labels; infinity is the anticipation alone
 COVERED = 0.9
+LOSSES = ("none", "last", "adapter", "oracle", "model_free")
+MEASURED = (*LOSSES, "accuracy", "accuracy_none", "worst_recall", "tv", "strength")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,34 +15,19 @@ from skperf.performative.diagnostics import (
     response_p_value,
 )
 from skperf.performative.ranking import answers_the_model, gains_of
-from skperf.performative.record import Record
+from skperf.performative.record import MEASURED, Record
 
 Array = NDArray[np.float64]
 
 LATEST = 200  # rounds that diagnostics look back on
-SHARES = (
-    "round",
-    "none",
-    "last",
-    "adapter",
-    "oracle",
-    "model_free",
-    "accuracy",
-    "accuracy_none",
-    "worst_recall",
-    "tv",
-    "strength",
-)
 
 
 def prequential(record: Record) -> dict[str, NDArray[Any]]:
     """Losses, accuracies and mixes by round, as arrays (n_rounds,) and (n_rounds, n_classes)."""
-    found = {name: np.array([entry[name] for entry in record.losses]) for name in SHARES}
-    n_classes = len(record.log_base)
-    for name in ("predicted", "realised"):
-        mixes = [entry[name] for entry in record.losses]
-        found[name] = np.array(mixes).reshape(len(mixes), n_classes)
-    return found
+    names = ("round", *MEASURED, "predicted", "realised")
+    found = {name: np.array([entry[name] for entry in record.losses]) for name in names}
+    mixes = {name: found[name].reshape(-1, len(record.log_base)) for name in names[-2:]}
+    return found | mixes
 
 
 def quick_diagnostics(record: Record) -> dict[str, Any]:
@@ -99,6 +84,15 @@ def full_diagnostics(record: Record, n_permutations: int) -> dict[str, Any]:
     }
 
 
+_MIX = ("class", "base", "before", "last", "next")
+_MIX_OF = ("label", "base", "before", "last", "anticipated")
+
+
+def _line(label: Any, *cells: Any) -> str:
+    told = [f"{cell:>8}" if isinstance(cell, str) else f"{cell:8.3f}" for cell in cells]
+    return f"{str(label)[:12]:>12}" + "".join(told)
+
+
 @dataclass(frozen=True, eq=False)
 class DriftReport:
     """State of the rounds so far, for a person.
@@ -121,21 +115,11 @@ class DriftReport:
 
     def __str__(self) -> str:
         """Three small tables."""
-        lines = [f"round {self.answer['round']}: mix"]
-        lines.append(
-            f"{'class':>12} {'base':>7} {'before':>7} {'last':>7} {'next':>7}   nine in ten"
-        )
-        lines += [
-            f"{str(row['label'])[:12]:>12} {row['base']:7.3f} {row['before']:7.3f} "
-            f"{row['last']:7.3f} {row['anticipated']:7.3f}   {row['low']:.3f} to {row['high']:.3f}"
-            for row in self.mix
-        ]
+        lines = [f"round {self.answer['round']}: mix", _line(*_MIX, "low", "high")]
+        lines += [_line(*(row[n] for n in _MIX_OF), row["low"], row["high"]) for row in self.mix]
         if self.recall:
-            lines += ["recall", f"{'class':>12} {'before':>7} {'last':>7} {'z':>7}"]
-        lines += [
-            f"{str(row['label'])[:12]:>12} {row['before']:7.3f} {row['last']:7.3f} {row['z']:7.1f}"
-            for row in self.recall
-        ]
+            lines += ["recall", _line("class", "before", "last", "z")]
+        lines += [_line(*row.values()) for row in self.recall]
         return "\n".join([*lines, "answer", *(f"  {note}" for note in self.answer["notes"])])
 
     def plot(self, ax: Any = None) -> Any:
@@ -154,15 +138,13 @@ class DriftReport:
         import matplotlib.pyplot as plt
 
         ax = plt.subplots(layout="constrained")[1] if ax is None else ax
-        at = np.arange(len(self.mix))
-        for i, (name, color) in enumerate(
-            (("before", "0.75"), ("last", "C1"), ("anticipated", "C0"))
-        ):
-            values = np.array([row[name] for row in self.mix])
-            ax.bar(at + 0.27 * (i - 1), values, 0.25, label=name, color=color)
-        low, high = (np.array([row[name] for row in self.mix]) for name in ("low", "high"))
-        reach = [np.maximum(values - low, 0), np.maximum(high - values, 0)]
-        ax.errorbar(at + 0.27, values, reach, fmt="none", ecolor="k", linewidth=1)
+        at, names = np.arange(len(self.mix)), ("before", "last", "anticipated")
+        told = {n: np.array([row[n] for row in self.mix]) for n in (*names, "low", "high")}
+        for i, (name, color) in enumerate(zip(names, ("0.75", "C1", "C0"), strict=True)):
+            ax.bar(at + 0.27 * (i - 1), told[name], 0.25, label=name, color=color)
+        middle = told["anticipated"]
+        reach = np.maximum([middle - told["low"], told["high"] - middle], 0)
+        ax.errorbar(at + 0.27, middle, reach, fmt="none", ecolor="k", linewidth=1)
         ax.set_xticks(at, [str(row["label"]) for row in self.mix])
         ax.set(ylabel="share", title=f"label mix about round {self.answer['round']}")
         ax.legend(fontsize="small")
@@ -181,16 +163,9 @@ def drift_report(record: Record, n_before: int = 10) -> DriftReport:
     low, high = record.interval(prior)
     earlier = counts[before].sum(axis=0) if len(before) else counts[last]
     labels = record.classes.tolist()
-    columns = {
-        "label": labels,
-        "base": np.exp(record.log_base),
-        "before": earlier / earlier.sum(),
-        "last": counts[last] / counts[last].sum(),
-        "anticipated": prior,
-        "low": low,
-        "high": high,
-    }
-    mix = [{name: values[i] for name, values in columns.items()} for i in range(len(labels))]
+    shares = earlier / earlier.sum(), counts[last] / counts[last].sum()
+    columns = zip(labels, np.exp(record.log_base), *shares, prior, low, high, strict=True)
+    mix = [dict(zip((*_MIX_OF, "low", "high"), row, strict=True)) for row in columns]
     recall = []
     if trajectory.statistics.shape[1] == len(labels) and len(before):
         old = trajectory.statistics[before]
@@ -199,10 +174,8 @@ def drift_report(record: Record, n_before: int = 10) -> DriftReport:
         spread = usual * (1 - usual)
         error = np.sqrt(spread / weights.sum(axis=0) + spread / np.maximum(counts[last], 1.0))
         z = (new - usual) / np.maximum(error, 1e-9)
-        recall = [
-            {"label": label, "before": usual[i], "last": new[i], "z": z[i]}
-            for i, label in enumerate(labels)
-        ]
+        told = zip(labels, usual, new, z, strict=True)
+        recall = [dict(zip(("label", "before", "last", "z"), row, strict=True)) for row in told]
     return DriftReport(mix, recall, _answer(record, int(last)))
 
 

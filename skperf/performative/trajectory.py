@@ -16,16 +16,8 @@ Codes = NDArray[np.int64]
 KEPT_ROUNDS = 1000  # of the record; older rounds tell nothing of the next one
 N_LAGS = 3
 MOST_CONFUSED = 12  # classes up to which whole confusion matrices are recorded
-ARRAYS = (
-    "statistics",
-    "counts",
-    "hits",
-    "mixes",
-    "shares",
-    "confusions",
-    "covariates",
-    "unlabelled",
-)
+BY_CLASS = ("counts", "hits", "mixes", "shares")
+ARRAYS = ("statistics", *BY_CLASS, "confusions", "covariates", "unlabelled")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,51 +44,15 @@ class Trajectory:
         cls, n_statistics: int, n_classes: int, *, n_covariates: int = 0, lag: int = 1
     ) -> "Trajectory":
         """Start a record without rounds."""
-        none = np.zeros((0, n_classes))
-        return cls(
-            np.zeros(0, np.int64),
-            np.zeros((0, n_statistics)),
-            none,
-            none,
-            none,
-            none,
-            np.zeros((0, n_classes**2 if n_classes <= MOST_CONFUSED else 0)),
-            np.zeros((0, n_covariates)),
-            np.zeros(0),
-            lag,
-        )
-
-    @classmethod
-    def from_arrays(
-        cls, statistics: Array, counts: Array, *, rounds: NDArray[Any] | None = None, lag: int = 1
-    ) -> "Trajectory":
-        """Build a record from statistics (R, S) and label counts (R, K) of rounds in order."""
-        record = cls.empty(statistics.shape[1], counts.shape[1], lag=lag)
-        numbers = np.arange(len(counts)) if rounds is None else np.asarray(rounds)
-        for number, statistic, counted in zip(numbers, statistics, counts, strict=True):
-            record = record.append(number, statistic, counted)
-        return record
-
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> "Trajectory":
-        """Rebuild a record from what `to_dict` returned, also after a round trip by JSON."""
-        arrays = {name: np.asarray(state[name], np.float64) for name in ARRAYS}
-        for name in ("covariates", "confusions"):  # JSON drops the width of empty rows
-            arrays[name] = arrays[name].reshape(len(state["rounds"]), -1)
-        rounds = np.asarray(state["rounds"], dtype=state["dtype"])
-        return cls(rounds=rounds, lag=int(state["lag"]), **arrays)
+        n_cells = n_classes**2 if n_classes <= MOST_CONFUSED else 0
+        by_class = (np.zeros((0, n_classes)),) * 4
+        widths = (np.zeros((0, n_cells)), np.zeros((0, n_covariates)), np.zeros(0))
+        none = np.zeros((0, n_statistics))
+        return cls(np.zeros(0, np.int64), none, *by_class, *widths, lag)
 
     def __len__(self) -> int:
         """Count the rounds."""
         return len(self.rounds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain lists, fit for JSON: the whole state there is, and no raw rows."""
-        rounds = self.rounds.astype(str) if self.rounds.dtype.kind == "M" else self.rounds
-        rounds = rounds.astype(np.int64) if rounds.dtype.kind == "m" else rounds
-        state = {"rounds": rounds.tolist(), "dtype": self.rounds.dtype.str, "lag": self.lag}
-        arrays = {name: getattr(self, name).tolist() for name in ARRAYS}
-        return state | arrays
 
     def append(
         self,
@@ -118,6 +74,7 @@ class Trajectory:
                 "rounds are appended in order of time, each once."
             )
         unknown = np.full(len(counts), np.nan)
+        no_table = np.full(self.confusions.shape[1], np.nan)
         if mix is None:
             mix = centred_log(counts) if counts.sum() > 0 else unknown
         row = {
@@ -126,9 +83,7 @@ class Trajectory:
             "hits": unknown if hits is None else hits,
             "mixes": mix,
             "shares": unknown if shares is None else shares,
-            "confusions": np.full(self.confusions.shape[1], np.nan)
-            if confusion is None or not self.confusions.shape[1]
-            else confusion,
+            "confusions": no_table if confusion is None else confusion,
             "covariates": np.zeros(0) if covariates is None else covariates,
             "unlabelled": unlabelled,
         }
@@ -168,10 +123,8 @@ class Trajectory:
 
     def pairs(self) -> tuple[Inputs, Array]:
         """Give what was known before each round but the first, and its counts (R - lag, K)."""
-        n_pairs = max(0, len(self) - self.lag)
-        return self._inputs(np.arange(len(self) - n_pairs, len(self))), self.counts[
-            len(self) - n_pairs :
-        ]
+        first = min(self.lag, len(self))
+        return self._inputs(np.arange(first, len(self))), self.counts[first:]
 
     def before(self, row: int) -> Inputs:
         """Give what was known before one of the rounds."""

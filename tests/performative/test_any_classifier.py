@@ -403,5 +403,3 @@ def test_rounds_of_any_kind_that_has_an_order(frozen, world, make):
     adapter = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=make(ROUNDS))
     np.testing.assert_array_equal(adapter.trajectory_.counts, plain.trajectory_.counts)
     np.testing.assert_allclose(adapter.predicted_prior_, plain.predicted_prior_)
-    again = type(adapter.trajectory_).from_dict(adapter.trajectory_.to_dict())
-    np.testing.assert_array_equal(again.rounds, adapter.trajectory_.rounds)
