@@ -59,6 +59,11 @@ class TensorBatches:
         self.y = None if y is None else map_tensors(y, where)
         self.gather: Callable[[Any], Any]
         self.n_rows = len(dataset)
+        if drop_last and batch_size > self.n_rows:
+            raise ValueError(
+                f"iterator drop_last=True leaves no batch: batch_size={batch_size}, but there are "
+                f"{self.n_rows} rows."
+            )
         if labelled is not None and labelled.stays:
             self.gather = lambda rows: labelled.gather(self._positions(rows))
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skperf.backbone._validation import as_labels, check_rows
 from skperf.backbone.looking import Seen, look
 from skperf.backbone.losses import Loss, describes, resolve_loss
-from skperf.backbone.network import Forward, Network, Readout
+from skperf.backbone.network import Forward, Network, Readout, check_device
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import original, own_copy, view
 
@@ -52,11 +52,6 @@ class OfLogits:
         -------
         ndarray of shape (n, n_classes) or (n,)
             Logits; with two classes, of the second against the first.
-
-        Raises
-        ------
-        ValueError
-            If the rows are not those the network takes, or an output is not finite.
         """
         logits = self._outputs(X)
         axis = self._class_axis(logits)
@@ -75,11 +70,6 @@ class OfLogits:
         -------
         ndarray of shape (n, n_classes)
             The softmax of the logits.
-
-        Raises
-        ------
-        ValueError
-            If the rows are not those the network takes, or an output is not finite.
         """
         outputs = self._outputs(X)
         return np.asarray(outputs.softmax(self._class_axis(outputs)).numpy())
@@ -287,6 +277,12 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
                 f"{name} returns {' x '.join(map(str, seen.shape))} outputs a row, but classes= "
                 f"names {len(known)}: {known.tolist()[:20]}."
             )
+        weight = getattr(self.loss_, "weight", None)
+        if weight is not None and len(weight) not in seen.shape:
+            raise ValueError(
+                f"loss holds {len(weight)} class weights, but {name} returns "
+                f"{' x '.join(map(str, seen.shape))} outputs a row."
+            )
         if seen.shape == (2,) and labels is not None and labels.ndim == 1 and self.classes is None:
             values = np.unique(labels)
             if len(values) > 2:
@@ -406,6 +402,7 @@ def from_module(
             raise TypeError(f"{name} must be callable, got {type(function).__name__}.")
     if loss is not None:
         resolve_loss(loss)
+    check_device(device)
     if device is not None and Network(module, None).device.type != str(device).split(":")[0]:
         module = own_copy(module).to(device)
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:

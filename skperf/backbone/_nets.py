@@ -27,6 +27,7 @@ from skperf.backbone.losses import Loss, Own, resolve_loss
 from skperf.backbone.network import (
     Network,
     chained,
+    check_device,
     first_column,
     log_odds_of_probability,
     log_of_probabilities,
@@ -308,8 +309,23 @@ class Net(OfLogits, NeuralNetClassifier):
             self.__dict__.pop(name, None)
         if not isinstance(self.batch_size, int) or (self.batch_size < 1 and self.batch_size != -1):
             raise ValueError(f"batch_size must be a positive number or -1, got {self.batch_size}.")
+        if not isinstance(self.max_epochs, int | np.integer) or self.max_epochs < 0:
+            raise ValueError(f"max_epochs must be a whole number from 0, got {self.max_epochs!r}.")
+        check_device(self.device)
         with drawing_from(torch.Generator().manual_seed(self.seed_)):
             self.initialize()
+        for name, callback in self.callbacks_:
+            watched = getattr(callback, "monitor", None)
+            if not self.train_split and watched in ("valid_loss", "valid_loss_best"):
+                raise ValueError(
+                    f"callbacks: {name} watches {watched!r}, but train_split=None holds no rows "
+                    "out. Give train_split=skorch.dataset.ValidSplit(5), or let it watch "
+                    "monitor='train_loss'."
+                )
+        weight = getattr(self.criterion_, "weight", None)
+        k = self.module_widths_["n_classes"]
+        if self.loss_.kind == "classes" and weight is not None and len(weight) != k:
+            raise ValueError(f"criterion__weight holds {len(weight)} weights for {k} classes.")
 
     def _learn(
         self, rows: Rows, labels: np.ndarray, sample_weight: ArrayLike | None, *, record: bool
@@ -531,6 +547,8 @@ class Net(OfLogits, NeuralNetClassifier):
             widths = getattr(self, "module_widths_", {})
             widths = {name: width for name, width in widths.items() if name in accepted}
             self.module_ = self.module(**widths | given)
+        if not list(self.module_.parameters()):
+            raise ValueError(f"module: {type(self.module_).__name__} has no parameters to train.")
         if Network(self.module_, None).dtype.itemsize < 4:
             self.module_.float()  # half precision is computed in float32, as in a view
         return self

@@ -76,11 +76,5 @@ def net_of(stock: NeuralNet) -> Net:
         params.setdefault(f"{part}__shuffle", False)
     if params["callbacks"] not in (None, "disable"):
         params["callbacks"] = deepcopy(params["callbacks"])
-    known = {"callbacks__epoch_timer", "callbacks__train_loss", "callbacks__valid_loss"}
-    params = {
-        key: value
-        for key, value in params.items()
-        # skorch's own scoring of accuracy, switched off
-        if not (key.startswith("callbacks__valid_acc") and key not in known)
-    }
-    return Net(**params)
+    # skorch's own scoring of accuracy, switched off
+    return Net(**{k: v for k, v in params.items() if not k.startswith("callbacks__valid_acc")})

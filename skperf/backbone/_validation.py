@@ -20,8 +20,14 @@ _PIECE = 1 << 16
 _WIDTHS = ("n_features_in_", "feature_names_in_")
 
 
-def as_array(values: Any) -> Any:
-    """Turn a torch tensor into an array; pass everything else on."""
+def as_array(values: Any, name: str = "X") -> Any:
+    """Turn a torch tensor into an array; pass everything else on, but for what is masked."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        row = int(np.flatnonzero(values.mask.reshape(len(values), -1).any(1))[0])
+        raise ValueError(
+            f"{name} is a masked array, whose hidden entries (first in row {row}) would be taken "
+            f"as they are: fill them in, {name}.filled(...), or leave these rows out."
+        )
     if not isinstance(values, Tensor):
         return values
     values = values.detach().cpu()
@@ -32,7 +38,7 @@ def as_array(values: Any) -> Any:
 
 def as_labels(y: Any) -> Any:
     """Turn targets into an array, None stays None: y (n, ...) -> (n, ...)."""
-    return None if y is None else np.asarray(as_array(y))
+    return None if y is None else np.asarray(as_array(y, "y"))
 
 
 def check_rows(estimator: Any, X: Any, *, reset: bool = False) -> Rows:

@@ -76,7 +76,12 @@ def _entry(
     """Choose the entry that holds the outputs: -> (n, ...)."""
     name = type(network.module).__name__
     if isinstance(returned, Tensor):
-        _check_rows(returned, n, name)
+        if returned.ndim == 0 or len(returned) != n:
+            raise ValueError(
+                f"{name} must return logits of shape (n, n_classes); for {n} rows it returned "
+                f"{tuple(returned.shape)}. If rows are another dimension of it, or a part of what "
+                f"it returns, {_HINT}"
+            )
         return None, returned
     if isinstance(returned, Mapping) or hasattr(returned, "keys"):
         named = {key: returned[key] for key in returned if isinstance(returned[key], Tensor)}
@@ -104,15 +109,6 @@ def _entry(
         )
     ((key, outputs),) = fitting.items()
     return Field(key), outputs
-
-
-def _check_rows(outputs: Tensor, n: int, name: str) -> None:
-    if outputs.ndim == 0 or len(outputs) != n:
-        raise ValueError(
-            f"{name} must return logits of shape (n, n_classes); for {n} rows it returned "
-            f"{tuple(outputs.shape)}. If rows are another dimension of it, or a part of what it "
-            f"returns, {_HINT}"
-        )
 
 
 def _final(outputs: Tensor, n_labels: int | None, loss: Loss | None) -> Readout | None:

@@ -80,6 +80,13 @@ class CrossEntropy(Loss):
     ignore_index: int = -100
     balanced: bool = False  # scikit-learn's class_weight="balanced": known once all targets are
 
+    def __post_init__(self) -> None:
+        if self.label_smoothing and self.weight is not None and not bool(self.weight.all()):
+            raise ValueError(
+                "loss: a class has weight 0 beside label_smoothing, so that its rows weigh nothing "
+                "and yet have a loss: give the class a small weight, or leave its rows out."
+            )
+
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Nats of each row: outputs (n, K, ...) or (n, L, K), targets (n, ...) -> (n,)."""
         if outputs.ndim == 2 and targets.ndim == 1 and not self.label_smoothing:

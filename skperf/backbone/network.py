@@ -91,11 +91,6 @@ class Network:
         """Bring rows to the module's device and type: (n, ...)."""
         return self._converter()(Rows.of(X))
 
-    def tensor(self, X: Any) -> Tensor:
-        """Bring a single input to the module's device and type: X (n, ...) -> (n, ...)."""
-        tensor: Tensor = self.inputs(X).tree
-        return tensor
-
     def codes(self, y: ArrayLike) -> Tensor:
         """Columns of the outputs that belong to labels: y (n,) -> (n,)."""
         assert self.classes is not None
@@ -227,6 +222,15 @@ class Network:
         """Give the first floating tensor of the module."""
         tensors = chain(self.module.parameters(), self.module.buffers())
         return next((tensor for tensor in tensors if tensor.is_floating_point()), _SINGLE)
+
+
+def check_device(device: Any) -> None:
+    """Refuse a device that torch does not know or has not got; None is whichever it is."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} can't be computed on: {reason}") from error
 
 
 def _names(module: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:

@@ -187,6 +187,8 @@ def _is_dataset(X: Any) -> bool:
 
 def _leaf(value: Any, name: str) -> Any:
     """Take one input: an array, a tensor, a table or a list of rows (n, ...)."""
+    if np.ma.is_masked(value):
+        raise ValueError(f"{name} is a masked array: fill its hidden entries in first.")
     if isinstance(value, Tensor):
         value = value.detach()
     elif not _is_array(value) or isinstance(value, np.ndarray):

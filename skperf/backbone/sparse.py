@@ -11,6 +11,7 @@ from skperf.backbone.losses import Loss
 from skperf.backbone.parameters import Parameters, select_parameters, substituted
 from skperf.backbone.rows import Rows
 from skperf.backbone.training_run import outputs_of
+from skperf.backbone.views import view
 
 Saliency = Callable[[Parameters, Parameters], Parameters]
 _ROWS = 256  # that gradients and their squares are averaged over
@@ -112,8 +113,7 @@ def _moments(
 ) -> tuple[Parameters, Parameters]:
     """Mean and mean square of the rows' gradients, the second in the curvature's place."""
     parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
-    modes = [part.training for part in module.modules()]
-    module.eval()
+    module = view(module)
     rows = inputs[torch.linspace(0, len(inputs) - 1, min(_ROWS, len(inputs))).long()].load()
     at = targets[torch.linspace(0, len(inputs) - 1, len(rows)).long()]
 
@@ -123,6 +123,4 @@ def _moments(
 
     per_row = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=32)
     each = per_row(parameters, rows.map(lambda leaf: leaf[:, None]).tree, at[:, None])
-    for part, mode in zip(module.modules(), modes, strict=True):
-        part.training = mode
     return {n: g.mean(0) for n, g in each.items()}, {n: g.square().mean(0) for n, g in each.items()}

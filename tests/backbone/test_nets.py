@@ -469,3 +469,61 @@ def test_seed_of():
     before = np.random.get_state()[1].copy()
     assert seed_of(None) != seed_of(None)
     assert np.array_equal(before, np.random.get_state()[1])
+
+
+class Weightless(nn.Module):
+    def forward(self, inputs):
+        return inputs[:, :3]
+
+
+ONE_IS_NOTHING = torch.tensor([0.0, 1.0, 1.0])
+REFUSED = {
+    "nothing is held out": ({"callbacks": [EarlyStopping()]}, "watches 'valid_loss'.*train_split"),
+    "negative epochs": ({"max_epochs": -1}, "max_epochs must be a whole number from 0, got -1"),
+    "no whole batch": (
+        {"iterator_train__drop_last": True, "batch_size": 1000},
+        "drop_last=True leaves no batch: batch_size=1000, but there are 150 rows",
+    ),
+    "another width": ({"module": nn.Linear(5, 3)}, "Linear does not train on the first rows of X"),
+    "no parameters": ({"module": Weightless()}, "module: Weightless has no parameters"),
+    "weights of other classes": (
+        {"criterion__weight": torch.ones(2)},
+        "criterion__weight holds 2 weights for 3 classes",
+    ),
+    "no device": ({"device": "nonsense"}, "device='nonsense' can't be computed on"),
+    "a class of weight 0, smoothed": (
+        {"criterion__weight": ONE_IS_NOTHING, "criterion__label_smoothing": 0.1},
+        "a class has weight 0 beside label_smoothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_train_nothing_or_break_are_refused_by_name(name):
+    settings, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        Net(**({"module": MLP, "max_epochs": 2} | settings)).fit(*load_iris(return_X_y=True))
+
+
+def test_hidden_entries_are_refused_and_masks_without_any_pass():
+    X, y = load_iris(return_X_y=True)
+    hidden, shown = np.ma.masked_array(X, mask=X > 7), np.ma.masked_array(X)
+    net = Net(MLP, max_epochs=2, random_state=0)
+    for rows in (hidden, {"inputs": hidden}):
+        with pytest.raises(ValueError, match=r"X(\['inputs'\])? is a masked array"):
+            net.fit(rows, y)
+    with pytest.raises(ValueError, match="y is a masked array"):
+        net.fit(X, np.ma.masked_array(y, mask=y == 1))
+    plain = clone(net).fit(X, y).predict_proba(X)
+    np.testing.assert_array_equal(net.fit(shown, y).predict_proba(shown), plain)
+
+
+def test_decision_function_is_the_log_odds_of_predict_proba():
+    X, y = load_iris(return_X_y=True)
+    for n_classes in (2, 3):
+        some = y < n_classes
+        net = Net(MLP, max_epochs=2, random_state=0).fit(X[some], y[some])
+        scores, proba = net.decision_function(X), net.predict_proba(X)
+        expected = np.log(proba[:, 1:] / proba[:, :1])
+        found = scores[:, None] if n_classes == 2 else scores[:, 1:] - scores[:, :1]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
