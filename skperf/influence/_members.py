@@ -149,6 +149,7 @@ class Learned:
         parameters = _selected(network, self.names)
         layers = planned.layers(network.module, parameters)
         choices, targets = self.choices, network.targets(self.y).cpu()
+        total = row_weights(network.loss, targets, self.weights)
         convolves = any(isinstance(p, nn.Conv2d | nn.Conv1d) for p in network.module.modules())
         return Problem(
             network,
@@ -157,11 +158,17 @@ class Learned:
             partial(record, layers=layers),
             self.X,
             targets,
-            shares_of(network.loss, targets, self.weights),
+            total / total.sum(),
             self.settings,
             choices.batch_size or (64 if convolves else 2048),
             Shelf(budget_in_bytes(choices.memory_budget), choices.storage),
         )
+
+    def coverage(self, network: Network) -> float:
+        """Share of the parameters that train taken into account."""
+        sizes = {name: p.numel() for name, p in network.module.named_parameters()}
+        known = sizes if network.trainable is None else {*network.trainable, *self.names}
+        return sum(sizes[name] for name in self.names) / sum(sizes[name] for name in known)
 
     def plain_problem(self) -> Problem:
         """State the problem at the first member's own weights, in its own type."""
@@ -175,19 +182,15 @@ class Learned:
         return plan(network, self.X, _selected(network, self.names), self.choices.gradients)
 
 
-def shares_of(loss: Loss, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """Share of each row in the mean loss: targets (n, ...), weights (n,) -> (n,)."""
-    shares = torch.ones(len(targets), dtype=torch.float64) if weights is None else weights
-    # scikit-learn balances weighted counts, and anew without each row
-    if getattr(loss, "balanced", False) and not bool((shares == shares[0]).all()):
-        raise ValueError(
-            "sample_weight differs between rows and class_weight is 'balanced', whose weights then "
-            "depend on both: give the estimator the class weights as a dict."
-        )
+def row_weights(loss: Loss, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Weight of each row in the sum of losses: targets (n, ...), weights (n,) -> (n,)."""
+    own = torch.ones(len(targets), dtype=torch.float64) if weights is None else weights
+    if getattr(loss, "balanced", False):
+        # scikit-learn balances weighted counts
+        counts = torch.bincount(targets, own)
+        return own * own.sum() / (int((counts > 0).sum()) * counts.clamp_min(1e-300)[targets])
     of_classes = loss.weights(targets)
-    if of_classes is not None:
-        shares = shares * of_classes.double().cpu()
-    return shares / shares.sum()
+    return own if of_classes is None else own * of_classes.double().cpu()
 
 
 def _checksum(fitted: Any) -> str:
@@ -246,6 +249,8 @@ def fitted_members(
         )
         for i, member in enumerate(members)
     )
+    if len(fitted) == 1:
+        return fitted
     known = [open_network(one, loss=loss).classes for one in fitted]
     first, *others = [None if classes is None else classes.tolist() for classes in known]
     for other in others:
@@ -269,8 +274,8 @@ def _kept_if_fitted(member: Any) -> Any:
 
 def learn(
     fitted: tuple[Any, ...], X: Rows, y: Any, weights: Tensor | None, choices: Choices
-) -> Learned:
-    """Fit a method on opened networks: X (n, ...), y (n, ...), weights (n,)."""
+) -> tuple[Learned, Network]:
+    """Fit a method on opened networks, of which the first: X (n, ...), y (n, ...), weights (n,)."""
     networks = [open_network(one, loss=choices.loss) for one in fitted]
     first = networks[0]
     _check_loss(first, X, y)
@@ -289,7 +294,7 @@ def learn(
         _settings(fitted[0], first, parameters, y, weights, choices),
         tuple(parameters),
     )
-    return replace(learned, stages=tuple(_stages(learned, networks)))
+    return replace(learned, stages=tuple(_stages(learned, networks))), first
 
 
 def _check_loss(network: Network, X: Rows, y: Any) -> None:
@@ -349,10 +354,8 @@ def _settings(
 ) -> Settings:
     tied = choices.horizon is not None or choices.damping in ("horizon", "flow")
     penalty, targets = network.penalty, network.targets(y).cpu()
-    total = torch.ones(len(targets)) if weights is None else weights
-    of_classes = network.loss.weights(targets)
-    total_weight = float((total if of_classes is None else total * of_classes.cpu()).sum())
-    strength = 0.0 if penalty is None else penalty.on_mean_loss(total_weight)
+    total = float(row_weights(network.loss, targets, weights).sum())
+    strength = 0.0 if penalty is None else penalty.on_mean_loss(total)
     linear = _linear_head(network, parameters) is not None
     damping = choices.damping
     return Settings(
@@ -529,7 +532,7 @@ def _half_way(learned: Learned, networks: list[Network]) -> list[Parameters | No
     ends: list[Parameters | None] = []
     for network in networks:
         targets = network.targets(learned.y)
-        shares = shares_of(network.loss, targets.cpu(), learned.weights)
+        total = row_weights(network.loss, targets.cpu(), learned.weights)
         training = FurtherTraining(
             settings.learning_rate,
             min(64, len(learned.X)),
@@ -541,7 +544,7 @@ def _half_way(learned: Learned, networks: list[Network]) -> list[Parameters | No
             _selected(network, learned.names),
             network.inputs(learned.X),
             targets,
-            (shares * len(shares))[None],
+            (total / total.mean())[None],
             training,
         )
         end = next(islice(stages, settings.horizon // 2, None))

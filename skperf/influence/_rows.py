@@ -130,7 +130,7 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
     matrix = linear_head_hessian(train, curvatures, ridge)
     steps = leave_one_out_steps(train, slope, curvatures, matrix)
     if problem.settings.balanced:
-        steps = steps + _of_balance(train, slope, targets, matrix)
+        steps = steps + _of_balance(train, slope, targets, learned.weights, matrix)
     ensemble = learned.opened()
     output, sign = ensemble.output, 1.0 if ensemble.about_loss else -1.0
 
@@ -145,20 +145,25 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
     return result.astype(ensemble.dtype, copy=False)
 
 
-def _of_balance(train: Tensor, slope: Tensor, targets: Tensor, matrix: Tensor) -> Tensor:
+def _of_balance(
+    train: Tensor, slope: Tensor, targets: Tensor, given: Tensor | None, matrix: Tensor
+) -> Tensor:
     """Add what follows from class weights that are balanced anew without each row.
 
-    Shapes: train (n, d), slope (n, K), targets (n,), matrix (K * d, K * d) -> (n, K, d).
+    Shapes: train (n, d), slope (n, K), targets (n,), given (n,), matrix (K * d, K * d) -> (n, K,
+    d).
     """
-    # weights are n / (K n_class): without a row its own class gains, and all lose a little
-    n, codes = len(train), targets.unique()
-    sums = torch.stack([slope[targets == c].T @ train[targets == c] for c in codes])
-    counts = torch.stack([(targets == c).sum() for c in codes]).double()
-    factors = torch.full((len(codes), len(codes)), (n - 1) / n - 1, dtype=train.dtype)
-    factors.diagonal().copy_(counts / (counts - 1).clamp_min(1) * (n - 1) / n - 1)
-    extra = torch.einsum("ck,kod->cod", factors, sums)
-    solved = -(extra.flatten(1) @ torch.linalg.pinv(matrix, hermitian=True)).view_as(extra)
-    return solved[torch.searchsorted(codes, targets)]
+    # weights are total / (K n_class): without a row its own class gains, and all lose a little
+    n, (codes, where) = len(train), targets.unique(return_inverse=True)
+    weights = train.new_ones(n) if given is None else given.to(train)
+    one_hot = torch.nn.functional.one_hot(where, len(codes)).to(train)
+    left, sizes = 1 - weights / weights.sum(), (weights @ one_hot)[where]
+    gain = torch.where(sizes > weights, sizes / (sizes - weights).clamp_min(1e-300), 1.0)
+    factors = torch.where(one_hot > 0, (gain * left)[:, None], left[:, None]) - 1
+    sums = torch.einsum("nc,nk,nd->ckd", one_hot, slope, train)
+    itself = (gain * left - 1)[:, None, None] * slope[:, :, None] * train[:, None]
+    extra = (torch.einsum("nc,ckd->nkd", factors, sums) - itself).flatten(1)
+    return -(extra @ torch.linalg.pinv(matrix, hermitian=True)).view_as(itself)
 
 
 def _as_double(targets: Tensor) -> Tensor:

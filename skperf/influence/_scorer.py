@@ -253,7 +253,7 @@ class InfluenceScorer(
                 random_state=self.random_state,
                 loss=choices.loss,
             )
-            self._show(learn(fitted, rows, y, weights, choices))
+            self._show(*learn(fitted, rows, y, weights, choices))
             self.X_, self.y_, self.sample_weight_ = rows, y, sample_weight
             self._n_features_out = len(rows)
         return self
@@ -274,7 +274,7 @@ class InfluenceScorer(
         }
         return Choices(**{field.name: given[field.name] for field in fields(Choices)})
 
-    def _show(self, learned):
+    def _show(self, learned, network):
         """Keep what was learned, and tell of it."""
         self._learned = learned
         first = learned.stages[0].fit
@@ -284,9 +284,8 @@ class InfluenceScorer(
         self.unit_ = first.unit
         self.damping_ = first.report.get("damping")
         self.kept_trace_ = first.report.get("kept_trace", 1.0)
-        problem = learned.opened().first
-        self.coverage_ = problem.coverage
-        self.classes_ = problem.network.classes
+        self.coverage_ = learned.coverage(network)
+        self.classes_ = network.classes
         for name in ("_self_influence", "_smoothness"):
             vars(self).pop(name, None)
 
@@ -957,5 +956,6 @@ class InfluenceScorer(
         other = type(self)(**self.get_params(deep=False))
         vars(other).update(vars(self))
         other.damping, other.horizon = damping, horizon
-        other._show(with_damping(self._learned, damping, horizon))
+        learned = with_damping(self._learned, damping, horizon)
+        other._show(learned, learned.network())
         return other

@@ -65,15 +65,6 @@ class Problem:
         """What the network was trained on."""
         return self.network.loss
 
-    @property
-    def coverage(self) -> float:
-        """Share of the parameters that train taken into account."""
-        trained, network = 0, self.network
-        for name, parameter in network.module.named_parameters():
-            if network.trainable is None or name in network.trainable or name in self.parameters:
-                trained += parameter.numel()
-        return sum(p.numel() for p in self.parameters.values()) / trained
-
     def gradients(
         self, output: Loss | Output, X: Rows, targets: Tensor, weights: Tensor | None = None
     ) -> Gradients:

@@ -508,10 +508,10 @@ def test_an_interrupted_fit_leaves_no_files(data, net, tmp_path, monkeypatch):
         calls.append(args)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return put(*args)
+        return recorded(*args)
 
-    put = tiles._put
-    monkeypatch.setattr(tiles, "_put", interrupted)
+    recorded = tiles._recorded
+    monkeypatch.setattr(tiles, "_recorded", interrupted)
     scorer = InfluenceScorer(
         FrozenEstimator(net), memory_budget=1000, storage=tmp_path, batch_size=20
     )
@@ -538,7 +538,7 @@ def test_an_interrupted_refit_keeps_the_last_fit(data, net, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(tiles, "_put", interrupted)
+        patched.setattr(tiles, "_recorded", interrupted)
         with pytest.raises(KeyboardInterrupt):
             scorer.fit(X[:60], y[:60])
     np.testing.assert_array_equal(scorer.influence(X[120:], y[120:]), expected)
@@ -560,12 +560,3 @@ def test_groups_and_out_of_the_wrong_kind_are_refused():
             scorer.group_influence([group], X[:2], y[:2])
     with pytest.raises(ValueError, match="out holds int64"):
         scorer.influence(X[:2], y[:2], out=np.zeros((2, 150), int))
-
-
-def test_balanced_classes_with_unequal_row_weights_are_refused_by_name():
-    rng = np.random.default_rng(0)
-    X, y = rng.normal(size=(30, 4)), np.arange(30) % 3
-    model = FrozenEstimator(LogisticRegression(class_weight="balanced").fit(X, y))
-    with pytest.raises(ValueError, match=r"class_weight is 'balanced'.* as a dict"):
-        InfluenceScorer(model).fit(X, y, sample_weight=np.linspace(1, 2, 30))
-    InfluenceScorer(model).fit(X, y, sample_weight=np.full(30, 2.0))

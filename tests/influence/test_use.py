@@ -39,25 +39,27 @@ def cancer():
     return StandardScaler().fit_transform(X)[order], y[order]
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("weight", [None, "balanced", {0: 10, 1: 1}])
-def test_leaving_rows_out_of_weighted_training(cancer, weight):
+def test_leaving_rows_out_of_weighted_training(cancer, weight, given):
     X, y = cancer
+    own = np.random.default_rng(1).uniform(0.2, 3, 100) if given else np.ones(100)
     model = LogisticRegression(C=0.1, class_weight=weight, tol=1e-10, max_iter=9999)
 
     def losses(rows):
-        fitted = clone(model).fit(X[rows], y[rows])
+        fitted = clone(model).fit(X[rows], y[rows], own[rows])
         return -fitted.predict_log_proba(X[100:])[np.arange(20), y[100:]]
 
     rows = np.arange(100)
     actual = np.stack([losses(np.delete(rows, j)) - losses(rows) for j in range(0, 100, 10)], 1)
-    frozen = FrozenEstimator(clone(model).fit(X[:100], y[:100]))
-    scorer = InfluenceScorer(frozen).fit(X[:100], y[:100])
+    frozen = FrozenEstimator(clone(model).fit(X[:100], y[:100], own))
+    scorer = InfluenceScorer(frozen).fit(X[:100], y[:100], own if given else None)
     found = scorer.loo_effect(X[100:], y[100:])[:, ::10]
     assert pearsonr(found.ravel(), actual.ravel())[0] > 0.99
     assert np.linalg.norm(found - actual) / np.linalg.norm(actual) < 0.1
+    # the penalty is known, and used without being asked for
+    total = own.sum() if weight != {0: 10, 1: 1} else own @ np.where(y[:100] == 0, 10, 1)
     if weight != "balanced":
-        # the penalty is known, and used without being asked for
-        total = 100 if weight is None else (y[:100] == 0).sum() * 10 + (y[:100] == 1).sum()
         assert scorer.damping_ == pytest.approx(1 / (0.1 * total), rel=1e-6)
         plain = scorer.influence(X[100:], y[100:])[:, ::10]
         assert pearsonr(plain.ravel(), actual.ravel())[0] > 0.95
