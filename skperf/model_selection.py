@@ -11,6 +11,7 @@ from sklearn.model_selection import BaseCrossValidator
 from sklearn.utils.validation import check_consistent_length
 
 from skperf.backbone._sklearn import MetadataRequester
+from skperf.performative._inputs import check_rounds
 
 __all__ = ["OneStepScorer", "RoundForwardSplit", "one_step_scorer"]
 
@@ -72,7 +73,7 @@ class RoundForwardSplit(BaseCrossValidator):
             Not used.
         y : object
             Not used.
-        groups : array-like of int of shape (n,)
+        groups : array-like of int, str or date of shape (n,)
             Round of every row.
 
         Returns
@@ -93,7 +94,7 @@ class RoundForwardSplit(BaseCrossValidator):
             Rows.
         y : object
             Not used.
-        groups : array-like of int of shape (n,)
+        groups : array-like of int, str or date of shape (n,)
             Round of every row; their order is time.
 
         Yields
@@ -136,10 +137,8 @@ class RoundForwardSplit(BaseCrossValidator):
 def _rounds(groups: Any) -> np.ndarray:
     if groups is None:
         raise ValueError("The 'groups' parameter should not be None: it holds every row's round.")
-    rounds = np.asarray(groups)
-    if rounds.dtype.kind == "f" and np.isnan(rounds).any():
-        raise ValueError("The 'groups' parameter holds NaN: every row needs a round.")
-    return rounds
+    numbers: np.ndarray = check_rounds(groups, len(groups))
+    return numbers
 
 
 class OneStepScorer(MetadataRequester):

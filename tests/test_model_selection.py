@@ -1,6 +1,7 @@
 """Splitting and scoring forward in rounds, alone and inside scikit-learn's searches."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn import config_context
 from sklearn.frozen import FrozenEstimator
@@ -73,7 +74,11 @@ def test_every_row_of_a_round_stays_together():
         ),
         (RoundForwardSplit(gap=-1), np.arange(5), "gap must be a whole number of at least 0"),
         (RoundForwardSplit(2.5), np.arange(5), r"whole number of at least 1, got 2\.5"),
-        (RoundForwardSplit(), [0, 1, 2, 3, np.nan], "holds NaN: every row needs a round"),
+        (
+            RoundForwardSplit(),
+            [0, 1, 2, 3, np.nan],
+            "rounds must be integers, dates or strings; the first that is not: nan",
+        ),
         (RoundForwardSplit(), np.arange(9), "inconsistent numbers of samples"),
     ],
     ids=["none", "few", "train", "gap", "half", "nan", "length"],
@@ -173,3 +178,12 @@ def test_one_step_scorer_is_routed(lived):
     assert repr(one_step_scorer) == "one_step_scorer"
     with pytest.raises(TypeError, match="scores a PerformativeAdapter, not a LogisticRegression"):
         one_step_scorer(classifier, X, y)
+
+
+def test_rounds_in_an_order_of_their_own_are_split_in_that_order():
+    names = ["mon", "tue", "wed", "thu"]
+    days = pd.Categorical(np.repeat(names, 2), categories=names, ordered=True)
+    train, test = next(RoundForwardSplit().split(np.zeros((8, 1)), groups=days))
+    assert (set(days[train]), set(days[test])) == ({"mon", "tue", "wed"}, {"thu"})
+    with pytest.raises(ValueError, match="order is not that of their numbers"):
+        RoundForwardSplit().get_n_splits(groups=["r8", "r9", "r10", "r11"])

@@ -7,7 +7,7 @@ from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone.plotting import pyplot
-from skperf.performative._inputs import encode
+from skperf.performative._inputs import check_rounds, encode
 
 LINES = {
     "none": {"label": "no correction", "color": "0.55"},
@@ -119,7 +119,8 @@ class TrajectoryDisplay:
         TrajectoryDisplay
             Drawn; mixes are those realised, the worst recall is that of the last predictions.
         """
-        y, rounds = np.asarray(y), np.asarray(rounds)
+        y = np.asarray(y)
+        rounds = check_rounds(rounds, len(y))
         classes = np.unique(y) if classes is None else np.asarray(classes)
         codes = encode(y, classes, known_to="classes")
         arrays = {name: np.asarray(values, dtype=np.float64) for name, values in proba.items()}
@@ -207,7 +208,7 @@ class TrajectoryDisplay:
 
 def _further(estimator, X, y, rounds):
     y = np.asarray(y)
-    numbers = np.zeros(len(y), int) if rounds is None else np.asarray(rounds)
+    numbers = check_rounds(0 if rounds is None else rounds, len(y))
     codes = encode(y, estimator.classes_)
     proba = {"adapter": estimator.replay(X, y, rounds=numbers)}
     record = _by_round(codes, proba, numbers, np.unique(numbers), len(estimator.classes_))

@@ -13,12 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from skperf.performative.label_shift import log_softmax, probabilities
+from skperf.performative.label_shift import Array, Codes, log_softmax, probabilities
 from skperf.performative.response import Form, Inputs, ResponseMap, deviance, dispersion, fit_map
 from skperf.performative.trajectory import Trajectory
-
-Array = NDArray[np.float64]
-Codes = NDArray[np.int64]
 
 MEMORY = 0.9  # of the running dispersion: about ten rounds
 WINDOW = 300  # rounds that a map learns from, where no other buffer is asked for

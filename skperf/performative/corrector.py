@@ -11,10 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skperf.performative.anticipation import blend
-from skperf.performative.label_shift import Calibration
-
-Array = NDArray[np.float64]
-Codes = NDArray[np.int64]
+from skperf.performative.label_shift import Array, Calibration, Codes
 
 STRENGTHS = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
 MIXES = np.array([0.0, 0.01, 0.03, 0.1, 0.25, 0.5])

@@ -1,15 +1,11 @@
 """What a record of rounds can and cannot tell."""
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from scipy.stats import chi2
 
-from skperf.performative.label_shift import smooth_shares
+from skperf.performative.label_shift import Array, Codes, smooth_shares
 from skperf.performative.response import Inputs
-
-Array = NDArray[np.float64]
-Codes = NDArray[np.int64]
 
 
 def identifiability(statistics: Array) -> dict[str, float]:

@@ -4,14 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from skperf.performative.diagnostics import total_variation
+from skperf.performative.label_shift import Array, Codes
 from skperf.performative.ranking import score_under
 from skperf.performative.record import Record, worst_share
-
-Array = NDArray[np.float64]
-Codes = NDArray[np.int64]
 
 FLIP = 0.1  # total variation between rounds above which a steady alternation is a cycle
 MEMORY = 0.1  # of the running mean of answers: about ten steps

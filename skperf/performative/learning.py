@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from skperf.performative.anticipation import Rows, observe
 from skperf.performative.diagnostics import total_variation
 from skperf.performative.label_shift import (
+    Array,
     Calibration,
+    Codes,
     fit_calibration,
     log_loss,
     probabilities,
@@ -30,9 +32,6 @@ from skperf.performative.record import (
 )
 from skperf.performative.response import Inputs
 from skperf.performative.trajectory import KEPT_ROUNDS, Trajectory, centred_log, smoothed_confusion
-
-Array = NDArray[np.float64]
-Codes = NDArray[np.int64]
 
 ROWS_A_ROUND = 256  # kept for the log-loss objective
 BATCH_MEMORY = 0.8  # about five rounds

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from skperf.performative.label_shift import Array
 from skperf.performative.response import Inputs
-
-Array = NDArray[np.float64]
 
 WIDTH = 256
 LEARNING_RATE = 1e-4

@@ -4,13 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from skperf.performative.label_shift import Array, Codes
 from skperf.performative.record import Record
 from skperf.performative.response import LogLinearMap, ResponseMap, fit_map
-
-Array = NDArray[np.float64]
-Codes = NDArray[np.int64]
 
 COSTLY = 2000  # free parameters above which a map is refitted for few resamples only
 RECENT = 50  # rounds that say whether the mix answers the model

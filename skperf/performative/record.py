@@ -11,6 +11,8 @@ from scipy.stats import beta
 from skperf.performative.anticipation import Anticipation, Settings
 from skperf.performative.corrector import Corrector
 from skperf.performative.label_shift import (
+    Array,
+    Codes,
     bbse_prior,
     correct_logits,
     em_prior,
@@ -19,9 +21,6 @@ from skperf.performative.label_shift import (
     smooth_shares,
 )
 from skperf.performative.trajectory import measure_by_name
-
-Array = NDArray[np.float64]
-Codes = NDArray[np.int64]
 
 KEPT_ROWS = 4000  # labelled rows that stand for all classes in later questions
 WORTHS = (np.inf, 1e4, 1e3, 1e2, 0.0)  # labels; infinity is the anticipation alone

@@ -17,8 +17,6 @@ from skperf.performative.diagnostics import (
 from skperf.performative.ranking import answers_the_model, gains_of
 from skperf.performative.record import MEASURED, Record
 
-Array = NDArray[np.float64]
-
 LATEST = 200  # rounds that diagnostics look back on
 
 

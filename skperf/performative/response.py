@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import xlogy
 
-from skperf.performative.label_shift import log_softmax
-
-Array = NDArray[np.float64]
+from skperf.performative.label_shift import Array, log_softmax
 
 SLOPE_SHARE = 0.1  # a slope of 10 costs as much as an offset of 3
 CURVE_KNOTS = 5

@@ -6,12 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skperf.performative.label_shift import TINY, probabilities, smooth_shares
+from skperf.performative.label_shift import TINY, Array, Codes, probabilities, smooth_shares
 from skperf.performative.response import Inputs
-
-Array = NDArray[np.float64]
-Codes = NDArray[np.int64]
-
 
 KEPT_ROUNDS = 1000  # of the record; older rounds tell nothing of the next one
 N_LAGS = 3
@@ -49,6 +45,24 @@ class Trajectory:
         widths = (np.zeros((0, n_cells)), np.zeros((0, n_covariates)), np.zeros(0))
         none = np.zeros((0, n_statistics))
         return cls(np.zeros(0, np.int64), none, *by_class, *widths, lag)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "Trajectory":
+        """Rebuild a record from what `to_dict` returned, also after a round trip by JSON."""
+        # the width makes up for rows of no entries, which JSON drops
+        arrays: Any = {
+            name: np.asarray(state[name], np.float64).reshape(len(state["rounds"]), *width)
+            for name, width in state["widths"].items()
+        }
+        return cls(np.asarray(state["rounds"], dtype=state["dtype"]), **arrays, lag=state["lag"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain lists, fit for JSON: the whole state there is, and no raw rows."""
+        plain = {"M": str, "m": np.int64}.get(self.rounds.dtype.kind, self.rounds.dtype)
+        state: dict[str, Any] = {"dtype": self.rounds.dtype.str, "lag": self.lag}
+        state |= {"rounds": self.rounds.astype(plain).tolist()}
+        state |= {"widths": {name: getattr(self, name).shape[1:] for name in ARRAYS}}
+        return state | {name: getattr(self, name).tolist() for name in ARRAYS}
 
     def __len__(self) -> int:
         """Count the rounds."""

@@ -9,6 +9,7 @@ import torch
 from joblib import parallel_backend
 from scipy.sparse import coo_matrix
 from scipy.special import softmax
+from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import (
     AdaBoostClassifier,
@@ -394,8 +395,9 @@ def test_settings_are_those_of_the_fit(lived, frozen):
         lambda n: np.array([f"2024-{i + 1:02d}" for i in n]),
         lambda n: 202409 + n + 88 * (n > 3),
         lambda n: pd.Series(n, dtype="Int64"),
+        lambda n: pd.Categorical.from_codes(n, categories=list("zyxwvutsrqpo"), ordered=True),
     ],
-    ids=["dates", "periods", "names", "months", "nullable"],
+    ids=["dates", "periods", "names", "months", "nullable", "ordered"],
 )
 def test_rounds_of_any_kind_that_has_an_order(frozen, world, make):
     X, y = world.draw(240)
@@ -403,3 +405,18 @@ def test_rounds_of_any_kind_that_has_an_order(frozen, world, make):
     adapter = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=make(ROUNDS))
     np.testing.assert_array_equal(adapter.trajectory_.counts, plain.trajectory_.counts)
     np.testing.assert_allclose(adapter.predicted_prior_, plain.predicted_prior_)
+    again = type(adapter.trajectory_).from_dict(adapter.trajectory_.to_dict())
+    np.testing.assert_array_equal(again.rounds, adapter.trajectory_.rounds)
+
+
+def test_rows_of_weight_zero_are_no_rows(world):
+    X, y = world.draw(240)
+    weight = (np.random.default_rng(1).random(240) < 0.7).astype(float)
+    kept = weight > 0
+    adapter = PerformativeAdapter(LogisticRegression(), **QUICK)
+    with_zeros = clone(adapter).fit(X, y, rounds=ROUNDS, sample_weight=weight)
+    dropped = clone(adapter).fit(X[kept], y[kept], rounds=ROUNDS[kept], sample_weight=weight[kept])
+    np.testing.assert_array_equal(with_zeros.predicted_prior_, dropped.predicted_prior_)
+    np.testing.assert_array_equal(with_zeros.predict_proba(X), dropped.predict_proba(X))
+    with pytest.raises(ValueError, match="all rows of round 3 have weight 0"):
+        clone(adapter).fit(X, y, rounds=ROUNDS, sample_weight=(ROUNDS != 3).astype(float))

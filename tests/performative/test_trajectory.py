@@ -1,5 +1,7 @@
 """The record of rounds and its statistics."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,14 @@ def test_append_is_in_order_and_changes_nothing():
 def test_latest_rounds():
     assert record().latest(2).rounds.tolist() == [2, 3]
     assert len(record().latest(None)) == 4
+
+
+def test_json_round_trip():
+    trajectory = record()
+    again = Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict())))
+    for name in ("rounds", *ARRAYS):
+        np.testing.assert_array_equal(getattr(again, name), getattr(trajectory, name))
+    assert again.lag == trajectory.lag
 
 
 NONE = np.zeros((4, 3))  # scores that recalls do not read
