@@ -89,6 +89,13 @@ WORKLOADS = (
     ),
     Workload(
         "performative",
+        "A backbone retrained every round",
+        "performative_retraining",
+        ("performative_retraining.json", "performative_retraining_selection.json"),
+        "guide/performative",
+    ),
+    Workload(
+        "performative",
         "The price of refits and corrections",
         "performative_speed",
         ("performative_speed.json",),
