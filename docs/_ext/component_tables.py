@@ -44,7 +44,7 @@ def _span(values, digits=3):
         return None
     shown = [f"{value:.{digits}f}" for value in (np.mean(values), min(values), max(values))]
     mean, low, high = (re.sub(r"^(-?)0\.", r"\1.", each) for each in shown)
-    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
+    return mean if len(values) == 1 else f"{mean} ({low}\u00a0to\u00a0{high})"
 
 
 def _curves(network, fraction):

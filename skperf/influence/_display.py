@@ -1,5 +1,7 @@
 """Pictures of influence."""
 
+import textwrap
+
 import numpy as np
 import torch
 
@@ -180,8 +182,8 @@ def _draw(ax, example, title, colour):
     ax.set_title(title, fontsize=8, color=colour)
     ax.set_axis_off()
     if isinstance(example, str):
-        text = example if len(example) <= 120 else example[:117] + "..."
-        ax.text(0.5, 0.5, text, ha="center", va="center", wrap=True, fontsize=7)
+        text = textwrap.fill(textwrap.shorten(example, 120, placeholder=" ..."), 24)
+        ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=7)
         return
     image = _as_image(np.asarray(example.cpu() if isinstance(example, torch.Tensor) else example))
     if image is None:
