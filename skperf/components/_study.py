@@ -38,6 +38,8 @@ DEFAULT_FRACTION = 0.05
 Array = NDArray[np.float64]
 _MOST_BYTES = 2**28
 """Rows that take more stay where they are, and go to the device pass by pass."""
+_LOOKED_AT = 32
+"""Rows that may be routed through parts that the first passes by."""
 _ROUNDING = 2000
 """Times the resolution of the numbers, at the size of the outputs: what rounding may do."""
 
@@ -337,7 +339,7 @@ def study_of(
     network = _another(network)
     few = network.inputs(rows[: min(3, len(rows))])
     opened_attention(network.module)
-    found = find(network, few[:1])
+    found = find(network, few[:1], network.inputs(rows[:_LOOKED_AT]))
     chosen, sites = select(
         found, components, network.module, lambda place: size_at(network, few[:1], place)
     )
@@ -511,9 +513,11 @@ def _another(network: Network) -> Network:
 
 
 def _is_differentiable(question: Question) -> bool:
-    one = replace(question, asked=question.asked[:1])
+    if question.circuit.wiring.knows_rows:  # else rows may be routed past all gates
+        question = replace(question, asked=question.asked[:1])
     try:
-        return bool(np.isfinite(intact_gradients(one)).all())
+        gradients = intact_gradients(question)
+        return bool(np.isfinite(gradients).all() and gradients.any())
     except RuntimeError:
         return False
 

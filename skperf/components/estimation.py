@@ -43,7 +43,10 @@ def ridge(
         V, Y = np.vstack([V, np.ones(V.shape[1])]), np.vstack([Y, anchor])
     centre, level = V.mean(0), Y.mean(0)
     V, Y = V - centre, Y - level
-    mean = _mean(prior, slopes, Y.shape[1], V.shape[1])
+    mean: Array = np.zeros((Y.shape[1], V.shape[1]))
+    noise: Array | float = 0.0
+    if prior is not None and slopes is not None:
+        mean, noise = mixture(prior, slopes), slopes[0] ** 2 * prior.noise
     variance = np.ones(V.shape[1]) if prior is None else prior.variance
     residual = Y - V @ mean.T
     values, vectors = _spectrum_of(V * np.sqrt(variance))
@@ -57,7 +60,7 @@ def ridge(
     return Fit(
         coefficients,
         level - coefficients @ centre,
-        np.sqrt(square + _prior_noise(prior, slopes, unmoved)),
+        np.sqrt(square + unmoved**2 * noise),
         penalty,
         mean_correlation((Y - left_out)[:n_masks].T, Y[:n_masks].T),
     )
@@ -163,15 +166,3 @@ def _spectrum_of(A: Array) -> tuple[Array, Array]:
     values, inner = np.linalg.eigh(A.T @ A)
     known = values > 1e-10 * max(float(values[-1]), _TINY)
     return values[known], A @ inner[:, known] / np.sqrt(values[known])
-
-
-def _mean(prior: Prior | None, slopes: Array | None, n_examples: int, n_components: int) -> Array:
-    if prior is None or slopes is None:
-        return np.zeros((n_examples, n_components))
-    return mixture(prior, slopes)
-
-
-def _prior_noise(prior: Prior | None, slopes: Array | None, unmoved: Array) -> Array | float:
-    if prior is None or slopes is None:
-        return 0.0
-    return np.asarray((unmoved * slopes[0]) ** 2 * prior.noise)

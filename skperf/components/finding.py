@@ -15,12 +15,18 @@ from skperf.components.units import Found, Place, Site, Spot
 from skperf.components.watching import Watcher
 
 
-def find(network: Network, row: Any) -> Found:
+def find(network: Network, row: Any, others: Any = None) -> Found:
     """Run one row through a view of ours and say what it is made of: row (1, ...)."""
     watcher = Watcher(network.module)
     with torch.enable_grad(), watcher.hooks(), watcher:
         outputs = network(row)
     readout = watcher.readout(outputs)
+    missed = [
+        n for n, p in network.module.named_modules() if row_layer(p) and n not in watcher.called
+    ]
+    if others is not None and missed:  # other rows may be routed there
+        with torch.no_grad(), watcher.hooks(whole=False):
+            network(others)
     names: dict[nn.Module, list[str]] = {}
     for name, part in network.module.named_modules(remove_duplicate=False):
         names.setdefault(part, []).append(name)

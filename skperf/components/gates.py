@@ -159,7 +159,9 @@ class Circuit:
             self.replace_by(part, range(first, first + 1))
             with torch.enable_grad(), self.gated(self.values(leaf), part):
                 result = measure(self.network(part.rows), part)
-                (gradient,) = torch.autograd.grad(result.sum(), leaf)
+                gradient = torch.zeros_like(leaf)
+                if result.requires_grad:  # rows may be routed past all gates
+                    (gradient,) = torch.autograd.grad(result.sum(), leaf)
             values.append(result.detach().cpu())
             gradients.append(gradient.cpu())
         return torch.cat(values), torch.cat(gradients)
@@ -263,7 +265,9 @@ class Circuit:
         together = min(len(values), max(1, _SMALL_BATCH // len(asked)))
         together = together if self.wiring.knows_rows else 1
         columns = []
-        with self._remembering(asked, together, len(values)):
+        remembers = self.wiring.prefix and len(values) > 2 * together
+        with ExitStack() as stack:
+            recall = self._remember(stack) if remembers and self.rule.kind != "resample" else None
             stacked = asked.repeat(together)
             for start in range(0, len(values), together):
                 part = values[start : start + together]
@@ -271,38 +275,35 @@ class Circuit:
                 filled = torch.cat([part, part[:1].expand(together - len(part), -1)])
                 numbers = range(first + start, first + start + together)
                 self.replace_by(stacked, numbers)
-                with torch.inference_mode(), self.gated(filled, stacked):
+                # tensors made in inference mode don't say whether they were changed
+                mode = torch.no_grad if recall is not None and not start else torch.inference_mode
+                with mode(), self.gated(filled, stacked):
                     result = measure(self.network(stacked.rows), stacked)
+                if recall is not None and not start:
+                    recall()
                 result = result.unflatten(0, (together, len(asked))).movedim(0, -1)
                 columns.append(result[..., : len(part)].cpu())
         return torch.cat(columns, -1)
 
-    @contextmanager
-    def _remembering(self, asked: Asked, together: int, n_masks: int) -> Iterator[None]:
-        """Compute what comes before the first gate once for all masks of a batch."""
-        if not self.wiring.prefix or n_masks <= 2 * together or self.rule.kind == "resample":
-            yield
-            return
-        parts = [self.network.module.get_submodule(name) for name in self.wiring.prefix]
-        made: dict[nn.Module, Tensor] = {}
-        handles = [
-            part.register_forward_hook(lambda part, _, output: made.__setitem__(part, output))
-            for part in parts
-        ]
-        try:
-            with torch.no_grad():
-                self.network(asked.repeat(together).rows)
-        finally:
-            for handle in handles:
-                handle.remove()
-        with ExitStack() as stack:
+    def _remember(self, stack: ExitStack) -> Callable[[], None]:
+        """Note what comes before the first gate in one pass; give what recalls it from then on."""
+        made: dict[nn.Module, Any] = {}
+        hooks = stack.enter_context(ExitStack())
+        for name in self.wiring.prefix:
+            part = self.network.module.get_submodule(name)
+            handle = part.register_forward_hook(lambda part, _, out: made.__setitem__(part, out))
+            hooks.callback(handle.remove)
+
+        def recall() -> None:
+            hooks.close()
             for part, output in made.items():
                 # What was changed in place afterwards must be computed anew.
                 if isinstance(output, Tensor) and output._version == 0:
                     own = part.__dict__.get("forward")
-                    part.__dict__["forward"] = _recall(output)
+                    part.__dict__["forward"] = lambda *args, _kept=output, **kwargs: _kept
                     stack.callback(_put_back, part, own)
-            yield
+
+        return recall
 
     def _gate(self, tap: Tap, values: Tensor, asked: Asked) -> Callable[[Tensor, int], Tensor]:
         gates = values.index_select(1, tap.channels)
@@ -353,11 +354,6 @@ class Circuit:
                 f"{key[0].module!r} belongs to which row, and cannot: use 'zero' or 'mean'."
             )
         return layout.split(tensor, n_rows)
-
-
-def _recall(output: Tensor) -> Callable[..., Tensor]:
-    """Make what stands in for a forward method."""
-    return lambda *args, **kwargs: output
 
 
 def _put_back(part: nn.Module, own: Any) -> None:

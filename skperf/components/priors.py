@@ -18,12 +18,9 @@ class PathSums:
     n_examples: int
 
     def __post_init__(self) -> None:
-        shape = (self.n_examples, self.n_components)
         self.passes = 0
-        self.tested = np.zeros(shape)
-        self.inside = np.zeros(shape)
-        self.inside_squared = np.zeros(shape)
-        self.outside = np.zeros(shape)
+        zeros = np.zeros((4, self.n_examples, self.n_components))
+        self.tested, self.inside, self.inside_squared, self.outside = zeros
 
     def add(self, gradients: NDArray[np.floating], tested: NDArray[np.bool_]) -> None:
         """Take one pass in: gradients, tested (n_examples, n_components)."""
@@ -37,10 +34,8 @@ class PathSums:
     def merge(self, other: "PathSums") -> None:
         """Take in the sums over other passes."""
         self.passes += other.passes
-        self.tested += other.tested
-        self.inside += other.inside
-        self.inside_squared += other.inside_squared
-        self.outside += other.outside
+        for name in ("tested", "inside", "inside_squared", "outside"):
+            getattr(self, name)[:] += getattr(other, name)
 
     def means(self) -> tuple[Array, Array]:
         """Mean derivatives on the path and with gates open: -> two (n_examples, n_components)."""

@@ -118,17 +118,22 @@ class Watcher(TorchFunctionMode):
         return result
 
     @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Follow the modules of the network."""
+    def hooks(self, *, whole: bool = True) -> Iterator[None]:
+        """Follow the modules of the network, or note only which are called."""
         handles = []
         for part, name in self.names.items():
-            handles.append(part.register_forward_pre_hook(self._enter(name), with_kwargs=True))
-            handles.append(part.register_forward_hook(self._leave(name)))
+            enter = self._enter(name) if whole else self._called(name)
+            handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+            if whole:
+                handles.append(part.register_forward_hook(self._leave(name)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _called(self, name: str) -> Any:
+        return lambda part, args, kwargs: self.called.add(name)
 
     def readout(self, outputs: Tensor) -> str | None:
         """Name of the layer that alone makes the outputs."""

@@ -637,3 +637,45 @@ def test_edits_are_guarded_by_the_worst_group_and_by_any_output():
     report = model.edit([0, 1], max_drop=0.05).edit_report_
     last = next(s for s in report["path"] if s["k"] == report["k"])
     assert last["guard_score"] >= report["path"][0]["guard_score"] - 0.05
+
+
+class Routed(nn.Module):
+    """Sends every row through one of three experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.route = nn.Linear(4, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)) for _ in range(3)
+        )
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden, chosen = torch.zeros_like(x), self.route(x).argmax(1)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                hidden = hidden.index_add(0, rows, expert(x[rows]))
+        return self.out(hidden)
+
+
+def test_experts_that_the_first_row_passes_by_are_found_and_differentiated():
+    torch.manual_seed(0)
+    module = Routed().eval()
+    X = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    y = np.arange(30) % 3
+    model = ComponentAttributor(
+        module, components="experts.*.0", budget=30, fraction=0.2, random_state=0
+    ).fit(X, y)
+    assert model.n_components_ == 15
+    mask = np.arange(15) % 4 > 0
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        for component in model.components_[~mask]:
+            copied.get_submodule(component["module"]).weight[component["unit"]] = 0
+        logits = copied(torch.as_tensor(X)).numpy()
+    label = logits[np.arange(30), y]
+    logits[np.arange(30), y] = -np.inf
+    np.testing.assert_allclose(model.counterfactual(mask)[:, 0], label - logits.max(1), atol=1e-5)
+    assert model.attributions_.any(0).reshape(3, 5).any(1).all()
+    assert model.attribute(X[:1], y[:1]).shape == (1, 15)
