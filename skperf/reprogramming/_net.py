@@ -11,9 +11,9 @@ from skperf.backbone._nets import Net, _StopTraining, seed_of
 from skperf.backbone.randomness import drawing_from
 from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, estimated_gradient
 from skperf.reprogramming.label_mapping import (
-    FROM_COUNTS,
     REFRESHED,
     cooccurrence,
+    estimated,
     labels_of_interest,
 )
 
@@ -98,7 +98,8 @@ class ProgramNet(Net):
         rows, plain = x["rows"], x.get("plain")
         plain = None if plain is None else plain.to(module.image)
         if self._cached():
-            return module.logits(self.source.plain[rows].to(module.image), plain, classes)
+            module.outputs = self.source.plain[rows].to(module.image)
+            return module.logits(module.outputs, plain, classes)
         return module(self._placed(rows), plain, classes)
 
     def train_step_single(self, batch, **fit_params):
@@ -146,9 +147,8 @@ class ProgramNet(Net):
 
     def set_mapping(self, counts):
         """Estimate the label mapping: counts (n_source, n_classes)."""
-        estimate = FROM_COUNTS[self.mapping]
-        mapping = estimate(counts, self.mapping_per_class, self.mapping_smoothing)
-        self.module_.mapping.copy_(mapping)
+        options = self.mapping_per_class, self.mapping_smoothing
+        self.module_.mapping.copy_(estimated(self.mapping, counts, *options))
 
     def put_encoder(self, encoder):
         """Say which encoder the module is to use."""

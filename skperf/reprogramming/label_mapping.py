@@ -10,8 +10,6 @@ Chen et al., "Understanding and Improving Visual Prompting: A Label-Mapping Pers
 2024).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -72,13 +70,11 @@ def bayesian(counts: Tensor, smoothing: float = 1.0) -> Tensor:
     return torch.where(totals > 0, mapping, 1 / len(counts))
 
 
-#: How a mapping follows from counts, labels per class and smoothing; the others need none.
-FROM_COUNTS: dict[str, Callable[[Tensor, int, float], Tensor]] = {
-    "flm": lambda counts, per_class, _: one_to_one(counts, per_class),
-    "ilm": lambda counts, per_class, _: one_to_one(counts, per_class),
-    "blm": lambda counts, _, smoothing: bayesian(counts, smoothing),
-    "blm+": lambda counts, _, smoothing: bayesian(counts, smoothing),
-}
+def estimated(name: str, counts: Tensor, per_class: int, smoothing: float) -> Tensor:
+    """Estimate a mapping that follows from counts: (n_source, n_classes) -> the same shape."""
+    greedy = name in ("flm", "ilm")
+    return one_to_one(counts, per_class) if greedy else bayesian(counts, smoothing)
+
 
 #: Mappings that are estimated anew while the program is trained.
 REFRESHED = frozenset({"ilm", "blm", "blm+"})

@@ -136,3 +136,14 @@ def test_budget_too_small_for_one_step(source, pictures, parameters):
     parameters |= {"gradient": "spsa", "query_budget": 100}
     with pytest.raises(ValueError, match="query_budget=100 is spent before the first step"):
         Reprogrammer(source, **parameters).fit(*pictures)
+
+
+@pytest.mark.parametrize("mapping", ["ilm", "blm+"])
+def test_refreshed_mapping_without_a_border_counts_known_outputs(
+    source, pictures, parameters, mapping
+):
+    X, y = pictures
+    parameters |= {"border": 0, "mapping": mapping, "max_epochs": 2}
+    model = Reprogrammer(source, **parameters).fit(X, y)
+    plain = Reprogrammer(source, **parameters | {"max_epochs": 0}).fit(X, y)
+    np.testing.assert_allclose(model.label_mapping_, plain.label_mapping_, atol=1e-6)
