@@ -155,8 +155,9 @@ def table(rows):
             record = {"task": task, "method": method}
             for column in COLUMNS:
                 values = 100 * np.array([row[column] for row in some if column in row])
-                error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-                record[column] = f"{values.mean():.1f} ± {error:.1f}" if len(values) else ""
+                record[column] = f"{values.mean():.1f}" if len(values) else ""
+                if len(values) > 1:
+                    record[column] += f" ± {values.std(ddof=1) / len(values) ** 0.5:.1f}"
             if some:
                 records.append(record | {"draws": len(some)})
     return records

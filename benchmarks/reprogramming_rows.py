@@ -29,7 +29,7 @@ TABLE = Path(__file__).parent / "results" / "reprogramming_rows.json"
 
 
 def filters():
-    """A convolution over one axis, of random filters."""
+    """Make a convolution over one axis, of random filters."""
     torch.manual_seed(0)
     layers = [nn.Conv1d(1, 32, 7, stride=2, padding=3), nn.ReLU()]
     layers += [nn.Conv1d(32, 64, 5, stride=2, padding=2), nn.ReLU()]
@@ -60,8 +60,9 @@ def main():
         found.setdefault(("none: logistic regression on the rows", "table"), []).append(score)
         records = []
         for (name, rows), scores in found.items():
-            error = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
-            percent = f"{100 * np.mean(scores):.1f} ± {100 * error:.1f}"
+            percent = f"{100 * np.mean(scores):.1f}"
+            if len(scores) > 1:
+                percent += f" ± {100 * np.std(scores, ddof=1) / len(scores) ** 0.5:.1f}"
             records.append({"encoder": name, "rows": rows, "accuracy": percent})
             records[-1]["draws"] = len(scores)
         runner.save(TABLE, records)

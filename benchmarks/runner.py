@@ -207,6 +207,20 @@ WORKLOADS = (
     ),
     Workload(
         "reprogramming",
+        "The default beside what is simpler, on tasks that chose nothing",
+        "reprogramming_default --seeds 0 1 2",
+        ("reprogramming_default.json", "reprogramming_default_rows.json"),
+        "guide/reprogramming",
+    ),
+    Workload(
+        "reprogramming",
+        "Rows that are no pictures on encoders of pictures and signals",
+        "reprogramming_rows --seeds 0 1 2",
+        ("reprogramming_rows.json",),
+        "guide/reprogramming",
+    ),
+    Workload(
+        "reprogramming",
         "Rejection scores beside pytorch-ood's",
         "reprogramming_peers",
         ("reprogramming_peers.json",),

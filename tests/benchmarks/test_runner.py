@@ -16,6 +16,7 @@ AWAITED = {
     "influence_repair.json",
     "performative_retraining.json",
     "performative_retraining_selection.json",
+    "reprogramming_rows.json",
 }
 PAGES = sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "docs" / "guide").glob("*.md"))
 

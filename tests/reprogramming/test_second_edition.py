@@ -411,3 +411,15 @@ def test_synonyms_in_a_set_have_one_order(towers, pictures, parameters):
     names = {"cat": {"cat", "zebra", "quux"}, "dog": "dog", "bird": ("bird", "fish")}
     model = Reprogrammer(towers, class_names=names, **parameters | {"max_epochs": 0}).fit(X, y)
     assert model.class_names_ == ["bird", "cat", "dog"]
+
+
+def test_thresholds_of_flat_rows_keep_fresh_ones():
+    """No encoder, 40 rows of two classes and 12 draws: the mean share that is kept."""
+    kept = []
+    for draw in range(12):
+        generator = np.random.RandomState(draw)
+        y = np.arange(340) % 2
+        X = generator.normal(size=(340, 4)) + 2 * y[:, None]
+        model = Reprogrammer(max_epochs=3, random_state=0).fit(X[:40], y[:40])
+        kept.append((model.predict_inlier(X[40:]) > 0).mean())
+    assert abs(np.mean(kept) - 0.95) < 0.04
