@@ -4,12 +4,15 @@
     python -m benchmarks.replay quality        # every fixed configuration, three seeds
     python -m benchmarks.replay speed          # over bare loops of the same steps
     python -m benchmarks.replay memory         # with checkpoints over storing all
+    python -m benchmarks.replay bergson PYTHON # Bergson's magic on the same run, in its environment
 
 Each writes ``benchmarks/results/replay_<part>.json``.
 """
 
 import copy
 import hashlib
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +20,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +29,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.frozen import FrozenEstimator
 from torch import nn
 
-from benchmarks import runner
+from benchmarks import influence_peers, runner
 from benchmarks.replay_configurations import (
     CONFIGURATIONS,
     SEEDS,
@@ -37,12 +41,18 @@ from benchmarks.replay_configurations import (
     fashion,
 )
 from skperf import InfluenceScorer, Net
+from skperf.backbone import _nets
 from skperf.backbone._training import data_of
 from skperf.backbone.training_run import Run, train_again
 from skperf.backbone.views import own_copy
 from skperf.influence.replay import Budget, losses_at, replayed, smoothness
 
 OTHERS = ("gradient_dot", "ggn", "ekfac", "kfac", "trak", "datainf", "arnoldi")
+# by name: function, and the damping that these packages advise
+PEERS = {
+    "kronfluence": (influence_peers.kronfluence, 1e-4),
+    "pyDVL": (influence_peers.pydvl_nystroem, 0.01),
+}
 CACHE = Path(tempfile.gettempdir()) / "skperf_replay"
 
 
@@ -140,7 +150,7 @@ def quality(configurations: Any, seeds: Any, part: str, *, singles: bool, others
             for method in ("replay", *others):
                 try:
                     found = kept(f"scores {method}", partial(scores, method, net, asked, data))
-                except (ValueError, RuntimeError, MemoryError) as error:
+                except (ImportError, ValueError, RuntimeError, MemoryError) as error:
                     print(config.name, seed, method, error, flush=True)
                     continue
                 for share in SHARES:
@@ -220,6 +230,14 @@ def scores(method: str, net: Net, asked: Any, data: Any) -> np.ndarray:
     if method == "replay":
         fitted = replayed(net.run_.recorded, Budget(tolerance=0))
         return fitted.influence(asked.inputs, asked.targets).numpy()
+    if method in PEERS:
+        labels = np.unique(y)
+        codes, asked_codes = np.searchsorted(labels, y), np.searchsorted(labels, y_query)
+        workload = SimpleNamespace(
+            modules=[net.module_], X_train=X, y_train=codes, X_test=X_query, y_test=asked_codes
+        )
+        function, damping = PEERS[method]
+        return np.asarray(function(workload, damping))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scorer = InfluenceScorer(
@@ -364,33 +382,97 @@ def speed() -> None:
 
 
 def memory() -> None:
-    config = Configuration("MLP 64-512-512-10", digits, (512, 512), nn.GELU, lr=0.1, max_epochs=38)
-    rows = []
+    """In a process of its own each: what fit and one aggregate take above the base before fit."""
+    rows: list[dict[str, Any]] = []
+    for states, share in (("all", None), ("checkpoints", 0.12)):
+        command = [sys.executable, "-m", "benchmarks.replay", "memory-of", str(share or 0)]
+        found = subprocess.run(command, check=True, capture_output=True, text=True)
+        row = {"states": states, **json.loads(found.stdout.splitlines()[-1])}
+        first = rows[0] if rows else row
+        row["bytes over all"] = row["bytes above base"] / first["bytes above base"]
+        row["time over all"] = row["CPU s"] / first["CPU s"]
+        rows.append(row)
+        print(row, flush=True)
+    runner.save(runner.RESULTS / "replay_memory.json", rows)
+
+
+def memory_of(share: float) -> None:
+    """Train, go back once, and print what that took: half of the budget is for states."""
+    config = Configuration("MLP 64-512-512-10", digits, (512, 512), nn.GELU, lr=0.1, max_epochs=45)
+    warm, asked, _ = trained(replace(config, max_epochs=1), 0)
+    replayed(warm.run_.recorded).influence(asked.inputs, asked.targets, aggregate=True)
+    n_steps = len(warm.run_.recorded.steps) * config.max_epochs
+    size = warm.run_.recorded.end.numel() * 4
+    whole = size * (n_steps + 1)
+    # what a run keeps by itself is left out: the budget alone says how many states there are
+    _nets._KEPT = 0
+    del warm
+    Path("/proc/self/clear_refs").write_text("5")
+    base, started = resident("VmRSS"), time.process_time()
     net, asked, _ = trained(config, 0)
+    fitted = replayed(net.run_.recorded, Budget(int(2 * share * whole) or 4 * whole), check=False)
+    found = fitted.influence(asked.inputs, asked.targets, aggregate=True)
+    row = {
+        "bytes of all states": whole,
+        "bytes above base": resident("VmHWM") - base,
+        "CPU s": time.process_time() - started,
+        "checksum": float(found.double().sum()),
+    }
+    print(json.dumps(row))
+
+
+def resident(name: str) -> int:
+    """Memory of this process now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def bergson(python: str) -> None:
+    """Score the same run in Bergson's environment, one query at a time, as it takes them."""
+    config, n_queries = Configuration("MLP 64-32-10, SGD", digits, (32,), nn.Tanh, lr=0.1), 3
+    net, asked, _ = trained(config, 0)
+    # as Bergson's: checkpoints, and the steps between them taken again
     run = replace(net.run_.recorded, states=None)
-    size = run.end.numel() * run.end.element_size()
-    whole = size * (len(run.steps) + 1)
-    for name, budget in (("all", 4 * whole), ("checkpoints", int(2 * 0.12 * whole))):
-        kept = [0, 0]
-
-        def watch(kept: list[int] = kept) -> None:
-            kept[1] = max(kept)
-
-        fitted = replayed(run, Budget(memory=budget), check=False)
+    fitted = replayed(run, Budget(tolerance=0))
+    order = np.full((len(run.steps), config.batch_size), -1)
+    for row, step in zip(order, run.steps, strict=True):
+        row[: len(step.rows)] = step.rows
+    with tempfile.TemporaryDirectory() as folder:
+        given, theirs = f"{folder}/run.npz", f"{folder}/theirs.npz"
+        np.savez(
+            given,
+            X=run.data.inputs.array,
+            y=run.data.targets,
+            X_query=asked.inputs.array,
+            y_query=asked.targets,
+            order=order,
+            lr=config.lr,
+            **{name: p.detach().numpy() for name, p in run.module.named_parameters()},
+        )
+        script = Path(__file__).with_name("replay_bergson.py")
+        subprocess.run([python, script, given, str(n_queries), theirs], check=True)
+        found = dict(np.load(theirs))
+    rows = []
+    for k in range(n_queries):
+        part = slice(k, k + 1)
         started = time.process_time()
-        found = fitted.influence(asked.inputs, asked.targets, aggregate=True)
-        watch()
+        own = fitted.influence(asked.inputs[part], asked.targets[part])[0].numpy()
+        seconds = time.process_time() - started
+        difference = np.abs(own - found["scores"][k]).max() / np.abs(own).max()
         rows.append(
             {
-                "states": name,
-                "bytes of all states": whole,
-                "share that may be alive": min(1.0, budget / 2 / whole),
-                "CPU s": time.process_time() - started,
-                "checksum": float(found.double().sum()),
+                "query": k,
+                "largest difference over largest score": float(difference),
+                "CPU s": seconds,
+                "CPU s, Bergson": float(found["seconds"][k]),
+                "time ratio": seconds / float(found["seconds"][k]),
             }
         )
         print(rows[-1], flush=True)
-    runner.save(runner.RESULTS / "replay_memory.json", rows)
+    started = time.process_time()
+    fitted.influence(asked.inputs, asked.targets)
+    rows.append({"query": "60 at once", "CPU s": time.process_time() - started})
+    runner.save(runner.RESULTS / "replay_bergson.json", rows)
 
 
 def main() -> None:
@@ -402,9 +484,13 @@ def main() -> None:
         wanted = sys.argv[2] if len(sys.argv) > 2 else ""
         chosen = [config for config in CONFIGURATIONS if wanted in config.name]
         name = f"quality_{wanted}" if wanted else "quality"
-        quality(chosen, SEEDS, name, singles=True, others=OTHERS)
+        quality(chosen, SEEDS, name, singles=True, others=(*OTHERS, *PEERS))
     elif part == "speed":
         speed()
+    elif part == "bergson":
+        bergson(sys.argv[2])
+    elif part == "memory-of":
+        memory_of(float(sys.argv[2]))
     else:
         memory()
 

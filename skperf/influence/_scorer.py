@@ -365,7 +365,8 @@ class InfluenceScorer(
         Returns
         -------
         dict of ndarray of shape (n_query,)
-            Derivatives by ``lr`` (of which a schedule takes multiples) and ``weight_decay``.
+            Derivatives by ``lr`` (of which a schedule takes multiples) and ``weight_decay``, by
+            ``lr.0``, ``lr.1`` and so on where groups of parameters have their own.
         """
         return self._through_the_run(X, y, "hyperparameter_gradient", "hyperparameters")
 

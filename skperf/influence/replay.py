@@ -1,16 +1,16 @@
 """Influence through a training run: the derivative of the whole run, by going back through it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Any
 
 import torch
-from joblib import Parallel, delayed, effective_n_jobs
+from joblib import effective_n_jobs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skperf.backbone._workers import leaves_the_process
+from skperf.backbone._workers import leaves_the_process, spread
 from skperf.backbone.parameters import substituted
 from skperf.backbone.progress import track
 from skperf.backbone.rows import Rows
@@ -269,112 +269,94 @@ def _segment(n_steps: int, n_slots: int, *, on_disk: bool) -> tuple[int, int]:
 
 
 def query_gradients(
-    run: Run, end: Tensor, inputs: Rows, targets: Tensor, value: Value | None = None
+    run: Run,
+    end: Tensor,
+    inputs: Rows,
+    targets: Tensor,
+    value: Value | None = None,
+    *,
+    aggregate: bool = False,
 ) -> Tensor:
-    """Gradients of each query's value at the end of the run: (q, ...), (q, ...) -> (q, p)."""
+    """Gradients of each query's value at the end of the run, or of their mean.
+
+    Shapes: inputs (q, ...), targets (q, ...) -> (q, p) or (1, p).
+    """
     module = _at_end(run, end)
     state = split_state(run, module, end)
-    names = run.names
-    leaves = [*state.parameters, *state.buffers]
+    names, leaves = run.names, [*state.parameters, *state.buffers]
     of = run.loss.value if value is None else value
 
-    def one(tensors: list[Tensor], row: Any, target: Tensor) -> Tensor:
+    def total(tensors: list[Tensor], rows: Any, targets: Tensor) -> Tensor:
         given = dict(zip(names, tensors, strict=False))
         statistics = _with_statistics(module, tensors[len(names) :])
         # fused attention has no rule for many rows at once
         with statistics, substituted(module, given), sdpa_kernel(SDPBackend.MATH):
-            outputs = run.compute(module, Rows.of(row))
-        return of(outputs, target)[0]
+            outputs = run.compute(module, Rows.of(rows))
+        return of(outputs, targets).sum()
 
-    rows = inputs.load()
     pieces = []
-    for start in range(0, len(rows), 64):
-        part = slice(start, start + 64)
-        pieces.append(_each(one, leaves, rows[part].map(lambda leaf: leaf[:, None]), targets[part]))
-    return torch.cat(pieces)
+    for start in range(0, len(inputs), 64):
+        rows, own = inputs[start : start + 64].load(), targets[start : start + 64]
+        if aggregate:
+            pieces.append(_gradient(total, leaves, rows, own)[None] / len(inputs))
+        else:
+            pieces.append(_each(total, leaves, rows, own))
+    return torch.stack(pieces).sum(0) if aggregate else torch.cat(pieces)
 
 
-def _each(one: Callable[..., Tensor], leaves: list[Tensor], rows: Rows, targets: Tensor) -> Tensor:
+def _each(total: Callable[..., Tensor], leaves: list[Tensor], rows: Rows, y: Tensor) -> Tensor:
     try:
-        per_row = torch.func.vmap(torch.func.grad(one), (None, 0, 0))
-        gradients = per_row(leaves, rows.tree, targets[:, None])
-        return torch.cat([gradient.reshape(len(targets), -1) for gradient in gradients], 1)
+        per_row = torch.func.vmap(torch.func.grad(total), (None, 0, 0))
+        gradients = per_row(leaves, rows.map(lambda leaf: leaf[:, None]).tree, y[:, None])
+        return torch.cat([gradient.reshape(len(y), -1) for gradient in gradients], 1)
     except RuntimeError:  # layers that vmap has no rule for
-        results = []
-        for i in range(len(targets)):
-            own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-            with torch.enable_grad():
-                row = rows.map(itemgetter(i)).tree
-                value = one(own, row, targets[i : i + 1])
-            found = torch.autograd.grad(value, own, materialize_grads=True, allow_unused=True)
-            results.append(torch.cat([gradient.reshape(-1) for gradient in found]))
-        return torch.stack(results)
+        one = [slice(i, i + 1) for i in range(len(y))]
+        return torch.stack([_gradient(total, leaves, rows[i], y[i]) for i in one])
 
 
-def mean_gradient(
-    run: Run, end: Tensor, inputs: Rows, targets: Tensor, value: Value | None = None
-) -> Tensor:
-    """Gradient of the queries' mean value at the end of the run: -> (1, p)."""
-    module = _at_end(run, end)
-    state = split_state(run, module, end)
-    leaves = [t.detach().clone().requires_grad_() for t in [*state.parameters, *state.buffers]]
-    of = run.loss.value if value is None else value
-    given = dict(zip(run.names, leaves, strict=False))
-    total = torch.zeros_like(leaves[0].flatten()[:1])
-    for start in range(0, len(inputs), 256):
-        part = slice(start, start + 256)
-        with (
-            torch.enable_grad(),
-            _with_statistics(module, leaves[len(run.names) :]),
-            substituted(module, given),
-        ):
-            values = of(run.compute(module, inputs[part].load()), targets[part])
-        found = torch.autograd.grad(
-            values.sum() / len(inputs), leaves, materialize_grads=True, allow_unused=True
-        )
-        total = total + torch.cat([gradient.reshape(-1) for gradient in found])
-    return total[None]
+def _gradient(total: Callable[..., Tensor], leaves: list[Tensor], rows: Rows, y: Tensor) -> Tensor:
+    own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        value = total(own, rows.tree, y)
+    found = torch.autograd.grad(value, own, materialize_grads=True, allow_unused=True)
+    return torch.cat([gradient.reshape(-1) for gradient in found])
 
 
 def _at_end(run: Run, end: Tensor) -> nn.Module:
     module = own_copy(run.module)
     state = split_state(run, module, end)
-    for own, value in zip(floating_buffers(module).values(), state.buffers, strict=True):
+    for own, value in zip(_floating(module), state.buffers, strict=True):
         own.copy_(value)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return module.eval()
+    return module.requires_grad_(False).eval()
 
 
-class _with_statistics:
+@contextmanager
+def _with_statistics(module: nn.Module, buffers: Sequence[Tensor]) -> Iterator[None]:
     """Let batch normalisation in evaluation mode be differentiable by its running statistics."""
+    where = {id(own): value for own, value in zip(_floating(module), buffers, strict=True)}
 
-    def __init__(self, module: nn.Module, buffers: Sequence[Tensor]) -> None:
-        where = {id(own): i for i, own in enumerate(floating_buffers(module).values())}
-        self.parts = [
-            (part, buffers[where[id(part.running_mean)]], buffers[where[id(part.running_var)]])
-            for part in module.modules()
-            if isinstance(part, BATCH_NORM) and part.running_mean is not None
-        ]
-        self.handles: list[Any] = []
+    def normalised(part: Any, args: Any, output: Tensor) -> Tensor:
+        shape = (1, -1, *[1] * (output.ndim - 2))
+        mean, var = (where[id(b)].view(shape) for b in (part.running_mean, part.running_var))
+        result: Tensor = (args[0] - mean) / (var + part.eps).sqrt()
+        if part.weight is not None:
+            result = result * part.weight.view(shape) + part.bias.view(shape)
+        return result
 
-    def __enter__(self) -> None:
-        for part, mean, variance in self.parts:
-
-            def normalised(
-                part: Any, args: Any, output: Tensor, mean: Tensor = mean, var: Tensor = variance
-            ) -> Tensor:
-                shape = (1, -1, *[1] * (output.ndim - 2))
-                result: Tensor = (args[0] - mean.view(shape)) / (var.view(shape) + part.eps).sqrt()
-                if part.weight is not None:
-                    result = result * part.weight.view(shape) + part.bias.view(shape)
-                return result
-
-            self.handles.append(part.register_forward_hook(normalised))
-
-    def __exit__(self, *raised: object) -> None:
-        for handle in self.handles:
+    handles = [
+        part.register_forward_hook(normalised)
+        for part in module.modules()
+        if isinstance(part, BATCH_NORM) and part.running_mean is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
+
+
+def _floating(module: nn.Module) -> list[Tensor]:
+    return list(floating_buffers(module).values())
 
 
 @dataclass(frozen=True)
@@ -469,30 +451,25 @@ class Replayed:
     ) -> Derivative:
         """Everything that is asked of one pass back: inputs (q, ...), targets (q, ...)."""
         basis = self.basis(inputs, targets, value=value, aggregate=aggregate)
-        run, budget, directions = self.run, self.budget, basis.directions
-        asked = {"hyperparameters": hyperparameters, "n_labels": n_labels}
-        n_jobs = effective_n_jobs(budget.n_jobs)
-        if n_jobs == 1:
-            parts = [self.back(part, **asked) for part in directions.split(self.at_once)]
-            return _joined(parts).combined(basis.coefficients)
-        if budget.folder is not None:
+        n_jobs = effective_n_jobs(self.budget.n_jobs)
+        if n_jobs > 1 and self.budget.folder is not None:
             raise ValueError("Replay(folder=...) keeps one pass at a time: give n_jobs=1.")
+        asked = {"hyperparameters": hyperparameters, "n_labels": n_labels}
+        # a run leaves its rows and states behind where it is pickled, and states are as many bytes
+        # to send as they cost time to compute again
+        leaves = leaves_the_process(n_jobs, "threads")
+        common = self, self.run.data, None if leaves else self.run.states, asked
+        directions = basis.directions
         size = max(1, min(self.at_once // n_jobs, -(-len(directions) // n_jobs)))
-        # states are as many bytes to send as they cost time to compute again
-        states = None if leaves_the_process(n_jobs, "threads") else run.states
-        tasks = [
-            delayed(_back_elsewhere)(self, run.data, states, part, asked)
-            for part in directions.split(size)
-        ]
-        parts = Parallel(n_jobs, prefer="threads")(tasks)
-        return _joined(parts).combined(basis.coefficients)
+        groups = directions.split(size)
+        parts = spread(_back, common, groups, n_jobs=self.budget.n_jobs, prefer="threads")
+        return _joined(list(parts)).combined(basis.coefficients)
 
     def basis(
         self, inputs: Rows, targets: Tensor, *, value: Value | None = None, aggregate: bool = False
     ) -> "Basis":
         """Gradients of the queries in a few directions: inputs (q, ...), targets (q, ...)."""
-        gradients = mean_gradient if aggregate else query_gradients
-        found = gradients(self.run, self.end, inputs, targets, value)
+        found = query_gradients(self.run, self.end, inputs, targets, value, aggregate=aggregate)
         return basis_of(found, self.budget.tolerance)
 
     @property
@@ -520,10 +497,8 @@ class Replayed:
         return state.derivative()
 
 
-def _back_elsewhere(
-    fitted: Replayed, data: Any, states: Any, directions: Tensor, asked: dict[str, Any]
-) -> Derivative:
-    # a run leaves its rows and states behind where it is pickled
+def _back(common: tuple[Replayed, Any, Any, dict[str, Any]], directions: Tensor) -> Derivative:
+    fitted, data, states, asked = common
     run = replace(fitted.run, data=data, states=states)
     return replace(fitted, run=run).back(directions, **asked)
 

@@ -20,12 +20,14 @@ _ENTRYWISE = "ReLU Tanh Sigmoid GELU SiLU ELU SELU CELU Mish Softplus LeakyReLU 
 _FUNCTIONS = tuple(getattr(nn, name) for name in _ENTRYWISE.split())
 
 
-class Link:
-    """One step of a chain, at the rows of one batch."""
+Tensors = Sequence[Tensor]
+Moved = Tensor | None  # (m, ...); None where nothing moves
 
-    part: Any = None
-    moving: Tensor | None = None  # what reached it, (m, ...)
-    slope: Tensor  # by what it returns
+
+class Link:
+    """One step of a chain, at the rows of one batch; as it stands, one that does nothing."""
+
+    moving: Moved = None  # what reached it
 
     def __init__(self, part: Any = None) -> None:
         self.part = part
@@ -39,61 +41,64 @@ class Link:
             self.rooms[name] = like.new_empty(size)
         return self.rooms[name][:size].view(*shape)
 
-    def forwards(self, at: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def forwards(self, at: Tensor, weights: Tensors) -> Tensor:
         """Go forwards."""
-        raise NotImplementedError
+        return at
 
     def backwards(self, slope: Tensor) -> Tensor:
         """Take the slope by what it returned to that by what it was given."""
-        raise NotImplementedError
+        return slope
 
-    def moved(self, moving: Tensor | None, towards: Sequence[Tensor]) -> Tensor | None:
-        """Say how what it returns moves: (m, ...) -> (m, ...)."""
-        raise NotImplementedError
+    def moved(self, moving: Moved, towards: Tensors) -> Moved:
+        """Say how what it returns moves."""
+        return moving
 
-    def pulled(
-        self, back: Tensor, towards: Sequence[Tensor], into: Sequence[Tensor], scale: float
-    ) -> Tensor | None:
-        """Go back from how the slope moved, adding to the layer's own share: (m, ...)."""
-        raise NotImplementedError
+    def pulled(self, back: Tensor, towards: Tensors, into: Tensors, scale: float) -> Moved:
+        """Go back from how the slope moved, adding to the layer's own share.
+
+        The directions `towards` are read before `into` changes, which may be the same memory.
+        """
+        return back
 
 
-class Entrywise(Link):
+class _Reshaped(Link):
+    """Rows in the form that the first layer takes."""
+
+    def forwards(self, at: Tensor, weights: Tensors) -> Tensor:
+        return at.reshape(len(at), *self.part)
+
+
+class _Entrywise(Link):
     """A function of each number."""
 
-    def forwards(self, at: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Keep its first and second derivatives."""
+    def forwards(self, at: Tensor, weights: Tensors) -> Tensor:
         outputs, self.first, self.second = derivatives(self.part, at)
         return outputs
 
     def backwards(self, slope: Tensor) -> Tensor:
-        """Multiply by the first."""
         self.bent = None if self.second is None else slope * self.second
         return slope * self.first
 
-    def moved(self, moving: Tensor | None, towards: Sequence[Tensor]) -> Tensor | None:
-        """Multiply by the first; what came is still needed where the second is not zero."""
+    def moved(self, moving: Moved, towards: Tensors) -> Moved:
         self.moving = moving
         if moving is None:
             return None
+        # what came is still needed where the second derivative is not zero
         room = moving if self.bent is None else self.room("moved", moving.shape, moving)
         return torch.mul(moving, self.first, out=room)
 
-    def pulled(
-        self, back: Tensor, towards: Sequence[Tensor], into: Sequence[Tensor], scale: float
-    ) -> Tensor | None:
-        """Both terms of the product rule."""
+    def pulled(self, back: Tensor, towards: Tensors, into: Tensors, scale: float) -> Moved:
         back.mul_(self.first)
         if self.bent is not None and self.moving is not None:
             back.addcmul_(self.moving, self.bent)
         return back
 
 
-class Dropped(Entrywise):
+class _Dropped(_Entrywise):
     """Dropout, with the mask that the step drew."""
 
-    def forwards(self, at: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Draw in the order in which the layer itself does."""
+    def forwards(self, at: Tensor, weights: Tensors) -> Tensor:
+        # drawn in the order in which the layer itself does
         turned = at.ndim == 2
         ones = torch.ones_like(at.T if turned else at, memory_format=torch.contiguous_format)
         kept = functional.dropout(ones, self.part.p)
@@ -101,26 +106,20 @@ class Dropped(Entrywise):
         return at * self.first
 
 
-class Turned(Link):
+class _Turned(Link):
     """From rows first to rows last: (b, ...) -> (width, b)."""
 
-    def forwards(self, at: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Flatten."""
+    def forwards(self, at: Tensor, weights: Tensors) -> Tensor:
         self.shape = at.shape
         return at.flatten(1).T.contiguous()
 
     def backwards(self, slope: Tensor) -> Tensor:
-        """Give the rows their shape."""
         return slope.T.reshape(self.shape)
 
-    def moved(self, moving: Tensor | None, towards: Sequence[Tensor]) -> Tensor | None:
-        """Flatten."""
+    def moved(self, moving: Moved, towards: Tensors) -> Moved:
         return None if moving is None else moving.flatten(2).transpose(1, 2).contiguous()
 
-    def pulled(
-        self, back: Tensor, towards: Sequence[Tensor], into: Sequence[Tensor], scale: float
-    ) -> Tensor | None:
-        """Give the rows their shape."""
+    def pulled(self, back: Tensor, towards: Tensors, into: Tensors, scale: float) -> Moved:
         return back.transpose(1, 2).reshape(len(back), *self.shape)
 
 
@@ -128,8 +127,11 @@ class Layer(Link):
     """A layer with weights."""
 
     first = False  # of those with weights: nothing moves before it, nothing is asked behind it
+    at: Tensor  # what it was given
+    value: Tensor  # its weights
+    slope: Tensor  # by what it returns
 
-    def __init__(self, part: Any, weight: int, bias: int | None) -> None:
+    def __init__(self, part: Any, weight: int, bias: int | None = None) -> None:
         super().__init__(part)
         self.weight, self.bias = weight, bias
 
@@ -138,45 +140,36 @@ class Layer(Link):
         raise NotImplementedError
 
 
-class Linear(Layer):
-    """A linear layer."""
-
-    def forwards(self, at: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Multiply: (in, b) -> (out, b)."""
+class _Linear(Layer):
+    def forwards(self, at: Tensor, weights: Tensors) -> Tensor:
         self.at, self.value = at, weights[self.weight]
         if self.bias is None:
             return self.value @ at
         return torch.addmm(weights[self.bias][:, None], self.value, at)
 
     def backwards(self, slope: Tensor) -> Tensor:
-        """Multiply by the transpose."""
         self.slope = slope
         return slope if self.first else self.value.T @ slope
 
     def gradients(self) -> dict[int, Tensor]:
-        """Outer products, summed over the rows."""
         bias = {} if self.bias is None else {self.bias: self.slope.sum(1)}
         return {self.weight: self.slope @ self.at.T, **bias}
 
-    def moved(self, moving: Tensor | None, towards: Sequence[Tensor]) -> Tensor | None:
-        """By the weights' move, in one product, and by what was moved before."""
+    def moved(self, moving: Moved, towards: Tensors) -> Moved:
         self.moving = moving
-        weight = towards[self.weight]
-        m, n_out, n_in = weight.shape
+        m, n_out, n_in = towards[self.weight].shape
+        weight = towards[self.weight].view(-1, n_in)
         room = self.room("moved", (m * n_out, self.at.shape[1]), self.at)
         if self.bias is None:
-            torch.mm(weight.view(-1, n_in), self.at, out=room)
+            torch.mm(weight, self.at, out=room)
         else:
-            torch.addmm(towards[self.bias].view(-1, 1), weight.view(-1, n_in), self.at, out=room)
+            torch.addmm(towards[self.bias].view(-1, 1), weight, self.at, out=room)
         room = room.view(m, n_out, -1)
         if moving is not None:
             room.baddbmm_(self.value.expand(m, n_out, n_in), moving)
         return room
 
-    def pulled(
-        self, back: Tensor, towards: Sequence[Tensor], into: Sequence[Tensor], scale: float
-    ) -> Tensor | None:
-        """Read the directions before they change: `into` may be the same memory."""
+    def pulled(self, back: Tensor, towards: Tensors, into: Tensors, scale: float) -> Moved:
         m, n_out, b = back.shape
         slopes = self.slope.expand(m, n_out, b)
         further, own = None, into[self.weight]
@@ -192,94 +185,61 @@ class Linear(Layer):
         return further
 
 
-class Convolution(Layer):
-    """A convolution, one direction after another: batched kernels are slower."""
+class _Convolution(Layer):
+    """One direction after another: batched kernels are slower."""
 
-    def forwards(self, at: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Convolve: (b, in, ...) -> (b, out, ...)."""
+    def __init__(self, part: Any, weight: int, bias: int | None = None) -> None:
+        super().__init__(part, weight, bias)
+        none = [0] * len(part.stride)
+        self.how = part.stride, part.padding, part.dilation, False, none, part.groups
+
+    def _back(self, slope: Tensor, at: Tensor, weight: Tensor, *wanted: bool) -> Any:
+        sizes = None if self.bias is None else [len(weight)]
+        back = torch.ops.aten.convolution_backward
+        return back(slope, at, weight, sizes, *self.how, wanted)
+
+    def forwards(self, at: Tensor, weights: Tensors) -> Tensor:
         self.at, self.value = at, weights[self.weight]
-        return self._of(at, self.value, None if self.bias is None else weights[self.bias])
-
-    def _of(self, at: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        part = self.part
-        result: Tensor = torch.convolution(
-            at,
-            weight,
-            bias,
-            part.stride,
-            part.padding,
-            part.dilation,
-            False,
-            [0] * len(part.stride),
-            part.groups,
-        )
-        return result
-
-    def _back(self, slope: Tensor, at: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
-        part, sizes = self.part, None if self.bias is None else [len(weight)]
-        return torch.ops.aten.convolution_backward(
-            slope,
-            at,
-            weight,
-            sizes,
-            part.stride,
-            part.padding,
-            part.dilation,
-            False,
-            [0] * len(part.stride),
-            part.groups,
-            wanted,
-        )
+        bias = None if self.bias is None else weights[self.bias]
+        return torch.convolution(at, self.value, bias, *self.how)
 
     def backwards(self, slope: Tensor) -> Tensor:
-        """Convolve back."""
         self.slope = slope
         if self.first:
             return slope
-        result: Tensor = self._back(slope, self.at, self.value, [True, False, False])[0]
-        return result
+        before: Tensor = self._back(slope, self.at, self.value, True, False, False)[0]
+        return before
 
     def gradients(self) -> dict[int, Tensor]:
-        """By the weights and the bias."""
-        wanted = [False, True, self.bias is not None]
-        _, weight, bias = self._back(self.slope, self.at, self.value, wanted)
+        biased = self.bias is not None
+        _, weight, bias = self._back(self.slope, self.at, self.value, False, True, biased)
         return {self.weight: weight} | ({} if self.bias is None else {self.bias: bias})
 
-    def moved(self, moving: Tensor | None, towards: Sequence[Tensor]) -> Tensor | None:
-        """By the weights' move, and by what was moved before."""
+    def moved(self, moving: Moved, towards: Tensors) -> Moved:
         self.moving = moving
-        biases = [None] * len(towards[0]) if self.bias is None else list(towards[self.bias])
-        parts = [
-            self._of(self.at, weight, bias)
-            for weight, bias in zip(towards[self.weight], biases, strict=True)
-        ]
-        result = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+        weights = towards[self.weight]
+        biases = [None] * len(weights) if self.bias is None else list(towards[self.bias])
+        pairs = zip(weights, biases, strict=True)
+        result = torch.stack([torch.convolution(self.at, *pair, *self.how) for pair in pairs])
         if moving is not None:
-            result += self._of(moving.flatten(0, 1), self.value, None).view(result.shape)
+            further = torch.convolution(moving.flatten(0, 1), self.value, None, *self.how)
+            result += further.view(result.shape)
         return result
 
-    def pulled(
-        self, back: Tensor, towards: Sequence[Tensor], into: Sequence[Tensor], scale: float
-    ) -> Tensor | None:
-        """Two passes back a direction: of the moved slope, and of the slope at what was moved."""
-        further = []
+    def pulled(self, back: Tensor, towards: Tensors, into: Tensors, scale: float) -> Moved:
+        further, asked, biased = [], not self.first, self.bias is not None
         for k, own in enumerate(back):
-            wanted = [not self.first, True, self.bias is not None]
-            before, weight, bias = self._back(own, self.at, self.value, wanted)
-            toward, moving = towards[self.weight][k], self.moving
-            if moving is not None:
-                wanted = [not self.first, True, False]
-                more, crossed, _ = self._back(self.slope, moving[k], toward, wanted)
+            before, weight, bias = self._back(own, self.at, self.value, asked, True, biased)
+            toward = towards[self.weight][k]
+            if self.moving is not None:
+                at = self.moving[k]
+                more, crossed, _ = self._back(self.slope, at, toward, asked, True, False)
                 before, weight = before + more, weight + crossed
-            elif not self.first:
-                before = before + self._back(self.slope, self.at, toward, [True, False, False])[0]
             into[self.weight][k].add_(weight, alpha=scale)
             if self.bias is not None:
                 into[self.bias][k].add_(bias, alpha=scale)
             further.append(before)
-        if self.first:
-            return None
-        return further[0][None] if len(further) == 1 else torch.stack(further)
+        return None if self.first else torch.stack(further)
 
 
 def find_chain(module: nn.Module, inputs: Rows, run: Run) -> list[Link] | None:
@@ -323,41 +283,29 @@ def _links(
         if own.shape != at.shape and not flattened and (links or own.numel() != at.numel()):
             return None
         if links and not turned and flattened:
-            links.append(Turned())
+            links.append(_Turned())
             turned = True
         trains = [places.get(id(p)) for p in part.parameters()]
         if None in trains:
             return None
         if type(part) is nn.Linear and own.ndim == 2:
-            links += [] if turned else [Turned()]
+            links += [] if turned else [_Turned()]
             turned = True
-            links.append(Linear(part, *trains, *[None] * (2 - len(trains))))  # type: ignore[arg-type]
+            links.append(_Linear(part, *trains))  # type: ignore[arg-type]
         elif type(part) in (nn.Conv1d, nn.Conv2d) and not turned:
             zeros: Any = part
             if zeros.padding_mode != "zeros" or isinstance(zeros.padding, str):
                 return None
-            links += [] if links else [Reshaped(own.shape[1:])]
-            links.append(Convolution(part, *trains, *[None] * (2 - len(trains))))  # type: ignore[arg-type]
+            links += [] if links else [_Reshaped(own.shape[1:])]
+            links.append(_Convolution(part, *trains))  # type: ignore[arg-type]
         elif type(part) is nn.Dropout:
-            links += [Dropped(part)] if part.training else []
+            links += [_Dropped(part)] if part.training else []
         elif type(part) in _FUNCTIONS and not getattr(part, "inplace", False):
-            links.append(Entrywise(part))
+            links.append(_Entrywise(part))
         elif type(part) not in (nn.Identity, nn.Flatten, nn.Unflatten):
             return None
         at = output
     return links
-
-
-class Reshaped(Link):
-    """Rows in the form that the first layer takes."""
-
-    def forwards(self, at: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Give the rows their shape."""
-        return at.reshape(len(at), *self.part)
-
-    def moved(self, moving: Tensor | None, towards: Sequence[Tensor]) -> Tensor | None:
-        """Nothing moves before the first layer."""
-        return moving
 
 
 class Chain:
