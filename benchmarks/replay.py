@@ -3,6 +3,7 @@
     python -m benchmarks.replay threshold      # smoothness beside scores, on rows of their own
     python -m benchmarks.replay quality        # every fixed configuration, three seeds
     python -m benchmarks.replay speed          # over bare loops of the same steps
+    python -m benchmarks.replay basis          # what few directions leave out
     python -m benchmarks.replay memory         # with checkpoints over storing all
     python -m benchmarks.replay bergson PYTHON # Bergson's magic on the same run, in its environment
 
@@ -381,6 +382,34 @@ def speed() -> None:
         runner.save(runner.RESULTS / "replay_speed.json", rows)
 
 
+def fewer_directions() -> None:
+    """Say what a basis of few directions leaves out of the scores, at the best."""
+    rows = []
+    for kind, lr in ((torch.optim.SGD, 0.1), (torch.optim.Adam, 0.002)):
+        config = Configuration(f"MLP 64-32-10, {kind.__name__}", digits, (32,), nn.Tanh, kind, lr)
+        net, _, (X, y, X_query, y_query) = trained(config, 0)
+        queries = np.concatenate([X_query, X[:40]]), np.concatenate([y_query, y[:40]])
+        more = data_of(net.run_, *queries)
+        fitted = replayed(net.run_.recorded, Budget(tolerance=0))
+        directions = fitted.basis(more.inputs, more.targets).directions.double()
+        scores = fitted.influence(more.inputs, more.targets).double()
+        scores = scores / scores.norm(dim=1, keepdim=True)
+        bases = [torch.linalg.svd(matrix)[0] for matrix in (scores, directions)]
+        for m in (10, 20, 50, 80, 90):
+            own, plain = ((scores - u[:, :m] @ (u[:, :m].T @ scores)).norm(dim=1) for u in bases)
+            rows.append(
+                {
+                    "network": config.name,
+                    "seed": 0,
+                    "directions of 100": m,
+                    "worst error, best basis of the scores": float(own.max()),
+                    "worst error, basis of the gradients": float(plain.max()),
+                }
+            )
+            print(rows[-1], flush=True)
+    runner.save(runner.RESULTS / "replay_basis.json", rows)
+
+
 def memory() -> None:
     """In a process of its own each: what fit and one aggregate take above the base before fit."""
     rows: list[dict[str, Any]] = []
@@ -487,6 +516,8 @@ def main() -> None:
         quality(chosen, SEEDS, name, singles=True, others=(*OTHERS, *PEERS))
     elif part == "speed":
         speed()
+    elif part == "basis":
+        fewer_directions()
     elif part == "bergson":
         bergson(sys.argv[2])
     elif part == "memory-of":
