@@ -248,7 +248,7 @@ def _log_probabilities(proba: Any, name: str) -> np.ndarray:
             f"row sums from {np.nanmin(proba.sum(1)):.4g} to {np.nanmax(proba.sum(1)):.4g}. "
             "A classifier with decision_function or a torch net gives logits directly."
         )
-    return np.log(np.clip(proba, np.finfo(np.float64).tiny, None))
+    return np.asarray(np.log(np.clip(proba, np.finfo(np.float64).tiny, None)))
 
 
 def _is_fitted(estimator: Any) -> bool:

@@ -153,7 +153,7 @@ class PerformativeStream:
             prior = RESPONSES[self.response](statistic, self.temperature, self._prior)
         if prior.shape != self.classes_.shape or not np.isfinite(prior).all() or prior.min() < 0:
             raise ValueError(f"response must return a share for each class, got {prior!r}.")
-        return prior / prior.sum()
+        return np.asarray(prior / prior.sum())
 
     def _draw(self, pools: Pools, size: int) -> np.ndarray:
         rows = [
@@ -162,7 +162,7 @@ class PerformativeStream:
                 pools, self._generator.multinomial(size, self._prior), strict=True
             )
         ]
-        return self._generator.permutation(np.concatenate(rows))
+        return np.asarray(self._generator.permutation(np.concatenate(rows)))
 
 
 RESPONSES: dict[str, Callable[..., Any]] = {

@@ -7,10 +7,13 @@ import pytest
 import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.datasets import load_iris
+from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 
@@ -307,3 +310,11 @@ def test_edited_classifier():
     loaded = pickle.loads(pickle.dumps(classifier))
     assert np.array_equal(loaded.predict_proba(X), classifier.predict_proba(X))
     assert (original.predict(X) != "versicolor").any()
+
+
+def test_the_steps_of_nested_pipelines_all_come_before_the_network():
+    inner = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    fitted = make_pipeline(PCA(3, random_state=0), inner).fit(X, NAMES)
+    network = open_network(FrozenEstimator(fitted))
+    proba = network.logits(X).softmax(1).numpy()
+    np.testing.assert_allclose(proba, fitted.predict_proba(X), atol=1e-6)
