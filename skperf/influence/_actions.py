@@ -34,7 +34,6 @@ from skperf.influence.repair import (
     smallest_flip,
 )
 
-WAYS = ("ascend", "descend", "relabel")
 _MOST_GUARDS, _FEWEST_GUARDS, _MOST_KEPT = 5000, 20, 500
 _SCALES = tuple(2.0**i for i in range(-10, 4))
 Report = dict[str, Any]
@@ -160,8 +159,6 @@ def _judges(
         guard = learned.X[rows], np.asarray(learned.y)[rows]
     else:
         judged = others
-        if len(guard[0]) == 0:
-            raise ValueError("guard holds no rows; leave it out to guard by training rows.")
     held = rng.permutation(len(learned.X))[:_MOST_KEPT]
     pairs = {
         "guard": guard,
@@ -245,13 +242,14 @@ def removed_rows(learned: Learned, indices: Any, class_: Any) -> NDArray[Any]:
     labels = np.asarray(learned.y)
     if class_ is not None:
         known = np.unique(labels) if labels.ndim == 1 else np.arange(0)
-        if class_ not in known:
+        if np.ndim(class_) or class_ not in known:
             raise ValueError(f"class_={class_!r} is none of the classes {known.tolist()[:20]}.")
         removed: NDArray[Any] = labels == class_
     else:
         removed = np.zeros(len(learned.X), dtype=bool)
         indices = np.asarray(indices)
-        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "biu"):
+        short = indices.dtype == bool and len(indices) != len(removed)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "biu") or short:
             raise ValueError(f"indices must be a list of row numbers or a mask, got {indices!r}.")
         given = np.flatnonzero(indices) if indices.dtype == bool else indices.astype(int)
         if len(given) and (given.min() < 0 or given.max() >= len(removed)):

@@ -320,8 +320,10 @@ def _check_loss(network: Network, X: Rows, y: Any) -> None:
 
 def _chosen(network: Network, X: Rows, patterns: Any) -> Parameters:
     last = last_layer(network, X)[0] if patterns == "last" else None
-    if not isinstance(patterns, str):
-        patterns = list(patterns)
+    if not isinstance(patterns, str) and not (
+        len(patterns) and all(isinstance(pattern, str) for pattern in patterns)
+    ):
+        raise ValueError(f"parameters must be 'all', 'last' or globs, got {patterns!r}.")
     return select_parameters(network.module, patterns, trainable=network.trainable, last=last)
 
 
@@ -373,6 +375,8 @@ def _settings(
 
 def learning_rate_of(fitted: Any, given: float | None) -> float | None:
     """Find the step size of further training."""
+    if np.ndim(given):
+        raise ValueError("learning_rate must be one number where damping is tied to a horizon.")
     if given is not None:
         return float(given)
     params = _params_of(fitted)
@@ -476,10 +480,11 @@ def _adam(learned: Learned, network: Network, state: Mapping[str, Any], method: 
     parts: dict[str, list[Tensor]] = {"exp_avg": [], "exp_avg_sq": []}
     steps = []
     for name, parameter in _selected(network, learned.names).items():
-        if name not in state:
+        own = state.get(name, {}) if isinstance(state, Mapping) else {}
+        if any(np.shape(own.get(key)) != parameter.shape for key in parts):
             raise ValueError(
                 f"moments hold no state of {name!r}; needed is a dict by name of parameter with "
-                "exp_avg and exp_avg_sq."
+                "exp_avg and exp_avg_sq of its shape."
             )
         for key, entries in parts.items():
             entries.append(torch.as_tensor(state[name][key]).to(parameter).reshape(-1).cpu())

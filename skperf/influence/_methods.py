@@ -348,6 +348,16 @@ _CURVED = (GGN, Source, EKFAC, KFAC, Arnoldi, CG, LiSSA, DataInf, GIF, Exact)
 RECORDS: dict[str, type[Method]] = {record.name: record for record in (*_FIRST_ORDER, *_CURVED)}
 
 
+def nearest_rows(given: int | Nearest | None) -> Nearest | None:
+    """Make candidates a record, and validate it."""
+    if given is None:
+        return None
+    near = Nearest(given) if isinstance(given, Integral) else given
+    allowed = {"k": _COUNT, "per_class": ["boolean"]}
+    validate_parameter_constraints(allowed, near.get_params(), "Nearest")
+    return near
+
+
 def resolve_method(method: str | Method) -> Method | None:
     """Find the record of a method; None for "auto"."""
     if isinstance(method, Method):

@@ -280,6 +280,4 @@ def _steepest(network: Any, inputs: Tensor, targets: Tensor, norm: float) -> Ten
     (slope,) = torch.autograd.grad(losses.sum(), leaf)
     if norm == float("inf"):
         return slope.sign()
-    if norm == 2:
-        return torch.nn.functional.normalize(slope.flatten(1), dim=1).view_as(slope)
-    raise ValueError(f"norm must be 2 or inf, got {norm}.")
+    return torch.nn.functional.normalize(slope.flatten(1), dim=1).view_as(slope)

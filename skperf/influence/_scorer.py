@@ -1,5 +1,6 @@
 """Which training rows made a prediction: the estimator."""
 
+import os
 import warnings
 from dataclasses import fields
 from numbers import Integral, Real
@@ -24,10 +25,10 @@ from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_rows, check_targets
 from skperf.backbone.losses import resolve_loss
 from skperf.influence import _actions, _rows, _trust
+from skperf.influence._asked import checked, pair, steps_of
 from skperf.influence._members import OUTPUTS, Choices, fitted_members, learn, with_damping
-from skperf.influence._methods import RECORDS, SELECTIONS, Method, Nearest, Replay, resolve_method
+from skperf.influence._methods import RECORDS, Method, Nearest, Replay, nearest_rows, resolve_method
 from skperf.influence._replay import SMOOTH_ENOUGH, ReplayEnsemble, recording
-from skperf.influence.generalized import REMOVALS
 from skperf.influence.problem import LOSS_UNIT
 from skperf.influence.tiles import budget_in_bytes
 
@@ -165,7 +166,7 @@ class InfluenceScorer(
         "gradients": [StrOptions({"auto", "factorised", "reference"})],
         "batch_size": [Interval(Integral, 1, None, closed="left"), None],
         "memory_budget": [str, Interval(Real, 0, None, closed="neither")],
-        "storage": "no_validation",
+        "storage": [str, os.PathLike, None],
         "random_state": ["random_state"],
         "n_jobs": [Integral, None],
         "verbose": ["verbose"],
@@ -264,12 +265,11 @@ class InfluenceScorer(
             raise ValueError("target is the first name of output: give one of them.")
         budget_in_bytes(self.memory_budget)
         known = isinstance(self.loss, str) and self.loss == "auto"
-        near = self.candidates
         given = self.get_params(deep=False) | {
             "method": resolve_method(self.method),
             "output": output,
             "loss": None if known else resolve_loss(self.loss),
-            "candidates": Nearest(near) if isinstance(near, Integral) else near,
+            "candidates": nearest_rows(self.candidates),
             "seed": 0 if self.random_state is None else seed_of(self.random_state),
         }
         return Choices(**{field.name: given[field.name] for field in fields(Choices)})
@@ -291,10 +291,22 @@ class InfluenceScorer(
 
     def _asked(self, X, y):
         """Open what scores need, for rows and their targets."""
-        check_is_fitted(self)
-        rows, y = check_targets(self, X, y)
+        rows, y = self._queries(X, y)
         ensemble = self._learned.opened()
         return ensemble, rows, ensemble.first.network.targets(y).cpu()
+
+    def _queries(self, X, y):
+        """Validate rows and their targets, which have as many axes as those of training."""
+        check_is_fitted(self)
+        rows, y = check_targets(self, X, y)
+        if np.ndim(y) != np.ndim(self.y_):
+            raise ValueError(
+                f"y has {np.ndim(y)} axes, and the targets that were trained on {np.ndim(self.y_)}."
+            )
+        return rows, y
+
+    def _pair(self, given, name):
+        return None if given is None else self._queries(*pair(given, name))
 
     def influence(self, X, y, *, out=None, aggregate=None, rows=None, tokens=None, change="weight"):
         """Estimate the influence of every training row on every query.
@@ -325,19 +337,18 @@ class InfluenceScorer(
         ndarray of shape (n_query, n_train) or (n_train,)
             Positive = proponent.
         """
-        if change not in ("weight", "label"):
-            raise ValueError(f"change must be 'weight' or 'label', got {change!r}.")
+        checked("influence", aggregate=aggregate, tokens=tokens, change=change)
         if change == "label":
             return self._through_the_run(X, y, "change='label'", "labels")
-        if tokens not in (None, "queries", "rows"):
-            raise ValueError(f"tokens must be None, 'queries' or 'rows', got {tokens!r}.")
-        if (rows is not None or tokens) and (out is not None or aggregate or (rows and tokens)):
+        if (rows is not None or tokens) and (
+            out is not None or aggregate or (rows is not None and tokens)
+        ):
             raise ValueError("rows and tokens go without out and aggregate, and one at a time.")
         ensemble, X, targets = self._asked(X, y)
         if rows is not None:
             if self._learned.method.name == "trak":
                 raise ValueError("rows= has no meaning for method='trak', whose rows are weighted.")
-            X_new, y_new = check_targets(self, *rows)
+            X_new, y_new = self._pair(rows, "rows")
             labels = ensemble.first.network.targets(y_new).cpu()
             return ensemble.of_others(X, targets, X_new, labels)
         if tokens is not None:
@@ -437,16 +448,12 @@ class InfluenceScorer(
             A Bunch. indices : ndarray of shape (n_query, k), rows of the training data;
             values : ndarray of shape (n_query, k), their influence.
         """
+        checked("top_k", k=k, kind=kind)
         ensemble, X, targets = self._asked(X, y)
-        if kind not in ("proponents", "opponents"):
-            raise ValueError(f"kind must be 'proponents' or 'opponents', got {kind!r}.")
-        if not (isinstance(k, Integral) and 1 <= k <= ensemble.n_scored):
-            raise ValueError(
-                f"k={k!r} must be a whole number from 1 to {ensemble.n_scored}, the rows that are "
-                "scored."
-            )
+        if k > ensemble.n_scored:
+            raise ValueError(f"k={k} exceeds the {ensemble.n_scored} rows that are scored.")
         sign = 1 if kind == "proponents" else -1
-        indices, values = ensemble.top(X, targets, k, sign)
+        indices, values = ensemble.top(X, targets, int(k), sign)
         return _rows.TopRows(indices=indices, values=values)
 
     def self_influence(self, X, y):
@@ -515,6 +522,7 @@ class InfluenceScorer(
         Nguyen-Duc et al., "Class based Influence Functions for Error Detection" (ACL 2023).
         """
         check_is_fitted(self)
+        checked("detect_mislabels", class_aware=class_aware)
         if reference is not None and not class_aware:
             raise ValueError("reference rows are used with class_aware=True.")
         ensemble = self._learned.opened()
@@ -523,7 +531,7 @@ class InfluenceScorer(
             return self.self_influence_ + (self.loss_ if is_loss else 0)
         X, targets = ensemble.first.X, ensemble.first.targets
         if reference is not None:
-            ensemble, X, targets = self._asked(*reference)
+            ensemble, X, targets = self._asked(*pair(reference, "reference"))
         if targets.ndim > 1 or targets.is_floating_point():
             raise ValueError("class_aware needs class labels.")
         return -_rows.class_aware(ensemble, X, targets)
@@ -550,8 +558,7 @@ class InfluenceScorer(
             Rise of the output's loss, in `unit_`.
         """
         check_is_fitted(self)
-        if order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {order!r}.")
+        checked("group_influence", order=order)
         members = _rows.members_of_groups(groups, len(self.X_))
         if order == 2 and self.unit_ != LOSS_UNIT:
             raise ValueError(f"order=2 needs a curvature method; {self.method_!r} has none.")
@@ -588,8 +595,7 @@ class InfluenceScorer(
         ValueError
             If the method is first-order and has no such unit.
         """
-        check_is_fitted(self)
-        X, y = check_targets(self, X, y)
+        X, y = self._queries(X, y)
         effects = [_rows.head_effects(self._learned, i, X, y) for i in range(len(self.estimators_))]
         if all(effect is not None for effect in effects):
             return np.mean(effects, axis=0, dtype=effects[0].dtype)
@@ -627,6 +633,7 @@ class InfluenceScorer(
         Deng, Dwork, Wang, Zhang, "Interpreting Robust Optimization via Adversarial Influence
         Functions" (ICML 2020).
         """
+        checked("radius_effect", radius=radius, norm=norm)
         ensemble, X, targets = self._asked(X, y)
         return _rows.radius_effects(ensemble, X, targets, float(radius), float(norm))
 
@@ -682,22 +689,16 @@ class InfluenceScorer(
             rows : ndarray of shape (n_train,), which rows were left out;
             predicted, actual : ndarray of shape (n_steps, n_query, n_train).
         """
-        check_is_fitted(self)
-        X, y = check_targets(self, X, y)
-        steps = sorted({int(step) for step in steps})
-        if not steps or steps[0] < 1:
-            raise ValueError(f"steps must be positive numbers of training steps, got {steps}.")
-        return _trust.fading_curve(
-            self._learned,
-            X,
-            y,
-            steps=steps,
+        options = checked(
+            "fading",
             n_train=n_train,
             learning_rate=learning_rate,
             batch_size=batch_size,
             weight_decay=weight_decay,
             least=least,
         )
+        X, y = self._queries(X, y)
+        return _trust.fading_curve(self._learned, X, y, steps=steps_of(steps), **options)
 
     def diagnose(self, X, y, *, n_train=16, steps=(1, 5, 20, 50)):
         """Measure on this network what influence functions assume.
@@ -723,10 +724,9 @@ class InfluenceScorer(
             that of a whole one) and, of an ensemble, stability (what the mean over training
             seeds is worth).
         """
-        check_is_fitted(self)
-        X, y = check_targets(self, X, y)
-        steps = sorted({int(step) for step in steps})
-        return _trust.diagnosis(self._learned, X, y, n_train=n_train, steps=steps)
+        checked("diagnose", n_train=n_train)
+        X, y = self._queries(X, y)
+        return _trust.diagnosis(self._learned, X, y, n_train=n_train, steps=steps_of(steps))
 
     def score(self, X, y, *, n_subsets=50, fraction=0.5, recipe=None, drop=None):
         """Compute the linear datamodeling score from subset retraining.
@@ -758,14 +758,14 @@ class InfluenceScorer(
         float
             Mean over queries of a Spearman correlation; 1 is perfect.
         """
-        check_is_fitted(self)
+        checked("score", drop=drop, n_subsets=n_subsets, fraction=fraction, recipe=recipe)
         if drop is not None:
             ensemble, X, targets = self._asked(X, y)
             if not isinstance(ensemble, ReplayEnsemble):
                 raise ValueError(f"drop= needs method='replay', got {self.method_!r}.")
             seed = self._learned.choices.seed
             return ensemble.same_seed_score(X, targets, drop=drop, n_subsets=n_subsets, seed=seed)
-        X, y = check_targets(self, X, y)
+        X, y = self._queries(X, y)
         return _trust.datamodeling_score(
             self._learned, X, y, n_subsets=n_subsets, fraction=fraction, recipe=recipe
         )
@@ -829,23 +829,19 @@ class InfluenceScorer(
             ``indices`` (rows trained on), ``share_of_path`` (below 1 where the guard stopped
             it) and ``baselines``.
         """
-        check_is_fitted(self)
-        if how not in _actions.WAYS:
-            raise ValueError(f"how must be one of {_actions.WAYS}, got {how!r}.")
-        X, y = check_targets(self, X, y)
-        network, report = _actions.repaired(
-            self._learned,
-            X,
-            y,
+        options = checked(
+            "repair",
             k=k,
             how=how,
             max_steps=max_steps,
-            guard=None if guard is None else check_targets(self, *guard),
             max_drop=max_drop,
             learning_rate=learning_rate,
             precondition=precondition,
             baselines=baselines,
         )
+        X, y = self._queries(X, y)
+        guard = self._pair(guard, "guard")
+        network, report = _actions.repaired(self._learned, X, y, guard=guard, **options)
         return self._edited(network, report)
 
     def remove(
@@ -908,18 +904,16 @@ class InfluenceScorer(
         check_is_fitted(self)
         if (indices is None) == (class_ is None):
             raise ValueError("give either indices or class_, not both and not neither.")
-        if how not in REMOVALS:
-            raise ValueError(f"how must be one of {REMOVALS}, got {how!r}.")
-        if select not in (None, *SELECTIONS):
-            raise ValueError(f"select must be one of {SELECTIONS}, got {select!r}.")
+        given = checked("remove", select=select, ratio=ratio, ridge=ridge)
+        checked("remove", how=how, max_drop=max_drop, max_iter=max_iter, baseline=baseline)
         task = _actions.removal(
             self._learned,
             _actions.removed_rows(self._learned, indices, class_),
             class_,
-            None if guard is None else check_targets(self, *guard),
+            self._pair(guard, "guard"),
             max_drop=max_drop,
             max_iter=max_iter,
-            given={"select": select, "ratio": ratio, "ridge": ridge},
+            given=given,
         )
         parameters, report = task.run(how)
         if baseline and how != "ascent":
@@ -953,6 +947,7 @@ class InfluenceScorer(
             raise ValueError(
                 f"with_damping needs method='ggn' or 'exact'; this scorer uses {self.method_!r}."
             )
+        checked("with_damping", damping=damping, horizon=horizon)
         horizon = self._learned.choices.horizon if horizon is None else horizon
         other = type(self)(**self.get_params(deep=False))
         vars(other).update(vars(self))

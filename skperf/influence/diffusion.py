@@ -37,6 +37,8 @@ def noised(
         What the network should predict: the targets, with ``loss="squared_error"``.
     """
     images, kept = np.asarray(X), np.asarray(kept)
+    if kept.ndim != 1 or not kept.size or kept.min() < 0 or kept.max() > 1 or n_draws < 1:
+        raise ValueError("kept must hold shares between 0 and 1, and n_draws be at least 1.")
     rng = np.random.default_rng(random_state)
     levels = rng.integers(0, len(kept), (len(images), n_draws))
     noise = rng.normal(size=(len(images), n_draws, *images.shape[1:])).astype(images.dtype)

@@ -97,8 +97,6 @@ class Ensemble:
 
         Shapes: X (n_query, ...), targets (n_query, ...) -> (n_query, n_train) or (n_train,).
         """
-        if aggregate not in (None, "sum", "mean"):
-            raise ValueError(f"aggregate must be None, 'sum' or 'mean', got {aggregate!r}.")
         shape = (len(X), self.n_train) if aggregate is None else (self.n_train,)
         if out is not None:
             _check_room(out, shape)

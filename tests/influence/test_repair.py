@@ -64,7 +64,7 @@ def test_other_ways_to_repair(scorer, digits, how):
     edited = scorer.repair(X[wrong], y[wrong], how=how, k=10, max_steps=10, baselines=False)
     assert edited.edit_report_["action"] == f"repair:{how}"
     assert "baselines" not in edited.edit_report_
-    with pytest.raises(ValueError, match="how must be"):
+    with pytest.raises(ValueError, match="'how' parameter of repair must be"):
         scorer.repair(X[wrong], y[wrong], how="pray")
 
 

@@ -476,11 +476,11 @@ def test_bad_input_is_named(data, net, scorer):
         scorer.influence(X[:2], y[:2], out=np.zeros((3, 3)))
     with pytest.raises(ValueError, match="aggregate"):
         scorer.influence(X[:2], y[:2], aggregate="max")
-    with pytest.raises(ValueError, match="kind must be"):
+    with pytest.raises(ValueError, match="'kind' parameter of top_k must be"):
         scorer.top_k(X[:2], y[:2], kind="both")
-    with pytest.raises(ValueError, match="k=500"):
+    with pytest.raises(ValueError, match="k=500 exceeds"):
         scorer.top_k(X[:2], y[:2], 500)
-    with pytest.raises(ValueError, match="order must be"):
+    with pytest.raises(ValueError, match="'order' parameter of group_influence must be"):
         scorer.group_influence([[1]], X[:2], y[:2], order=3)
     with pytest.raises(ValueError, match="a group is empty"):
         scorer.group_influence([[1], []], X[:2], y[:2])
@@ -560,3 +560,37 @@ def test_groups_and_out_of_the_wrong_kind_are_refused():
             scorer.group_influence([group], X[:2], y[:2])
     with pytest.raises(ValueError, match="out holds int64"):
         scorer.influence(X[:2], y[:2], out=np.zeros((2, 150), int))
+
+
+ASKED_WRONGLY = {
+    "rows must be a pair": lambda s, q: s.influence(*q, rows=q[0]),
+    "guard must be a pair": lambda s, q: s.repair(*q, guard=q[0]),
+    "reference must be a pair": lambda s, q: s.detect_mislabels(True, reference=q[0]),
+    "'k' parameter of top_k": lambda s, q: s.top_k(*q, k=2.5),
+    "'k' parameter of repair": lambda s, q: s.repair(*q, k=0),
+    "'class_aware' parameter": lambda s, q: s.detect_mislabels("yes"),
+    "'radius' parameter": lambda s, q: s.radius_effect(*q, radius=-1),
+    "steps must be positive": lambda s, q: s.fading(*q, steps=(0.5, 2)),
+    "'n_train' parameter of fading": lambda s, q: s.fading(*q, n_train=-1),
+    "'n_train' parameter of diagnose": lambda s, q: s.diagnose(*q, n_train=0),
+    "'batch_size' parameter": lambda s, q: s.fading(*q, batch_size=0),
+    "'learning_rate' parameter": lambda s, q: s.fading(*q, learning_rate=-1),
+    "'fraction' parameter": lambda s, q: s.score(*q, fraction=1.0),
+    "'n_subsets' parameter": lambda s, q: s.score(*q, n_subsets=1),
+    "'max_drop' parameter": lambda s, q: s.remove([0], max_drop=-1),
+    "'ratio' parameter": lambda s, q: s.remove([0], ratio=2),
+    "'ridge' parameter": lambda s, q: s.remove([0], ridge=-1),
+    "is none of the classes": lambda s, q: s.remove(class_=[0, 1]),
+    "or a mask, got": lambda s, q: s.remove(np.array([True, False])),
+    "'damping' parameter": lambda s, q: s.with_damping(0),
+    "'horizon' parameter": lambda s, q: s.with_damping("horizon", horizon=0),
+}
+
+
+@pytest.mark.parametrize("message", ASKED_WRONGLY)
+def test_what_methods_are_asked_is_checked_at_the_door(data, scorer, message):
+    X, y = data
+    before = scorer.damping_
+    with pytest.raises(ValueError, match=message):
+        ASKED_WRONGLY[message](scorer, (X[120:], y[120:]))
+    assert scorer.damping_ == before
