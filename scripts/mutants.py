@@ -277,6 +277,15 @@ def copied(folder):
     subprocess.run(["tar", "x", "-C", folder], input=archive.stdout, check=True)
 
 
+def write(state, results):
+    """Write the list, a mutant a line, whole."""
+    lines = ",\n".join(json.dumps(mutant) for mutant in state["mutants"])
+    head = json.dumps({name: value for name, value in state.items() if name != "mutants"})
+    unfinished = results.with_suffix(".part")
+    unfinished.write_text(f'{head[:-1]}, "mutants": [\n{lines}\n]}}\n')
+    unfinished.replace(results)
+
+
 def run(minutes, results):
     """Run what has no outcome yet."""
     state = json.loads(results.read_text())
@@ -297,7 +306,7 @@ def run(minutes, results):
             file.write_text(source)
             mutant["seconds"] = round(time.time() - started, 1)
             mutant["outcome"], mutant["by"] = judged(said, plain, tests_of(mutant["file"]))
-            results.write_text(json.dumps(state, indent=1) + "\n")
+            write(state, results)
             print(mutant["outcome"], mutant["file"], mutant["function"], mutant["by"], flush=True)
 
 
@@ -329,7 +338,7 @@ def main():
         ["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.strip()
     state = {"commit": commit} | draw(options.count, options.seed)
-    options.results.write_text(json.dumps(state, indent=1) + "\n")
+    write(state, options.results)
 
 
 if __name__ == "__main__":
