@@ -5,7 +5,7 @@
 
 A function of the mathematics (files without a leading underscore) is drawn, each as likely as any
 other, then one place in it. The list is in random order: any beginning of it is a fair sample.
-A mutant is run in a copy of the tree: first the tests that are named after its file, then those of
+A mutant is run in a copy of the tree that the list was drawn from: first the tests that are named after its file, then those of
 its folder that import it, then the contract; it may take 30 s of processor time. It is killed if a
 test fails that passes on the tree as it is, or if the tests no longer end.
 """
@@ -181,19 +181,19 @@ def draw(count, seed):
 
 
 @functools.cache
-def tests_of(path):
+def tests_of(root, path):
     """Test files of a module: named after it, then importing it, then the contract."""
-    file = ROOT / path
-    folder = ROOT / "tests" / (file.parent.name if file.parent.name in ROOMS else "")
+    file = root / path
+    folder = root / "tests" / (file.parent.name if file.parent.name in ROOMS else "")
     own = folder / f"test_{file.stem}.py"
     module = path.removesuffix(".py").replace("/", ".")
     forms = (f"from {module} import", f"from {module.rpartition('.')[0]} import {file.stem}")
-    nearby = [*sorted(folder.glob("test_*.py")), *sorted(ROOT.glob("tests/test_properties*.py"))]
+    nearby = [*sorted(folder.glob("test_*.py")), *sorted(root.glob("tests/test_properties*.py"))]
     importing = [f for f in nearby if f != own and any(form in f.read_text() for form in forms)]
     found = [own] * own.exists() + importing
     if not found:
         found = sorted(folder.glob("test_*.py"), key=lambda f: f.stat().st_size)
-    return [f.relative_to(ROOT).as_posix() for f in [*found, ROOT / "tests/test_contract.py"]]
+    return [f.relative_to(root).as_posix() for f in [*found, root / "tests/test_contract.py"]]
 
 
 def run_tests(tree, arguments, limit=LIMIT):
@@ -266,10 +266,10 @@ def warm_up():
         __import__(name)
 
 
-def copied(folder):
-    """Copy the committed tree."""
+def copied(folder, commit="HEAD"):
+    """Copy a committed tree."""
     archive = subprocess.run(
-        ["git", "archive", "HEAD", "skperf", "tests", "pyproject.toml", "README.md", "scripts"],
+        ["git", "archive", commit, "skperf", "tests", "pyproject.toml", "README.md", "scripts"],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -293,7 +293,7 @@ def run(minutes, results):
     end = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        copied(tree)
+        copied(tree, state["commit"])
         plain = functools.cache(lambda *arguments: run_tests(tree, arguments, 2 * LIMIT))
         for mutant in state["mutants"]:
             if "outcome" in mutant or time.time() > end:
@@ -302,10 +302,11 @@ def run(minutes, results):
             source = file.read_text()
             file.write_text(mutated(source, *mutant["place"])[0])
             started = time.time()
-            said = run_tests(tree, tests_of(mutant["file"]))
+            tests = tests_of(tree, mutant["file"])
+            said = run_tests(tree, tests)
             file.write_text(source)
             mutant["seconds"] = round(time.time() - started, 1)
-            mutant["outcome"], mutant["by"] = judged(said, plain, tests_of(mutant["file"]))
+            mutant["outcome"], mutant["by"] = judged(said, plain, tests)
             write(state, results)
             print(mutant["outcome"], mutant["file"], mutant["function"], mutant["by"], flush=True)
 

@@ -76,7 +76,7 @@ def fit(name, X, y, weight=None):
     made = unfitted(name)
     options = {} if weight is None else {"sample_weight": weight}
     if name == "PerformativeAdapter":
-        options["rounds"] = ROUNDS[: len(y)]
+        options["rounds"] = ROUNDS if y is None else ROUNDS[: len(y)]
     return made.fit(X, y, **options)
 
 
@@ -283,7 +283,7 @@ CELLS = [
 ]
 NAMED = {
     "X": r"\bX\b|Complex data|array|row|feature|sample|column|picture|image|pixel",
-    "y": r"\by\b|label|class|target|sample",
+    "y": r"\by\b|y_true|label|class|target|sample",
     "sample_weight": "sample_weight|weight",
 }
 # cells that give numbers where no plain array says which: a reason each
@@ -293,6 +293,8 @@ FREE = {
     ("PerformativeAdapter", "NaN"): LATE,
     ("PerformativeAdapter", "None in it"): LATE,
     ("score", "never seen"): WRONG,
+    ("PerformativeAdapter", "none"): LATE,
+    ("ComponentAttributor", "none"): "y is optional, and by default what the network predicts",
 }
 
 
