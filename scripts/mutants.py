@@ -5,9 +5,10 @@
 
 A function of the mathematics (files without a leading underscore) is drawn, each as likely as any
 other, then one place in it. The list is in random order: any beginning of it is a fair sample.
-A mutant is run in a copy of the tree that the list was drawn from: first the tests that are named after its file, then those of
-its folder that import it, then the contract; it may take 30 s of processor time. It is killed if a
-test fails that passes on the tree as it is, or if the tests no longer end.
+A mutant is run in a copy of the tree that the list was drawn from: first the tests that are named
+after its file, then those of its folder and of properties that import it, then the contract; it may
+take 30 s of processor time. It is killed if a test fails that passes on the tree as it is, or if
+the tests no longer end.
 """
 
 import argparse
