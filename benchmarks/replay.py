@@ -5,7 +5,7 @@
     python -m benchmarks.replay speed          # over bare loops of the same steps
     python -m benchmarks.replay basis          # what few directions leave out
     python -m benchmarks.replay memory         # with checkpoints over storing all
-    python -m benchmarks.replay bergson PYTHON # Bergson's magic on the same run, in its environment
+    python -m benchmarks.replay bergson PYTHON # the same run in Bergson's environment, or in this one
 
 Each writes ``benchmarks/results/replay_<part>.json``.
 """
@@ -519,7 +519,7 @@ def main() -> None:
     elif part == "basis":
         fewer_directions()
     elif part == "bergson":
-        bergson(sys.argv[2])
+        bergson(sys.argv[2] if len(sys.argv) > 2 else sys.executable)
     elif part == "memory-of":
         memory_of(float(sys.argv[2]))
     else:

@@ -134,6 +134,8 @@ WORKLOADS = (
             ("threshold", "When is a training run smooth enough to be differentiated?"),
             ("quality", "Influence through the training run against retraining"),
             ("speed", "The price of going back through a training run"),
+            ("basis", "What few directions leave out of a training run's scores"),
+            ("bergson", "The same training run in Bergson's magic"),
             ("memory", "Memory of a training run, with checkpoints and without"),
         )
     ),

@@ -39,7 +39,7 @@ from skperf.influence.replay_store import Shelf, state_at
 Value = Callable[[Tensor, Tensor], Tensor]
 Visited = tuple[int, Tensor, Tensor]  # a step, the state before it and the state after it
 _COPIES = 6  # of an adjoint that are alive at once while a step is gone back through
-_CACHED = 2**18  # bytes of adjoints that are worked on together
+_CACHED = 2**20  # bytes of adjoints that are worked on together
 
 
 @dataclass(frozen=True)
