@@ -5,7 +5,7 @@
     python -m benchmarks.replay speed          # over bare loops of the same steps
     python -m benchmarks.replay basis          # what few directions leave out
     python -m benchmarks.replay memory         # with checkpoints over storing all
-    python -m benchmarks.replay bergson PYTHON # the same run in Bergson's environment, or in this one
+    python -m benchmarks.replay bergson PYTHON # the same run in Bergson's environment
 
 Each writes ``benchmarks/results/replay_<part>.json``.
 """
