@@ -452,7 +452,7 @@ def _unrolled(learned: Learned, method: Source, networks: list[Network], i: int)
     """Fit the curvature of every stretch of a training, of member i."""
     network, choices = networks[i], learned.choices
     checkpoints, options = choices.checkpoints or [None], method.options()
-    steps = choices.horizon if options["n_steps"] is None else options["n_steps"]
+    steps: Any = choices.horizon if options["n_steps"] is None else options["n_steps"]
     rate: Any = choices.learning_rate
     rate = learning_rate_of(learned.estimators[i], None) if rate is None else rate
     for name, known in (("Source(n_steps=...)", steps), ("learning_rate", rate)):

@@ -454,7 +454,7 @@ class Replayed:
         n_jobs = effective_n_jobs(self.budget.n_jobs)
         if n_jobs > 1 and self.budget.folder is not None:
             raise ValueError("Replay(folder=...) keeps one pass at a time: give n_jobs=1.")
-        asked = {"hyperparameters": hyperparameters, "n_labels": n_labels}
+        asked: dict[str, Any] = {"hyperparameters": hyperparameters, "n_labels": n_labels}
         # a run leaves its rows and states behind where it is pickled, and states are as many bytes
         # to send as they cost time to compute again
         leaves = leaves_the_process(n_jobs, "threads")

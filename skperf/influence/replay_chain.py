@@ -191,7 +191,7 @@ class _Convolution(Layer):
     def __init__(self, part: Any, weight: int, bias: int | None = None) -> None:
         super().__init__(part, weight, bias)
         none = [0] * len(part.stride)
-        self.how = part.stride, part.padding, part.dilation, False, none, part.groups
+        self.how: Any = part.stride, part.padding, part.dilation, False, none, part.groups
 
     def _back(self, slope: Tensor, at: Tensor, weight: Tensor, *wanted: bool) -> Any:
         sizes = None if self.bias is None else [len(weight)]
@@ -201,7 +201,8 @@ class _Convolution(Layer):
     def forwards(self, at: Tensor, weights: Tensors) -> Tensor:
         self.at, self.value = at, weights[self.weight]
         bias = None if self.bias is None else weights[self.bias]
-        return torch.convolution(at, self.value, bias, *self.how)
+        result: Tensor = torch.convolution(at, self.value, bias, *self.how)
+        return result
 
     def backwards(self, slope: Tensor) -> Tensor:
         self.slope = slope
