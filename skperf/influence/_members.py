@@ -373,7 +373,7 @@ def _settings(
     )
 
 
-def learning_rate_of(fitted: Any, given: float | None) -> float | None:
+def learning_rate_of(fitted: Any, given: Any) -> float | None:
     """Find the step size of further training."""
     if np.ndim(given):
         raise ValueError("learning_rate must be one number where damping is tied to a horizon.")
@@ -456,7 +456,7 @@ def _unrolled(learned: Learned, method: Source, networks: list[Network], i: int)
     rate: Any = choices.learning_rate
     rate = learning_rate_of(learned.estimators[i], None) if rate is None else rate
     for name, known in (("Source(n_steps=...)", steps), ("learning_rate", rate)):
-        if known is None or (np.ndim(known) and len(known) != len(checkpoints)):
+        if known is None or (np.ndim(known) and np.size(known) != len(checkpoints)):
             raise ValueError(
                 f"method='source' needs {name}, one number for all or one for each of the "
                 f"{len(checkpoints)} checkpoints, got {known!r}."

@@ -352,7 +352,7 @@ def nearest_rows(given: int | Nearest | None) -> Nearest | None:
     """Make candidates a record, and validate it."""
     if given is None:
         return None
-    near = Nearest(given) if isinstance(given, Integral) else given
+    near = given if isinstance(given, Nearest) else Nearest(given)
     allowed = {"k": _COUNT, "per_class": ["boolean"]}
     validate_parameter_constraints(allowed, near.get_params(), "Nearest")
     return near

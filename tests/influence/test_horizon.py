@@ -105,7 +105,7 @@ def test_the_flow_is_linearised_half_way_along_the_horizon():
     learned = there._learned
     problem = learned.problem(learned.network(), learned.stages[0].plan)
     stage = replace(learned.stages[0], state=None, fit=exact(problem))
-    there._show(replace(learned, stages=(stage,)))
+    there._show(replace(learned, stages=(stage,)), learned.network())
     expected = there.influence(X[50:], y[50:])
     np.testing.assert_allclose(scorer.influence(X[50:], y[50:]), expected, rtol=1e-3, atol=1e-6)
     later = InfluenceScorer(module, method=GGN(1.0), damping=0.1, learning_rate=0.1)
