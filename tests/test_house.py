@@ -30,7 +30,7 @@ LONG_FILES = {
     "influence/_members.py": 469,
     "influence/replay.py": 470,
 }
-MOST_LINES = 33_600  # to be 25,000
+MOST_LINES = 33_700  # to be 25,000
 
 
 def test_every_file_of_mathematics_is_linted_as_such():
