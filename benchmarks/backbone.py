@@ -30,6 +30,7 @@ def main() -> None:
         criterion=nn.CrossEntropyLoss,
         train_split=None,
         iterator_train__shuffle=True,
+        iterator_valid__batch_size=256,  # as the others predict
         verbose=0,
         **shared,
     )

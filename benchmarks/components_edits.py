@@ -404,8 +404,8 @@ def table():
     results = runner.load(RESULTS)
     rules = ("before", "attribution", "released ranking", "magnitude", "random")
     lines = [
-        "| task | seeds | k of N | " + " | ".join(rules) + " |",
-        "|---" * (len(rules) + 3) + "|",
+        "| task | seeds | k of N | " + " | ".join(rules) + " | lead, paired |",
+        "|---" * (len(rules) + 4) + "|",
     ]
     for task, title in TITLES.items():
         runs = [run for run in results if run["task"] == task]
@@ -423,8 +423,21 @@ def table():
             spread = f" ± {target.std(ddof=1):.2f}" if len(runs) > 1 else ""
             cells.append(f"{target.mean():.2f}{spread} / {others.mean():.2f}")
         sizes = f"{ours} and {theirs} of {runs[0]['n_components']}"
+        cells.append(lead(task, runs))
         lines.append(f"| {title} | {len(runs)} | {sizes} | " + " | ".join(cells) + " |")
     return lines
+
+
+def lead(task, runs):
+    """By how much attribution does better than the released ranking, seed by seed."""
+    ours, theirs = (
+        np.array([[run[rule][group] for group in ("target", "others")] for run in runs])
+        for rule in ("attribution", "released ranking")
+    )
+    gains = (ours - theirs) * ([-1, 1] if task.startswith("forget") else [1, 1])
+    spread = f" ± {gains[:, 0].std(ddof=1):.2f}" if len(runs) > 1 else ""
+    won = f"({(gains[:, 0] > 0).sum()} of {len(runs)})"
+    return f"{gains[:, 0].mean():+.2f}{spread} {won} / {gains[:, 1].mean():+.2f}"
 
 
 def main():
@@ -437,10 +450,11 @@ def main():
         return
     torch.set_num_threads(1)
     rows = runner.load(RESULTS) if RESULTS.exists() else []
+    commit = runner.provenance()["commit"]
     for task in options.tasks:
         for seed in options.seeds:
             rows = [row for row in rows if (row["task"], row["seed"]) != (task, seed)]
-            rows.append({"task": task, "seed": seed, **TASKS[task](seed)})
+            rows.append({"task": task, "seed": seed, "commit": commit, **TASKS[task](seed)})
             print(rows[-1], flush=True)
             runner.save(RESULTS, rows)
 

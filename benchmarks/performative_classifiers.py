@@ -7,7 +7,6 @@ adapter, "frozen" ones on 500 rows before. Both predictions are of the same rows
 """
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks import runner
 from skperf import PerformativeAdapter
 from skperf.datasets import PerformativeStream
 
@@ -100,7 +100,7 @@ def main():
             }
             print(*record.values(), sep="  ", flush=True)
             records.append(record)
-    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+    runner.save(RESULTS, records, seeds=range(options.seeds))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ other kinds, drawn from other seeds.
 """
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks import runner
 from benchmarks.performative_worlds import nll
 from skperf import PerformativeAdapter
 
@@ -174,11 +174,11 @@ def main():
                 k: round(float(v), 4) if isinstance(v, float) else v for k, v in record.items()
             }
             print(*(f"{key} {value}" for key, value in record.items()), sep="  ", flush=True)
-            records = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+            records = runner.load(RESULTS) if RESULTS.exists() else []
             records = [r for r in records if (r["world"], r["arm"]) != (name, arm)] + [record]
             order = [(w, a) for w in WORLDS for a in ARMS]
             records.sort(key=lambda r: order.index((r["world"], r["arm"])))
-            RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+            runner.save(RESULTS, records, seeds=range(options.seeds))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import resource
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +161,8 @@ def fit_cost(repeats, epochs):
     shared = {"tokenizer": tokenizer, "class_names": FASHION, "random_state": 0}
 
     def loop():
-        own, _ = load_text_image_encoder()
-        trainer = ReleasedLoop(own, tokenizer, FASHION, 4, epochs)
+        # it changes the encoder's weights
+        trainer = ReleasedLoop(deepcopy(encoder), tokenizer, FASHION, 4, epochs)
         trainer.fit(X[~held_out], y[~held_out], X[held_out], y[held_out])
 
     def preset():

@@ -172,14 +172,15 @@ def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows = runner.load(ROWS) if ROWS.exists() else []
-    known = list(tasks())
+    known, commit = list(tasks()), runner.provenance()["commit"]
     for seed in options.seeds:
         for name, n, draw in known:
             done = any((row["task"], row["seed"]) == (name, seed) for row in rows)
             if done or (options.tasks and name not in options.tasks):
                 continue
             for method, result in run(name, draw, seed):
-                rows.append({"task": name, "n": n, "seed": seed, "method": method, **result})
+                found = {"task": name, "n": n, "seed": seed, "method": method, **result}
+                rows.append(found | {"commit": commit})
                 print(rows[-1], flush=True)
             runner.save(ROWS, rows)
             runner.save(TABLE, table(rows))
