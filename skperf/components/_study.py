@@ -513,7 +513,8 @@ def _another(network: Network) -> Network:
 
 
 def _is_differentiable(question: Question) -> bool:
-    if question.circuit.wiring.knows_rows:  # else rows may be routed past all gates
+    # rows may be routed past all gates, and a row alone is its own donor
+    if question.circuit.wiring.knows_rows and question.circuit.rule.kind != "resample":
         question = replace(question, asked=question.asked[:1])
     try:
         gradients = intact_gradients(question)

@@ -39,7 +39,7 @@ _ALLOWED: dict[str, Any] = {
     "radius": [Interval(Real, 0, None, closed="left")],
     "ratio": [Interval(Real, 0, 1, closed="right"), None],
     "recipe": [Recipe, None],
-    "ridge": [_POSITIVE, None],
+    "ridge": [Interval(Real, 0, None, closed="left"), None],
     "select": [StrOptions(set(SELECTIONS)), None],
     "tokens": [StrOptions({"queries", "rows"}), None],
     "weight_decay": [Interval(Real, 0, None, closed="left"), None],

@@ -178,7 +178,7 @@ def test_rows_are_forgotten_as_far_as_the_guard_allows(scorer, digits):
         ({"class_": 77}, "none of the classes"),
         ({"indices": [5000]}, "between 0 and 699"),
         ({"indices": []}, "not none or all"),
-        ({"indices": [1], "how": "magic"}, "how must be one of"),
+        ({"indices": [1], "how": "magic"}, "'how' parameter of remove"),
     ],
 )
 def test_what_cannot_be_removed(scorer, arguments, message):
