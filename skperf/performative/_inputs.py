@@ -345,10 +345,10 @@ def check_prior(given, classes, name="prior", *, positive=False):
     prior = np.asarray(given, dtype=np.float64)
     if prior.shape != (len(classes),):
         raise ValueError(f"{name} has shape {prior.shape}, but there are {len(classes)} classes.")
-    if not np.isfinite(prior).all() or prior.min() < 0 or not prior.max() > 0:
-        raise ValueError(f"{name} must be shares, none negative, got {prior.tolist()}.")
-    if positive and prior.min() == 0:
-        raise ValueError(f"{name} must be positive for every class, got {prior.tolist()}.")
+    least = "positive for every class" if positive else "shares, none negative"
+    wrong = prior.min() < 0 or prior.max() == 0 or (positive and prior.min() == 0)
+    if wrong or not np.isfinite(prior).all():
+        raise ValueError(f"{name} must be {least}, got {prior.tolist()}.")
     return prior / prior.sum()
 
 

@@ -86,7 +86,7 @@ def learned(record: Record, data: Round) -> Record:
         counts,
         hits,
         mix=mix,
-        shares=counted(data.deployed, data.weight, n_classes) / data.weight.sum(),
+        shares=counted(data.predicted, data.weight, n_classes) / data.weight.sum(),
         confusion=_confused(record, part),
         covariates=data.covariates,
         unlabelled=float((~labelled).sum()),
@@ -218,14 +218,13 @@ def _judged(record: Record, part: Round, expected: Expected) -> Record:
     """Hold what was anticipated and applied against the labels of the round."""
     codes, weight, log_prior = part.codes, part.weight, expected.log_prior
     n_classes = len(record.log_base)
-    counts, changed = counted(codes, weight, n_classes), {}
     if record.anticipation.n_pairs:
         right = float(np.average(part.own == codes, weights=weight))
-        changed["corrector"] = record.corrector.judged(
+        corrector = record.corrector.judged(
             part.logits, codes, weight, expected.answer, record.log_base, right
         )
-        changed["width"] = _stepped_by(record, log_prior, counts)
-        record = replace(record, **changed)
+        width = _stepped_by(record, log_prior, counted(codes, weight, n_classes))
+        record = replace(record, corrector=corrector, width=width)
     if record.options.is_hybrid:
         scores, before = record.corrector.calibrated(part.logits), record.batch_losses
         mixes = [record.hybrid_prior(scores, log_prior, worth) for worth in WORTHS]
