@@ -23,11 +23,12 @@ from skperf.backbone.parameters import Parameters, checksum, select_parameters
 from skperf.backbone.rows import Rows
 from skperf.influence._methods import GGN, Exact, Method, Nearest, Replay, Source, TracIn
 from skperf.influence._replay import ReplayEnsemble, replay_of
+from skperf.influence._stages import moments_of, state_of
 from skperf.influence.captures import record
 from skperf.influence.curvature import RowSpace
 from skperf.influence.damping import horizon_time
 from skperf.influence.horizon import FurtherTraining, further_trained
-from skperf.influence.methods import METHODS, Adam, redamped, train_and_rows
+from skperf.influence.methods import METHODS, redamped, train_and_rows
 from skperf.influence.neighbours import last_layer
 from skperf.influence.placement import Plan, plan
 from skperf.influence.problem import LOSS_UNIT, Fitted, Problem, Settings
@@ -439,11 +440,12 @@ def _checkpoints(learned: Learned, method: TracIn, networks: list[Network]) -> l
             )
     found = []
     for i, network in enumerate(networks):
+        parameters = _selected(network, learned.names)
         stages = zip(checkpoints, rates, moments, strict=True)
         for j, (checkpoint, rate, state) in enumerate(stages):
-            adam = None if state is None else _adam(learned, network, state, method)
+            adam = None if state is None else moments_of(state, parameters, method)
             own = {"normalize": options["normalize"], "adam": adam}
-            weights = _state_of(network, checkpoint, j)
+            weights = state_of(network, checkpoint, j)
             found.append((i, weights, float(rate) / len(networks), own))
     return found
 
@@ -465,7 +467,7 @@ def _unrolled(learned: Learned, method: Source, networks: list[Network], i: int)
     rows, segments = [], []
     planned = learned.planned(network)
     for j, (checkpoint, time) in enumerate(zip(checkpoints, times, strict=True)):
-        state = None if checkpoint is None else _state_of(network, checkpoint, j)
+        state = None if checkpoint is None else state_of(network, checkpoint, j)
         problem = learned.problem(with_weights(network, state), planned)
         own = {name: options[name] for name in ("kept_trace", "max_rows")}
         train, curved, _ = train_and_rows(problem, **own)
@@ -474,49 +476,6 @@ def _unrolled(learned: Learned, method: Source, networks: list[Network], i: int)
         segments.append(Segment(RowSpace.of(curved), float(time), decay))
     fit = Fitted(rows, Unrolled(tuple(segments)), 1 / len(learned.X), LOSS_UNIT)
     return Stage(i, None, 1 / len(networks), {}, planned, fit)
-
-
-def _adam(learned: Learned, network: Network, state: Mapping[str, Any], method: TracIn) -> Adam:
-    parts: dict[str, list[Tensor]] = {"exp_avg": [], "exp_avg_sq": []}
-    steps = []
-    for name, parameter in _selected(network, learned.names).items():
-        own = state.get(name, {}) if isinstance(state, Mapping) else {}
-        if any(np.shape(own.get(key)) != parameter.shape for key in parts):
-            raise ValueError(
-                f"moments hold no state of {name!r}; needed is a dict by name of parameter with "
-                "exp_avg and exp_avg_sq of its shape."
-            )
-        for key, entries in parts.items():
-            entries.append(torch.as_tensor(state[name][key]).to(parameter).reshape(-1).cpu())
-        steps.append(state[name].get("step"))
-    # the step that Adam would take next
-    step = None if steps[0] is None else int(steps[0]) + 1
-    first, second = method.betas
-    mean, square = (torch.cat(entries) for entries in parts.values())
-    return Adam(mean, square, step, (first, second), method.eps)
-
-
-def _state_of(network: Network, checkpoint: Any, i: int) -> dict[str, Tensor]:
-    if isinstance(checkpoint, Mapping):
-        state = checkpoint
-    elif isinstance(checkpoint, nn.Module):
-        state = checkpoint.state_dict()
-    elif isinstance(checkpoint, BaseEstimator):
-        state = open_network(checkpoint).module.state_dict()
-    else:
-        raise TypeError(
-            f"checkpoint {i} is a {type(checkpoint).__name__}; needed is a state dict, a module or "
-            "a fitted estimator. skperf.influence.read_checkpoints reads files and folders."
-        )
-    for name, tensor in network.module.state_dict().items():
-        if name not in state or state[name].shape != tensor.shape:
-            seen = "missing" if name not in state else f"of shape {tuple(state[name].shape)}"
-            raise ValueError(
-                f"checkpoint {i} does not fit the estimator: {name!r} is {seen}, expected shape "
-                f"{tuple(tensor.shape)}."
-            )
-    # own memory: the user may go on training the module that was given
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _half_way(learned: Learned, networks: list[Network]) -> list[Parameters | None]:

@@ -16,7 +16,8 @@ from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, SquaredErro
 from skperf.backbone.rows import Rows
 from skperf.backbone.training_run import Data, Run, Step, Trainer, train_again
 from skperf.influence import replay, replay_store
-from skperf.influence.replay import Budget, basis_of, losses_at, replayed, smoothness
+from skperf.influence.replay import Budget, losses_at, replayed, smoothness
+from skperf.influence.replay_queries import basis_of
 
 N, WIDTH, CLASSES, BATCH = 50, 6, 3, 16
 
