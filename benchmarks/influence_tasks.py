@@ -8,6 +8,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from benchmarks.data import (
+    fetch_fashion_mnist,
     fetch_mnist,
     fetch_newsgroups,
     fetch_spam_assassin,
@@ -15,7 +16,7 @@ from benchmarks.data import (
 )
 from skperf import MLP, Net
 from skperf.backbone.architectures import SmallConvNet
-from skperf.datasets import fetch_fashion_mnist, load_email_vectors, load_fashion_mnist
+from skperf.datasets import load_email_vectors, load_fashion_mnist
 
 
 def halves(rows, seed):

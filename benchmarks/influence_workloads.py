@@ -11,10 +11,10 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from benchmarks.data import fetch_newsgroups, fetch_wordllama
+from benchmarks.data import fetch_fashion_mnist, fetch_newsgroups, fetch_wordllama
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import loss
-from skperf.datasets import fetch_fashion_mnist, load_email_vectors
+from skperf.datasets import load_email_vectors
 from skperf.influence.retraining import (
     Recipe,
     fresh_parameters,

@@ -15,10 +15,10 @@ from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import runner
-from benchmarks.data import fetch_newsgroups, fetch_r8, fetch_wordllama
+from benchmarks.data import fetch_fashion_mnist, fetch_newsgroups, fetch_r8, fetch_wordllama
 from skperf import PerformativeAdapter, from_module
 from skperf.backbone._opening import class_logits
-from skperf.datasets import PerformativeStream, fetch_fashion_mnist, load_fashion_cnn
+from skperf.datasets import PerformativeStream, load_fashion_cnn
 from skperf.performative.label_shift import bbse_prior, em_prior, log_loss, soft_confusion
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,10 +28,10 @@ from sklearn.feature_extraction.text import CountVectorizer
 from torch import nn
 
 from benchmarks import runner
-from benchmarks.data import fetch_r8
+from benchmarks.data import fetch_fashion_mnist, fetch_r8
 from benchmarks.performative_worlds import nll
 from skperf import PerformativeAdapter, from_module
-from skperf.datasets import PerformativeStream, fetch_fashion_mnist
+from skperf.datasets import PerformativeStream
 from skperf.performative.label_shift import smooth_shares
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,8 +11,14 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
-from benchmarks.data import fetch_efficientnet_lite0, fetch_emoji, fetch_minilm, fetch_mnist
-from skperf.datasets import fetch_fashion_mnist, load_emoji, load_text_image_encoder
+from benchmarks.data import (
+    fetch_efficientnet_lite0,
+    fetch_emoji,
+    fetch_fashion_mnist,
+    fetch_minilm,
+    fetch_mnist,
+)
+from skperf.datasets import load_emoji, load_text_image_encoder
 
 FASHION = ["t-shirt", "trousers", "pullover", "dress", "coat"]
 FASHION += ["sandal", "shirt", "sneaker", "bag", "boot"]

