@@ -83,6 +83,8 @@ class Network:
             return self._run(tree)
 
     def _run(self, tree: Any) -> Any:
+        # a module may write to its input, which is often passed again
+        tree = Rows(tree).map(Tensor.clone).tree
         if self.forward is not None:
             return self.forward(self.module, tree)
         return call(self.module, tree)

@@ -23,7 +23,7 @@ def select_parameters(
 
     Aliases in the network's own order; a tied tensor once, under its first name.
     """
-    _refuse_scripted(module)
+    refuse_scripted(module)
     named = {name: parameter.detach() for name, parameter in module.named_parameters()}
     if not named:
         raise ValueError(f"{type(module).__name__} has no parameters.")
@@ -66,7 +66,7 @@ def substituted(module: nn.Module, parameters: Parameters) -> Iterator[None]:
     """Put tensors in the place of parameters of a module of ours, tied ones together."""
     # torch.func.functional_call would leave them in a layer that is registered twice
     slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    _refuse_scripted(module)
+    refuse_scripted(module)
     for part in module.modules():
         for name, tensor in part._parameters.items():
             if tensor is not None:
@@ -84,7 +84,8 @@ def substituted(module: nn.Module, parameters: Parameters) -> Iterator[None]:
             place[key] = own
 
 
-def _refuse_scripted(module: nn.Module) -> None:
+def refuse_scripted(module: nn.Module) -> None:
+    """Refuse what hides its parts."""
     for part in module.modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise ValueError(

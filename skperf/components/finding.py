@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skperf.backbone.network import Network
+from skperf.backbone.parameters import refuse_scripted
 from skperf.components.taps import row_layer, tapped, weight_rows
 from skperf.components.units import Found, Place, Site, Spot
 from skperf.components.watching import Watcher
@@ -17,6 +18,7 @@ from skperf.components.watching import Watcher
 
 def find(network: Network, row: Any, others: Any = None) -> Found:
     """Run one row through a view of ours and say what it is made of: row (1, ...)."""
+    refuse_scripted(network.module)
     watcher = Watcher(network.module)
     with torch.enable_grad(), watcher.hooks(), watcher:
         outputs = network(row)

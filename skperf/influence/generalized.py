@@ -47,14 +47,19 @@ def unit_strengths(
         return {}
     with forward_hooks({layer.module: keep(layer.name) for layer in chosen}):
         results = network(inputs)
-    seen = list(outputs.values())
+    # in order of execution, without the layers that do not run
+    seen = outputs
     if by != "output":
         total = network.loss.value(results, targets).sum()
-        seen = list(torch.autograd.grad(total, seen))
+        # what runs under no_grad has no gradient
+        slopes = torch.autograd.grad(total, list(seen.values()), materialize_grads=True)
+        seen = dict(zip(seen, slopes, strict=True))
     means = {}
-    for layer, values in zip(chosen, seen, strict=True):
+    for layer in chosen:
+        if layer.name not in seen:
+            continue
         axis = -1 if isinstance(layer.module, nn.Linear) else 1
-        mean = values.detach().movedim(axis, 0).flatten(1).mean(1)
+        mean = seen[layer.name].detach().movedim(axis, 0).flatten(1).mean(1)
         means[layer.name] = mean if by == "output" else mean.abs()
     return means
 

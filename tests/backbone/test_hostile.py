@@ -7,7 +7,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import nn
 
-from skperf import InfluenceScorer, Net, PerformativeAdapter, from_module
+from skperf import ComponentAttributor, InfluenceScorer, Net, PerformativeAdapter, from_module
 from skperf.backbone.batch_norm import prediction_time_batch_norm
 
 RNG = np.random.default_rng(0)
@@ -89,6 +89,35 @@ def test_scripted_modules_predict_and_are_refused_where_parameters_vary():
         np.testing.assert_allclose(from_module(scripted).predict_proba(X), want, rtol=1e-6)
         with pytest.raises(ValueError, match="scripted module, whose parameters can't be varied"):
             InfluenceScorer(from_module(scripted)).fit(X, y).influence(X[:2], y[:2])
+        with pytest.raises(ValueError, match="scripted module, whose parameters can't be varied"):
+            ComponentAttributor(from_module(scripted)).fit(X, y)
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+
+    def forward(self, x):
+        x.sub_(0.5).mul_(2)  # writes to its input
+        return self.net(x)
+
+
+@pytest.mark.parametrize("method", ["gradient_dot", "exact"])
+def test_a_forward_that_writes_to_its_input_gets_the_rows_every_time(method):
+    module, rows = Centred(), X.copy()
+    inner, shifted = module.net, (X - 0.5) * 2
+    found, wanted = (
+        InfluenceScorer(net, method=method).fit(x, y).influence(x[:4], y[:4])
+        for net, x in ((module, rows), (inner, shifted))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    model = ComponentAttributor(module, output="logit", budget=30, random_state=0).fit(rows, y)
+    logits = inner(torch.as_tensor(shifted)).detach().numpy()
+    np.testing.assert_allclose(model.baseline_output_, logits[range(30), y], atol=1e-6)
+    assert model.verified_ < 1e-5
+    np.testing.assert_array_equal(rows, X)
 
 
 @pytest.mark.parametrize(

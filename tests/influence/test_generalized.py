@@ -82,6 +82,37 @@ def test_strongest_units_are_taken_whole_until_the_quota_is_full():
     assert not named["0.weight"][order[3:]].any()
 
 
+class Shuffled(torch.nn.Module):
+    """Layers that run in another order than they stand in, one without slopes, one not at all."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.idle, self.last = torch.nn.Linear(2, 9), torch.nn.Linear(5, 3)
+        self.first, self.fixed = torch.nn.Linear(6, 5), torch.nn.Linear(5, 5)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        with torch.no_grad():
+            other = self.fixed(hidden)
+        return self.last(hidden + other)
+
+
+def test_strengths_belong_to_their_layers_whatever_order_these_run_in():
+    network = Network(Shuffled().double(), np.arange(3))
+    layers = find_layers(network.module, select_parameters(network.module))
+    inputs, codes = torch.randn(30, 6, dtype=torch.float64), torch.arange(30) % 3
+    with recording(network.module):
+        strengths = unit_strengths(network, inputs, codes, layers, "output")
+        by_gradient = unit_strengths(network, inputs, codes, layers, "gradient")
+    first = network.module.first(inputs).mean(0).detach()
+    torch.testing.assert_close(strengths["first"], first)
+    slopes = network(inputs).softmax(1) - torch.nn.functional.one_hot(codes, 3)
+    torch.testing.assert_close(by_gradient["last"], slopes.mean(0).abs().detach())
+    assert not by_gradient["fixed"].any()
+    assert set(strengths) == set(by_gradient) == {"first", "fixed", "last"}
+
+
 def test_saliency_weighs_gradient_by_curvature():
     gradient = torch.tensor([1.0, 2.0, 3.0, 4.0])
     curvature = torch.tensor([0.1, 4.0, 9.0, 100.0])
