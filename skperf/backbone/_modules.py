@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from skperf.backbone._validation import as_labels, check_rows
 from skperf.backbone.looking import Seen, look
-from skperf.backbone.losses import Loss, describes, resolve_loss
+from skperf.backbone.losses import (
+    BinaryCrossEntropy,
+    Loss,
+    describes,
+    of_two_classes,
+    resolve_loss,
+)
 from skperf.backbone.network import Forward, Network, Readout, check_device
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import original, own_copy, view
@@ -165,6 +171,14 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
 
     @property
     def loss_(self) -> Loss:
+        loss = self._declared()
+        if isinstance(loss, BinaryCrossEntropy) and self.classes is not None:
+            # two classes at one logit; several outputs are labels of their own
+            one = len(self.classes) == 2 if self._looked is None else self._looked.two_classes
+            return of_two_classes(loss.pos_weight) if one else loss
+        return loss
+
+    def _declared(self) -> Loss:
         return resolve_loss("cross_entropy" if self.loss is None else self.loss)
 
     def fit(self, X: Any = None, y: Any = None) -> "ModuleClassifier":
@@ -220,7 +234,7 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
         if self._looked is None and X is not None and len(X):
             known = None if self.classes is None else len(self.classes)
             # the same for every thread that looks
-            self._looked = look(self._blank(), X, n_labels=known, loss=self.loss_)
+            self._looked = look(self._blank(), X, n_labels=known, loss=self._declared())
         seen = self._looked
         return replace(
             self._blank(),
@@ -254,7 +268,7 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
         elif other._classifies() and labels is not None and labels.ndim == 1:
             n_labels = len(np.unique(labels))
         other.classes = self._named_classes(labels)
-        seen = other._looked = look(self._blank(), X, n_labels=n_labels, loss=other.loss_)
+        seen = other._looked = look(self._blank(), X, n_labels=n_labels, loss=other._declared())
         # classes of maps stand in torch's place, before the positions; those of tokens behind
         other._classes_first = (
             labels is not None and labels.ndim > 1 and labels.shape[1:] == seen.shape[1:]

@@ -32,6 +32,7 @@ from skperf.backbone.losses import (
     Loss,
     Penalty,
     SquaredError,
+    of_two_classes,
     resolve_loss,
 )
 from skperf.backbone.network import (
@@ -305,10 +306,7 @@ def _of_net(net: Any, labels: Any = None) -> Network:
             "skperf.from_module(net.module_, classes=[...])."
         )
     if classifies and isinstance(criterion, nn.BCEWithLogitsLoss | nn.BCELoss):
-        weight = getattr(criterion, "pos_weight", None)
-        if weight is not None:
-            weight = torch.cat([torch.ones(1), weight.detach().reshape(1).cpu().float()])
-        loss = CrossEntropy(weight)
+        loss = of_two_classes(getattr(criterion, "pos_weight", None))
     decay = float(net.get_params(deep=False).get("optimizer__weight_decay", 0.0) or 0.0)
     return Network(
         view(net.module_),

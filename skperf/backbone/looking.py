@@ -31,6 +31,7 @@ class Seen:
     readout: Readout | None
     shape: tuple[int, ...]  # of one row's outputs
     draws: bool
+    two_classes: bool = False  # told apart by one output
 
 
 def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None = None) -> Seen:
@@ -64,10 +65,11 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
                 raise TypeError(f"readout must return a tensor (n, K) or (n,), got {seen}.")
             return Seen(network.readout, tuple(outputs.shape[1:]), mode.drawn)
     entry, outputs = _entry(returned, len(few), n_labels, network)
-    final = _final(outputs, n_labels, loss)
+    two = n_labels == 2 and _single(outputs)
+    final = _final(outputs, two, loss)
     if final is not None:
         outputs = final(outputs)
-    return Seen(chained(entry, final), tuple(outputs.shape[1:]), mode.drawn)
+    return Seen(chained(entry, final), tuple(outputs.shape[1:]), mode.drawn, two)
 
 
 def _entry(
@@ -111,13 +113,17 @@ def _entry(
     return Field(key), outputs
 
 
-def _final(outputs: Tensor, n_labels: int | None, loss: Loss | None) -> Readout | None:
+def _single(outputs: Tensor) -> bool:
+    return outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
+
+
+def _final(outputs: Tensor, two: bool, loss: Loss | None) -> Readout | None:
     """Say what makes logits of probabilities, and two columns of one."""
     if loss is not None and loss.kind in ("values", "own"):
         return None
     last = _last_operation(outputs)
     shares = outputs.detach()
-    single = outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
+    single = _single(outputs)
     sums_to_one = outputs.ndim == 2 and bool((shares.sum(1) - 1).abs().max() < 1e-4)
     bounded = bool(((shares >= 0) & (shares <= 1)).all())
     if last is None and bounded and (single or (outputs.ndim == 2 and not sums_to_one)):
@@ -125,7 +131,7 @@ def _final(outputs: Tensor, n_labels: int | None, loss: Loss | None) -> Readout 
             "the network hides how its outputs come about (by no_grad, say), and those of the "
             f"first rows lie between 0 and 1: are they probabilities, or logits? {_HINT}"
         )
-    if loss is not None and loss.kind == "labels":
+    if loss is not None and loss.kind == "labels" and not two:
         return logits_of_shares if last == "Sigmoid" else None
     if single:
         return log_odds_of_probability if last == "Sigmoid" else two_logits

@@ -347,6 +347,13 @@ def _of_module(module: nn.Module) -> Loss:
     return Own(module, kind.__name__)
 
 
+def of_two_classes(pos_weight: Tensor | None) -> CrossEntropy:
+    """Give binary cross-entropy as one over the logits (0, z): pos_weight (1,) or None."""
+    if pos_weight is None:
+        return CrossEntropy()
+    return CrossEntropy(torch.cat([torch.ones(1), pos_weight.detach().reshape(1).cpu().float()]))
+
+
 def describes(loss: Loss) -> str:
     """Say what a loss is, with what makes it differ from its plain form."""
     plain = type(loss)() if not isinstance(loss, Own) else loss

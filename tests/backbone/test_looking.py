@@ -116,6 +116,24 @@ def test_labels_that_stand_side_by_side():
         np.testing.assert_array_equal(several.predict(X), (module(F) > 0).long())
 
 
+def test_binary_cross_entropy_with_two_classes_tells_them_by_one_logit():
+    linear, labels = nn.Linear(4, 1), np.where(y > 0, "yes", "no")
+    goals = torch.as_tensor(y > 0).float()[:, None]
+    loss = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([3.0]))
+    model = from_module(linear, classes=["no", "yes"], loss=loss)
+    np.testing.assert_allclose(
+        model.predict_proba(X)[:, 1], linear(F)[:, 0].sigmoid().detach(), rtol=1e-4
+    )
+    found = InfluenceScorer(model, method="gradient_dot").fit(X, labels).influence(X, labels)
+    inputs = torch.cat([F, torch.ones(len(F), 1)], 1)
+    rows = ((linear(F).sigmoid() - goals) * inputs).detach()
+    weighted = rows * (1 + 2 * goals)  # as it was trained; queries count once
+    expected = (rows @ weighted.T).numpy() / (1 + 2 * goals).mean().item()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    several = from_module(nn.Linear(4, 2), classes=["no", "yes"], loss=nn.BCEWithLogitsLoss())
+    assert several.predict(X).shape == (len(X), 2)
+
+
 # -- what it was trained on -----------------------------------------------------------------
 
 WEIGHT = torch.tensor([1.0, 5.0, 2.0])
