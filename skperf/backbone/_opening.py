@@ -144,7 +144,12 @@ def class_logits(fitted: Any, X: Any) -> np.ndarray:
     predict_proba, or decision_function.
     """
     if has_network(fitted):
-        return np.asarray(open_network(fitted).logits(X).double().numpy())
+        network = open_network(fitted)
+        logits, net = network.logits(X), _inner(fitted)[0]
+        own = getattr(net, "predict_nonlinearity", None)
+        if callable(own) and network.readout is None:  # probabilities are no softmax of outputs
+            return _log_probabilities(own(logits).numpy(), type(net).__name__)
+        return np.asarray(logits.double().numpy())
     given = _given(X, fitted) if isinstance(X, Rows) else X
     with warnings.catch_warnings():
         # the callers validate names; what reaches here is an array

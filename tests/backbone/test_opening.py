@@ -232,6 +232,26 @@ class Improper(Mute):
         return np.full((len(X), 2), 0.7)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_probabilities_are_those_of_a_nets_own_nonlinearity(frozen):
+    net = NeuralNetClassifier(
+        nn.Linear,
+        module__in_features=3,
+        module__out_features=3,
+        criterion=nn.CrossEntropyLoss,
+        predict_nonlinearity=lambda outputs: (outputs / 2).softmax(-1),
+        train_split=None,
+        max_epochs=2,
+        verbose=0,
+    )
+    rng = np.random.default_rng(0)
+    rows = 3 * rng.normal(size=(40, 3)).astype(np.float32)
+    net.fit(rows, np.arange(40) % 3)
+    logits = class_logits(FrozenEstimator(net) if frozen else net, rows)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(shares, net.predict_proba(rows), rtol=1e-5)
+
+
 def test_class_logits_refuses_improper_probabilities():
     with pytest.raises(ValueError, match="each row summing to 1"):
         class_logits(Improper(), X)
