@@ -91,7 +91,11 @@ WORKLOADS = (
         "performative",
         "A backbone retrained every round",
         "performative_retraining",
-        ("performative_retraining.json", "performative_retraining_selection.json"),
+        (
+            "performative_retraining.json",
+            "performative_retraining_selection.json",
+            "performative_retraining.png",
+        ),
         "guide/performative",
     ),
     Workload(
