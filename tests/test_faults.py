@@ -148,6 +148,7 @@ def test_a_killed_writer_leaves_a_whole_file_and_the_next_one_clears_up(name, op
 @pytest.mark.parametrize("name", NAMES)
 def test_writers_of_one_path_never_show_a_reader_half_a_file(name, operation, tmp_path):
     if name == "data set":
+        # a download that is there and whole is read, not written again
         pytest.skip("is written once, where there is none")
     path = tmp_path / NAMES[name]
     operation.write(name, path)

@@ -33,7 +33,7 @@ class OfLogits:
 
     def _outputs(self, X: Any) -> Tensor:
         """Compute the outputs of rows, on the CPU: X (n, ...) -> (n, n_classes) or (n, ...)."""
-        raise NotImplementedError
+        raise NotImplementedError  # every classifier around a network has its own
 
     def _kind(self) -> str:
         """Kind of the targets, as a loss names it."""

@@ -137,7 +137,7 @@ class Layer(Link):
 
     def gradients(self) -> dict[int, Tensor]:
         """By its own parameters, by their places."""
-        raise NotImplementedError
+        raise NotImplementedError  # every kind of layer has its own
 
 
 class _Linear(Layer):

@@ -38,7 +38,7 @@ class InputProgram:
 
     def place(self, inputs: Tensor) -> Tensor:
         """Bring inputs to the encoder's size, not yet programmed."""
-        raise NotImplementedError
+        raise NotImplementedError  # every program has its own
 
     def picture(self, weights: Tensor) -> Tensor:
         """Draw what is added, in the shape of one placed input."""
