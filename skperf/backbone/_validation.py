@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from skperf.backbone._sklearn import BaseSearchCV
-from skperf.backbone.rows import Rows
+from skperf.backbone.rows import Rows, is_hugging_face
 
 _PIECE = 1 << 16
 _WIDTHS = ("n_features_in_", "feature_names_in_")
@@ -135,6 +135,8 @@ def _is_table(X: Any) -> bool:
     if isinstance(X, Mapping | str) or (
         isinstance(X, tuple) and any(len(getattr(value, "shape", ())) > 0 for value in X)
     ):
+        return False
+    if is_hugging_face(X):  # whose shape counts its columns
         return False
     if hasattr(X, "shape") or isinstance(X, list | tuple):
         shape = getattr(X, "shape", None)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from torch import Tensor
 from torch.utils import _pytree
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 Where = slice | NDArray[Any] | Tensor | Sequence[int]
 _PIECE = 1024
@@ -41,6 +41,8 @@ class Rows:
                 "map-style Dataset (with __len__ and __getitem__) or arrays."
             )
         if isinstance(X, Mapping):
+            if any(is_hugging_face(value) for value in X.values()):
+                raise TypeError(f"X holds several data sets, {sorted(X)}: pass one, X['train'].")
             rows = cls({str(name): _leaf(value, f"X[{name!r}]") for name, value in X.items()})
         elif isinstance(X, tuple) and X and all(_is_array(value) for value in X):
             rows = cls(tuple(_leaf(value, f"X[{i}]") for i, value in enumerate(X)))
@@ -123,9 +125,12 @@ class Rows:
         if self.indices is None:
             return self
         wanted = [int(i) for i in self.indices]
-        if hasattr(self.dataset, "column_names"):  # Hugging Face gives a dict of columns at once
+        if is_hugging_face(self.dataset):  # gives a dict of columns at once
             columns = self.dataset[wanted]
-            return Rows.of({name: columns[name] for name in columns if name not in _TARGETS})
+            names = [
+                name for name in columns if name not in _TARGETS and not _is_text(columns[name])
+            ]
+            return Rows.of({name: columns[name] for name in names})
         many = getattr(self.dataset, "__getitems__", None)
         items = many(wanted) if many is not None else [self.dataset[i] for i in wanted]
         return _collated([_inputs_of(item) for item in items])
@@ -179,8 +184,21 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "__getitem__") and len(value.shape) > 0
 
 
+def is_hugging_face(X: Any) -> bool:
+    """Whether X is a data set of the library `datasets`."""
+    return hasattr(X, "column_names") and hasattr(X, "with_format") and hasattr(X, "__getitem__")
+
+
+def _is_text(column: Any) -> bool:
+    """Whether a column (n,) holds texts, which no network takes."""
+    return isinstance(column, list) and len(column) > 0 and isinstance(column[0], str)
+
+
 def _is_dataset(X: Any) -> bool:
-    if _is_array(X) or isinstance(X, list | tuple | str):
+    if is_hugging_face(X):
+        return True
+    # a column of a Hugging Face data set is a Sequence: a list that is read when asked
+    if _is_array(X) or (isinstance(X, Sequence) and not isinstance(X, Dataset)):
         return False
     return hasattr(X, "__getitem__") and hasattr(X, "__len__")
 
@@ -193,7 +211,7 @@ def _leaf(value: Any, name: str) -> Any:
         value = value.detach()
     elif not _is_array(value) or isinstance(value, np.ndarray):
         try:
-            value = np.asarray(value)
+            value = np.asarray(list(value) if isinstance(value, Sequence) else value)
         except ValueError as error:
             raise ValueError(
                 f"{name} holds rows of different lengths; pad them to one length, and pass the "
@@ -219,16 +237,22 @@ def _gathered(leaf: Any, where: Any) -> Any:
 
 
 def _inputs_of(item: Any) -> Any:
-    """Leave the target out of an item of a data set."""
+    """Leave the target out of an item of a data set, and make arrays of lists of numbers."""
     if isinstance(item, Mapping):
-        return {name: value for name, value in item.items() if name not in _TARGETS}
+        return {name: _listed(value) for name, value in item.items() if name not in _TARGETS}
+    if isinstance(item, list) and np.ndim(item[0] if item else 0) == 0:
+        return _listed(item)  # one row of numbers, no pair of inputs and target
     if not isinstance(item, tuple | list) or len(item) < 2:
-        return item[0] if isinstance(item, tuple | list) else item
+        return _listed(item[0]) if isinstance(item, tuple | list) else item
     # torch's own convention: the target comes last; a single number is no input of a network
     inputs = item[:-1] if np.ndim(item[-1]) == 0 else item
     if isinstance(inputs[0], Mapping):
         return _inputs_of(inputs[0])
-    return tuple(inputs) if len(inputs) > 1 else inputs[0]
+    return tuple(map(_listed, inputs)) if len(inputs) > 1 else _listed(inputs[0])
+
+
+def _listed(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, list) else value
 
 
 def _collated(items: list[Any]) -> Rows:

@@ -16,7 +16,14 @@ from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegr
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from skperf import MLP, InfluenceScorer, Net, from_module
+from skperf import (
+    MLP,
+    ComponentAttributor,
+    InfluenceScorer,
+    Net,
+    PerformativeAdapter,
+    from_module,
+)
 from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from skperf.backbone.rows import Rows
@@ -448,26 +455,75 @@ def test_skorchs_own_pipelines_from_texts_to_labels():
     np.testing.assert_allclose(logits.softmax(1), pipe.predict_proba(texts), rtol=1e-4)
 
 
-def test_a_hugging_face_data_set_is_read_by_its_columns():
-    class Columns:
-        """Stands in for datasets.Dataset, which answers a list of numbers with columns."""
+def hugging_face(ids, **columns):
+    """The library's own data set of token ids, masks and labels."""
+    datasets = pytest.importorskip("datasets")
+    mask = (ids != 0).astype(int)
+    columns = {"label": [i % 2 for i in range(len(ids))], "text": ["a"] * len(ids), **columns}
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": mask.tolist(), **columns}
+    )
 
-        column_names = ("input_ids", "attention_mask", "label")
 
-        def __init__(self, ids):
-            self.ids = ids
-
-        def __len__(self):
-            return len(self.ids)
-
-        def __getitem__(self, numbers):
-            ids = self.ids[np.asarray(numbers)]
-            return {"input_ids": ids.tolist(), "attention_mask": (ids != 0).tolist(), "label": 1}
-
+@pytest.mark.parametrize("form", ["lists", "torch", "numpy", "selected", "disk", "column"])
+def test_a_hugging_face_data_set_is_read_by_its_columns(form, tmp_path):
     ids, module = padded(np.random.default_rng(0)), bert()
+    rows = hugging_face(ids)
     expected = from_module(module).predict_proba(ids)
-    got = from_module(module).predict_proba(Columns(ids))
+    if form in ("torch", "numpy"):
+        rows = rows.with_format(form, columns=["input_ids", "attention_mask"])
+    elif form == "selected":
+        rows, expected = rows.select([3, 0, 2]), expected[[3, 0, 2]]
+    elif form == "disk":
+        rows.save_to_disk(tmp_path / "rows")
+        rows = type(rows).load_from_disk(tmp_path / "rows")
+    elif form == "column":
+        rows = rows["input_ids"]
+    got = from_module(module).predict_proba(rows)
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_every_estimator_fits_a_hugging_face_data_set_as_it_fits_its_columns():
+    ids, module = padded(np.random.default_rng(0)), bert()
+    rows, y = hugging_face(ids), np.arange(len(ids)) % 2
+    plain = {"input_ids": ids, "attention_mask": (ids != 0).astype(int)}
+    for make, result in (
+        (lambda: InfluenceScorer(module), lambda fitted, X: fitted.influence(X, y)),
+        (
+            lambda: ComponentAttributor(
+                module, components="attention_heads", budget=16, random_state=0
+            ),
+            lambda fitted, X: fitted.transform(X),
+        ),
+        (lambda: PerformativeAdapter(module), lambda fitted, X: fitted.predict_proba(X)),
+    ):
+        got = result(make().fit(rows, rows["label"]), rows)
+        np.testing.assert_allclose(got, result(make().fit(plain, y), plain), atol=1e-6)
+
+
+def test_hugging_face_rows_of_unequal_length_and_several_splits_are_refused_by_name():
+    datasets = pytest.importorskip("datasets")
+    ragged = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+    with pytest.raises(ValueError, match=r"X\['input_ids'\] holds rows of different lengths"):
+        from_module(bert()).predict_proba(ragged)
+    with pytest.raises(TypeError, match=r"several data sets, \['train'\]: pass one"):
+        from_module(bert()).predict_proba(datasets.DatasetDict(train=ragged))
+
+
+@pytest.mark.parametrize("form", ["dict", "pair", "row"])
+def test_items_that_are_lists_of_numbers_are_rows(form):
+    ids, module = padded(np.random.default_rng(0)), bert()
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(ids)
+
+        def __getitem__(self, i):
+            row = ids[i].tolist()
+            return {"dict": {"input_ids": row, "labels": 1}, "pair": (row, 1), "row": row}[form]
+
+    got = from_module(module).predict_proba(Items())
+    np.testing.assert_allclose(got, from_module(module).predict_proba(ids), atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
