@@ -15,15 +15,17 @@ from skperf import (
     default_net,
 )
 
-ESTIMATORS = {
-    "performative": PerformativeAdapter(),
-    "performative-logistic": PerformativeAdapter(LogisticRegression()),
-    "reprogrammer": Reprogrammer(),
-    "influence": InfluenceScorer(),
-    "components": ComponentAttributor(),
-    "editor": ComponentEditor(random_state=0),
-    "net": default_net(random_state=0),
-}
+ESTIMATORS = [
+    PerformativeAdapter(),
+    PerformativeAdapter(LogisticRegression()),
+    Reprogrammer(max_epochs=5),
+    InfluenceScorer(),
+    ComponentAttributor(budget=30),
+    ComponentEditor(attributor=ComponentAttributor(budget=30), random_state=0),
+    default_net(random_state=0),
+]
+# hundreds of ablations and epochs on tables of twenty rows
+WITH_DEFAULTS = [Reprogrammer(), ComponentAttributor(), ComponentEditor(random_state=0)]
 WEIGHTS = "check_sample_weight_equivalence_on_dense_data"
 EXPECTED = {
     Net: {
@@ -40,12 +42,23 @@ EXPECTED = {
 }
 
 
-@parametrize_with_checks(
-    list(ESTIMATORS.values()),
-    expected_failed_checks=lambda estimator: EXPECTED.get(type(estimator), {}),
-    xfail_strict=True,
-)
+def checks_on(estimators):
+    """Parametrize a test with the checks of some estimators."""
+    return parametrize_with_checks(
+        estimators,
+        expected_failed_checks=lambda estimator: EXPECTED.get(type(estimator), {}),
+        xfail_strict=True,
+    )
+
+
+@checks_on(ESTIMATORS)
 def test_estimator_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@checks_on(WITH_DEFAULTS)
+def test_estimator_checks_with_defaults(estimator, check):
     check(estimator)
 
 
@@ -68,7 +81,7 @@ FOR_TRANSFORMERS = [
     ("estimator", "check"),
     [
         (estimator, check)
-        for estimator in ESTIMATORS.values()
+        for estimator in ESTIMATORS
         for check in BY_HAND + (FOR_TRANSFORMERS if hasattr(estimator, "transform") else [])
         # a skorch net takes settings that its constructor does not name, `module__...`
         if not (isinstance(estimator, Net) and check == "check_param_validation")
