@@ -27,8 +27,8 @@ from skperf.reprogramming.heads import (
     Fitted,
     Folds,
     candidates,
+    few_rows,
     folds_of,
-    of_single_rows,
 )
 from skperf.reprogramming.judging import Choice, Judged, choose
 from skperf.reprogramming.label_mapping import cooccurrence, labels_of_interest, random_mapping
@@ -138,8 +138,7 @@ def fit_program(
     heads = fit_heads(settings, labelled, generator, judged.rows)
     logits = {name: fitted.logits[judged.rows] for name, fitted in heads.items()}
     choice = choose(settings, task, judged, logits)
-    if settings.compares_heads and of_single_rows(torch.as_tensor(codes)):
-        # a row left out leaves nothing of its class: no comparison says anything
+    if settings.compares_heads and few_rows(torch.as_tensor(codes)):
         choice = replace(choice, head="probe")
     counted += sum(known.module_.n_queries for known in [net, *nets])
     head = heads[choice.head].head if choice.head in heads else None
@@ -206,16 +205,14 @@ def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[Prog
     plain, full = labelled.plain, labelled.codes
     scored: dict[str, Tensor] = {}
     if plain is not None:
-        # a row must not be its own neighbour
-        own = splits if len(splits) > 1 or not np.array_equal(*splits[0]) else None
-        if own is None:
+        # no row is its own neighbour, and a threshold of all rows is less rough than one of some
+        own = splits
+        if len(full) <= MOST_ROWS or np.array_equal(*splits[0]):
             own = folds_of(full, min(N_FOLDS, len(full)), np.random.RandomState(0))
+        codes = torch.as_tensor(full)
         for name, kind in FEATURE_SCORES.items():
-            values = torch.full((len(full),), torch.nan)
-            for train, test in own:
-                fitted = kind.fit(plain[train], torch.as_tensor(full[train]))
-                values[test] = fitted.score(plain[test]).float()
-            scored[name] = values[rows]
+            scores = [kind.fit(plain[a], codes[a]).score(plain[b]) for a, b in own]
+            scored[name] = torch.cat(scores).float()
     return Judged(
         rows,
         torch.as_tensor(full[rows]),

@@ -29,7 +29,7 @@ class Judged:
     weight: Tensor  # (m,)
     parts: list[Representations] | None  # where there are texts, else
     logits: Tensor | None  # (m, n_classes)
-    features: dict[str, Tensor] = field(default_factory=dict)  # scores of outputs, each (m,)
+    features: dict[str, Tensor] = field(default_factory=dict)  # scores of outputs, in any order
     known: tuple[Tensor, Tensor] | None = None  # plain outputs (n, d) and codes (n,) of all rows
 
     def similarities(self, alpha: float, renormalize: bool) -> Tensor:
