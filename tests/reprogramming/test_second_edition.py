@@ -81,6 +81,20 @@ def test_cross_fitted_thresholds_keep_fresh_rows(towers, parameters):
     assert abs(np.mean(kept) - 0.95) < 0.04
 
 
+def test_thresholds_of_scores_on_outputs_are_read_from_all_rows(towers, parameters):
+    """Thirty rows held out would leave the kept share a deviation of .04."""
+    kept, shared = [], parameters | {"max_epochs": 1, "class_names": ["cat", "dog", "bird"]}
+    for draw in range(8):
+        generator = np.random.RandomState(draw)
+        X, y = generator.uniform(0, 1, (800, 3, 12, 12)).astype(np.float32), np.arange(800) % 3
+        model = Reprogrammer(towers, **shared).fit(X[:300], y[:300])
+        inliers = [
+            model.predict_inlier(X[300:], ood_score=s) for s in ("mahalanobis", "knn", "vim")
+        ]
+        kept.append((np.array(inliers) > 0).mean(1))
+    assert (np.sqrt(np.mean((np.array(kept) - 0.95) ** 2, 0)) < 0.03).all()
+
+
 def test_too_few_rows_for_the_retention_are_told(towers, pictures, parameters):
     X, y = pictures
     with pytest.warns(UserWarning, match=r"needs at least 19 rows .* support a retention of 0.90"):
@@ -203,9 +217,10 @@ def test_nobody_is_better_off_with_a_probe(towers, parameters):
     assert model.score(X[200:], y[200:]) >= theirs - 2 * np.sqrt(0.25 / 300)
 
 
-def test_one_row_a_class_is_learned_from(towers, pictures, parameters):
+@pytest.mark.parametrize("each", [1, 2])
+def test_one_row_a_class_or_two_are_learned_from(towers, pictures, parameters, each):
     X, y = pictures
-    rows = np.arange(3)
+    rows = np.arange(3 * each)
     with pytest.warns(UserWarning, match="ood_retention"):
         model = Reprogrammer(towers, **parameters).fit(X[rows], y[rows])
     assert model.head_ == "probe"
