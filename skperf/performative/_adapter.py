@@ -690,12 +690,14 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         if prior is not None:
             mix = _inputs.check_prior(prior, self.classes_)
             log_prior = np.log(np.maximum(mix, 1e-12))
-        scores = self.record_.corrected(self._opened().logits(X), log_prior)
-        return self.record_.measured(
-            codes, scores.argmax(axis=1), scores, strata=_steps.strata_codes(self.record_, strata)
-        )
+        record, opened = self.record_, self._opened()
+        logits = opened.logits(X)
+        scores = record.corrected(logits, log_prior)
+        untouched = prior is None and record.nothing_is_corrected
+        predicted = opened.own(X, logits) if untouched else scores.argmax(axis=1)
+        return record.measured(codes, predicted, scores, strata=_steps.strata_codes(record, strata))
 
-    def replay(self, X, y, *, rounds):
+    def replay(self, X, y, *, rounds, strata=None):
         """Predict rounds in order, each by the statistic of the one before; nothing is learned.
 
         Rounds that lie between the last one seen and the first one given, as ``gap`` of
@@ -710,6 +712,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Labels.
         rounds : int, str, date or array-like of shape (n,)
             Rounds.
+        strata : array-like of shape (n,), optional
+            Groups, where the statistic needs them.
 
         Returns
         -------
@@ -719,9 +723,10 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         check_is_fitted(self, "record_")
         X, codes = self._labelled(X, y)
         numbers = _inputs.check_rounds(rounds, len(codes))
-        return _steps.replayed(self.record_, self._opened(), X, codes, numbers)
+        groups = _steps.strata_codes(self.record_, strata)
+        return _steps.replayed(self.record_, self._opened(), X, codes, numbers, groups)
 
-    def score(self, X, y, *, rounds=None, sample_weight=None):
+    def score(self, X, y, *, rounds=None, sample_weight=None, strata=None):
         """Compute the accuracy; with `rounds` one step ahead in order, without refitting.
 
         Parameters
@@ -734,23 +739,28 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Rounds.
         sample_weight : array-like of shape (n,), optional
             Weights.
+        strata : array-like of shape (n,), optional
+            Groups, where the statistic needs them.
 
         Returns
         -------
         float
             Accuracy.
         """
-        if rounds is None:
-            predicted = self.predict(X)
+        check_is_fitted(self, "record_")
+        if rounds is not None:
+            proba = self.replay(X, y, rounds=rounds, strata=strata)
+        if rounds is None or self.record_.nothing_is_corrected:
+            predicted = self.predict(X)  # a classifier's own rule need not be its likeliest class
         else:
-            predicted = self.classes_[self.replay(X, y, rounds=rounds).argmax(axis=1)]
+            predicted = self.classes_[proba.argmax(axis=1)]
         y, known = _inputs.check_labels(y, len(predicted), first=False)
         weight = None if sample_weight is None else np.asarray(sample_weight)[known]
         labels = predicted[known]
         truth = y[known].astype(labels.dtype) if y.dtype == object else y[known]
         return accuracy_score(truth, labels, sample_weight=weight)
 
-    def rank_models(self, candidates, X, y, *, scoring="accuracy", n_bootstrap=200):
+    def rank_models(self, candidates, X, y, *, scoring="accuracy", n_bootstrap=200, strata=None):
         """Predict what candidates would score in the round after their deployment.
 
         Where the record gives no evidence that the mix answers the model, all candidates are
@@ -768,6 +778,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             A callable takes ``(y_true, y_pred, sample_weight=)``.
         n_bootstrap : int, default=200
             Resamples of rows, rounds and one-step-ahead errors; 0 gives no intervals.
+        strata : array-like of shape (n,), optional
+            Groups, where the statistic needs them.
 
         Returns
         -------
@@ -779,9 +791,10 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         check_is_fitted(self, "record_")
         named = _inputs.check_candidates(candidates, scoring, n_bootstrap)
         X, codes = self._labelled(X, y)
-        return _steps.ranked(self.record_, named, X, codes, scoring, n_bootstrap)
+        groups = _steps.strata_codes(self.record_, strata)
+        return _steps.ranked(self.record_, named, X, codes, scoring, n_bootstrap, groups)
 
-    def stable_point(self, X, y, *, damping=0.1, tol=0.005, max_iter=500):
+    def stable_point(self, X, y, *, damping=0.1, tol=0.005, max_iter=500, strata=None):
         """Find the label mix at which the corrected model and its answer come to rest.
 
         Parameters
@@ -796,6 +809,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             Total variation that counts as rest.
         max_iter : int, default=500
             Most steps.
+        strata : array-like of shape (n,), optional
+            Groups, where the statistic needs them.
 
         Returns
         -------
@@ -811,9 +826,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
             raise ValueError(f"max_iter must be 1 or more, got {max_iter}.")
         X, codes = self._labelled(X, y)
         logits = self._opened().logits(X)
-        return Bunch(
-            **rest_point(self.record_, logits, codes, damping=damping, tol=tol, max_iter=max_iter)
-        )
+        groups, how = _steps.strata_codes(self.record_, strata), (damping, tol, max_iter)
+        return Bunch(**rest_point(self.record_, logits, codes, groups, *how))
 
     def diagnose(self, *, n_permutations=99):
         """Examine the record: what is known, and whether the response is the model's doing.
@@ -891,6 +905,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         checked = _inputs.check_covariates(covariates, n_rounds, n_known)
         groups = _inputs.check_by_row(strata, n_rows, "strata")
         deployed = _inputs.check_by_row(deployed, n_rows, "deployed_pred")
+        if numbers is not None and weight is not None and not np.any(weight):
+            raise ValueError("sample_weight is 0 for all rows: a round needs rows that count.")
         weights = check_sample_weight(weight, np.zeros(n_rows), dtype=np.float64)
         data = Data(
             X, values, known, numbers, weights, weight is not None, deployed, checked, groups

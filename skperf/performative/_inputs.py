@@ -12,6 +12,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from skperf.backbone._validation import as_array
 from skperf.performative.label_shift import smooth_shares
 
+ROUNDED = 0.005  # what shares may miss of 1
+
 
 class PerformativeWarning(UserWarning):
     """The record of rounds does not carry the answer that was asked of it."""
@@ -50,9 +52,8 @@ def check_rounds(rounds, n_rows):
     """
     dtype = getattr(rounds, "dtype", None)
     if getattr(dtype, "ordered", False):  # pandas categories in an order of their own
-        rounds = np.asarray(getattr(rounds, "cat", rounds).codes)
-        if (rounds < 0).any():
-            raise ValueError("rounds contain missing values: every row needs a round.")
+        codes = np.asarray(getattr(rounds, "cat", rounds).codes)
+        rounds = np.where(codes < 0, np.nan, codes)
     if hasattr(rounds, "to_timestamp") and not hasattr(rounds, "index"):
         rounds = rounds.to_timestamp()  # pandas periods, one or an index of them
     values = np.asarray(rounds)
@@ -63,13 +64,15 @@ def check_rounds(rounds, n_rows):
             f"rounds has {len(values)} entries of shape {values.shape}, but X and y have {n_rows} "
             "rows: give one for each row, or one for all."
         )
+    missing = np.array([_is_missing(value) for value in values.tolist()], bool)
+    if missing.any():
+        row = int(np.flatnonzero(missing)[0])
+        raise ValueError(f"rounds has a missing value in row {row}: every row needs a round.")
     if values.dtype == object:
         values = _typed(values)
     if values.dtype.kind in "iub":
         return values.astype(np.int64)
     if values.dtype.kind in "mM":
-        if np.isnat(values).any():
-            raise ValueError("rounds contain NaT: every row needs a round.")
         return values
     if values.dtype.kind in "UT":
         names = np.unique(values.astype(str)).tolist()
@@ -97,20 +100,28 @@ def check_rounds(rounds, n_rows):
 
 def _typed(values):
     """Give objects (n,) of one kind an array of that kind."""
-    if any(value is None or value != value for value in values):
-        raise ValueError("rounds contain missing values: every row needs a round.")
     kinds = {type(value) for value in values}
     if all(issubclass(kind, str) for kind in kinds):
         return values.astype(str)
     if all(hasattr(kind, "to_timestamp") for kind in kinds):  # pandas periods
         return np.array([np.datetime64(value.to_timestamp()) for value in values])
     if all(issubclass(kind, datetime.date | np.datetime64) for kind in kinds):
+        zoned = [getattr(value, "tzinfo", None) is not None for value in values]
+        if any(zoned):  # one clock for all zones
+            if not all(zoned):
+                raise ValueError("rounds mix times with and without a zone, which have no order.")
+            values = [value.astimezone(datetime.UTC).replace(tzinfo=None) for value in values]
         return np.array([np.datetime64(value) for value in values])
     if len(kinds) > 1 and any(issubclass(kind, str) for kind in kinds):
         raise ValueError(
             f"rounds mix {sorted(kind.__name__ for kind in kinds)}, which have no order."
         )
     return values
+
+
+def _is_missing(value):
+    # pandas' NA has no truth of its own
+    return value is None or type(value).__name__ == "NAType" or value != value
 
 
 def next_number(last):
@@ -147,14 +158,14 @@ def check_labels(y, n_rows, *, first):
     """Turn labels into an array (n_rows,) and a mask of those that are known."""
     if y is None:
         return np.zeros(n_rows, dtype=object), np.zeros(n_rows, bool)
-    values = column_or_1d(np.asarray(as_array(y)), warn=True)
+    values = column_or_1d(np.asarray(as_array(y, "y")), warn=True)
     if len(values) != n_rows:
         raise ValueError(
             f"Found input variables with inconsistent numbers of samples: [{n_rows}, {len(values)}]"
         )
     known = np.ones(len(values), bool)
     if values.dtype == object:
-        known = np.array([value is not None and value == value for value in values], bool)
+        known = np.array([not _is_missing(value) for value in values], bool)
     elif values.dtype.kind == "f":
         known = ~np.isnan(values)
         assert_all_finite(values[known], input_name="y")
@@ -283,8 +294,11 @@ def missing_rounds(seen, first):
     return len(range(int(seen[-1]) + step, int(first), step))
 
 
-def check_later(trajectory, numbers):
-    """Refuse rounds neither later than all seen nor in want of labels; give positions of these."""
+def check_later(trajectory, numbers, n_labels):
+    """Refuse rounds neither later than all seen nor in want of as many labels; find the latter.
+
+    Shapes: numbers (n_rounds,), n_labels (n_rounds,) -> positions of the rounds seen before.
+    """
     if not len(trajectory):
         return set()
     last, late = trajectory.rounds[-1], set()
@@ -300,6 +314,11 @@ def check_later(trajectory, numbers):
             raise ValueError(
                 f"round {number} is not later than the last round seen, {last}, and has all its "
                 "labels: rounds are appended in order of time, each once."
+            )
+        if n_labels[i] > trajectory.unlabelled[at[0]]:
+            raise ValueError(
+                f"round {number} waits for {trajectory.unlabelled[at[0]]:.0f} labels, but "
+                f"{n_labels[i]} came: give each label once."
             )
         late.add(i)
     return late
@@ -346,9 +365,12 @@ def check_prior(given, classes, name="prior", *, positive=False):
     if prior.shape != (len(classes),):
         raise ValueError(f"{name} has shape {prior.shape}, but there are {len(classes)} classes.")
     least = "positive for every class" if positive else "shares, none negative"
-    wrong = prior.min() < 0 or prior.max() == 0 or (positive and prior.min() == 0)
-    if wrong or not np.isfinite(prior).all():
+    if not np.isfinite(prior).all() or prior.min() < 0 or (positive and prior.min() == 0):
         raise ValueError(f"{name} must be {least}, got {prior.tolist()}.")
+    if not positive and abs(prior.sum() - 1) > ROUNDED:  # a base mix may be told by counts
+        raise ValueError(
+            f"{name} must sum to 1, got {prior.tolist()} with sum {prior.sum():.4g}: divide by it."
+        )
     return prior / prior.sum()
 
 

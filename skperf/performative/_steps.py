@@ -36,7 +36,8 @@ def learn(
         deployed = _inputs.deployed_codes(deployed, record.classes)
     numbers = np.unique(np.asarray(data.rounds))
     # the whole call is refused before any of it is learned
-    late = _inputs.check_later(record.anticipation.trajectory, numbers)
+    n_labels = [int((codes[data.rounds == number] >= 0).sum()) for number in numbers]
+    late = _inputs.check_later(record.anticipation.trajectory, numbers, n_labels)
     strata = strata_codes(record, data.strata)
     for i, number in enumerate(track(numbers, description="rounds", verbose=verbose)):
         rows = np.flatnonzero(data.rounds == number)
@@ -162,7 +163,7 @@ def corrected(record: Record, logits: np.ndarray, log_prior: np.ndarray) -> tupl
 
 
 def replayed(
-    record: Record, opened: Opened, X: Any, codes: np.ndarray, numbers: np.ndarray
+    record: Record, opened: Opened, X: Any, codes: np.ndarray, numbers: np.ndarray, strata: Any
 ) -> np.ndarray:
     """Predict probabilities (n, n_classes) of rounds in order; nothing is learned."""
     state, n_classes = record.anticipation, len(record.classes)
@@ -192,7 +193,9 @@ def replayed(
         trajectory = replace(trajectory, rounds=np.arange(len(trajectory)))
         trajectory = trajectory.append(
             len(trajectory),
-            record.measured(codes[rows], predicted, scores),
+            record.measured(
+                codes[rows], predicted, scores, strata=None if strata is None else strata[rows]
+            ),
             np.bincount(codes[rows], minlength=n_classes).astype(np.float64),
             shares=np.bincount(predicted, minlength=n_classes) / len(rows),
         )
@@ -200,10 +203,16 @@ def replayed(
 
 
 def ranked(
-    record: Record, named: dict, X: Any, codes: np.ndarray, scoring: Any, n_bootstrap: int
+    record: Record,
+    named: dict,
+    X: Any,
+    codes: np.ndarray,
+    scoring: Any,
+    n_bootstrap: int,
+    strata: Any,
 ) -> Bunch:
     """Rank candidates by what they would score in the round after their deployment."""
-    models = [_candidate(record, model, X, codes, scoring) for model in named.values()]
+    models = [_candidate(record, model, X, codes, scoring, strata) for model in named.values()]
     answers = answers_the_model(record)
     if not answers and record.anticipation.n_pairs:
         warnings.warn(
@@ -223,7 +232,9 @@ def ranked(
     return ranking
 
 
-def _candidate(record: Record, model: Any, X: Any, codes: np.ndarray, scoring: Any) -> Candidate:
+def _candidate(
+    record: Record, model: Any, X: Any, codes: np.ndarray, scoring: Any, strata: Any
+) -> Candidate:
     """Give a candidate's statistic and score as functions of row indices."""
     classes = record.classes
     opened = open_candidate(model, X, classes)
@@ -231,7 +242,8 @@ def _candidate(record: Record, model: Any, X: Any, codes: np.ndarray, scoring: A
     predicted = opened.own(X, logits)
 
     def statistic(rows: np.ndarray) -> np.ndarray:
-        return record.measured(codes[rows], predicted[rows], logits[rows])
+        groups = None if strata is None else strata[rows]
+        return record.measured(codes[rows], predicted[rows], logits[rows], strata=groups)
 
     def by_metric(prior: np.ndarray, rows: np.ndarray) -> float:
         shares = np.bincount(codes[rows], minlength=len(classes)) / len(rows)

@@ -63,9 +63,15 @@ def plain_gaps(
 
 
 def rest_point(
-    record: Record, logits: Array, codes: Codes, *, damping: float, tol: float, max_iter: int
+    record: Record,
+    logits: Array,
+    codes: Codes,
+    strata: Codes | None,
+    damping: float,
+    tol: float,
+    max_iter: int,
 ) -> dict[str, Any]:
-    """Rest of the corrected model on rows: logits (n, n_classes), codes (n,)."""
+    """Rest of the corrected model on rows: logits (n, n_classes), codes, strata (n,)."""
     start, coming = np.exp(record.log_base), record.anticipation.trajectory.coming()
 
     def corrected(prior: Array) -> Array:
@@ -73,7 +79,7 @@ def rest_point(
 
     def statistic(prior: Array) -> Array:
         scores = corrected(prior)
-        return record.measured(codes, scores.argmax(axis=1), scores)
+        return record.measured(codes, scores.argmax(axis=1), scores, strata=strata)
 
     def answer(prior: Array) -> Array:
         expected = record.anticipation.log_answer(coming.at(statistic(prior)[None]))[0]

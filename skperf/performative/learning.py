@@ -116,7 +116,8 @@ def labelled_later(record: Record, data: Round) -> Record:
     told, log_prior = record.losses[at], np.log(record.losses[at]["predicted"])
     scores = record.corrected(data.logits, log_prior)
     if data.deployed is None:
-        data = replace(data, deployed=scores.argmax(axis=1))
+        untouched = told["strength"] == 0.0 and record.nothing_is_corrected
+        data = replace(data, deployed=data.own if untouched else scores.argmax(axis=1))
     data = data.part(np.ones(len(data.codes), bool))
     before = state.trajectory.counts[i].sum()
     statistic = record.statistic_of(data, scores)

@@ -206,8 +206,10 @@ def measure_by_name(
         absent = np.bincount(codes, minlength=n_classes) == 0
         positive = recall[(recall > 0) & ~absent]
         return np.where(absent, positive.mean() if len(positive) else 0.0, recall)
-    if name == "recall" or strata is None:
+    if name == "recall":
         return smoothed_shares(codes, right, n_classes, weight, smoothing)
+    if strata is None:
+        raise ValueError(f"statistic={name!r} needs strata, one for each row.")
     if name == "stratum":
         return smoothed_shares(strata, right, n_strata, weight, smoothing)
     return smoothed_shares(

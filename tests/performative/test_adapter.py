@@ -1,5 +1,6 @@
 """PerformativeAdapter: what it promises, and how it says no."""
 
+import datetime
 import pickle
 from copy import deepcopy
 
@@ -20,6 +21,7 @@ from skperf.backbone.parameters import fingerprint
 from tests.performative.conftest import K, World, live
 
 QUICK = {"adapter": ["fixed", "tied", "linear"], "random_state": 0}
+AWARE = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
 
 
 def refitted(lived, **parameters):
@@ -348,17 +350,39 @@ def test_records_are_checked():
     ("rounds", "message"),
     [
         (np.zeros(5), "5 entries .* 60 rows"),
-        (np.where(np.arange(60) == 7, np.nan, 1.0), "nan in row 7"),
+        (np.where(np.arange(60) == 7, np.nan, 1.0), "missing value in row 7"),
         (np.where(np.arange(60) == 3, 1.5, 1.0), "1.5 in row 3"),
         (np.array(["a", 1] * 30, dtype=object), "no order"),
-        (np.array([None] * 60), "missing values"),
+        (np.array([None] * 60), "missing value in row 0"),
+        (pd.Series([*range(59), None], dtype="Int64"), "missing value in row 59"),
+        (pd.Series([*"ab" * 29, "b", None], dtype="string"), "missing value in row 59"),
+        (np.array([AWARE, AWARE.replace(tzinfo=None)] * 30), "with and without a zone"),
     ],
-    ids=["short", "nan", "fraction", "mixed", "missing"],
+    ids=["short", "nan", "fraction", "mixed", "missing", "Int64", "string", "zones"],
 )
 def test_rounds_that_are_none(frozen, world, rounds, message):
     X, y = world.draw(60)
     with pytest.raises(ValueError, match=message):
         PerformativeAdapter(frozen).fit(X, y, rounds=rounds)
+
+
+def test_times_of_any_zone_are_put_on_one_clock(frozen, world):
+    X, y = world.draw(60)
+    days = pd.date_range("2024-01-01", periods=4, freq="D", tz="Asia/Tokyo").repeat(15)
+    here = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=days)
+    there = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=days.tz_convert("UTC"))
+    np.testing.assert_array_equal(here.trajectory_.rounds, there.trajectory_.rounds)
+    assert str(here.trajectory_.rounds[0]).startswith("2023-12-31T15")
+
+
+@pytest.mark.parametrize("prior", [[1, 2, 3, 4], [0.2] * 4, {0: 0.5, 1: 0.2}], ids=str)
+def test_shares_that_do_not_sum_to_one(frozen, world, prior):
+    X, y = world.draw(60)
+    adapter = PerformativeAdapter(frozen).fit(X, y)
+    for call in (adapter.correct, lambda X, mix: adapter.deployed_statistic(X, y, prior=mix)):
+        with pytest.raises(ValueError, match="prior must sum to 1"):
+            call(X, prior)
+    assert adapter.correct(X, [0.333, 0.333, 0.333, 0]).shape == (60, K)
 
 
 def test_unknown_labels_are_listed(frozen, world):

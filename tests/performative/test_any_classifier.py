@@ -309,6 +309,44 @@ def test_a_report_to_read(lived):
     plt.close("all")
 
 
+def test_a_round_gets_each_label_once(frozen, world):
+    X, y = world.draw(90)
+    adapter = PerformativeAdapter(frozen, **QUICK).partial_fit(X, y, rounds=0)
+    some = np.where(np.arange(90) < 30, y.astype(object), None)
+    adapter.partial_fit(X, some, rounds=1)
+    with pytest.raises(ValueError, match="round 1 waits for 60 labels, but 90 came"):
+        adapter.partial_fit(X, y, rounds=1)
+    with pytest.raises(ValueError, match="sample_weight is 0 for all rows"):
+        adapter.partial_fit(X[30:], y[30:], rounds=1, sample_weight=np.zeros(60))
+    adapter.partial_fit(X[30:], y[30:], rounds=1)
+    np.testing.assert_array_equal(adapter.trajectory_.counts[1], np.bincount(y, minlength=K))
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA], ids=repr)
+@pytest.mark.parametrize("dtype", [object, "string", "category"])
+def test_labels_missing_in_any_form(frozen, world, dtype, missing):
+    X, y = world.draw(90)
+    some = pd.Series([missing if i % 3 else f"c{label}" for i, label in enumerate(y)], dtype=dtype)
+    adapter = PerformativeAdapter(LogisticRegression(), **QUICK)
+    adapter.fit(X, some, rounds=np.arange(90) // 30)
+    assert adapter.trajectory_.counts.sum() == 30
+    assert adapter.trajectory_.unlabelled.tolist() == [20, 20, 20]
+
+
+def test_a_rule_of_its_own_is_kept_in_order_and_for_late_labels(world):
+    X, y = world.draw(600, prior=[0.6, 0.4, 0, 0])
+    own = FixedThresholdClassifier(LogisticRegression(), threshold=0.1).fit(X, y)
+    adapter = PerformativeAdapter(FrozenEstimator(own), strength=0.0, calibration="none", **QUICK)
+    adapter.fit(X, y, rounds=np.arange(600) // 100)
+    recall = [np.mean(own.predict(X[y == c]) == c) for c in (0, 1)]
+    assert adapter.fallback_
+    assert adapter.score(X, y, rounds=np.arange(600) // 100) == own.score(X, y)
+    found = adapter.deployed_statistic(X, y)
+    np.testing.assert_allclose(found, recall, atol=0.01)  # shrunk by two rows
+    adapter.partial_fit(X, None, rounds=6).partial_fit(X, y, rounds=6)
+    np.testing.assert_allclose(adapter.statistic_, found)
+
+
 # ---- covariates, strata, options
 
 
@@ -371,6 +409,19 @@ def test_statistics_by_stratum(frozen, lived, statistic, width):
     adapter.fit(X, y, rounds=rounds, strata=strata)
     assert adapter.statistic_.shape == (width,)
     assert adapter.statistic_of(frozen, X, y, strata=strata).shape == (width,)
+    rest = adapter.stable_point(X, y, max_iter=20, strata=strata)
+    assert rest.statistic.shape == (width,)
+    assert adapter.replay(X, y, rounds=rounds, strata=strata).shape == (len(y), K)
+    adapter.rank_models([frozen], X, y, n_bootstrap=0, strata=strata)
+    asked = (
+        lambda: adapter.stable_point(X, y),
+        lambda: adapter.replay(X, y, rounds=rounds),
+        lambda: adapter.rank_models([frozen], X, y),
+        lambda: adapter.partial_fit(X, y),
+    )
+    for call in asked:
+        with pytest.raises(ValueError, match="needs strata"):
+            call()
     with pytest.raises(ValueError, match="needs strata"):
         PerformativeAdapter(frozen, statistic=statistic).fit(X, y, rounds=rounds)
 
