@@ -78,7 +78,7 @@ def live(logits, y, world, seed, n_rounds):
                 "none": base,
                 "last round": np.log(shares),
                 "BBSE": np.log(np.maximum(bbse, 1e-4)),
-                "EM": np.log(np.maximum(em_prior(X, base).prior, 1e-12)),
+                "EM": np.log(np.maximum(em_prior(X, base), 1e-12)),
                 "adapter": anticipated,
                 "oracle": np.log(np.maximum(batch.prior, 1e-12)),
             }

@@ -77,7 +77,7 @@ def test_every_row_of_a_round_stays_together():
         (
             RoundForwardSplit(),
             [0, 1, 2, 3, np.nan],
-            "rounds must be integers, dates or strings; the first that is not: nan",
+            "missing value in row 4",
         ),
         (RoundForwardSplit(), np.arange(9), "inconsistent numbers of samples"),
     ],

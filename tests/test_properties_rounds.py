@@ -199,14 +199,14 @@ def test_maps_that_enter_get_the_weight_of_one_among_equals():
         "new that reads": contender(0.0),
     }
     found = _with_entrants(maps, ["new", "new that reads"])
-    weights = {name: np.exp(one.log_weight) for name, one in found.items()}
+    weights = {name: np.exp(one.log_weights[0]) for name, one in found.items()}
     assert weights["old"] == pytest.approx(0.35)
     assert weights["reads"] == pytest.approx(0.15)
     assert weights["new"] == weights["new that reads"] == pytest.approx(0.25)
     assert np.exp(found["old"].log_weights[1]) == pytest.approx(0.45)
     assert np.exp(found["new"].log_weights[1]) == pytest.approx(0.5)
     assert found["reads"].log_weights[1] == found["new that reads"].log_weights[1] == -np.inf
-    assert logsumexp([one.log_weight for one in found.values()]) == pytest.approx(0)
+    assert logsumexp([one.log_weights[0] for one in found.values()]) == pytest.approx(0)
 
 
 def test_maps_are_fitted_anew_when_enough_is_new():

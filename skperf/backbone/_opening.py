@@ -47,6 +47,8 @@ from skperf.backbone.randomness import drawing_from
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import view
 
+TINY = float(np.finfo(np.float64).tiny)
+
 
 def fit_estimator(
     estimator: Any,
@@ -81,14 +83,7 @@ def fit_estimator(
             "estimator must be a scikit-learn classifier, a skorch net, a torch.nn.Module that "
             f"returns logits, FrozenEstimator(...) of one, or None; got {type(estimator).__name__}."
         )
-    if _is_fitted(estimator):
-        warnings.warn(
-            f"estimator is a fitted {type(estimator).__name__}, but a clone of it is fitted anew "
-            "and its weights are not used. To use it as it is: "
-            "sklearn.frozen.FrozenEstimator(estimator).",
-            UserWarning,
-            stacklevel=3,
-        )
+    warn_if_fitted(estimator)
     rows, fresh = Rows.of(X), clone(estimator)
     if isinstance(fresh, NeuralNetClassifier | NeuralNetBinaryClassifier):
         fresh = net_of(fresh)
@@ -148,14 +143,14 @@ def class_logits(fitted: Any, X: Any) -> np.ndarray:
         logits, net = network.logits(X), _inner(fitted)[0]
         own = getattr(net, "predict_nonlinearity", None)
         if callable(own) and network.readout is None:  # probabilities are no softmax of outputs
-            return _log_probabilities(own(logits).numpy(), type(net).__name__)
+            return log_probabilities(own(logits).numpy(), type(net).__name__)
         return np.asarray(logits.double().numpy())
     given = _given(X, fitted) if isinstance(X, Rows) else X
     with warnings.catch_warnings():
         # the callers validate names; what reaches here is an array
         warnings.filterwarnings("ignore", "X does not have valid feature names", UserWarning)
         if hasattr(fitted, "predict_proba"):
-            return _log_probabilities(fitted.predict_proba(given), type(fitted).__name__)
+            return log_probabilities(fitted.predict_proba(given), type(fitted).__name__)
         if hasattr(fitted, "decision_function"):
             scores: Any = np.asarray(fitted.decision_function(given), dtype=np.float64)
             if scores.ndim == 1:
@@ -245,7 +240,8 @@ def _given(X: Any, estimator: Any) -> Any:
     )
 
 
-def _log_probabilities(proba: Any, name: str) -> np.ndarray:
+def log_probabilities(proba: Any, name: str, least: float = TINY) -> np.ndarray:
+    """Logarithms of predicted probabilities (n, n_classes), none below `least`; checked."""
     proba = np.asarray(proba, dtype=np.float64)
     if not np.isfinite(proba).all() or (proba < 0).any() or np.abs(proba.sum(1) - 1).max() > 1e-3:
         raise ValueError(
@@ -254,7 +250,19 @@ def _log_probabilities(proba: Any, name: str) -> np.ndarray:
             f"row sums from {np.nanmin(proba.sum(1)):.4g} to {np.nanmax(proba.sum(1)):.4g}. "
             "A classifier with decision_function or a torch net gives logits directly."
         )
-    return np.asarray(np.log(np.clip(proba, np.finfo(np.float64).tiny, None)))
+    return np.asarray(np.log(np.clip(proba, least, None)))
+
+
+def warn_if_fitted(estimator: Any) -> None:
+    """Warn that a fitted estimator is going to be fitted anew."""
+    if _is_fitted(estimator):
+        warnings.warn(
+            f"estimator is a fitted {type(estimator).__name__}, but a clone of it is fitted anew "
+            "and its weights are not used. To use it as it is: "
+            "sklearn.frozen.FrozenEstimator(estimator).",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _is_fitted(estimator: Any) -> bool:

@@ -11,6 +11,7 @@ from sklearn import get_config
 from sklearn.base import BaseEstimator, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from skorch import NeuralNet
@@ -18,7 +19,7 @@ from torch import nn
 
 from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._nets import seed_of
-from skperf.backbone._opening import class_logits, fit_estimator
+from skperf.backbone._opening import class_logits, fit_estimator, log_probabilities, warn_if_fitted
 from skperf.backbone._sklearn import safe_indexing
 from skperf.performative._inputs import count_rows, encode
 
@@ -117,7 +118,8 @@ def scores_of(fitted: Any, X: Any) -> np.ndarray:
             return class_logits(last, _through_steps(fitted, X))
         exact = isinstance(last, LogisticRegression)  # logits, where probabilities underflow
         if hasattr(fitted, "predict_proba") and not exact:
-            return _log_probabilities(fitted.predict_proba(X), type(last).__name__)
+            # a forest or a naive Bayes that says never is not taken at its word
+            return log_probabilities(fitted.predict_proba(X), type(last).__name__, LEAST)
         if hasattr(fitted, "decision_function"):
             scores = np.asarray(fitted.decision_function(X), dtype=np.float64)
             return scores if scores.ndim == 2 else np.stack([np.zeros_like(scores), scores], 1)
@@ -160,14 +162,7 @@ def fit_classifier(estimator: Any, X: Any, y: np.ndarray, weight: Any, seed: int
     """Fit a clone on rows as they are; networks and what is frozen go through the backbone."""
     if is_network(estimator) or is_frozen(estimator) or not isinstance(estimator, BaseEstimator):
         return fit_estimator(estimator, X, y, sample_weight=weight, random_state=seed)
-    if _is_fitted(estimator):
-        warnings.warn(
-            f"estimator is a fitted {type(estimator).__name__}, but a clone of it is fitted anew "
-            "and its weights are not used. To use it as it is: "
-            "sklearn.frozen.FrozenEstimator(estimator).",
-            UserWarning,
-            stacklevel=3,
-        )
+    warn_if_fitted(estimator)
     return fitted_clone(estimator, X, y, weight, seed)
 
 
@@ -194,16 +189,11 @@ def cross_scores(
     counts = np.bincount(codes)
     if len(y) < FEWEST or len(classes) < 2 or counts.min() < 2:
         return None
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(y))
-    order = order[np.argsort(codes[order], kind="stable")]
-    folds = np.empty(len(y), np.int64)
-    folds[order] = np.arange(len(y)) % FOLDS
+    splits = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     logits, own = np.empty((len(y), len(opened.classes))), np.empty(len(y), np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the fit on all rows has said it
-        for fold in range(FOLDS):
-            inside, outside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        for inside, outside in splits.split(codes, codes):
             part = None if weight is None else weight[inside]
             if part is not None and len(np.unique(y[inside][part > 0])) < len(classes):
                 return None
@@ -225,27 +215,6 @@ def _through_steps(fitted: Any, X: Any) -> Any:
         before = fitted[:-1].transform(X) if len(fitted.steps) > 1 else X
         return _through_steps(fitted.steps[-1][1], before)
     return X
-
-
-def _log_probabilities(proba: Any, name: str) -> np.ndarray:
-    proba = np.asarray(proba, dtype=np.float64)
-    if not np.isfinite(proba).all() or (proba < 0).any() or np.abs(proba.sum(1) - 1).max() > 1e-3:
-        raise ValueError(
-            f"{name}.predict_proba must return probabilities: finite, not negative, each row "
-            f"summing to 1; saw values from {np.nanmin(proba):.4g} to {np.nanmax(proba):.4g} and "
-            f"row sums from {np.nanmin(proba.sum(1)):.4g} to {np.nanmax(proba.sum(1)):.4g}. "
-            "A classifier with decision_function or a torch net gives logits directly."
-        )
-    # a forest or a naive Bayes that says never is not taken at its word
-    return np.log(np.clip(proba, LEAST, None))
-
-
-def _is_fitted(estimator: Any) -> bool:
-    try:
-        check_is_fitted(estimator)
-    except Exception:  # whatever an estimator of the user's own says
-        return False
-    return True
 
 
 @contextmanager

@@ -169,30 +169,28 @@ def replayed(
     state, n_classes = record.anticipation, len(record.classes)
     # rounds of the past may be told once more: what counts is their order
     start = len(state.trajectory)
-    trajectory = replace(state.trajectory, rounds=np.arange(start))
+    trajectory = replace(state.trajectory, rounds=np.arange(-start, 0))
     proba = np.empty((len(codes), n_classes))
 
     def prior() -> np.ndarray:
         return record.applied(state.log_answer(trajectory.coming())[0])[0]
 
     missing = _inputs.missing_rounds(state.trajectory.rounds, np.unique(numbers)[0])
-    for _ in range(missing):
+    for number in range(missing):
         log_prior = prior()
         trajectory = trajectory.append(
-            len(trajectory),
+            number,
             record.remembered_statistic(log_prior),
             np.zeros(n_classes),
             # the mix of a round that nobody has labelled is what was anticipated
             mix=log_prior - log_prior.mean(),
         )
-        trajectory = replace(trajectory, rounds=np.arange(len(trajectory)))
-    for number in np.unique(numbers):
+    for i, number in enumerate(np.unique(numbers)):
         rows = np.flatnonzero(numbers == number)
         scores = record.corrected(opened.logits(take(X, rows)), prior())
         proba[rows], predicted = probabilities(scores), scores.argmax(axis=1)
-        trajectory = replace(trajectory, rounds=np.arange(len(trajectory)))
         trajectory = trajectory.append(
-            len(trajectory),
+            missing + i,
             record.measured(
                 codes[rows], predicted, scores, strata=None if strata is None else strata[rows]
             ),

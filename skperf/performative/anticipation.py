@@ -82,11 +82,6 @@ class Contender:
     kind: str
     cost: float = 0.0
 
-    @property
-    def log_weight(self) -> float:
-        """The weight among all, in logarithms."""
-        return float(self.log_weights[0])
-
 
 @dataclass(frozen=True, eq=False)
 class Anticipation:
@@ -103,7 +98,7 @@ class Anticipation:
     @property
     def leader(self) -> str | None:
         """Name of the map of the largest weight, if any was fitted."""
-        weights = {name: one.log_weight for name, one in self.contenders.items()}
+        weights = {name: one.log_weights[0] for name, one in self.contenders.items()}
         return max(weights, key=lambda name: weights[name]) if weights else None
 
     def log_answer(self, inputs: Inputs, *, model_free: bool = False) -> Array:

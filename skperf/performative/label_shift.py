@@ -56,15 +56,6 @@ def log_loss(logits: Array, codes: Codes, weight: Array | None = None) -> float:
     return float(np.average(losses, weights=weight))
 
 
-@dataclass(frozen=True, eq=False)
-class PriorEstimate:
-    """A label mix found by iteration."""
-
-    prior: Array  # (n_classes,)
-    n_iter: int
-    converged: bool
-
-
 def em_prior(
     logits: Array,
     log_base: Array,
@@ -73,10 +64,11 @@ def em_prior(
     strength: float = 0.0,
     max_iter: int = 1000,
     tol: float = 1e-7,
-) -> PriorEstimate:
+) -> Array:
     """Estimate the label mix of unlabelled rows by expectation maximisation.
 
-    Shapes: logits (n, n_classes), log_base (n_classes,), mean (n_classes,).
+    Shapes: logits (n, n_classes), log_base (n_classes,), mean (n_classes,) ->
+    (n_classes,).
     """
     # The responsibilities of shape (n, n_classes) are never formed: with the fixed matrix `P =
     # softmax(logits) / base` an iteration is the two products `d = P q` and `P' (1 / d)`.
@@ -86,13 +78,14 @@ def em_prior(
     np.exp(ratios, out=ratios)
     expected = np.exp(log_base) if mean is None else np.asarray(mean, dtype=np.float64)
     pseudo, total = strength * expected, len(logits) + strength
-    prior, change, step = expected / expected.sum(), np.inf, 0
-    while step < max_iter and change > tol:
+    prior: Array = expected / expected.sum()
+    for _ in range(max_iter):
         mass = ratios @ (1.0 / np.maximum(prior @ ratios, TINY))
-        update = (prior * mass + pseudo) / total
-        update /= update.sum()
-        change, prior, step = float(np.abs(update - prior).max()), update, step + 1
-    return PriorEstimate(prior, step, change <= tol)
+        before, prior = prior, (prior * mass + pseudo) / total
+        prior /= prior.sum()
+        if np.abs(prior - before).max() <= tol:
+            break
+    return prior
 
 
 def soft_confusion(proba: Array, codes: Codes, weight: Array | None = None) -> Array:

@@ -67,7 +67,7 @@ def resampled_maps(
     reading = {n: c for n, c in reading.items() if np.isfinite(c.response.log_prior(told)).all()}
     if not reading or n_bootstrap == 0:
         return []
-    leader = max(reading, key=lambda name: reading[name].log_weight)
+    leader = max(reading, key=lambda name: reading[name].log_weights[0])
     contender, candidate = reading[leader], settings.candidates[leader]
     others = [c.response for n, c in reading.items() if n != leader and c.kind != "mlp"]
     inputs, counts = state.trajectory.pairs()

@@ -203,7 +203,7 @@ class Record:
             prior = bbse_prior(probabilities(scores), self.confusion)
             return np.log(np.maximum(prior, 1e-6))
         if how == "em":
-            return np.log(np.maximum(em_prior(scores, self.log_base).prior, 1e-12))
+            return np.log(np.maximum(em_prior(scores, self.log_base), 1e-12))
         return self.hybrid_prior(scores, log_prior, self.worth())
 
     def hybrid_prior(self, scores: Array, log_prior: Array, worth: float) -> Array:
@@ -212,7 +212,7 @@ class Record:
             return log_prior
         mean = np.exp(log_prior)
         found = em_prior(scores, self.log_base, mean=mean, strength=worth, tol=1e-5)
-        return np.log(np.maximum(found.prior, 1e-12))
+        return np.log(np.maximum(found, 1e-12))
 
     def worth(self) -> float:
         """Labels that the anticipation is worth against a batch."""

@@ -51,7 +51,7 @@ def quick_diagnostics(record: Record) -> dict[str, Any]:
         "residual_kl": float(surprise[known].sum(axis=1).mean()) if known.any() else np.nan,
         "conditional_shift_p_value": conditional_shift_p_value(trajectory.counts, trajectory.hits),
         "dispersion": state.spread,
-        "scores": {name: one.log_weight for name, one in state.contenders.items()},
+        "scores": {name: float(one.log_weights[0]) for name, one in state.contenders.items()},
     }
 
 

@@ -79,12 +79,12 @@ def test_weights_do_not_see_the_round_they_are_for():
     seen = {}
 
     def see(state, t):
-        seen[t] = {name: one.log_weight for name, one in state.contenders.items()}
+        seen[t] = {name: one.log_weights[0] for name, one in state.contenders.items()}
 
     live(lambda s, rng: softmax(-s / 0.2), n_rounds=12, see=see)
     early, _, _ = live(lambda s, rng: softmax(-s / 0.2), n_rounds=9)
     for name, one in early.contenders.items():
-        assert one.log_weight == pytest.approx(seen[9][name])
+        assert one.log_weights[0] == pytest.approx(seen[9][name])
 
 
 def test_weights_by_hand():
@@ -97,13 +97,13 @@ def test_weights_by_hand():
     answers = before.answers(before.trajectory.coming())
     scores = np.array(
         [
-            before.contenders[n].log_weight
+            before.contenders[n].log_weights[0]
             + (answers[n][0] @ counts - FORMS[n].cost) / before.spread
             for n in names
         ]
     )
     expected = (1 - SHARE) * softmax(scores) + SHARE / len(names)
-    found = np.exp([after.contenders[n].log_weight for n in names])
+    found = np.exp([after.contenders[n].log_weights[0] for n in names])
     np.testing.assert_allclose(found, expected, atol=1e-9)
     np.testing.assert_allclose(found.sum(), 1.0)
 
