@@ -580,8 +580,8 @@ def test_estimated_gradients_tend_to_the_gradient(kind):
         loss,
         point,
         loss(point),
-        n_directions=20_000,
+        n_directions=5_000,
         step=1e-4,
         generator=torch.Generator().manual_seed(0),
     )
-    torch.testing.assert_close(found, slope + curve, rtol=0, atol=0.12)
+    torch.testing.assert_close(found, slope + curve, rtol=0, atol=0.24)

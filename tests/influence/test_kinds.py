@@ -331,13 +331,13 @@ def test_sampled_rows_of_the_curvature_are_right_in_the_mean():
     y[::2, 3:] = -100
     scorers = [
         InfluenceScorer(module, method=GGN(*options), damping=0.1, random_state=1).fit(X, y)
-        for options in ((1.0, None), (0.9, 8_000))
+        for options in ((1.0, None), (0.9, 2_000))
     ]
     exact, sampled = (s._learned.stages[0].fit.lift.filtered.curvature.rows for s in scorers)
     one, two = (torch.cat([f.values for f in rows], 1) for rows in (exact, sampled))
     expected = one.T @ one
-    assert len(two) == 8_000
-    assert float((two.T @ two - expected).norm() / expected.norm()) < 0.06
+    assert len(two) == 2_000
+    assert float((two.T @ two - expected).norm() / expected.norm()) < 0.12
     shapes = [s.influence(X[:2], y[:2]).shape for s in scorers]
     assert shapes == [(2, N), (2, N)]
 

@@ -17,11 +17,11 @@ def test_mean_estimate_is_the_gradient(name):
         return w @ hessian @ w / 2
 
     estimate = estimated_gradient(
-        name, loss, point, loss(point), n_directions=20_000, step=1e-4, generator=generator
+        name, loss, point, loss(point), n_directions=5_000, step=1e-4, generator=generator
     )
     exact = hessian @ point
-    assert len(calls) == 1 + 20_000 * CALLS_PER_DIRECTION[name]
-    assert torch.linalg.norm(estimate - exact) < 0.05 * torch.linalg.norm(exact)
+    assert len(calls) == 1 + 5_000 * CALLS_PER_DIRECTION[name]
+    assert torch.linalg.norm(estimate - exact) < 0.1 * torch.linalg.norm(exact)
 
 
 def test_rge_by_hand():

@@ -124,7 +124,7 @@ def test_border_solves_what_only_a_border_can():
     parameters = {"border": 2, "mapping": np.eye(2), "batch_size": 60, "random_state": 0}
     plain = Reprogrammer(Edge(), max_epochs=0, **parameters).fit(X, y)
     assert plain.score(X, y) == 0.5
-    model = Reprogrammer(Edge(), max_epochs=200, lr=0.05, **parameters).fit(X, y)
+    model = Reprogrammer(Edge(), max_epochs=80, lr=0.1, **parameters).fit(X, y)
     assert model.score(X, y) == 1.0
     assert model.program_[0, 0, 0] == pytest.approx(0.45, abs=0.05)
     assert not model.program_[:, 2:-2, 2:-2].any()
@@ -194,7 +194,8 @@ def test_two_classes_have_one_decision(towers, pictures, parameters):
 
 
 def test_forms_of_images_agree(towers, pictures, parameters):
-    X, y = pictures
+    X, y = (part[:60] for part in pictures)
+    parameters |= {"max_epochs": 1}
     bytes_ = np.round(X * 255).astype(np.uint8)
     floats = bytes_.astype(np.float32) / 255
     expected = Reprogrammer(towers, **parameters).fit(floats, y).predict_proba(floats)
@@ -277,7 +278,7 @@ def test_saved_program_is_small_and_knows_its_encoder(towers, pictures, paramete
 
 def test_grid_search_in_two_processes(towers, pictures, parameters):
     X, y = pictures
-    grid = {"border": [1, 3], "lr": [0.01, 0.1], "prompts": ["a {}", "a photo of the {}"]}
+    grid = {"border": [1, 3], "prompts": ["a {}", "a photo of the {}"]}
     parameters |= {"max_epochs": 1}
     search = GridSearchCV(Reprogrammer(towers, **parameters), grid, cv=2, n_jobs=2)
     search.fit(X, y)

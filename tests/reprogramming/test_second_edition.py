@@ -67,10 +67,10 @@ def test_every_score_has_its_own_threshold(towers, pictures, parameters):
 
 
 def test_cross_fitted_thresholds_keep_fresh_rows(towers, parameters):
-    """Ten rows a class and 20 draws: the mean share of fresh rows that is kept."""
+    """Ten rows a class and 10 draws: the mean share of fresh rows that is kept."""
     kept = []
     shared = parameters | {"max_epochs": 2, "alpha": 0.0, "class_names": ["cat", "dog", "bird"]}
-    for draw in range(20):
+    for draw in range(10):
         generator = np.random.RandomState(draw)
         y = np.arange(330) % 3
         X = generator.uniform(0, 0.6, (330, 3, 12, 12)).astype(np.float32)
