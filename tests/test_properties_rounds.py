@@ -136,7 +136,7 @@ def test_a_correction_that_makes_fewer_predictions_right_is_not_applied():
     assert worse.chosen(9, 3).choice.strength == 0.0
 
 
-@pytest.mark.parametrize(("saved", "used"), [(0.005, 0), (0.02, 1)])
+@pytest.mark.parametrize(("saved", "used"), [(0.009, 0), (0.011, 1)])
 def test_a_calibration_has_to_save_a_hundredth(saved, used):
     slow = [[[1.0], [0.8], [0.9]], [[1.0], [0.8 * (1 - saved)], [0.9]]]
     assert known(slow).chosen(9, 3).choice.calibration == used

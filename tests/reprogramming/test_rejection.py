@@ -10,6 +10,7 @@ from skperf.reprogramming.judging import best_score
 from skperf.reprogramming.rejection import (
     FEATURE_SCORES,
     SCORES,
+    Gaussians,
     agreement,
     left_out_aurocs,
     retention_threshold,
@@ -99,3 +100,19 @@ def test_the_usual_score_stays_unless_another_is_clearly_better():
     codes = torch.arange(6).repeat_interleave(20)
     assert best_score(torch.randn(120, 5, generator=generator), codes) in FEATURE_SCORES
     assert best_score(torch.randn(6, 5, generator=generator), torch.arange(6)) == "mahalanobis"
+
+
+@pytest.mark.parametrize("n", [3, 4, 9])
+def test_the_variance_is_that_within_classes_shrunk_to_its_mean(n):
+    """As many degrees of freedom as rows less classes; one direction is kept of two."""
+    rng = np.random.default_rng(n)
+    codes = np.arange(n) % 2
+    outputs = rng.normal(size=(n, 2)) * [3.0, 1.0] + 5 * codes[:, None]
+    centred = outputs - np.array([outputs[codes == k].mean(0) for k in (0, 1)])[codes]
+    covariance = centred.T @ centred / (n - 2)
+    share = min(0.9, max(0.05, 2 / (n + 2)))
+    shrunk = (1 - share) * covariance + share * np.trace(covariance) / 2 * np.eye(2)
+    low, high = np.linalg.eigvalsh(shrunk)
+    fitted = Gaussians.fit(torch.tensor(outputs), torch.tensor(codes))
+    assert fitted.deviation == pytest.approx(np.sqrt(low))
+    assert float(fitted.shares[0]) == pytest.approx(np.sqrt(low / high) - 1)

@@ -202,3 +202,12 @@ def test_token_program_ends_with_the_ids():
     assert placed[0, :, -1].tolist() == [7, 2, 9]
     assert not placed[..., :-1].any()
     assert functional.pad(placed, (0, 0)).shape == placed.shape
+
+
+def test_the_range_of_a_spectrogram_is_chosen_by_256_signals():
+    signals = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    louder = signals.clone()
+    louder[256:] *= 100
+    assert Spectrogram.of(louder) == Spectrogram.of(signals)
+    louder[255] *= 100
+    assert Spectrogram.of(louder).high > Spectrogram.of(signals).high + 1
