@@ -73,7 +73,7 @@ def test_grid_search(client):
 
 def test_a_worker_killed_in_the_middle_costs_time_not_results(client, rows, network):
     X, y = (part[:60] for part in rows)
-    params = {"estimator": network, "budget": 200, "random_state": 0}
+    params = {"estimator": network, "budget": 100, "random_state": 0}
     alone = ComponentAttributor(**params).fit(X, y)
     killed = threading.Event()
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from skperf.reprogramming import Reprogrammer
+from skperf.reprogramming.heads import Cache, Cached, rebuilt
 from tests.reprogramming.conftest import assert_same_state, state_of
 
 
@@ -147,3 +148,18 @@ def test_refreshed_mapping_without_a_border_counts_known_outputs(
     model = Reprogrammer(source, **parameters).fit(X, y)
     plain = Reprogrammer(source, **parameters | {"max_epochs": 0}).fit(X, y)
     np.testing.assert_allclose(model.label_mapping_, plain.label_mapping_, atol=1e-6)
+
+
+def test_a_head_is_rebuilt_from_what_it_tells_of_itself():
+    generator = torch.Generator().manual_seed(0)
+    outputs, texts = (torch.randn(n, 5, generator=generator) for n in (12, 3))
+    weight = torch.linspace(0.5, 2, 12)
+    cached = Cached(outputs, torch.arange(12) % 3, weight, 3, zero_shot=texts, scale=2.0, bias=0.5)
+    head = Cache(cached, weight=0.7, sharpness=3.0)
+    again = rebuilt(head.describe(), dict(head.state_dict()))
+    asked = torch.randn(4, 5, generator=generator)
+    assert torch.equal(again(asked), head(asked))
+    near = nn.functional.cosine_similarity(asked[:, None], outputs[None], dim=2)
+    votes = nn.functional.one_hot(cached.codes, 3) * (weight / weight.mean())[:, None]
+    expected = 2.0 * asked @ texts.T + 0.5 + 0.7 * torch.exp(3.0 * (near - 1)) @ votes
+    torch.testing.assert_close(head(asked), expected)
