@@ -886,13 +886,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
     def _labelled(self, X, y):
         """Validate rows with labels that are all known: -> rows, columns (n,)."""
         X = self._rows(X)
-        n_rows = _inputs.count_rows(X)
-        values, known = _inputs.check_labels(y, n_rows, first=False)
-        if not known.all():
-            raise ValueError(
-                "y holds rows without a label: they tell nothing here, leave them out."
-            )
-        return X, encode(values, self.classes_)
+        return X, _inputs.check_all_labels(y, self.classes_, _inputs.count_rows(X))
 
     def _data(self, X, y, rounds, deployed, weight, covariates, strata, *, first):
         """Validate all that a call brings."""

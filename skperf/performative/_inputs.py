@@ -175,6 +175,14 @@ def check_labels(y, n_rows, *, first):
     return values, known
 
 
+def check_all_labels(y, classes, n_rows):
+    """Turn labels that are all known into columns (n,)."""
+    values, known = check_labels(y, n_rows, first=False)
+    if not known.all():
+        raise ValueError("y holds rows without a label: they tell nothing here, leave them out.")
+    return encode(values, classes)
+
+
 def check_covariates(covariates, n_rounds, n_known):
     """Turn covariates into rows, one a round: (n_rounds, n_covariates)."""
     if covariates is None:

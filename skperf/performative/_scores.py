@@ -78,7 +78,12 @@ class Opened:
         check_scores(scores, self.fitted, X)
         if np.array_equal(own, self.classes):
             return scores
-        missing = np.setdiff1d(self.classes, own)
+        missing, more = np.setdiff1d(self.classes, own), np.setdiff1d(own, self.classes)
+        if len(more):
+            raise ValueError(
+                f"{type(self.fitted).__name__} knows classes that are not on record: "
+                f"{more.tolist()} beside {self.classes.tolist()}."
+            )
         if strict and len(missing):
             raise ValueError(
                 f"{type(self.fitted).__name__} does not know the classes {missing.tolist()}: every "

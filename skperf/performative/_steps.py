@@ -96,14 +96,13 @@ def replaced(record: Record, estimator: Any, X: Any, y: Any, *, finds_base: bool
     n_classes, frozen = len(record.classes), is_frozen(estimator)
     memory, base, fitted = Memory.empty(n_classes), None, estimator
     if X is not None:
-        y, _ = _inputs.check_labels(y, _inputs.count_rows(X), first=False)
-        codes = _inputs.encode(y, record.classes)
-        fitted = fit_classifier(estimator, X, y, None, record.options.seed)
+        codes = _inputs.check_all_labels(y, record.classes, _inputs.count_rows(X))
+        fitted = fit_classifier(estimator, X, record.classes[codes], None, record.options.seed)
         logits = Opened(fitted, record.classes, record.log_base).logits(X)
         # rows that the classifier was fitted on are no measure of it
         memory = memory.with_rows(logits, codes) if frozen else memory
         if finds_base:
-            shares = _inputs.shares_of(codes, np.ones(len(y)), record.classes)
+            shares = _inputs.shares_of(codes, np.ones(len(codes)), record.classes)
             base = estimate_base_prior(logits, codes) if frozen else shares
     options = replace(record.options, refines_base=frozen and finds_base)
     return fitted, replace(learning.replaced(record, memory, base), options=options)

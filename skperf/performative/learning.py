@@ -20,6 +20,7 @@ from skperf.performative.label_shift import (
     soft_confusion,
 )
 from skperf.performative.record import (
+    BATCH_ROWS,
     COVERED,
     MEASURED,
     WORTHS,
@@ -35,7 +36,6 @@ from skperf.performative.trajectory import KEPT_ROUNDS, Trajectory, centred_log,
 
 ROWS_A_ROUND = 256  # kept for the log-loss objective
 BATCH_MEMORY = 0.8  # about five rounds
-BATCH_ROWS = 2000  # enough to tell how far estimates from a batch are off
 REFINED_AT = (2, 4, 8, 16)  # labelled rounds at which the base mix is found anew
 STEP = 0.5  # of an interval's width after a miss
 CALIBRATED = ("adapter", "model_free")

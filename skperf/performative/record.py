@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
+from scipy.special import logsumexp
+from scipy.stats import beta, chi2
 
 from skperf.performative.anticipation import Anticipation, Settings
 from skperf.performative.corrector import Corrector
@@ -25,6 +26,8 @@ from skperf.performative.trajectory import measure_by_name
 KEPT_ROWS = 4000  # labelled rows that stand for all classes in later questions
 WORTHS = (np.inf, 1e4, 1e3, 1e2, 0.0)  # labels; infinity is the anticipation alone
 COVERED = 0.9
+BATCH_ROWS = 2000  # enough to tell how far estimates from a batch are off
+DENIED = 1e-3  # level at which a batch denies what was anticipated
 LOSSES = ("none", "last", "adapter", "oracle", "model_free")
 MEASURED = (*LOSSES, "accuracy", "accuracy_none", "worst_recall", "tv", "strength")
 
@@ -204,7 +207,7 @@ class Record:
             return np.log(np.maximum(prior, 1e-6))
         if how == "em":
             return np.log(np.maximum(em_prior(scores, self.log_base), 1e-12))
-        return self.hybrid_prior(scores, log_prior, self.worth())
+        return self.hybrid_prior(scores, log_prior, self._believed(scores, log_prior))
 
     def hybrid_prior(self, scores: Array, log_prior: Array, worth: float) -> Array:
         """Log mix of calibrated scores (n, K) with the anticipation worth a number of labels."""
@@ -227,6 +230,24 @@ class Record:
         size = float(counts[counts > 0].mean()) if (counts > 0).any() else 1.0
         ratio = (size - state.spread) / max(state.spread - 1.0, 1e-2)
         return float(np.clip(ratio, 1.0, 10 * size))
+
+    def _believed(self, scores: Array, log_prior: Array) -> float:
+        """Worth of the anticipation; less of it where calibrated scores (n, K) deny it."""
+        worth = self.worth()
+        if not isinstance(self.options.prior_strength, str):
+            return worth
+        # after a change of the world a batch tells at once what labels tell rounds later
+        scores = scores[np.linspace(0, len(scores) - 1, min(len(scores), BATCH_ROWS)).astype(int)]
+
+        def likelihood(worth: float) -> float:
+            mix = self.hybrid_prior(scores, log_prior, worth)
+            return float(logsumexp(scores - self.log_base + mix, axis=1).sum())
+
+        # by how much estimates from batches have been off before is allowed for
+        allowed = chi2.isf(DENIED, scores.shape[1] - 1) * max(1.0, self.batch_width) ** 2
+        least = likelihood(0.0) - allowed / 2
+        lower = [w for w in WORTHS if 0.0 < w < worth]
+        return next((w for w in (worth, *lower) if likelihood(w) >= least), 0.0)
 
     def batch_interval(self, logits: Array, prior: Array, width: float | None = None) -> Array:
         """Where the shares of an unlabelled batch (n, K) lie, about an estimate: -> (2, K)."""

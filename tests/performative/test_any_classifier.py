@@ -309,6 +309,18 @@ def test_a_report_to_read(lived):
     plt.close("all")
 
 
+def test_a_classifier_of_other_classes_takes_nobodys_place(frozen, world):
+    X, y = world.draw(90)
+    adapter = PerformativeAdapter(frozen, **QUICK).partial_fit(X, y)
+    other = FrozenEstimator(LogisticRegression().fit(X, y + 1))
+    for call in (adapter.replace_estimator, lambda one, X, y: adapter.rank_models([one], X, y)):
+        with pytest.raises(ValueError, match=r"not on record: \[4\]"):
+            call(other, X, y)
+    with pytest.raises(ValueError, match="rows without a label"):
+        adapter.replace_estimator(frozen, X, np.where(y == 1, np.nan, y))
+    assert adapter.estimator_ is frozen
+
+
 def test_a_round_gets_each_label_once(frozen, world):
     X, y = world.draw(90)
     adapter = PerformativeAdapter(frozen, **QUICK).partial_fit(X, y, rounds=0)
