@@ -17,7 +17,7 @@ from skperf.performative.corrector import HARM
 from skperf.performative.diagnostics import extrapolation
 from skperf.performative.label_shift import estimate_base_prior, probabilities
 from skperf.performative.ranking import Candidate, answers_the_model, predict_scores, score_under
-from skperf.performative.record import Memory, Record, Round
+from skperf.performative.record import Record, Round
 from skperf.performative.report import prequential, quick_diagnostics
 from skperf.performative.response import Answering
 
@@ -93,19 +93,18 @@ def strata_codes(record: Record, strata: Any) -> Any:
 
 def replaced(record: Record, estimator: Any, X: Any, y: Any, *, finds_base: bool) -> tuple:
     """Fit or take another classifier; give it and the record that goes on with it."""
-    n_classes, frozen = len(record.classes), is_frozen(estimator)
-    memory, base, fitted = Memory.empty(n_classes), None, estimator
+    frozen, rows, base, fitted = is_frozen(estimator), None, None, estimator
     if X is not None:
         codes = _inputs.check_all_labels(y, record.classes, _inputs.count_rows(X))
         fitted = fit_classifier(estimator, X, record.classes[codes], None, record.options.seed)
         logits = Opened(fitted, record.classes, record.log_base).logits(X)
         # rows that the classifier was fitted on are no measure of it
-        memory = memory.with_rows(logits, codes) if frozen else memory
+        rows = (logits, codes) if frozen else None
         if finds_base:
             shares = _inputs.shares_of(codes, np.ones(len(codes)), record.classes)
             base = estimate_base_prior(logits, codes) if frozen else shares
     options = replace(record.options, refines_base=frozen and finds_base)
-    return fitted, replace(learning.replaced(record, memory, base), options=options)
+    return fitted, replace(learning.replaced(record, rows, base), options=options)
 
 
 def anticipated(record: Record, statistic: Any, covariates: Any, said: set[str]) -> np.ndarray:

@@ -293,8 +293,8 @@ def _remembering(
     )
 
 
-def replaced(record: Record, memory: Memory, base: Array | None) -> Record:
-    """Go on with another classifier: the map stays, what its scores told goes."""
+def replaced(record: Record, rows: tuple[Array, Codes] | None, base: Array | None) -> Record:
+    """Go on with another classifier, known by rows (n, n_classes), (n,): only the map stays."""
     state = record.anticipation
     hits = np.full(state.trajectory.hits.shape, np.nan)
     trajectory = replace(state.trajectory, hits=hits)
@@ -317,18 +317,16 @@ def replaced(record: Record, memory: Memory, base: Array | None) -> Record:
         record,
         anticipation=replace(state, trajectory=trajectory),
         corrector=corrector,
-        memory=memory,
+        memory=Memory.empty(len(record.log_base)),
         confusion=np.zeros_like(record.confusion),
         batch_losses=None,
         batch_width=1.0,
         calibrated_at=0,
-        base_rows=len(memory.codes) if base is not None else 0,
+        base_rows=0,
     )
-    if len(memory.codes):
-        logits, ones = memory.scores, np.ones(len(memory.codes))
-        confusion = soft_confusion(probabilities(logits), memory.codes, ones)
-        record = replace(record, confusion=confusion)
-    return record if base is None else record.with_base(base, len(memory.codes))
+    if rows is not None:
+        record = _remembering(record, *rows, np.ones(len(rows[1])))
+    return record if base is None else record.with_base(base, len(record.memory.codes))
 
 
 def _with_calibrations(record: Record) -> Record:

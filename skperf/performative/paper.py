@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skperf.backbone.randomness import drawing_from
 from skperf.performative.label_shift import Array
 from skperf.performative.response import Inputs
 
@@ -73,19 +74,13 @@ def fit_paper(
 
 def new_map(n_statistics: int, n_classes: int, seed: int) -> PaperMap:
     """Start with torch's own initial weights, drawn from a generator of our own."""
-    module = nn.Sequential(
-        nn.Linear(n_statistics, WIDTH),
-        nn.ReLU(),
-        nn.Linear(WIDTH, WIDTH),
-        nn.ReLU(),
-        nn.Linear(WIDTH, n_classes),
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for layer in module:
-        if isinstance(layer, nn.Linear):
-            reach = layer.in_features**-0.5
-            for parameter in (layer.weight, layer.bias):
-                with torch.no_grad():
-                    parameter.uniform_(-reach, reach, generator=generator)
+    with drawing_from(torch.Generator().manual_seed(seed)):
+        module = nn.Sequential(
+            nn.Linear(n_statistics, WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, n_classes),
+        )
     optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
     return PaperMap(module, optimizer, torch.ones(0))

@@ -229,16 +229,12 @@ def fit_map(
     inputs, counts = inputs[used], counts[used]
     knots = np.zeros(0)
     if "curve" in form.shared:
-        known = isinstance(start, LogLinearMap) and len(inputs) % 8 != 0
-        levels = np.linspace(0.0, 1.0, CURVE_KNOTS + 2)[1:-1]
         # knots that stay for some rounds let the last solution start the next one
-        knots = (
-            start.knots
-            if known
-            else np.unique(np.quantile(_centred(inputs.statistics[:, 0]), levels))
-            if len(inputs)
-            else knots
-        )
+        if isinstance(start, LogLinearMap) and len(inputs) % 8 != 0:
+            knots = start.knots
+        elif len(inputs):
+            levels = np.linspace(0.0, 1.0, CURVE_KNOTS + 2)[1:-1]
+            knots = np.unique(np.quantile(_centred(inputs.statistics[:, 0]), levels))
     anchor = anchor_of(inputs, form, log_base)
     features = features_of(inputs, form, knots)
     first = None

@@ -359,6 +359,25 @@ def test_a_rule_of_its_own_is_kept_in_order_and_for_late_labels(world):
     np.testing.assert_allclose(adapter.statistic_, found)
 
 
+def test_a_batch_that_denies_what_was_anticipated_is_believed(frozen, world):
+    usual, changed = np.array([0.7, 0.1, 0.1, 0.1]), np.array([0.05, 0.05, 0.1, 0.8])
+    adapter = PerformativeAdapter(frozen, transductive="map_em", **QUICK)
+    for number in range(12):
+        adapter.partial_fit(*world.draw(400, prior=usual), rounds=number)
+    before = adapter.predicted_prior_
+    as_ever = adapter.estimate_prior(world.draw(1000, prior=usual)[0])
+    X, y = world.draw(1000, prior=changed)
+    assert np.abs(as_ever - before).sum() < 0.15
+    assert np.abs(adapter.estimate_prior(X) - np.bincount(y) / len(y)).sum() < 0.1
+    np.testing.assert_allclose(
+        adapter.predict_proba(X), adapter.correct(X, adapter.estimate_prior(X)), atol=1e-6
+    )
+    sure = PerformativeAdapter(frozen, transductive="map_em", prior_strength=1e7, **QUICK)
+    sure.fit(X, y, rounds=np.arange(1000) // 100)
+    stuck = sure.estimate_prior(world.draw(1000, prior=usual)[0])
+    assert np.abs(stuck - sure.predicted_prior_).sum() < 0.01
+
+
 # ---- covariates, strata, options
 
 
