@@ -187,7 +187,13 @@ class ProgramNet(Net):
     def _placed(self, rows):
         placed = self.source(rows).to(self.module_.image)
         if self.augment is not None and self.module_.training:
-            placed = self.augment(placed, self.generator_).clamp(0, 1)
+            augmented = self.augment(placed, self.generator_).clamp(0, 1)
+            if augmented.shape != placed.shape:
+                raise ValueError(
+                    f"augment made images of shape {tuple(augmented.shape)} of such of shape "
+                    f"{tuple(placed.shape)}; it must keep the shape."
+                )
+            return augmented
         return placed
 
     def _classes_of_the_step(self, targets):

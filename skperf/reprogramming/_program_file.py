@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ _PARAMETERS = (
     "ood_temperature",
     "ood_retention",
 )
+#: What `pixels` may say of the encoder's own preparation of images.
+_SAID = {"normalize": "auto", "resize": "auto", "interpolation": "auto", "shrink": None}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def write_program(
         "format": FORMAT,
         "encoder": fitted.encoder.fingerprint(),
         "pipeline": asdict(fitted.encoder.pipeline),
+        "said": {name: _plain(getattr(settings.pixels, name)) for name in _SAID},
         "outputs": [fitted.encoder.outputs, fitted.encoder.probabilities],
         "parameters": {name: _plain(_value(settings, name)) for name in _PARAMETERS},
         "class_names": task.names,
@@ -169,12 +173,19 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
         if known["class_head"] is not None:
             head = rebuilt(known["class_head"], parts["class_head"])
             if head(torch.zeros(1, task.n_outputs)).shape != (1, task.n_classes):
-                raise ValueError("class_head")
+                raise KeyError("class_head")
         if known.get("scorer") is not None:
-            scorer = FEATURE_SCORES[choice.score](**parts["scorer"], **known["scorer"])
+            values = parts["scorer"] | known["scorer"]
+            kind = FEATURE_SCORES[choice.score]
+            if set(values) != {part.name for part in fields(kind)}:
+                raise ValueError(
+                    f"{path} holds its score {choice.score!r} as an earlier version wrote it "
+                    f"({sorted(values)}); fit and save the program anew."
+                )
+            scorer = kind(**values)
             scorer.score(torch.zeros(2, task.n_outputs))
             scorers = {choice.score: scorer}
-    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: its head or score does not fit: {error}.") from error
     fitted = record_of(reader, task, net, choice, head, scorers, form, 1)
     return params, ReadProgram(task, fitted, net, classes, known["n_features"])
@@ -241,19 +252,23 @@ def _opened(settings: Settings, known: dict[str, Any]) -> tuple[FrozenEncoder, d
     if known["texts"] is not None and encoder.tokenize is None:
         raise ValueError("the program has prompts, which must be tokenized: give tokenizer=.")
     stored = known["pipeline"]
-    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
-    pipeline = PixelPipeline(**fields)
-    own = prepared(settings.pixels, encoder.pipeline)
-    told = settings.processor is not None or own != encoder.pipeline
-    differing = [n for n in fields if getattr(own, n) != fields[n] and n != "shrink"]
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    pipeline = PixelPipeline(**values)
+    pixels, params = settings.pixels, dict[str, Any]()
+    silent = all(_same(getattr(pixels, name), value) for name, value in _SAID.items())
+    if silent:  # what the writer said beside the processor holds
+        said = _SAID | known.get("said", {})
+        pixels, params = SimpleNamespace(**said), {n: v for n, v in said.items() if v != _SAID[n]}
+    own = prepared(pixels, encoder.pipeline)
+    told = settings.processor is not None or not silent
+    differing = [n for n in values if getattr(own, n) != values[n] and n != "shrink"]
     if told and differing:
         seen = {name: getattr(own, name) for name in differing}
         raise ValueError(
             "the program was made with another preparation of the images: "
-            f"{ {name: fields[name] for name in differing} }; processor or pixels now say {seen}. "
+            f"{ {name: values[name] for name in differing} }; processor or pixels now say {seen}. "
             "Leave them out, and the program's own is used."
         )
-    params: dict[str, Any] = {}
     if differing:
         statistics = (pipeline.mean, pipeline.std)
         params["normalize"] = None if pipeline.mean is None else statistics
@@ -282,8 +297,7 @@ def _reader(
     settings: Settings, known: dict[str, Any], params: dict[str, Any], encoder: FrozenEncoder
 ) -> Settings:
     """Make the settings under which the program is put together again."""
-    whole = {"normalize": "auto", "resize": "auto", "interpolation": "auto", "shrink": None}
-    for name, value in (params | whole).items():
+    for name, value in (params | _SAID).items():
         if name in RECORD_OF:
             getattr(settings, RECORD_OF[name]).set_params(**{name: value})
     texts = known["texts"]
@@ -319,6 +333,10 @@ def _load(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Any) 
 def _is_text(prompts: Any) -> bool:
     many = isinstance(prompts, list | tuple)
     return isinstance(prompts, str) or (many and all(isinstance(p, str) for p in prompts))
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, str) and value == default)
 
 
 def _value(settings: Settings, name: str) -> Any:

@@ -44,6 +44,7 @@ from skperf.reprogramming._training import (
     zero_shot_program,
 )
 from skperf.reprogramming._training import with_classes as with_other_classes
+from skperf.reprogramming.encoders import FrozenEncoder, opener_of
 from skperf.reprogramming.pictures import Pictures, is_array, is_table
 from skperf.reprogramming.residual import alpha_curve
 from skperf.reprogramming.tokens import tokens_for
@@ -689,6 +690,8 @@ default="auto"
         return fitted.logits(self._pictures(X), batch_norm)
 
     def _frozen_settings(self):
+        if self.encoder is not None and not isinstance(self.encoder, FrozenEncoder):
+            opener_of(self.encoder)  # refuses what is none before anything is said of X
         values = {name: getattr(self, name) for name in self._get_param_names()}
         for record, kind in RECORDS.items():
             values[record] = kind() if values[record] is None else clone(values[record])

@@ -319,9 +319,16 @@ def open_encoder(encoder: Any, *, processor: Any = None, tokenizer: Any = None) 
     if isinstance(encoder, nn.DataParallel | nn.parallel.DistributedDataParallel):
         encoder = encoder.module
     tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
+    return opener_of(encoder)(encoder, processor, tokenizer)
+
+
+def opener_of(encoder: Any) -> Callable[[Any, Any, Any], FrozenEncoder]:
+    """Tell what kind of encoder an object is by the function that opens it."""
+    if isinstance(encoder, type) and issubclass(encoder, nn.Module):
+        raise TypeError(f"encoder is the class {encoder.__name__}; give an instance of it.")
     for is_one, opener in _OPENERS:
         if is_one(encoder):
-            return opener(encoder, processor, tokenizer)
+            return opener
     raise TypeError(
         f"encoder is a {type(encoder).__name__}; tried, in this order: a transformers model "
         "with get_image_features and get_text_features, an open_clip model with encode_image "

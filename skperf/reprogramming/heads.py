@@ -207,7 +207,7 @@ class Adapter(Head):
         generator = torch.Generator().manual_seed(seed)
         narrow = max(4, n_outputs // 4)
         draw = [
-            torch.randn(a, b, generator=generator) * (2 / a) ** 0.5
+            (torch.randn(a, b, generator=generator) * (2 / a) ** 0.5).to(cached.outputs)
             for a, b in ((n_outputs, narrow), (narrow, n_outputs))
         ]
         self.down, self.up = nn.Parameter(draw[0]), nn.Parameter(draw[1])
@@ -280,7 +280,7 @@ def fit_probe(cached: Cached, folds: Folds) -> Fitted:
 
     def rank(key: tuple[float, float]) -> tuple[float, float]:
         losses = sharpened_losses(trials[key][seen], codes, weight)
-        return round(float(wrong[key] @ share), 6), float(losses @ share)
+        return round(float(wrong[key] @ share), 6), float(losses @ share.to(losses))
 
     best = min(trials, key=rank)
     best = best if clearly_better(wrong[best], wrong[usual], weight) else usual

@@ -29,6 +29,20 @@ def parameters():
     return {"border": 2, "max_epochs": 4, "batch_size": 32, "random_state": 0, "lr": 0.1}
 
 
+@pytest.mark.parametrize("head", ["auto", "probe", "cache", "adapter", "attributes"])
+def test_double_precision_is_kept(towers, tokenizer, pictures, head):
+    X, y = pictures[0][:60], pictures[1][:60]
+    prompts = ["a photo of a {}", "a drawing of a {}"]
+    options = {"tokenizer": tokenizer, "prompts": prompts, "border": 2, "random_state": 0}
+    double = Reprogrammer(towers.double(), head=head, max_epochs=1, **options).fit(X, y)
+    single = Reprogrammer(towers.float(), head=head, max_epochs=1, **options).fit(X, y)
+    towers.double()
+    proba = double.predict_proba(X)
+    towers.float()
+    np.testing.assert_allclose(proba, single.predict_proba(X), atol=0.05)
+    assert double.ood_thresholds_.keys() == single.ood_thresholds_.keys()
+
+
 @pytest.mark.parametrize("mapping", ["rlm", "flm", "ilm", "blm", "blm+", "linear"])
 def test_every_mapping_learns_and_leaves_the_encoder(source, pictures, parameters, mapping):
     X, y = pictures

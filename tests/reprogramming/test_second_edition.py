@@ -246,6 +246,8 @@ def test_class_weight_and_augmentation(towers, pictures, parameters):
     model = Reprogrammer(towers, augment=brighter, **shared).fit(X, y)
     assert seen[0][1:] == (3, 12, 12)
     assert not np.array_equal(model.program_, one.program_)
+    with pytest.raises(ValueError, match="augment made images of shape"):
+        Reprogrammer(towers, augment=lambda images, generator: images[:, :1], **shared).fit(X, y)
 
 
 def test_programs_that_look_at_the_picture(towers, pictures, parameters):
@@ -348,6 +350,53 @@ def test_normalisation_travels_with_the_program(pictures, tmp_path):
     assert again.encoder_.mean == statistics[0]
     with pytest.raises(ValueError, match="another preparation of the images"):
         Reprogrammer(net, normalize=((0.5,) * 3, (0.5,) * 3)).load_program(path)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"resize": "contain", "interpolation": "nearest"},
+        {"normalize": None},
+        {"normalize": ((0.3,) * 3, (0.6,) * 3)},
+    ],
+)
+def test_what_the_writer_said_beside_its_processor_travels(towers, pictures, tmp_path, said):
+    X, y = pictures
+    processor = {"size": 12, "mean": (0.5,) * 3, "std": (0.2,) * 3, "interpolation": "bilinear"}
+    shared = {"border": 2, "max_epochs": 1, "random_state": 0, "head": "linear"}
+    model = Reprogrammer(towers, processor=processor, **shared, **said).fit(X, y)
+    path, wide = tmp_path / "program.safetensors", X[:8, :, :, :9]
+    model.save_program(path)
+    for given in ({}, {"processor": processor}, {"processor": processor, **said}):
+        again = Reprogrammer(towers, **given).load_program(path)
+        np.testing.assert_allclose(again.predict_proba(wide), model.predict_proba(wide), atol=1e-6)
+    with pytest.raises(ValueError, match="another preparation of the images"):
+        Reprogrammer(
+            towers, processor=processor | {"mean": (0.1,) * 3}, resize="none"
+        ).load_program(path)
+
+
+def test_a_score_of_an_earlier_version_is_told(towers, pictures, parameters, tmp_path):
+    path = tmp_path / "program.safetensors"
+    model = Reprogrammer(towers, ood_score="mahalanobis", **parameters).fit(*pictures)
+    model.save_program(path)
+
+    def older(known, tensors):
+        tensors["scorer.whitening"] = tensors.pop("scorer.directions")
+
+    damaged(path, older)
+    with pytest.raises(ValueError, match="'mahalanobis' as an earlier version wrote it"):
+        Reprogrammer(towers, tokenizer=model.tokenizer).load_program(path)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [(LogisticRegression(), "encoder is a LogisticRegression"), (nn.Linear, "class Linear; give")],
+)
+def test_no_encoder_is_told_before_anything_of_the_rows(encoder, message):
+    X, y = np.zeros((6, 12)), np.arange(6) % 2
+    with pytest.raises(TypeError, match=message):
+        Reprogrammer(encoder).fit(X, y)
 
 
 def damaged(path, change):
