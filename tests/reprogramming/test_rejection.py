@@ -11,6 +11,7 @@ from skperf.reprogramming.rejection import (
     FEATURE_SCORES,
     SCORES,
     Gaussians,
+    VirtualLogit,
     agreement,
     left_out_aurocs,
     retention_threshold,
@@ -116,3 +117,12 @@ def test_the_variance_is_that_within_classes_shrunk_to_its_mean(n):
     fitted = Gaussians.fit(torch.tensor(outputs), torch.tensor(codes))
     assert fitted.deviation == pytest.approx(np.sqrt(low))
     assert float(fitted.shares[0]) == pytest.approx(np.sqrt(low / high) - 1)
+
+
+def test_one_direction_stays_aside_where_all_vary_alike():
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(size=(400, 3)) * [1.0, 1.2, 1.1]
+    found = VirtualLogit.fit(torch.tensor(outputs), torch.zeros(400, dtype=torch.long)).residual
+    _, vectors = np.linalg.eigh(np.cov(outputs.T))
+    assert found.shape == (3, 1)
+    assert abs(float(found[:, 0] @ torch.tensor(vectors[:, 0]))) == pytest.approx(1)
