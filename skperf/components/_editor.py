@@ -8,10 +8,11 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
-from torch import nn
+from torch import Tensor, nn
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._edited import EditedClassifier
+from skperf.backbone._modules import OfLogits
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
@@ -21,7 +22,9 @@ from skperf.backbone.rows import Rows
 from skperf.components._attributor import ComponentAttributor
 
 
-class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
+class ComponentEditor(
+    OfLogits, CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin, BaseEstimator
+):
     """A classifier that is edited after it is fitted.
 
     `fit` fits the estimator, attributes some of the rows and ablates what stands in the way
@@ -147,37 +150,12 @@ class ComponentEditor(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin,
             self.edit_report_ = self.edited_.edit_report_
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
-        """Predict labels by the edited network.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Rows.
-
-        Returns
-        -------
-        ndarray of shape (n,)
-            Labels.
-        """
+    def _outputs(self, X: Any) -> Tensor:
         check_is_fitted(self)
-        return np.asarray(self.edited_.predict(check_rows(self, X)))
+        return self.edited_._outputs(check_rows(self, X))
 
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Predict probabilities by the edited network.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, ...)
-            Rows.
-
-        Returns
-        -------
-        ndarray of shape (n, n_classes)
-            Columns in the order of ``classes_``.
-        """
-        check_is_fitted(self)
-        return np.asarray(self.edited_.predict_proba(check_rows(self, X)))
+    def _class_axis(self, outputs: Tensor) -> int:
+        return self.edited_._class_axis(outputs)
 
     def to_module(self) -> nn.Module:
         """Give the edited network.

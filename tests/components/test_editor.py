@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import sklearn
+import torch
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, make_scorer
 from sklearn.model_selection import GridSearchCV
@@ -81,6 +82,10 @@ def test_a_net_is_fitted_and_edited():
     X, y = load_iris(return_X_y=True)
     editor = ComponentEditor(default_net(max_epochs=5), attributor(), random_state=0).fit(X, y)
     assert editor.score(X, y) >= editor.estimator_.score(X, y) - 0.02
+    with torch.no_grad():
+        logits = editor.to_module()(torch.as_tensor(X)).numpy()
+    np.testing.assert_allclose(editor.decision_function(X), logits, atol=1e-5)
+    np.testing.assert_array_equal(editor.predict(X), logits.argmax(1))
 
 
 def test_displays():
