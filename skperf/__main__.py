@@ -137,7 +137,7 @@ def reprogramming_findings(figures: Path) -> list[Finding]:
             f"A linear probe on its features: AUROC {plain.auroc:.2f}, {probed:.0%} right. "
             f"Zero-shot: {zero_shot.score(X_test, y_test):.0%} right.",
             "Reprogrammer(encoder, class_names=names).fit(X, y)",
-        ),
+        )
     ]
 
 

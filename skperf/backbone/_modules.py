@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from skperf.backbone._validation import as_labels, check_rows
 from skperf.backbone.looking import Seen, look
-from skperf.backbone.losses import (
-    BinaryCrossEntropy,
-    Loss,
-    describes,
-    of_two_classes,
-    resolve_loss,
-)
+from skperf.backbone.losses import BinaryCrossEntropy, Loss, describes, of_two_classes, resolve_loss
 from skperf.backbone.network import Forward, Network, Readout, check_device
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import original, own_copy, view

@@ -172,11 +172,7 @@ def _function(function: types.FunctionType, memo: dict[int, Any]) -> Any:
         return function
     closure = tuple(types.CellType(memo.get(id(content), content)) for content in held)
     copied = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        closure,
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied

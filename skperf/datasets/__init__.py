@@ -27,12 +27,7 @@ from skperf.datasets._models import (
     load_text_image_encoder,
 )
 from skperf.datasets._remote import fetch_fashion_mnist, fetch_imagenet_classes, fetch_mnist
-from skperf.datasets._shipped import (
-    load_email_vectors,
-    load_emoji,
-    load_faces,
-    load_fashion_mnist,
-)
+from skperf.datasets._shipped import load_email_vectors, load_emoji, load_faces, load_fashion_mnist
 from skperf.datasets._stream import PerformativeStream
 
 __all__ = [
