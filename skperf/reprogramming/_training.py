@@ -234,8 +234,9 @@ def fit_heads(settings, labelled: Labelled, generator, judged_rows) -> dict[str,
     heavy = len(cached.codes) > MOST_ROWS or cached.outputs.numel() * cached.n_classes > MOST_WORK
     rows = np.arange(len(cached.codes))
     if heavy:
-        others = generator.permutation(np.setdiff1d(rows, judged_rows))[:MOST_ROWS]
-        tested = judged_rows if len(judged_rows) < len(rows) else others[: len(others) // 5]
+        apart = np.setdiff1d(rows, judged_rows)
+        others = generator.permutation(apart if len(apart) else rows)[:MOST_ROWS]
+        tested = judged_rows if len(apart) else others[: len(others) // 5]
         folds: Folds = [(np.setdiff1d(others, tested), tested)]
     else:
         folds = folds_of(labelled.codes, min(N_FOLDS, len(rows)), generator)
