@@ -164,6 +164,18 @@ def test_refreshed_mapping_without_a_border_counts_known_outputs(
     np.testing.assert_allclose(model.label_mapping_, plain.label_mapping_, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:ood_retention|The number of unique classes:UserWarning")
+def test_many_classes_of_one_row_each_leave_rows_to_compare_heads(towers, tokenizer, monkeypatch):
+    monkeypatch.setattr("skperf.reprogramming._training.MOST_WORK", 0)
+    monkeypatch.setattr("skperf.reprogramming._training.MOST_CROSS_FITTED", 3)
+    words = ["cat", "dog", "bird", "fish", "horse", "zebra", "quux"]
+    X = np.random.RandomState(0).uniform(0, 1, (7, 3, 12, 12)).astype(np.float32)
+    options = {"tokenizer": tokenizer, "border": 2, "max_epochs": 1, "random_state": 0}
+    model = Reprogrammer(towers, **options).fit(X, words)
+    assert sorted(model.classes_) == sorted(words)
+    assert np.isfinite(model.predict_proba(X)).all()
+
+
 def test_a_head_is_rebuilt_from_what_it_tells_of_itself():
     generator = torch.Generator().manual_seed(0)
     outputs, texts = (torch.randn(n, 5, generator=generator) for n in (12, 3))
