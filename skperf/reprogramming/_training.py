@@ -24,11 +24,11 @@ from skperf.reprogramming.heads import (
     MOST_ROWS,
     MOST_WORK,
     Cached,
-    Fitted,
     Folds,
     candidates,
     few_rows,
     folds_of,
+    seen_rows,
 )
 from skperf.reprogramming.judging import Choice, Judged, choose
 from skperf.reprogramming.label_mapping import cooccurrence, labels_of_interest, random_mapping
@@ -135,8 +135,7 @@ def fit_program(
     judged = judge(settings, labelled, splits, nets or [net])
     if settings.max_epochs and settings.encoder is not None:
         _warn_of_retention(len(judged.codes), settings.ood_retention)
-    heads = fit_heads(settings, labelled, generator, judged.rows)
-    logits = {name: fitted.logits[judged.rows] for name, fitted in heads.items()}
+    heads, logits = fit_heads(settings, labelled, generator, judged.rows)
     choice = choose(settings, task, judged, logits)
     if settings.compares_heads and few_rows(torch.as_tensor(codes)):
         choice = replace(choice, head="probe")
@@ -224,11 +223,11 @@ def judge(settings: Settings, labelled: Labelled, splits: Folds, nets: list[Prog
     )
 
 
-def fit_heads(settings, labelled: Labelled, generator, judged_rows) -> dict[str, Fitted]:
-    """Fit the heads that compete, or the one that was asked for."""
+def fit_heads(settings, labelled: Labelled, generator, judged_rows):
+    """Fit the heads that compete, or the one asked for: dict of Fitted, of (m, n_classes)."""
     wanted = settings.head in HEADS
     if labelled.plain is None or not (wanted or settings.compares_heads):
-        return {}
+        return {}, {}
     cached = cached_rows(labelled)
     names = (settings.head,) if wanted else candidates(cached)
     heavy = len(cached.codes) > MOST_ROWS or cached.outputs.numel() * cached.n_classes > MOST_WORK
@@ -240,7 +239,14 @@ def fit_heads(settings, labelled: Labelled, generator, judged_rows) -> dict[str,
         folds: Folds = [(np.setdiff1d(others, tested), tested)]
     else:
         folds = folds_of(labelled.codes, min(N_FOLDS, len(rows)), generator)
-    return {name: HEADS[name](cached, folds) for name in names}
+    heads = {name: HEADS[name](cached, folds) for name in names}
+    seen = seen_rows(folds)
+    known = np.isin(judged_rows, seen)
+    place = np.searchsorted(seen, judged_rows[known])
+    logits = {name: labelled.plain.new_zeros(len(known), cached.n_classes) for name in heads}
+    for name, fitted in heads.items():
+        logits[name][known] = fitted.logits[place].to(labelled.plain)
+    return heads, logits
 
 
 def cached_rows(labelled: Labelled) -> Cached:

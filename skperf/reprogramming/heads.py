@@ -66,11 +66,10 @@ class Cached:
         parts = {name: getattr(self, name)[rows] for name in ("outputs", "codes", "weight")}
         return replace(self, **parts)
 
-    def loss(self, logits: Tensor, folds: Folds | None = None) -> float:
-        """Weighted mean cross-entropy, of rows left out: logits (n, n_classes) -> ()."""
-        rows = slice(None) if folds is None else seen_rows(folds)
-        losses = functional.cross_entropy(logits[rows], self.codes[rows], reduction="none")
-        return float(losses @ self.weight[rows].to(losses) / self.weight[rows].sum())
+    def loss(self, logits: Tensor) -> float:
+        """Weighted mean cross-entropy: logits (n, n_classes) -> ()."""
+        losses = functional.cross_entropy(logits, self.codes, reduction="none")
+        return float(losses @ self.weight.to(losses) / self.weight.sum())
 
 
 def zero_shot_logits(known: "Cached | Head", outputs: Tensor) -> Tensor:
@@ -178,6 +177,9 @@ class Probe(Head):
 class Cache(Head):
     """Zero-shot logits plus votes of the training rows, weighted by their nearness."""
 
+    keys: Tensor
+    votes: Tensor
+
     def __init__(self, cached: Cached, weight: float, sharpness: float) -> None:
         super().__init__(cached)
         self.weight, self.sharpness = weight, sharpness
@@ -186,15 +188,27 @@ class Cache(Head):
 
     def forward(self, outputs: Tensor) -> Tensor:
         """Compute class logits: outputs (n, d) -> (n, n_classes)."""
-        nearness = unit(outputs) @ self.keys.T  # type: ignore[operator]
-        near = torch.exp(self.sharpness * (nearness - 1))
-        return zero_shot_logits(self, outputs) + self.weight * near @ self.votes  # type: ignore[operator]
+        votes = voted(unit(outputs), self.keys, self.votes, self.sharpness)
+        return zero_shot_logits(self, outputs) + self.weight * votes
 
 
 def cache_votes(cached: Cached) -> Tensor:
     """One vote a row for its class, weights taken into account: -> (n, n_classes)."""
     votes = functional.one_hot(cached.codes, cached.n_classes).to(cached.outputs)
     return votes * (cached.weight / cached.weight.mean()).to(votes)[:, None]
+
+
+def voted(
+    asked: Tensor, keys: Tensor, votes: Tensor, sharpness: float, own: Tensor | None = None
+) -> Tensor:
+    """Sum votes by nearness, but for `own` (n,): asked (n, d), keys (m, d) -> (n, k)."""
+    pieces = []
+    for rows in torch.arange(len(asked)).split(512):  # n x m numbers would not fit
+        near = torch.exp(sharpness * (asked[rows] @ keys.T - 1))
+        if own is not None:
+            near[torch.arange(len(rows)), own[rows]] = 0
+        pieces.append(near @ votes)
+    return torch.cat(pieces)
 
 
 class Adapter(Head):
@@ -247,47 +261,51 @@ class Attributes(Head):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A head, and the logits of rows from heads that were fitted without them."""
+    """A head, and the logits of `seen_rows` from heads that were fitted without them."""
 
     head: Head
-    logits: Tensor  # (n, n_classes)
+    logits: Tensor  # (m, n_classes)
 
 
 def fit_probe(cached: Cached, folds: Folds) -> Fitted:
     """Choose prior and ridge by rows left out, and how sharp the probabilities are; fit on all."""
     usual = (min(USUAL[0], 1.0 if cached.zero_shot is not None else 0.0), USUAL[1])
     priors: tuple[float, ...] = PRIORS if cached.zero_shot is not None else PRIORS[:1]
-    trials: dict[tuple[float, float], Tensor] = {}
+    seen = cached[seen_rows(folds)]
+    share = seen.weight / seen.weight.sum()
+    wrong: dict[tuple[float, float], Tensor] = {}
+    ranks: dict[tuple[float, float], tuple[float, float]] = {}
+    kept: dict[tuple[float, float], Tensor] = {}  # all logits of all trials would be many
+
+    def tried(key: tuple[float, float], make: Callable[[Cached, int], Head]) -> float:
+        logits = left_out_logits(cached, folds, make)
+        # accuracy, since a loss of few rows goes by how sharp the logits are
+        wrong[key] = (logits.argmax(1) != seen.codes).float()
+        losses = sharpened_losses(logits, seen.codes, seen.weight)
+        ranks[key] = round(float(wrong[key] @ share), 6), float(losses @ share.to(losses))
+        kept[key] = logits
+        for other in set(kept) - {usual, min(ranks, key=ranks.__getitem__)}:
+            del kept[other]
+        return seen.loss(logits)
+
     if few_rows(cached.codes):
         priors = ()
-        trials[usual] = left_out_logits(cached, folds, lambda rows, _: Probe(rows, *usual))
+        tried(usual, lambda rows, _: Probe(rows, *usual))
     for prior in priors:
         starts: list[Probe | None] = [None] * len(folds)
         lowest, worse = np.inf, 0
         for ridge in RIDGES:  # from the strongest on, each from the one before
-            make = partial(_next_probe, starts, prior, ridge)
-            trials[prior, ridge] = left_out_logits(cached, folds, make)
-            loss = cached.loss(trials[prior, ridge], folds)
+            loss = tried((prior, ridge), partial(_next_probe, starts, prior, ridge))
             worse = worse + 1 if loss > lowest else 0
             lowest = min(loss, lowest)
             if worse == 2 and ridge <= usual[1]:  # the weaker the ridge, the slower
                 break
-    seen = seen_rows(folds)
-    codes, weight = cached.codes[seen], cached.weight[seen]
-    # accuracy, since a loss of few rows goes by how sharp the logits are
-    wrong = {key: (logits[seen].argmax(1) != codes).float() for key, logits in trials.items()}
-    share = weight / weight.sum()
-
-    def rank(key: tuple[float, float]) -> tuple[float, float]:
-        losses = sharpened_losses(trials[key][seen], codes, weight)
-        return round(float(wrong[key] @ share), 6), float(losses @ share.to(losses))
-
-    best = min(trials, key=rank)
-    best = best if clearly_better(wrong[best], wrong[usual], weight) else usual
+    best = min(ranks, key=ranks.__getitem__)
+    best = best if clearly_better(wrong[best], wrong[usual], seen.weight) else usual
     factor = 1.0
     if not few_rows(cached.codes, 1):
-        factor = calibrated(1.0, trials[best][seen], codes, weight)
-    return Fitted(Probe(cached, *best).sharpened(factor), factor * trials[best])
+        factor = calibrated(1.0, kept[best], seen.codes, seen.weight)
+    return Fitted(Probe(cached, *best).sharpened(factor), factor * kept[best])
 
 
 def _next_probe(
@@ -305,23 +323,24 @@ def few_rows(codes: Tensor, most: int = FEW_ROWS) -> bool:
 
 def fit_cache(cached: Cached, folds: Folds) -> Fitted:
     """Choose weight and sharpness; every row is left out of the votes for itself."""
-    keys = unit(cached.outputs)
-    nearness, votes = keys @ keys.T, cache_votes(cached)
-    texts = zero_shot_logits(cached, cached.outputs)
+    rows = seen_rows(folds)
+    keys, seen = unit(cached.outputs), cached[rows]
+    texts = zero_shot_logits(cached, seen.outputs)
     trials: dict[tuple[float, float], Tensor] = {}
     for sharpness in CACHE_SHARPNESS:
-        voted = torch.exp(sharpness * (nearness - 1)).fill_diagonal_(0) @ votes
-        trials |= {(weight, sharpness): texts + weight * voted for weight in CACHE_WEIGHTS}
-    best = min(trials, key=lambda key: cached.loss(trials[key]))
+        votes = voted(keys[rows], keys, cache_votes(cached), sharpness, torch.as_tensor(rows))
+        trials |= {(weight, sharpness): texts + weight * votes for weight in CACHE_WEIGHTS}
+    best = min(trials, key=lambda key: seen.loss(trials[key]))
     return Fitted(Cache(cached, *best), trials[best])
 
 
 def fit_adapter(cached: Cached, folds: Folds) -> Fitted:
     """Choose the adapter's share by the loss of rows left out."""
+    seen = cached[seen_rows(folds)]
     trials = {
         share: left_out_logits(cached, folds, partial(_adapter, share)) for share in ADAPTER_SHARES
     }
-    best = min(trials, key=lambda share: cached.loss(trials[share], folds))
+    best = min(trials, key=lambda share: seen.loss(trials[share]))
     return Fitted(Adapter(cached, best), trials[best])
 
 
@@ -331,24 +350,26 @@ def _adapter(share: float, cached: Cached, fold: int) -> Head:
 
 def fit_attributes(cached: Cached, folds: Folds) -> Fitted:
     """Choose how many attributes count; nothing is trained."""
+    seen = cached[seen_rows(folds)]
     heads = [Attributes(cached, nearest) for nearest in NEAREST]
-    trials = [head(cached.outputs) for head in heads]
-    best = min(range(len(heads)), key=lambda i: cached.loss(trials[i]))
+    trials = [head(seen.outputs) for head in heads]
+    best = min(range(len(heads)), key=lambda i: seen.loss(trials[i]))
     return Fitted(heads[best], trials[best])
 
 
 def left_out_logits(cached: Cached, folds: Folds, make: Callable[[Cached, int], Head]) -> Tensor:
-    """Logits of rows from heads that were fitted without them: -> (n, n_classes)."""
-    logits = cached.outputs.new_zeros(len(cached.codes), cached.n_classes)
+    """Logits of `seen_rows` from heads that were fitted without them: -> (m, n_classes)."""
+    seen = seen_rows(folds)
+    logits = cached.outputs.new_zeros(len(seen), cached.n_classes)
     for fold, (train, test) in enumerate(folds):
         head = make(cached[train], fold)
         with torch.no_grad():
-            logits[test] = head(cached.outputs[test])
+            logits[np.searchsorted(seen, test)] = head(cached.outputs[test])
     return logits
 
 
 def seen_rows(folds: Folds) -> NDArray[np.intp]:
-    """Rows that are left out once: -> (m,)."""
+    """Rows that are left out once, in order: -> (m,)."""
     return np.sort(np.concatenate([test for _, test in folds]))
 
 

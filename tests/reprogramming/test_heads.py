@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from skperf.reprogramming import Reprogrammer
-from skperf.reprogramming.heads import Cache, Cached, rebuilt
+from skperf.reprogramming.heads import Cache, Cached, rebuilt, voted
 from tests.reprogramming.conftest import assert_same_state, state_of
 
 
@@ -174,6 +174,17 @@ def test_many_classes_of_one_row_each_leave_rows_to_compare_heads(towers, tokeni
     model = Reprogrammer(towers, **options).fit(X, words)
     assert sorted(model.classes_) == sorted(words)
     assert np.isfinite(model.predict_proba(X)).all()
+
+
+def test_votes_in_pieces_are_those_of_the_whole_table():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(700, 5, generator=generator, dtype=torch.double)
+    keys = keys / keys.norm(dim=1, keepdim=True)
+    votes = torch.rand(700, 3, generator=generator, dtype=torch.double)
+    table = torch.exp(2.5 * (keys @ keys.T - 1))
+    torch.testing.assert_close(voted(keys, keys, votes, 2.5), table @ votes)
+    table.fill_diagonal_(0)
+    torch.testing.assert_close(voted(keys, keys, votes, 2.5, torch.arange(700)), table @ votes)
 
 
 def test_a_head_is_rebuilt_from_what_it_tells_of_itself():
