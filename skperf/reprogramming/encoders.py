@@ -8,6 +8,7 @@ an encoder runs a private view of it.
 
 import hashlib
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -501,16 +502,12 @@ def _open_module(model: nn.Module, processor: Any, tokenizer: Any) -> FrozenEnco
     convolution = _first_convolution(model)
     return FrozenEncoder(
         model,
-        image=_module_outputs,
+        image=operator.call,
         outputs="unknown",
         pipeline=pipeline,
         channels=_channels(model),
         axes=None if convolution is None else convolution.weight.ndim - 2,
     )
-
-
-def _module_outputs(model: nn.Module, pixels: Tensor) -> Any:
-    return model(pixels)
 
 
 def _read(returned: Any) -> tuple[Tensor, str]:

@@ -14,10 +14,6 @@ Size = tuple[int, int]
 RESIZES = ("cover", "squash", "contain", "none", "patches")
 
 
-def _bilinear(x: float) -> float:
-    return max(0.0, 1 - abs(x))
-
-
 def _bicubic(x: float) -> float:
     x = abs(x)
     if x < 1:
@@ -25,25 +21,13 @@ def _bicubic(x: float) -> float:
     return ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
 
 
-def _lanczos(x: float) -> float:
-    return float(np.sinc(x) * np.sinc(x / 3)) if abs(x) < 3 else 0.0
-
-
-def _hamming(x: float) -> float:
-    return float(np.sinc(x) * (0.54 + 0.46 * math.cos(math.pi * x))) if abs(x) < 1 else 0.0
-
-
-def _box(x: float) -> float:
-    return float(-0.5 < x <= 0.5)
-
-
-#: Filters of PIL and how far they reach, in pixels; "nearest" is none.
+#: Filters of PIL and how far they reach, in pixels, where the window ends; "nearest" is none.
 FILTERS: dict[str, tuple[Callable[[float], float], float]] = {
-    "bilinear": (_bilinear, 1),
+    "bilinear": (lambda x: max(0.0, 1 - abs(x)), 1),
     "bicubic": (_bicubic, 2),
-    "lanczos": (_lanczos, 3),
-    "hamming": (_hamming, 1),
-    "box": (_box, 0.5),
+    "lanczos": (lambda x: abs(x) < 3 and np.sinc(x) * np.sinc(x / 3), 3),
+    "hamming": (lambda x: abs(x) < 1 and np.sinc(x) * (0.54 + 0.46 * np.cos(np.pi * x)), 1),
+    "box": (lambda x: float(-0.5 < x <= 0.5), 0.5),
 }
 #: PIL's numbers of its filters, which transformers writes into its processors.
 PIL_CODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
