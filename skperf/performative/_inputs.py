@@ -27,7 +27,8 @@ def count_rows(X):
 def check_own_rows(X, name):
     """Check that rows are rows; all else is left to the classifier that gets them as they are."""
     X = as_array(X)
-    if hasattr(X, "__array__") and not hasattr(X, "shape"):
+    columns = not isinstance(getattr(X, "dtype", np.dtype(float)), np.dtype)  # of pandas, bare
+    if hasattr(X, "__array__") and (not hasattr(X, "shape") or columns and not hasattr(X, "iloc")):
         X = np.asarray(X)
     if issparse(X) and X.format not in ("csr", "csc", "lil", "dok"):
         X = X.tocsr()  # the others can't be sliced

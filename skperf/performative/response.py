@@ -261,7 +261,10 @@ def _fit_free(
     """Fit offsets (K,) and a matrix (K, D) of free inputs (R, D) on top of scores (R, K)."""
     n_classes = counts.shape[1]
     # the constant column lets one matrix hold the offsets too
-    columns = np.column_stack([np.ones(len(free)), free])
+    columns, basis = np.column_stack([np.ones(len(free)), free]), None
+    if columns.shape[1] > len(columns):  # the penalty keeps the matrix in what the rounds span
+        basis, across = np.linalg.qr(columns.T)
+        columns = across.T
     totals = counts.sum(axis=1, keepdims=True)
 
     def penalised(flat: Array) -> tuple[float, Array]:
@@ -271,12 +274,14 @@ def _fit_free(
         value = -np.sum(counts * log_prior) + 0.5 * l2 * flat @ flat
         return float(value), (residual.T @ columns + l2 * change).ravel()
 
-    first = np.zeros((n_classes, columns.shape[1]))
+    first = np.zeros((n_classes, 1 + free.shape[1]))
     if known is not None and known.shape == (n_classes, free.shape[1]):
         first[:, 1:] = known
+    first = first if basis is None else first @ basis
     options = {"maxiter": 300, "ftol": 1e-8}
     found = minimize(penalised, first.ravel(), jac=True, method="L-BFGS-B", options=options)
     change = found.x.reshape(n_classes, -1)
+    change = change if basis is None else change @ basis.T
     return change[:, 0], change[:, 1:]
 
 
@@ -309,9 +314,7 @@ def _fit_shared(
     theta = np.zeros(n_classes + n_features) if first is None else first
     value, log_prior = _penalised(theta, features, counts, anchor, penalty)
     for _ in range(max_iter):
-        gradient, hessian = _derivatives(log_prior, features, counts)
-        gradient += penalty * theta
-        step = np.linalg.solve(hessian + np.diag(penalty), gradient)
+        gradient, step = _newton_step(log_prior, features, counts, theta, penalty)
         decrease = gradient @ step
         if decrease < 1e-9 + 1e-14 * abs(value):
             break
@@ -335,22 +338,40 @@ def _penalised(
     return float(-np.sum(counts * log_prior) + 0.5 * penalty @ theta**2), log_prior
 
 
-def _derivatives(log_prior: Array, features: Array, counts: Array) -> tuple[Array, Array]:
+def _newton_step(
+    log_prior: Array, features: Array, counts: Array, theta: Array, penalty: Array
+) -> tuple[Array, Array]:
+    """Give the gradient and Newton's step of the penalised likelihood, (K + J,) each."""
     n_classes, n_features = features.shape[1:]
     prior = np.exp(log_prior)  # (R, K)
-    mass = counts.sum(axis=1, keepdims=True) * prior
+    totals = counts.sum(axis=1, keepdims=True)
+    mass = totals * prior
     residual = mass - counts
-    hessian = np.empty((n_classes + n_features, n_classes + n_features))
-    hessian[:n_classes, :n_classes] = np.diag(mass.sum(axis=0)) - mass.T @ prior
-    if not n_features:
-        return residual.sum(axis=0), hessian
-    slopes = np.tensordot(residual, features, axes=2)
-    centred = features - np.einsum("rk,rkj->rj", prior, features)[:, None]  # (R, K, J)
+    flat = (residual.size, n_features)
+    slopes = residual.ravel() @ features.reshape(flat)
+    gradient = np.concatenate([residual.sum(axis=0), slopes]) + penalty * theta
+    centred = features - prior[:, None] @ features  # (R, K, J)
     weighted = mass[..., None] * centred
-    cross = weighted.sum(axis=0)
-    hessian[:n_classes, n_classes:], hessian[n_classes:, :n_classes] = cross, cross.T
-    hessian[n_classes:, n_classes:] = np.tensordot(weighted, centred, axes=([0, 1], [0, 1]))
-    return np.append(residual.sum(axis=0), slopes), hessian
+    cross = weighted.sum(axis=0)  # (K, J)
+    inner = weighted.reshape(flat).T @ centred.reshape(flat)
+    inner.flat[:: n_features + 1] += penalty[n_classes:]
+    diagonal = mass.sum(axis=0) + penalty[:n_classes]
+    columns = np.concatenate([gradient[:n_classes, None], cross], axis=1)
+    # the block of the offsets is a diagonal less a matrix of rank R
+    if len(counts) < n_classes:
+        scaled = prior / diagonal
+        small = np.diag(1.0 / totals[:, 0]) - scaled @ prior.T
+        solved = columns / diagonal[:, None] + scaled.T @ np.linalg.solve(small, scaled @ columns)
+    else:
+        block = mass.T @ -prior
+        block.flat[:: n_classes + 1] += diagonal
+        solved = np.linalg.solve(block, columns)
+    if not n_features:
+        return gradient, solved[:, 0]
+    step = np.linalg.solve(
+        inner - cross.T @ solved[:, 1:], gradient[n_classes:] - cross.T @ solved[:, 0]
+    )
+    return gradient, np.concatenate([solved[:, 0] - solved[:, 1:] @ step, step])
 
 
 def _hinges(statistics: Array, knots: Array) -> Array:

@@ -67,6 +67,10 @@ def forms(frame, y):
             make_pipeline(TfidfVectorizer(), LogisticRegression()),
             np.array(texts, dtype=object),
         ),
+        "bare column of pandas": (
+            make_pipeline(TfidfVectorizer(), LogisticRegression()),
+            pd.array(texts, dtype="string"),
+        ),
     }
 
 

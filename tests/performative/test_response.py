@@ -82,6 +82,37 @@ def test_tied_map_is_the_minimum_of_its_objective():
     np.testing.assert_allclose(response.offset, brute[:K], atol=1e-3)
 
 
+@pytest.mark.parametrize("n_rounds", [5, 40], ids=["fewer rounds than classes", "more"])
+def test_maps_of_many_classes_are_the_minimum_of_their_objectives(n_rounds):
+    rng, k = np.random.default_rng(0), 12
+    base = np.log(rng.dirichlet(np.full(k, 3.0)))
+    statistics = rng.uniform(0.2, 1.0, size=(n_rounds, k))
+    counts = np.array([rng.multinomial(50, softmax(-s / 0.3)) for s in statistics], float)
+    inputs, own = inputs_of_statistics(statistics, k), statistics - statistics.mean(axis=1)[:, None]
+
+    def tied(theta):
+        log_prior = log_softmax(base + theta[:k] + theta[k] * own, axis=1)
+        cost = theta[:k] @ theta[:k] + SLOPE_SHARE * theta[k] ** 2
+        return -np.sum(counts * log_prior) + 0.5 * cost
+
+    brute = minimize(tied, np.zeros(k + 1), options={"gtol": 1e-6}).x
+    shared = fit_map(inputs, counts, form=FORMS["tied"], log_base=base)
+    np.testing.assert_allclose(shared.offset, brute[:k], atol=1e-4)
+    assert shared.coefficients[0] == pytest.approx(brute[k], abs=1e-4)
+
+    # a matrix is fitted on top of the offsets alone
+    fixed = base + fit_map(inputs, counts, form=Form(), log_base=base).offset
+    columns = np.column_stack([np.ones(n_rounds), statistics - statistics.mean(axis=0)])
+
+    def free(theta):
+        log_prior = log_softmax(fixed + columns @ theta.reshape(k, -1).T, axis=1)
+        return -np.sum(counts * log_prior) + 0.5 * theta @ theta
+
+    linear = fit_map(inputs, counts, form=Form((), ("statistic",)), log_base=base)
+    theta = np.column_stack([base + linear.offset - fixed, linear.matrix]).ravel()
+    assert free(theta) < minimize(free, np.zeros(k * (k + 1)), options={"gtol": 1e-3}).fun + 1e-3
+
+
 def test_linear_map_is_the_minimum_of_its_objective():
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(K, K)) * 2
