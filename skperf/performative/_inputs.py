@@ -27,8 +27,9 @@ def count_rows(X):
 def check_own_rows(X, name):
     """Check that rows are rows; all else is left to the classifier that gets them as they are."""
     X = as_array(X)
-    columns = not isinstance(getattr(X, "dtype", np.dtype(float)), np.dtype)  # of pandas, bare
-    if hasattr(X, "__array__") and (not hasattr(X, "shape") or columns and not hasattr(X, "iloc")):
+    # bare columns of pandas can't be sliced by scikit-learn
+    bare = not hasattr(X, "iloc") and not isinstance(getattr(X, "dtype", np.dtype(int)), np.dtype)
+    if hasattr(X, "__array__") and (bare or not hasattr(X, "shape")):
         X = np.asarray(X)
     if issparse(X) and X.format not in ("csr", "csc", "lil", "dok"):
         X = X.tocsr()  # the others can't be sliced
