@@ -12,7 +12,7 @@ from scipy.special import softmax
 from benchmarks import runner
 from benchmarks.timing import interleaved
 from skperf.performative.label_shift import correct_logits, em_prior, probabilities
-from skperf.performative.response import FORMS, fit_map, inputs_of_statistics
+from skperf.performative.response import Form, Inputs, fit_map
 
 RESULTS = Path(__file__).parent / "results" / "performative_speed.json"
 
@@ -21,17 +21,18 @@ def main():
     rng = np.random.default_rng(0)
     statistics = rng.uniform(0.2, 1.0, size=(200, 100))
     counts = np.array([rng.multinomial(1000, softmax(-s / 0.3)) for s in statistics], float)
-    inputs = inputs_of_statistics(statistics, 100)
+    unknown, none = np.full((200, 1, 100), np.nan), np.zeros((200, 0))
+    inputs = Inputs(statistics[:, None], unknown, unknown[:, 0], none, none)
     base = np.log(np.full(100, 0.01))
     logits = rng.normal(size=(1_000_000, 10))
     shift = np.log(rng.dirichlet(np.ones(10)))
     scores = rng.normal(size=(20_000, 100)) * 3
     rows = {
         "tied map, 200 rounds x 100 classes": lambda: fit_map(
-            inputs, counts, form=FORMS["tied"], log_base=base
+            inputs, counts, form=Form(("statistic",)), log_base=base
         ),
         "linear map, 200 rounds x 100 classes": lambda: fit_map(
-            inputs, counts, form=FORMS["linear"], log_base=base
+            inputs, counts, form=Form(("statistic",), ("statistic",)), log_base=base
         ),
         "correction, 1,000,000 x 10 logits": lambda: probabilities(
             correct_logits(logits, shift, np.log(np.full(10, 0.1)))

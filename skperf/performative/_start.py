@@ -24,10 +24,15 @@ from skperf.performative._scores import (
     take,
 )
 from skperf.performative.anticipation import Anticipation
-from skperf.performative.label_shift import estimate_base_prior, log_loss, smooth_shares
+from skperf.performative.label_shift import (
+    estimate_base_prior,
+    log_loss,
+    probabilities,
+    smooth_shares,
+)
 from skperf.performative.learning import remembering
 from skperf.performative.paper import BASE_PSEUDO_SHARE
-from skperf.performative.record import Memory, Options, Record, effective, measure
+from skperf.performative.record import Memory, Options, Record, effective
 from skperf.performative.trajectory import Trajectory
 
 SURE = 1e-3  # level at which a fitted classifier's base mix is held to be another than its rows'
@@ -273,7 +278,8 @@ def _width(
         if strata is None:
             raise ValueError(f"statistic={options.statistic!r} needs strata, one for each row.")
         return len(strata) * (len(labels) if options.statistic == "class_stratum" else 1)
-    if not len(codes):
-        return len(labels) ** 2 if options.statistic == "confusion" else len(labels)
+    if isinstance(options.statistic, str) or not len(codes):
+        return len(labels) ** (2 if options.statistic == "confusion" else 1)
     weight, predicted = data.weight[measured.rows], measured.logits.argmax(axis=1)
-    return len(measure(options, labels, codes, predicted, measured.logits, weight))
+    told = labels[codes], labels[predicted], probabilities(measured.logits)
+    return np.size(options.statistic(*told, labels, weight))

@@ -17,7 +17,6 @@ STRENGTHS = np.array([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
 MIXES = np.array([0.0, 0.01, 0.03, 0.1, 0.25, 0.5])
 JUDGED = 500  # rows of a round that are enough to tell options apart
 SLOW, FAST = 0.97, 0.7  # memories: about thirty and three rounds
-ACCURACY_GIVEN_UP = 0.0
 CHANGED = 0.1  # share of predictions that a correction may change, for chance in accuracies
 SURE = 0.5  # standard errors
 CALIBRATION_GAIN = 0.01  # of the log loss that a calibration has to save to be used
@@ -135,8 +134,7 @@ class Corrector:
         allowed = np.ones(self.slow.shape, bool)
         if free:
             chance = np.sqrt(CHANGED / max(self.n_rows, 1.0))
-            given_up = (ACCURACY_GIVEN_UP + SURE * chance) * self.weight
-            allowed = self.right >= self.own_right - given_up
+            allowed = self.right >= self.own_right - SURE * chance * self.weight
             allowed[0, 0] = True
         best = self._best(self.slow, allowed)
         if best[0] and len(self.calibrators) > 1:
@@ -150,17 +148,12 @@ class Corrector:
         option = Option(best[0], float(self.strengths[best[1]]), float(self.mixes[best[2]]))
         harm, before = 0.0, self.choice
         if option.strength == 0.0 and before.strength > 0.0 and self.n_rows > SPOKEN_OF:
-            at = self._position(before)
+            j = int(np.abs(self.strengths - before.strength).argmin())
+            at = before.calibration, j, int(np.abs(self.mixes - before.mix).argmin())
             memory = (1 - FAST**self.n_rounds) / (1 - FAST)
             harm = float(self.fast[at] - self.fast[0, 0, 0]) / memory
         return replace(self, choice=option, harm=harm)
 
-    def _best(self, losses: Array, allowed: NDArray[np.bool_]) -> tuple[int, int, int]:
+    def _best(self, losses: Array, allowed: NDArray[np.bool_]) -> tuple[int, ...]:
         flat = np.where(allowed, losses, np.inf).argmin()
-        i, j, k = np.unravel_index(int(flat), losses.shape)
-        return int(i), int(j), int(k)
-
-    def _position(self, option: Option) -> tuple[int, int, int]:
-        j = int(np.abs(self.strengths - option.strength).argmin())
-        k = int(np.abs(self.mixes - option.mix).argmin())
-        return option.calibration, j, k
+        return tuple(int(i) for i in np.unravel_index(int(flat), losses.shape))

@@ -109,11 +109,10 @@ def response_p_value(
     news = _without(null, _detrended(mixes).ravel()).reshape(n_pairs, n_classes)
     if statistics.shape[1] == n_classes:
         centred = statistics - statistics.mean(axis=1, keepdims=True)
-        own = _without(null, _detrended(centred).ravel())
-        told = own.reshape(1, n_pairs, n_classes) / max(float(np.linalg.norm(own)), 1e-12)
+        told = _without(null, _detrended(centred).ravel()).reshape(n_pairs, n_classes)
 
         def reached(order: Codes) -> float:
-            return float(np.tensordot(told[0], news[order], axes=2) ** 2)
+            return float(np.tensordot(told, news[order], axes=2) ** 2)
     else:
         # a round's news on an orthogonal basis of what the statistics may tell
         basis = np.linalg.qr(_detrended(statistics))[0][:, : max(1, n_pairs // 4)]

@@ -177,12 +177,12 @@ def estimate_base_prior(
     log_mix = np.log(np.maximum(counts, TINY) / counts.sum())
     centre = np.log(smooth_shares(counts))
     seen = counts > 0
+    among = np.cumsum(seen) - 1
 
     def penalised(theta: Array) -> tuple[float, Array]:
         scores = logits[:, seen] + log_mix[seen] - theta[seen]
         log_proba = log_softmax(scores, axis=1)
-        chosen = (logits + log_mix - theta)[np.arange(len(codes)), codes]
-        loss = np.sum(weights * (logsumexp(scores, axis=1) - chosen))
+        loss = -np.sum(weights * log_proba[np.arange(len(codes)), among[codes]])
         distance = theta - centre
         gradient = l2 * distance
         gradient[seen] += counts[seen] - weights @ np.exp(log_proba)

@@ -13,6 +13,7 @@ from skperf.performative.label_shift import (
     Array,
     Calibration,
     Codes,
+    estimate_base_prior,
     fit_calibration,
     log_loss,
     probabilities,
@@ -32,7 +33,13 @@ from skperf.performative.record import (
     worst_share,
 )
 from skperf.performative.response import Inputs
-from skperf.performative.trajectory import KEPT_ROUNDS, Trajectory, centred_log, smoothed_confusion
+from skperf.performative.trajectory import (
+    KEPT_ROUNDS,
+    Trajectory,
+    centred_log,
+    merged,
+    smoothed_confusion,
+)
 
 ROWS_A_ROUND = 256  # kept for the log-loss objective
 BATCH_MEMORY = 0.8  # about five rounds
@@ -119,18 +126,23 @@ def labelled_later(record: Record, data: Round) -> Record:
         untouched = told["strength"] == 0.0 and record.nothing_is_corrected
         data = replace(data, deployed=data.own if untouched else scores.argmax(axis=1))
     data = data.part(np.ones(len(data.codes), bool))
-    before = state.trajectory.counts[i].sum()
-    statistic = record.statistic_of(data, scores)
-    if before:
-        part = data.weight.sum() / (data.weight.sum() + before)
+    seen, new = state.trajectory.counts[i], counted(data.codes, data.weight, n_classes)
+    before, statistic = seen.sum(), record.statistic_of(data, scores)
+    confusion, smoothing = _confused(record, data), record.options.smoothing
+    if before and record.options.statistic in ("recall", "confusion"):
+        statistic = merged(state.trajectory.statistics[i], seen, statistic, new, smoothing)
+    elif before:
+        part = new.sum() / (new.sum() + before)
         statistic = part * statistic + (1 - part) * state.trajectory.statistics[i]
+    if before and confusion is not None:
+        confusion = merged(state.trajectory.confusions[i], seen, confusion, new, smoothing)
     trajectory = state.trajectory.labelled_later(
         i,
         statistic,
-        counted(data.codes, data.weight, n_classes),
+        new,
         counted(data.codes, (data.own == data.codes) * data.weight, n_classes),
         len(data.codes),
-        None if before else _confused(record, data),
+        confusion,
     )
     anticipation = replace(state, trajectory=trajectory)
     if not before and i >= trajectory.lag:
@@ -268,7 +280,8 @@ def _with_labels(record: Record, part: Round) -> Record:
     more = n_rounds in REFINED_AT and len(record.memory.codes) > 1.5 * record.base_rows
     refined = record.options.refines_base and (more or (new and n_rounds > 1))
     if refined:
-        record = record.with_base(record.found_base(), len(record.memory.codes))
+        found = estimate_base_prior(record.memory.scores, record.memory.codes)
+        record = record.with_base(found, len(record.memory.codes))
     # biases are relative to the base mix: a new one asks for new ones
     due = refined or n_rounds >= 1.3 * record.calibrated_at
     if due and any(record.options.calibrations):

@@ -39,10 +39,10 @@ def answers_the_model(record: Record) -> bool:
 def gains_of(record: Record) -> dict[str, Array]:
     """Nats a label saved over the base mix in recent rounds, by what was expected of them."""
     known = [one for one in record.losses if np.isfinite(one.get("gain_all", np.nan))][-RECENT:]
-    return {name: np.array([one[f"gain_{name}"] for one in known]) for name in GAINS}
-
-
-GAINS = ("all", "model_free", "last")
+    return {
+        name: np.array([one[f"gain_{name}"] for one in known])
+        for name in ("all", "model_free", "last")
+    }
 
 
 def exogenous_prior(record: Record) -> Array:

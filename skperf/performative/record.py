@@ -17,7 +17,6 @@ from skperf.performative.label_shift import (
     bbse_prior,
     correct_logits,
     em_prior,
-    estimate_base_prior,
     probabilities,
     smooth_shares,
 )
@@ -249,7 +248,7 @@ class Record:
         lower = [w for w in WORTHS if 0.0 < w < worth]
         return next((w for w in (worth, *lower) if likelihood(w) >= least), 0.0)
 
-    def batch_interval(self, logits: Array, prior: Array, width: float | None = None) -> Array:
+    def batch_interval(self, logits: Array, prior: Array) -> Array:
         """Where the shares of an unlabelled batch (n, K) lie, about an estimate: -> (2, K)."""
         scores = self.corrector.calibrated(logits) - self.log_base
         ratios = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -260,7 +259,7 @@ class Record:
         ones = covariance.sum(axis=1)
         covariance -= np.outer(ones, ones) / ones.sum()
         spread = np.sqrt(np.maximum(np.diag(covariance), prior * (1 - prior) / len(logits) ** 2))
-        reach = 1.645 * (self.batch_width if width is None else width) * spread
+        reach = 1.645 * self.batch_width * spread
         return np.stack([np.maximum(prior - reach, 0.0), np.minimum(prior + reach, 1.0)])
 
     def measured(
@@ -272,10 +271,18 @@ class Record:
         strata: Codes | None = None,
     ) -> Array:
         """Compute the statistic (n_statistics,) of predictions (n,) with labels (n,)."""
-        n_strata = 0 if self.strata is None else len(self.strata)
-        return measure(
-            self.options, self.classes, codes, predicted, scores, weight, strata, n_strata
-        )
+        name, n_strata = self.options.statistic, 0 if self.strata is None else len(self.strata)
+        if isinstance(name, str):
+            given = weight, self.options.smoothing, strata, n_strata
+            return measure_by_name(name, codes, predicted, scores, *given)
+        labels = self.classes[codes], self.classes[predicted]
+        found = name(*labels, probabilities(scores), self.classes, weight)
+        values = np.asarray(found, dtype=np.float64)
+        if values.ndim != 1 or not np.isfinite(values).all():
+            raise ValueError(
+                f"statistic must return finite numbers of shape (n_statistics,), got {values!r}."
+            )
+        return values
 
     def statistic_of(self, part: Round, scores: Array) -> Array:
         """Statistic (n_statistics,) of what went out for labelled rows: scores (n, n_classes)."""
@@ -296,37 +303,10 @@ class Record:
         seen = np.flatnonzero(counts.sum(axis=1) > 0)
         return np.log(smooth_shares(counts[seen[-1]])) if len(seen) else self.log_base
 
-    def found_base(self) -> Array:
-        """Find the base mix (n_classes,) under which remembered rows are likeliest."""
-        return estimate_base_prior(self.memory.scores, self.memory.codes)
-
     def with_base(self, prior: Array, n_rows: int) -> "Record":
         """Take another base mix (n_classes,), found on a number of rows."""
         anticipation = replace(self.anticipation, log_base=np.log(prior))
         return replace(self, anticipation=anticipation, base_rows=n_rows)
-
-
-def measure(
-    options: Options,
-    classes: NDArray[Any],
-    codes: Codes,
-    predicted: Codes,
-    scores: Array,
-    weight: Array | None = None,
-    strata: Codes | None = None,
-    n_strata: int = 0,
-) -> Array:
-    """Compute a statistic (n_statistics,) by name or by a callable that takes labels."""
-    name, smoothing = options.statistic, options.smoothing
-    if isinstance(name, str):
-        return measure_by_name(name, codes, predicted, scores, weight, smoothing, strata, n_strata)
-    found = name(classes[codes], classes[predicted], probabilities(scores), classes, weight)
-    values = np.asarray(found, dtype=np.float64)
-    if values.ndim != 1 or not np.isfinite(values).all():
-        raise ValueError(
-            f"statistic must return finite numbers of shape (n_statistics,), got {values!r}."
-        )
-    return values
 
 
 def effective(weight: Array) -> Array:

@@ -36,17 +36,17 @@ def quick_diagnostics(record: Record) -> dict[str, Any]:
     statistics = statistics[np.isfinite(statistics).all(axis=1)]
     if not len(statistics):
         return {"n_pairs": 0, "rank": 0, "dispersion": state.spread}
-    latest = trajectory.in_force()
+    latest = trajectory.statistics[-trajectory.lag]
     recent = record.losses[-len(statistics) :]
     realised = np.array([one["realised"] for one in recent])
     predicted = np.array([one["predicted"] for one in recent])
     known = np.isfinite(realised).all(axis=1)
     surprise = xlogy(realised, realised) - realised * np.log(predicted)
-    far = latest is not None and bool(np.isfinite(latest).all())
+    far = np.isfinite(latest).all()
     return {
         "n_pairs": state.n_pairs,
         **identifiability(statistics),
-        "extrapolation": extrapolation(np.asarray(latest), statistics) if far else np.nan,
+        "extrapolation": extrapolation(latest, statistics) if far else np.nan,
         **cycling(trajectory.counts[trajectory.counts.sum(axis=1) > 0]),
         "residual_kl": float(surprise[known].sum(axis=1).mean()) if known.any() else np.nan,
         "conditional_shift_p_value": conditional_shift_p_value(trajectory.counts, trajectory.hits),
@@ -72,7 +72,6 @@ def full_diagnostics(record: Record, n_permutations: int) -> dict[str, Any]:
             n_permutations=n_permutations,
             generator=generator,
         ),
-        "gain_nothing": 0.0,
         "gain_previous_mix": gains["last"],
         "gain_model_free": gains["model_free"],
         "gain_statistic": gains["all"],

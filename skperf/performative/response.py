@@ -57,13 +57,6 @@ class Inputs:
 INPUT_NAMES = ("statistics", "mixes", "shares", "confusions", "covariates")
 
 
-def inputs_of_statistics(statistics: Array, n_classes: int) -> Inputs:
-    """Wrap statistics (R, S) of which nothing else is known."""
-    n, none = len(statistics), np.zeros((len(statistics), 0))
-    unknown = np.full((n, 1, n_classes), np.nan)
-    return Inputs(statistics[:, None], unknown, unknown[:, 0], none, none)
-
-
 @dataclass(frozen=True)
 class Form:
     """Which inputs a map reads, and how."""
@@ -86,14 +79,6 @@ class Form:
         return any(
             not name.startswith(("mix", "change", "cov")) for name in self.shared + self.free
         )
-
-
-FORMS = {
-    "fixed": Form(),
-    "tied": Form(("statistic",)),
-    "curve": Form(("curve",)),
-    "linear": Form(("statistic",), ("statistic",)),
-}
 
 
 class ResponseMap(Protocol):

@@ -172,10 +172,6 @@ class Trajectory:
             now,
         )
 
-    def in_force(self) -> Array | None:
-        """Give the statistic that the round after the last one will answer, if it is known."""
-        return self.statistics[-self.lag] if len(self) >= self.lag else None
-
 
 def centred_log(counts: Array) -> Array:
     """Log shares of label counts (n_classes,), smoothed and centred."""
@@ -226,9 +222,7 @@ def smoothed_shares(
     """Share of right rows (n,) in each cell, shrunk towards that of all: -> (n_cells,)."""
     weight = np.ones(len(cells)) if weight is None else weight
     totals, hits = (np.bincount(cells, w, minlength=n_cells) for w in (weight, weight * right))
-    pooled = hits.sum() / max(float(totals.sum()), TINY)
-    part, whole = np.asarray(hits + pooled * smoothing), np.asarray(totals + smoothing)
-    return _ratio(part.astype(np.float64), whole.astype(np.float64), pooled)
+    return _shrunk(hits[:, None], totals, smoothing)
 
 
 def smoothed_confusion(
@@ -237,10 +231,21 @@ def smoothed_confusion(
     """Shares of each class predicted as each other, flattened row by row to (n_classes**2,)."""
     flat = np.bincount(codes * n_classes + predicted, weight, minlength=n_classes**2)
     table = flat.reshape(n_classes, n_classes).astype(np.float64)
-    pooled = table.sum(axis=0) / max(float(table.sum()), TINY)
-    totals = table.sum(axis=1, keepdims=True)
-    return _ratio(table + smoothing * pooled, totals + smoothing, pooled).ravel()
+    return _shrunk(table, table.sum(axis=1), smoothing)
 
 
-def _ratio(part: NDArray[Any], whole: NDArray[Any], otherwise: Any) -> Array:
-    return np.where(whole > 0, part / np.where(whole > 0, whole, 1.0), otherwise)
+def merged(old: Array, seen: Array, new: Array, counts: Array, smoothing: float) -> Array:
+    """Statistic by class (K * m,) of all rows, from those of two parts: seen, counts (K,)."""
+    hits = np.zeros((len(counts), 1))
+    for statistic, n in ((old, seen), (new, counts)):
+        whole = statistic.reshape(len(n), -1) * (n + smoothing)[:, None]
+        hits = hits + whole - smoothing * whole.sum(axis=0) / (n.sum() + len(n) * smoothing)
+    return _shrunk(hits, seen + counts, smoothing)
+
+
+def _shrunk(sums: NDArray[Any], totals: NDArray[Any], smoothing: float) -> Array:
+    """Smooth shares (n_cells * m,) of sums (n_cells, m) in totals (n_cells,) by those of all."""
+    pooled = sums.sum(axis=0) / max(float(totals.sum()), TINY)
+    whole = totals[:, None] + smoothing
+    part = np.asarray(sums + smoothing * pooled, dtype=np.float64)
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1.0), pooled).ravel()

@@ -893,7 +893,7 @@ def test_diagnosis_of_an_answer_and_of_drift(frozen, lived):
     found = adapter.diagnose()
     assert found["response_p_value"] <= 0.05
     assert found["conditional_shift_p_value"] > 0.001
-    assert found["gain_statistic"] > found["gain_nothing"]
+    assert found["gain_statistic"] > 0.0
     assert found["rank"] == K
     assert 0 <= found["cycling_index"] <= 1
     assert found.keys() >= adapter.diagnostics_.keys()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
+from skperf.performative._options import MAPS
 from skperf.performative.anticipation import (
     SHARE,
     Anticipation,
@@ -13,11 +14,12 @@ from skperf.performative.anticipation import (
     blend,
     observe,
 )
-from skperf.performative.response import FORMS, fit_map
+from skperf.performative.response import fit_map
 from skperf.performative.trajectory import Trajectory
 
 K = 5
 EQUAL = np.log(np.full(K, 1 / K))
+FORMS = {kind: form for kind, name, _, form, _ in MAPS if not name}
 LADDER = Settings({name: Candidate(form) for name, form in FORMS.items()})
 TIED = Settings({"tied": Candidate(FORMS["tied"])})
 

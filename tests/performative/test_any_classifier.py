@@ -195,6 +195,22 @@ def test_labels_that_come_one_round_late(frozen):
         late.partial_fit(*waiting, rounds=14)
 
 
+@pytest.mark.parametrize("statistic", ["recall", "confusion"])
+def test_labels_told_bit_by_bit_give_the_statistic_of_all(world, frozen, statistic):
+    X, y = world.draw(200)
+    X, y = X[(y < 2) | (np.arange(200) < 150)], y[(y < 2) | (np.arange(200) < 150)]
+    deployed = np.random.default_rng(0).permutation(y)  # any predictions that went out
+    at_once, bits = (PerformativeAdapter(frozen, statistic=statistic, **QUICK) for _ in range(2))
+    at_once.partial_fit(X, y, rounds=0, deployed_pred=deployed)
+    first = np.where(np.arange(len(y)) < 60, y, np.nan)
+    bits.partial_fit(X, first, rounds=0, deployed_pred=deployed)
+    for part in (slice(60, 110), slice(110, None)):
+        bits.partial_fit(X[part], y[part], rounds=0, deployed_pred=deployed[part])
+    for name in ("statistics", "counts", "confusions", "unlabelled"):
+        found, expected = (getattr(one.trajectory_, name) for one in (bits, at_once))
+        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=name)
+
+
 def test_rows_after_a_record_without_rows_tell_the_base_mix(lived):
     adapter, _ = lived
     skewed = LogisticRegression().fit(*World(seed=8).draw(3000, prior=[0.7, 0.1, 0.1, 0.1]))

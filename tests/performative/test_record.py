@@ -8,7 +8,7 @@ from skperf.performative.record import Record  # noqa: F401
 def test_a_prior_asked_for_another_statistic_is_that_statistics(lived):
     adapter = lived[0]
     record = adapter.record_
-    in_force = record.anticipation.trajectory.in_force()
+    in_force = record.anticipation.trajectory.coming().statistics[0, 0]
     plain, strength = record.prior()
     same, again = record.prior(np.asarray(in_force))
     np.testing.assert_allclose(same, plain)

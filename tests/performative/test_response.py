@@ -9,28 +9,28 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from skperf.performative._neural import fit_neural
+from skperf.performative._options import MAPS
 from skperf.performative.paper import FADE, LEARNING_RATE, fit_paper, new_map
 from skperf.performative.response import (
-    FORMS,
     SLOPE_SHARE,
     Form,
     Inputs,
     deviance,
     dispersion,
     fit_map,
-    inputs_of_statistics,
 )
 from skperf.performative.trajectory import Trajectory
 
 K, R = 4, 40
 EQUAL = np.log(np.full(K, 1 / K))
+FORMS = {kind: form for kind, name, _, form, _ in MAPS if not name}
 
 
 def rounds(answer, *, n_rounds=R, size=1000, seed=0):
     rng = np.random.default_rng(seed)
     statistics = rng.uniform(0.2, 1.0, size=(n_rounds, K))
     counts = np.array([rng.multinomial(size, answer(s)) for s in statistics], float)
-    return inputs_of_statistics(statistics, K), counts
+    return at(statistics), counts
 
 
 def fit(name, inputs, counts, **keywords):
@@ -38,8 +38,11 @@ def fit(name, inputs, counts, **keywords):
     return fit_map(inputs, counts, form=form, log_base=EQUAL, **keywords)
 
 
-def at(statistics):
-    return inputs_of_statistics(statistics, K)
+def at(statistics, n_classes=K):
+    """Statistics (R, S) of which nothing else is known."""
+    n, none = len(statistics), np.zeros((len(statistics), 0))
+    unknown = np.full((n, 1, n_classes), np.nan)
+    return Inputs(statistics[:, None], unknown, unknown[:, 0], none, none)
 
 
 def adversarial(temperature=0.3):
@@ -88,7 +91,7 @@ def test_maps_of_many_classes_are_the_minimum_of_their_objectives(n_rounds):
     base = np.log(rng.dirichlet(np.full(k, 3.0)))
     statistics = rng.uniform(0.2, 1.0, size=(n_rounds, k))
     counts = np.array([rng.multinomial(50, softmax(-s / 0.3)) for s in statistics], float)
-    inputs, own = inputs_of_statistics(statistics, k), statistics - statistics.mean(axis=1)[:, None]
+    inputs, own = at(statistics, k), statistics - statistics.mean(axis=1)[:, None]
 
     def tied(theta):
         log_prior = log_softmax(base + theta[:k] + theta[k] * own, axis=1)

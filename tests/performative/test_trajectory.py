@@ -25,7 +25,7 @@ def test_counts_are_paired_with_the_statistic_of_the_round_before():
     np.testing.assert_array_equal(inputs.mixes[2, 2], trajectory.mixes[0])
     assert np.isnan(inputs.statistics[0, 1]).all()
     np.testing.assert_array_equal(counts, trajectory.counts[1:])
-    np.testing.assert_array_equal(trajectory.in_force(), trajectory.statistics[3])
+    np.testing.assert_array_equal(trajectory.coming().statistics[0, 0], trajectory.statistics[3])
 
 
 def test_a_longer_lag():
@@ -33,8 +33,8 @@ def test_a_longer_lag():
     inputs, counts = trajectory.pairs()
     np.testing.assert_array_equal(inputs.statistics[:, 0], trajectory.statistics[:2])
     np.testing.assert_array_equal(counts, trajectory.counts[2:])
-    np.testing.assert_array_equal(trajectory.in_force(), trajectory.statistics[2])
-    assert record(1, lag=2).in_force() is None
+    np.testing.assert_array_equal(trajectory.coming().statistics[0, 0], trajectory.statistics[2])
+    assert np.isnan(record(1, lag=2).coming().statistics[0, 0]).all()
     assert len(record(1, lag=2).pairs()[0]) == 0
 
 
