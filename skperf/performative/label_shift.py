@@ -25,9 +25,9 @@ def correct_logits(logits: Array, log_prior: Array, log_base: Array) -> Array:
     return logits + (log_prior - log_base)
 
 
-def smooth_shares(counts: Array, pseudo_count: float = 1.0) -> Array:
+def smooth_shares(counts: Array) -> Array:
     """Turn label counts of shape (..., n_classes) into shares, none of them 0."""
-    filled: Array = counts + pseudo_count / counts.shape[-1]
+    filled: Array = counts + 1.0 / counts.shape[-1]
     shares: Array = filled / filled.sum(axis=-1, keepdims=True)
     return shares
 

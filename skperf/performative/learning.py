@@ -45,7 +45,6 @@ ROWS_A_ROUND = 256  # kept for the log-loss objective
 BATCH_MEMORY = 0.8  # about five rounds
 REFINED_AT = (2, 4, 8, 16)  # labelled rounds at which the base mix is found anew
 STEP = 0.5  # of an interval's width after a miss
-CALIBRATED = ("adapter", "model_free")
 
 
 class Expected(NamedTuple):
@@ -218,7 +217,7 @@ def _entry(
     if not record.nothing_is_corrected:
         predicted = record.corrected(part.logits, expected.log_prior).argmax(axis=1)
     for name, mix in mixes.items():
-        each = scores if name in CALIBRATED else plain
+        each = scores if name in ("adapter", "model_free") else plain
         entry[name] = log_loss(each + (mix - record.log_base), codes, weight)
     return entry | {
         "accuracy": float(np.average(predicted == codes, weights=weight)),

@@ -114,7 +114,6 @@ def predict_scores(
     generator: np.random.Generator,
     *,
     answers: bool,
-    level: float = 0.9,
 ) -> list[tuple[float, float, float, Array]]:
     """Score, its interval and the mix that answers, of each candidate, on rows with labels (n,)."""
     everything = np.arange(len(codes))
@@ -141,8 +140,7 @@ def predict_scores(
         low = high = np.nan
         if resampled:
             # the usual quantiles of few draws hold less than they say
-            tails = [(1 - level) / 2, (1 + level) / 2]
-            low, high = np.quantile(resampled, tails, method="weibull")
+            low, high = np.quantile(resampled, [0.05, 0.95], method="weibull")
             low, high = min(value, low), max(value, high)
         found.append((value, float(low), float(high), prior))
     return found

@@ -19,6 +19,7 @@ from skperf.performative.label_shift import Array, log_softmax
 
 SLOPE_SHARE = 0.1  # a slope of 10 costs as much as an offset of 3
 CURVE_KNOTS = 5
+GUESS = 10.0  # of the dispersion, worth two rounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,9 +271,7 @@ def _fit_free(
     return change[:, 0], change[:, 1:]
 
 
-def dispersion(
-    response: ResponseMap, inputs: Inputs, counts: Array, *, guess: float = 10.0
-) -> float:
+def dispersion(response: ResponseMap, inputs: Inputs, counts: Array) -> float:
     """Estimate how much more label counts (R, K) vary than draws from the map's mixes would."""
     # Rounds differ for reasons that no map knows, so a thousand labels of one round are worth
     # fewer independent ones. Counts divided by this factor give honest likelihoods.
@@ -280,7 +279,7 @@ def dispersion(
     log_prior = response.log_prior(inputs)
     seen = np.isfinite(log_prior).all(axis=1) & (counts.sum(axis=1) > 0)
     total = deviance(log_prior[seen], counts[seen]).sum()
-    return max(1.0, float((total + 2 * guess * freedom) / ((seen.sum() + 2) * freedom)))
+    return max(1.0, float((total + 2 * GUESS * freedom) / ((seen.sum() + 2) * freedom)))
 
 
 def deviance(log_prior: Array, counts: Array) -> Array:
