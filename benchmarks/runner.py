@@ -234,6 +234,13 @@ WORKLOADS = (
     ),
     Workload(
         "reprogramming",
+        "Memory of a fit of ImageNet's shape",
+        "reprogramming_paper imagenet",
+        ("reprogramming_imagenet.json",),
+        "guide/reprogramming",
+    ),
+    Workload(
+        "reprogramming",
         "The price of a step and of a fit",
         "reprogramming_cost",
         ("reprogramming_cost.json",),

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from skperf.reprogramming.encoders import FrozenEncoder
 from skperf.reprogramming.pixels import PLAIN, PixelPipeline
@@ -267,10 +268,12 @@ class Prompts:
         self, encoder: FrozenEncoder, hook: Callable[..., Tensor] | None = None, model: Any = None
     ) -> Tensor:
         """Embed classes by the mean of their prompts, of unit length: -> (n_classes, d)."""
-        pieces = [
-            encoder.encode_text(self.tokens[start : start + PROMPTS_AT_ONCE], hook, model)
-            for start in range(0, len(self.tokens), PROMPTS_AT_ONCE)
-        ]
+        encode: Callable[..., Tensor] = encoder.encode_text
+        if hook is not None and torch.is_grad_enabled() and len(self.tokens) > PROMPTS_AT_ONCE:
+            # one piece at a time keeps what its way back needs; a frozen tower draws nothing
+            encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+        starts = range(0, len(self.tokens), PROMPTS_AT_ONCE)
+        pieces = [encode(self.tokens[s : s + PROMPTS_AT_ONCE], hook, model) for s in starts]
         embeddings = unit(torch.cat(pieces))
         sums = embeddings.new_zeros(self.n_classes, embeddings.shape[1])
         # the length of the mean is lost, so the sum will do

@@ -124,6 +124,34 @@ def test_table_leaves_other_words_alone(towers, tokenizer):
     assert not torch.equal(encoder.encode_text(own, hook), encoder.encode_text(own))
 
 
+def test_prompts_in_pieces_have_the_gradient_of_all_at_once(towers, tokenizer, monkeypatch):
+    encoder = open_encoder(towers.eval(), tokenizer=tokenizer)
+    names = [["cat"], ["dog", "zebra"], ["fish"]]
+    own = class_prompts(["a photo of a {}", "the {}"], names, [0, 1, 2])
+    tokens = encoder.tokenize([text for texts in own for text in texts])
+    groups = torch.repeat_interleave(torch.arange(3), torch.tensor([len(t) for t in own]))
+    prompts = Prompts(tokens, groups, 3)
+    target = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+
+    def slope(at_once):
+        monkeypatch.setattr("skperf.reprogramming.programs.PROMPTS_AT_ONCE", at_once)
+        delta = torch.full((16,), 0.1, requires_grad=True)
+        state, sizes = torch.random.get_rng_state(), []
+
+        def hook(module, args, output):
+            sizes.append(len(output))
+            return output + delta
+
+        (prompts.embeddings(encoder, hook) * target).sum().backward()
+        assert torch.equal(torch.random.get_rng_state(), state)
+        return delta.grad, sizes
+
+    whole, once = slope(8)
+    pieces, twice = slope(3)
+    assert (once, twice) == ([8], [3, 3, 2, 2, 3, 3])  # the way back makes each piece again
+    torch.testing.assert_close(pieces, whole)
+
+
 def test_prompts_are_averaged_on_the_sphere(towers, tokenizer):
     encoder = open_encoder(towers, tokenizer=tokenizer)
     own = class_prompts(["a photo of a {}", "the {}"], [["cat"], ["dog", "zebra"]], [0, 1])
