@@ -14,7 +14,7 @@ from skperf.influence._members import Learned, with_damping
 from skperf.influence._methods import GIF
 from skperf.influence.captures import recording
 from skperf.influence.curvature import RowSpace
-from skperf.influence.damping import resolve_damping
+from skperf.influence.damping import damping_of_each, resolve_damping
 from skperf.influence.generalized import removal_update, row_product
 from skperf.influence.inverses import chosen_parameters, largest_of
 from skperf.influence.layers import from_vectors, to_vectors
@@ -193,7 +193,7 @@ def natural(learned: Learned) -> Any:
 
     def apply(gradient: Parameters) -> Parameters:
         factors = from_vectors(problem.layers, flatten(gradient)[None].cpu(), problem.parameters)
-        solved = to_vectors(problem.layers, lift.filtered.apply(factors), problem.parameters)
+        solved = to_vectors(problem.layers, lift.applied(problem, factors), problem.parameters)
         device = next(iter(gradient.values())).device
         return unflatten(solved[0].to(device), problem.parameters)
 
@@ -432,12 +432,17 @@ def _halves(
 
 def products(problem: Problem, curvature: str, damping: float | None, **which: Any) -> Any:
     """Multiply by the curvature, damped unless it is 0; None means as the problem says."""
+
+    def of_each(space: RowSpace | None) -> torch.Tensor:
+        wide = damping_of_each(problem, resolve_damping(problem, space))
+        return wide.to(problem.network.device, problem.network.dtype)
+
     if curvature == "hessian":
-        return problem.product("hessian", resolve_damping(problem) if damping is None else damping)
+        return problem.product("hessian", of_each(None) if damping is None else damping)
     picked = curvature_rows(problem, **which)
     rows = problem.gather(problem.X, picked.cotangents, picked.examples)
     if damping is None:
-        damping = resolve_damping(problem, RowSpace.of(rows))
+        return row_product(problem.layers, problem.parameters, rows, of_each(RowSpace.of(rows)))
     return row_product(problem.layers, problem.parameters, rows, damping)
 
 

@@ -121,7 +121,7 @@ def _effects(
 
 def _check_step_size(learned: Learned, learning_rate: float) -> None:
     lift = learned.stages[0].fit.lift
-    if not isinstance(lift, RowForm):
+    if not isinstance(lift, RowForm) or lift.stretch != 1:
         return
     largest = float(torch.linalg.eigvalsh(lift.filtered.curvature.gram)[-1])
     if learning_rate * largest > 2:

@@ -52,6 +52,7 @@ def worth_it(problem: Problem, fitted: Fitted, n_jobs: int | None, prefer: str) 
         large
         and leaves_the_process(n_jobs, prefer)
         and isinstance(fitted.lift, Unchanged | RowForm)
+        and getattr(fitted.lift, "stretch", 1.0) == 1
     )
 
 

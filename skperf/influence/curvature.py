@@ -113,7 +113,7 @@ class CurvatureProduct:
     targets: Tensor  # (n, ...)
     weights: Tensor  # (n,)
     kind: str = "ggn"
-    damping: float = 0.0
+    damping: float | Tensor = 0.0  # or (n_parameters,)
     batch_size: int = 256
 
     def __call__(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -1,12 +1,14 @@
 """What is added to the curvature's eigenvalues."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from skperf.influence.curvature import RowSpace
-from skperf.influence.gradients import squared_norms
+from skperf.influence.gradients import Dense, Factor, Gradients, Outer, squared_norms
+from skperf.influence.layers import from_vectors
 from skperf.influence.problem import Problem, Settings, curvature_rows
 
 
@@ -32,6 +34,55 @@ def resolve_damping(problem: Problem, curvature: RowSpace | None = None) -> floa
         return settings.ridge
     trace = curvature_trace(problem) if curvature is None else curvature.trace
     return _PULL * noise_damping(trace, problem.shares, problem.parameters.values())
+
+
+def damping_of_each(problem: Problem, damping: float) -> Tensor:
+    """Damping of every weight: a known penalty may spare the biases: -> (n_parameters,)."""
+    # directions that leave every output as it is have no curvature, so that there is some
+    return of_each(problem, damping, damping * 1e-6 if _biases_are_spared(problem) else damping)
+
+
+def _biases_are_spared(problem: Problem) -> bool:
+    settings = problem.settings
+    return settings.damping == "auto" and bool(settings.ridge) and not settings.ridge_on_biases
+
+
+def of_each(problem: Problem, weights: float, biases: float) -> Tensor:
+    """Give one number to weights and one to biases: -> (n_parameters,)."""
+    values = [(p, biases if p.ndim < 2 else weights) for p in problem.parameters.values()]
+    return torch.cat([torch.full((p.numel(),), v, dtype=torch.float64) for p, v in values])
+
+
+def stretch_of_biases(problem: Problem, share: float = 1e-3) -> float:
+    """Find how much longer biases must be for one number to damp the weights and hardly them."""
+    if not _biases_are_spared(problem):
+        return 1.0
+    rows = curvature_rows(problem)
+    curvature = problem.gather(problem.X, rows.cotangents, rows.examples)
+    weights = stretched(problem, curvature, 0.0)
+    n_biases = sum(p.numel() for p in problem.parameters.values() if p.ndim < 2)
+    of_biases = float((squared_norms(curvature) - squared_norms(weights)).sum()) / max(n_biases, 1)
+    # by a share of their curvature: less than a thousandth would cost float32 its digits
+    ridge = resolve_damping(problem)
+    return math.sqrt(ridge / min(ridge, share * of_biases)) if of_biases > 0 else 1.0
+
+
+def stretched(problem: Problem, gradients: Sequence[Factor], by: float) -> Gradients:
+    """Multiply the part that belongs to biases: (n, ...) each."""
+    if by == 1:
+        return [*gradients]
+    each = of_each(problem, 1.0, by)[None]
+    scales = from_vectors(problem.layers, each, problem.parameters)
+    parts: Gradients = []
+    for factor, scale in zip(gradients, scales, strict=True):
+        assert not isinstance(scale, Outer)
+        if isinstance(factor, Outer):
+            one = scale.values[0, : factor.inputs.shape[-1]].to(factor.inputs)
+            parts.append(Outer(factor.inputs * one, factor.outputs))
+        else:
+            assert isinstance(factor, Dense)
+            parts.append(Dense(factor.values * scale.values.to(factor.values)))
+    return parts
 
 
 def curvature_trace(problem: Problem) -> float:

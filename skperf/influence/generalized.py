@@ -108,7 +108,7 @@ def choose_by_saliency(gradient: Tensor, curvature: Tensor, ratio: float) -> Ten
 
 
 def row_product(
-    layers: Sequence[Layer], like: Parameters, rows: Gradients, damping: float
+    layers: Sequence[Layer], like: Parameters, rows: Gradients, damping: float | Tensor
 ) -> Multiply:
     """Make products with a damped curvature ``A'A + damping`` from its rows."""
 

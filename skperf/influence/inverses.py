@@ -12,7 +12,7 @@ from torch import Tensor
 from skperf.backbone.rows import Rows
 from skperf.influence.captures import recording
 from skperf.influence.curvature import dense_curvature, gradient_flow
-from skperf.influence.damping import horizon_time, resolve_damping
+from skperf.influence.damping import damping_of_each, horizon_time, resolve_damping
 from skperf.influence.generalized import (
     choose_by_saliency,
     choose_units,
@@ -68,7 +68,7 @@ def cg(
 def _solve_cg(
     problem: Problem, right: Tensor, *, tol: float, max_iter: int, curvature: str, damping: float
 ) -> Tensor:
-    product = problem.product(curvature, damping)
+    product = problem.product(curvature, damping_of_each(problem, damping).to(right))
     solution = conjugate_gradient(product, right, tol=tol, max_iter=max_iter)
     if not solution.converged:
         warnings.warn(
@@ -117,7 +117,7 @@ def _solve_lissa(
     damping: float,
     **options: Any,
 ) -> Tensor:
-    product = problem.product(curvature, damping)
+    product = problem.product(curvature, damping_of_each(problem, damping).to(right))
     n, size = problem.n_train, min(problem.n_train, n_samples)
 
     def one(repeat: int) -> Tensor:
@@ -238,20 +238,6 @@ def _multiplied(problem: Problem, right: Tensor, *, by: Tensor) -> Tensor:
 
 def _solved(problem: Problem, right: Tensor, *, cholesky: Tensor) -> Tensor:
     return torch.cholesky_solve(right.T, cholesky.to(right.device)).T
-
-
-def damping_of_each(problem: Problem, damping: float) -> Tensor:
-    """Damping of every weight: a known penalty may spare the biases: -> (n_parameters,)."""
-    settings, parameters = problem.settings, problem.parameters
-    spared = settings.damping == "auto" and settings.ridge and not settings.ridge_on_biases
-    wide = torch.float64
-    least = damping * 1e-6  # directions that leave every output as it is have no curvature
-    return torch.cat(
-        [
-            torch.full((p.numel(),), least if spared and p.ndim < 2 else damping, dtype=wide)
-            for p in parameters.values()
-        ]
-    )
 
 
 def _damped_cholesky(matrix: Tensor, damping: Tensor) -> Tensor:

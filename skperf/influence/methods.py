@@ -5,7 +5,7 @@ the query's gradient, mapped once, with what is stored of the row. A method is t
 by a function that stores the rows, and holds a map for the queries.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,17 @@ from torch.nn import functional
 from skperf.backbone.outputs import log_odds
 from skperf.influence.captures import recording
 from skperf.influence.curvature import Filtered, RowSpace, gradient_flow
-from skperf.influence.damping import horizon_time, layer_damping, resolve_damping
+from skperf.influence.damping import (
+    horizon_time,
+    layer_damping,
+    of_each,
+    resolve_damping,
+    stretch_of_biases,
+    stretched,
+)
 from skperf.influence.gradients import (
     Dense,
+    Factor,
     Gradients,
     Outer,
     inner,
@@ -122,14 +130,22 @@ class RowForm:
     """Gradients, and their products with the curvature's rows."""
 
     filtered: Filtered
+    stretch: float = 1.0  # of biases, in the curvature and all it meets
 
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
         """Add the products."""
+        rows = stretched(problem, rows, self.stretch)
         return [*rows, Dense(inner(rows, self.filtered.curvature.rows))]
 
     def __call__(self, problem: Problem, queries: Gradients) -> Terms:
         """Map the queries."""
+        queries = stretched(problem, queries, self.stretch)
         return [*enumerate(queries), (len(queries), Dense(self.filtered.weights(queries)))]
+
+    def applied(self, problem: Problem, vectors: Sequence[Factor]) -> Gradients:
+        """Multiply vectors by the damped inverse: (n, ...) each."""
+        found = self.filtered.apply(stretched(problem, vectors, self.stretch))
+        return stretched(problem, found, self.stretch)
 
 
 def train_and_rows(
@@ -178,12 +194,16 @@ def ggn(
     train, rows, kept = train_and_rows(
         problem, kept_trace=kept_trace, max_rows=max_rows, curvature=curvature
     )
-    space = RowSpace.of(rows)
+    stretch = stretch_of_biases(problem)
+    space = RowSpace.of(stretched(problem, rows, stretch))
     report = {"kept_trace": kept, "n_rows": len(space.gram)}
-    return with_damping(Fitted(train, Unchanged(), 1.0, LOSS_UNIT, report), space, problem)
+    fitted = Fitted(train, Unchanged(), 1.0, LOSS_UNIT, report)
+    return with_damping(fitted, space, problem, stretch)
 
 
-def with_damping(fitted: Fitted, curvature: RowSpace, problem: Problem) -> Fitted:
+def with_damping(
+    fitted: Fitted, curvature: RowSpace, problem: Problem, stretch: float = 1.0
+) -> Fitted:
     """Damp a row-space curvature anew, without a pass through the network."""
     settings = problem.settings
     if settings.damping == "flow":
@@ -192,7 +212,7 @@ def with_damping(fitted: Fitted, curvature: RowSpace, problem: Problem) -> Fitte
     else:
         filtered = Filtered.damped(curvature, resolve_damping(problem, curvature))
     # the products with the curvature's rows do not depend on the damping
-    lift, old = RowForm(filtered), fitted.train
+    lift, old = RowForm(filtered, stretch), fitted.train
     stored = old if len(old) > len(curvature.rows) else lift.store(problem, old)
     report = {**fitted.report, "damping": 1 / filtered.at_zero}
     return Fitted(stored, lift, filtered.at_zero / problem.n_train, LOSS_UNIT, report)
@@ -207,14 +227,17 @@ class Kronecker:
 
     bases: list[KroneckerBasis]
     weights: list[tuple[Tensor, Tensor] | Tensor]
+    stretch: float = 1.0  # of biases, in the curvature and all it meets
 
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
         """Rotate the rows."""
+        rows = stretched(problem, rows, self.stretch)
         return [basis.rotate(row) for basis, row in zip(self.bases, rows, strict=True)]
 
     def __call__(self, problem: Problem, queries: Gradients) -> Terms:
         """Map the queries."""
         terms: Terms = []
+        queries = stretched(problem, queries, self.stretch)
         for i, (basis, weights, query) in enumerate(
             zip(self.bases, self.weights, queries, strict=True)
         ):
@@ -249,9 +272,11 @@ def _kronecker(problem: Problem, rank: int | None, curvature: str, *, corrected:
     train, rows, kept = train_and_rows(
         problem, kept_trace=0.999, max_rows=None, curvature=curvature
     )
-    bases, dampings = [], []
+    # factors of very unequal inputs stand less well for the whole
+    stretch, bases, dampings = stretch_of_biases(problem, 0.05), [], []
+    longer, rows = stretched(problem, train, stretch), stretched(problem, rows, stretch)
     filters: list[tuple[Tensor, Tensor] | Tensor] = []
-    for which, (layer, gradients, own) in enumerate(zip(problem.layers, train, rows, strict=True)):
+    for which, (layer, gradients, own) in enumerate(zip(problem.layers, longer, rows, strict=True)):
         shape = layer.matrix_shape
         basis = kronecker_basis(gradients, own, shape, corrected=corrected, weights=problem.shares)
         damping = layer_damping(problem, which, float(basis.values.sum()))
@@ -263,7 +288,7 @@ def _kronecker(problem: Problem, rank: int | None, curvature: str, *, corrected:
         bases.append(basis)
         dampings.append(damping)
     report = {"kept_trace": kept, "n_rows": len(rows[0]), "damping": dampings}
-    lift = Kronecker(bases, filters)
+    lift = Kronecker(bases, filters, stretch)
     return Fitted(lift.store(problem, train), lift, 1 / problem.n_train, LOSS_UNIT, report)
 
 
@@ -292,11 +317,13 @@ def arnoldi(
     """Dominant eigenpairs of the curvature from a Krylov space."""
     damping = resolve_damping(problem)
     with recording(problem.network.module):
+        product, start = problem.product(curvature), random_vector(problem)
+        longer = of_each(problem, 1.0, stretch_of_biases(problem)).to(start)
         values, vectors = krylov_eigenpairs(
-            problem.product(curvature), random_vector(problem), n_iterations=max_iter
+            lambda v: product(v * longer) * longer, start, n_iterations=max_iter
         )
     top = slice(0, n_components)
-    values, vectors = values[top].cpu(), vectors[top].cpu()
+    values, vectors = values[top].cpu(), (vectors[top] * longer).cpu()
     factors: Gradients = [*from_vectors(problem.layers, vectors, problem.parameters)]
     negative = float((values < 0).double().mean())
     report = {"damping": damping, "negative_share": negative, "n_components": len(values)}
@@ -412,7 +439,7 @@ def datainf(problem: Problem) -> Fitted:
 def redamped(problem: Problem, fitted: Fitted, method: str, options: Mapping[str, Any]) -> Fitted:
     """Fit with another damping, without a pass through the network where the method allows."""
     lift = fitted.lift
-    if isinstance(lift, RowForm):
+    if isinstance(lift, RowForm) and lift.stretch == 1 == stretch_of_biases(problem):
         return with_damping(fitted, lift.filtered.curvature, problem)
     if isinstance(lift, Solved) and lift.matrix is not None:
         return exact_with_damping(problem, lift.matrix, fitted.train)

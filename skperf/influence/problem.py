@@ -116,7 +116,7 @@ class Problem:
         weights = self.shares * self.n_train
         return None if torch.allclose(weights, torch.ones_like(weights), rtol=1e-12) else weights
 
-    def product(self, curvature: str = "ggn", damping: float = 0.0) -> CurvatureProduct:
+    def product(self, curvature: str = "ggn", damping: float | Tensor = 0.0) -> CurvatureProduct:
         """Products with the curvature of the mean training loss."""
         device, dtype = self.network.device, self.network.dtype
         return CurvatureProduct(
