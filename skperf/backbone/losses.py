@@ -5,6 +5,7 @@ row with several outputs has the mean of their losses, as torch's own ``reductio
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -61,7 +62,15 @@ class Loss:
             total = self.value(flat.reshape(outputs.shape), targets).sum()
             (slope,) = torch.autograd.grad(total, flat, create_graph=True)
             # rows do not meet in the sum, so one pass gives a column of every row's matrix
-            columns = [_differentiated(column, flat) for column in slope.unbind(1)]
+            try:
+                columns = [_differentiated(column, flat) for column in slope.unbind(1)]
+            except RuntimeError as error:
+                if "not implemented" not in str(error):
+                    raise
+                raise ValueError(
+                    f"loss={self.name} cannot be differentiated twice ({error}): use "
+                    "method='gradient_dot', or write the loss as a function of torch operations."
+                ) from error
         return torch.stack(columns, 1).detach()
 
     def weights(self, targets: Tensor) -> Tensor | None:
@@ -270,6 +279,7 @@ class Own(Loss):
 
     function: Function = field(default=lambda outputs, targets: outputs.flatten(1).mean(1))
     label: str = "loss"
+    summed: bool = False  # over the outputs of a row, where torch's reduction is no mean of them
 
     @property
     def name(self) -> str:
@@ -286,7 +296,9 @@ class Own(Loss):
                 f"it returned {seen}. A torch module is given as it is; a function must not "
                 "average over rows."
             )
-        return values.flatten(1).mean(1) if values.ndim > 1 else values
+        if values.ndim == 1:
+            return values
+        return values.flatten(1).sum(1) if self.summed else values.flatten(1).mean(1)
 
 
 LOSSES: dict[str, Loss] = {
@@ -340,11 +352,18 @@ def _of_module(module: nn.Module) -> Loss:
     if kind is nn.MultiMarginLoss:
         assert isinstance(module, nn.MultiMarginLoss)
         return Margin(module.p, module.margin, weight)
-    if hasattr(module, "reduction"):
-        each = copy.deepcopy(module)
-        each.reduction = "none"  # type: ignore[assignment]
-        return Own(each, kind.__name__)
-    return Own(module, kind.__name__)
+    takes = inspect.signature(module.forward).parameters.values()
+    needed = [p.name for p in takes if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+    if len(needed) > 2:
+        raise TypeError(
+            f"loss={kind.__name__} takes {', '.join(needed)}: give a function of (outputs, targets) "
+            "that calls it and returns one number for each row."
+        )
+    if not hasattr(module, "reduction"):
+        return Own(module, kind.__name__)
+    each = copy.deepcopy(module)
+    each.reduction = "none"  # type: ignore[assignment]
+    return Own(each, kind.__name__, summed=module.reduction in ("sum", "batchmean"))
 
 
 def of_two_classes(pos_weight: Tensor | None) -> CrossEntropy:
@@ -360,7 +379,7 @@ def describes(loss: Loss) -> str:
     changed = [
         f"{entry.name}={getattr(loss, entry.name)}"
         for entry in fields(loss)
-        if entry.name not in ("function", "label")
+        if entry.name not in ("function", "label", "summed")
         and getattr(loss, entry.name) is not getattr(plain, entry.name)
     ]
     return loss.name + (f"({', '.join(changed)})" if changed else "")

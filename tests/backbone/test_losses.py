@@ -144,3 +144,30 @@ def test_class_weights_of_the_squared_margin_are_not_squared():
     codes = torch.arange(3)
     found = (loss.value(outputs, codes) * loss.weights(codes)).mean()
     torch.testing.assert_close(found, module(outputs, codes))
+
+
+def test_a_mean_over_rows_alone_keeps_the_sum_over_outputs():
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(5, 3, generator=generator).log_softmax(1)
+    targets = torch.rand(5, 3, generator=generator).softmax(1)
+    module = nn.KLDivLoss(reduction="batchmean")
+    values = resolve_loss(module).value(outputs, targets)
+    torch.testing.assert_close(values.mean(), module(outputs, targets))
+    plain = resolve_loss(nn.KLDivLoss()).value(outputs, targets)
+    torch.testing.assert_close(plain * 3, values)
+
+
+@pytest.mark.parametrize(
+    ("module", "needed"), [(nn.GaussianNLLLoss(), "var"), (nn.CosineEmbeddingLoss(), "input2")]
+)
+def test_a_loss_of_more_than_outputs_and_targets_is_refused(module, needed):
+    with pytest.raises(TypeError, match=f"loss={type(module).__name__} takes .*{needed}"):
+        resolve_loss(module)
+
+
+def test_a_loss_without_a_second_derivative_is_named():
+    loss = resolve_loss(nn.MultiLabelMarginLoss())
+    outputs, targets = torch.randn(2, 3), torch.tensor([[1, 0, -1], [2, -1, -1]])
+    assert loss.slope(outputs, targets).shape == (2, 3)
+    with pytest.raises(ValueError, match="MultiLabelMarginLoss cannot be differentiated twice"):
+        loss.hessian(outputs, targets)

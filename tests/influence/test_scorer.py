@@ -594,3 +594,27 @@ def test_what_methods_are_asked_is_checked_at_the_door(data, scorer, message):
     with pytest.raises(ValueError, match=message):
         ASKED_WRONGLY[message](scorer, (X[120:], y[120:]))
     assert scorer.damping_ == before
+
+
+@pytest.mark.parametrize("method", ["exact", "ggn", "cg", "ekfac", "kfac", "lissa", "arnoldi"])
+def test_an_intercept_that_no_penalty_holds_is_not_damped(method):
+    class_weight = {0: 0.3, 1: 1.0, 2: 5.0}
+    rng = np.random.RandomState(0)
+    X, y = rng.randn(90, 4) + 0.7, np.r_[np.zeros(20), np.ones(30), np.full(40, 2)].astype(int)
+    X[np.arange(90), y] += 1.5
+
+    def fitted(weight):
+        # so strong a penalty that an intercept held by it would stay near zero
+        model = LogisticRegression(C=0.02, class_weight=class_weight, tol=1e-10, max_iter=5000)
+        return model.fit(X, y, sample_weight=weight)
+
+    def losses(model):
+        return -np.log(model.predict_proba(X[::9])[np.arange(10), y[::9]])
+
+    whole = fitted(np.ones(90))
+    rows = np.arange(0, 90, 7)
+    moved = [losses(fitted((np.arange(90) != i) * 1.0)) - losses(whole) for i in rows]
+    scorer = InfluenceScorer(FrozenEstimator(whole), method=method).fit(X, y)
+    scores = scorer.influence(X[::9], y[::9])[:, rows]
+    least = 0.97 if "fac" in method else 0.998
+    assert np.corrcoef(scores.ravel(), np.ravel(np.transpose(moved)))[0, 1] > least
