@@ -356,8 +356,8 @@ def _of_module(module: nn.Module) -> Loss:
     needed = [p.name for p in takes if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
     if len(needed) > 2:
         raise TypeError(
-            f"loss={kind.__name__} takes {', '.join(needed)}: give a function of (outputs, targets) "
-            "that calls it and returns one number for each row."
+            f"loss={kind.__name__} takes {', '.join(needed)}: give a function of (outputs, "
+            "targets) that calls it and returns one number for each row."
         )
     if not hasattr(module, "reduction"):
         return Own(module, kind.__name__)

@@ -433,17 +433,17 @@ def _halves(
 def products(problem: Problem, curvature: str, damping: float | None, **which: Any) -> Any:
     """Multiply by the curvature, damped unless it is 0; None means as the problem says."""
 
-    def of_each(space: RowSpace | None) -> torch.Tensor:
-        wide = damping_of_each(problem, resolve_damping(problem, space))
-        return wide.to(problem.network.device, problem.network.dtype)
+    def of_each(space: RowSpace | None = None) -> torch.Tensor:
+        known = resolve_damping(problem, space) if damping is None else damping
+        each = damping_of_each(problem, known)
+        return each.to(problem.network.device, problem.network.dtype)
 
     if curvature == "hessian":
-        return problem.product("hessian", of_each(None) if damping is None else damping)
+        return problem.product("hessian", of_each())
     picked = curvature_rows(problem, **which)
     rows = problem.gather(problem.X, picked.cotangents, picked.examples)
-    if damping is None:
-        return row_product(problem.layers, problem.parameters, rows, of_each(RowSpace.of(rows)))
-    return row_product(problem.layers, problem.parameters, rows, damping)
+    space = RowSpace.of(rows) if damping is None else None
+    return row_product(problem.layers, problem.parameters, rows, of_each(space))
 
 
 def changed(problem: Problem, parameters: Parameters) -> Network:

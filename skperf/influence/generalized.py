@@ -121,23 +121,15 @@ def row_product(
 
 
 def generalized_update(
-    multiply: Multiply,
-    chosen: Tensor,
-    gradients: Tensor,
-    *,
-    ridge: float,
-    max_iter: int = 50,
-    tol: float = 1e-6,
+    multiply: Multiply, chosen: Tensor, gradients: Tensor, **options: Any
 ) -> Solution:
-    """Solve the generalised influence problem: gradients (m, n_parameters)."""
+    """Solve the generalised influence problem, options of `lsmr`: gradients (m, n_parameters)."""
     where = chosen.nonzero()[:, 0]
     solution = lsmr(
         lambda d: multiply(_spread(d, chosen)),
         lambda v: multiply(v)[:, where],
         gradients,
-        ridge=ridge,
-        max_iter=max_iter,
-        tol=tol,
+        **options,
     )
     return replace(solution, values=_spread(solution.values, chosen))
 
@@ -149,13 +141,7 @@ def _spread(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def generalized_query(
-    multiply: Multiply,
-    chosen: Tensor,
-    gradients: Tensor,
-    *,
-    ridge: float,
-    max_iter: int = 50,
-    tol: float = 1e-6,
+    multiply: Multiply, chosen: Tensor, gradients: Tensor, **options: Any
 ) -> Tensor:
     """Vectors whose inner product with a training gradient is the generalised influence.
 
@@ -169,27 +155,18 @@ def generalized_query(
         lambda v: multiply(v)[:, where],
         lambda d: multiply(_spread(d, chosen)),
         gradients[:, where],
-        ridge=ridge,
-        max_iter=max_iter,
-        tol=tol,
+        **options,
     ).values
 
 
 def removal_update(
-    how: str,
-    multiply: Multiply,
-    chosen: Tensor,
-    gradient: Tensor,
-    *,
-    ridge: float,
-    max_iter: int = 50,
+    how: str, multiply: Multiply, chosen: Tensor, gradient: Tensor, **options: Any
 ) -> Tensor:
-    """Direction that unlearns rows, by one of several rules.
+    """Direction that unlearns rows, by one of several rules; options of `lsmr`.
 
     Shapes: gradient (n_parameters,) -> (n_parameters,).
     """
     g = gradient[None]
-    options: dict[str, Any] = {"ridge": ridge, "max_iter": max_iter}
     if how == "ascent":
         return gradient * chosen
     if how == "gif":

@@ -22,12 +22,7 @@ def linear_head_hessian(inputs: Tensor, curvatures: Tensor, ridge: Tensor) -> Te
 
 
 def leave_one_out_steps(
-    inputs: Tensor,
-    slopes: Tensor,
-    curvatures: Tensor,
-    hessian: Tensor,
-    *,
-    chunk: int = 256,
+    inputs: Tensor, slopes: Tensor, curvatures: Tensor, hessian: Tensor, *, chunk: int = 256
 ) -> Tensor:
     """Newton step of every leave-one-out problem from the full solution.
 

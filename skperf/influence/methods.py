@@ -24,15 +24,7 @@ from skperf.influence.damping import (
     stretch_of_biases,
     stretched,
 )
-from skperf.influence.gradients import (
-    Dense,
-    Factor,
-    Gradients,
-    Outer,
-    inner,
-    take,
-    written_out,
-)
+from skperf.influence.gradients import Dense, Factor, Gradients, Outer, inner, take, written_out
 from skperf.influence.inverses import Solved, cg, exact, exact_with_damping, gif, lissa
 from skperf.influence.kronecker import KroneckerBasis, kronecker_basis, separable
 from skperf.influence.layers import from_vectors, to_vectors

@@ -19,14 +19,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters
 from skperf.backbone.rows import Rows
 from skperf.influence.captures import HINT, Unusual, alone, record, recording
-from skperf.influence.layers import (
-    CONVOLUTIONS,
-    Layer,
-    Place,
-    find_layers,
-    one_by_one,
-    to_vectors,
-)
+from skperf.influence.layers import CONVOLUTIONS, Layer, Place, find_layers, one_by_one, to_vectors
 
 _TRIED = 6
 _RTOL = {torch.float64: 1e-8}

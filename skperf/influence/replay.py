@@ -148,12 +148,7 @@ def go_back(run: Run, state: Pass, visited: Iterator[Visited]) -> Iterator[int]:
 
 
 def _towards(
-    run: Run,
-    step: Step,
-    adjoint: Adjoint,
-    moment: Moment,
-    named: dict[str, Tensor],
-    part: slice,
+    run: Run, step: Step, adjoint: Adjoint, moment: Moment, named: dict[str, Tensor], part: slice
 ) -> tuple[list[Tensor], float]:
     """Go back through the optimizer, to the gradients it took: (m, ...) each, times a number."""
     if len(run.groups) == 1 and not named:
@@ -297,12 +292,7 @@ class Replayed:
         return len(self.run.data)
 
     def influence(
-        self,
-        inputs: Rows,
-        targets: Tensor,
-        *,
-        value: Value | None = None,
-        aggregate: bool = False,
+        self, inputs: Rows, targets: Tensor, *, value: Value | None = None, aggregate: bool = False
     ) -> Tensor:
         """How much each query's loss would rise without each training row: -> (q, n)."""
         found = self.derivative(inputs, targets, value=value, aggregate=aggregate)
