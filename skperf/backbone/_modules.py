@@ -344,7 +344,9 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
 def trained_names(module: nn.Module) -> tuple[str, ...] | None:
     """Names of the parameters that train, None where all do, or none (a network at rest)."""
     named = list(original(module).named_parameters())
-    trained = tuple(name for name, parameter in named if parameter.requires_grad)
+    trained = tuple(
+        name.replace("_orig_mod.", "") for name, parameter in named if parameter.requires_grad
+    )
     return None if len(trained) in (0, len(named)) else trained
 
 

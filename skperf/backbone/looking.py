@@ -1,6 +1,7 @@
 """Run one row and look at what comes out: which entry holds the outputs, and what they are."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import (
+    AsRows,
     Field,
     Network,
     Readout,
@@ -43,7 +45,7 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     generator = torch.Generator().manual_seed(0)
     scripted = any(isinstance(part, torch.jit.ScriptModule) for part in network.module.modules())
     own = {
-        name: parameter.detach().requires_grad_()
+        name: parameter.detach().clone().requires_grad_()
         for name, parameter in network.module.named_parameters()
         if parameter.is_floating_point() and not scripted
     }
@@ -59,17 +61,42 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
                 f"{type(network.module).__name__} does not run on the first rows of X, of shape "
                 f"{few.shape}: {type(error).__name__}: {error}"
             ) from error
-        if network.readout is not None:
-            if not isinstance(outputs, Tensor) or not outputs.ndim:
-                seen = outputs if isinstance(outputs, Tensor) else type(outputs).__name__
-                raise TypeError(f"readout must return a tensor (n, K) or (n,), got {seen}.")
-            return Seen(network.readout, tuple(outputs.shape[1:]), mode.drawn)
-    entry, outputs = _entry(returned, len(few), n_labels, network)
-    two = n_labels == 2 and _single(outputs)
-    final = _final(outputs, two, loss)
-    if final is not None:
-        outputs = final(outputs)
-    return Seen(chained(entry, final), tuple(outputs.shape[1:]), mode.drawn, two)
+    for name, weight in own.items():  # before a run that has the user's own
+        if not torch.equal(weight, network.module.get_parameter(name)):
+            raise ValueError(
+                f"{type(network.module).__name__} writes to its own parameter {name!r} when it "
+                "runs, and would change yours: write to a copy in its forward."
+            )
+    entry, two, final = network.readout, False, None
+    if entry is None:
+        entry, outputs = _entry(returned, len(few), n_labels, network)
+    elif not isinstance(outputs, Tensor) or not outputs.ndim:
+        seen = outputs if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TypeError(f"readout must return a tensor (n, K) or (n,), got {seen}.")
+    if not outputs.is_floating_point():
+        raise TypeError(
+            f"{type(network.module).__name__} returns outputs of type {outputs.dtype}, where real "
+            f"numbers such as logits are needed. If these are another part of it, {_HINT}"
+        )
+    if network.readout is None:
+        two = n_labels == 2 and _single(outputs)
+        final = _final(outputs, two, loss)
+    shape = tuple(outputs.shape[1:])
+    alone = _alone(plain, few)
+    with suppress(Exception):  # what refuses a row alone says so when it is given one
+        if (alone if entry is None else entry(alone)).shape != (1, *shape):
+            entry = chained(entry, AsRows(shape))  # squeezed where there is one row
+    if outputs.element_size() < 4:
+        entry = chained(entry, Tensor.float)
+    return Seen(
+        chained(entry, final), shape if final is None else final(outputs).shape[1:], mode.drawn, two
+    )
+
+
+def _alone(network: Network, few: Rows) -> Any:
+    """Give what a network returns for the first row by itself, None where it does not run."""
+    with suppress(Exception):
+        return network(next(network.batches(few[:1]))[0])
 
 
 def _entry(

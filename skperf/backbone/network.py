@@ -394,6 +394,17 @@ class Field:
 
 
 @dataclass(frozen=True)
+class AsRows:
+    """A readout: outputs of a known shape, one a row, whatever was squeezed away."""
+
+    shape: tuple[int, ...]
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """Lay them out: -> (n, ...)."""
+        return outputs.reshape(-1, *self.shape)
+
+
+@dataclass(frozen=True)
 class Chain:
     """A readout made of several."""
 

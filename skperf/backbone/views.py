@@ -5,7 +5,9 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +53,8 @@ def view(module: nn.Module) -> nn.Module:
     for part in copied.modules():
         part.training = False
         _switch_off_fast_paths(part)
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
+            part.weight.data = part.weight.data.clone()  # a forward writes to it
     return copied
 
 
@@ -75,8 +79,10 @@ def _copied(
     module = original(module)
     memo: dict[int, Any] = {}
     parts = list(module.modules())
-    shells: list[tuple[nn.Module, nn.Module]] = []
+    shells: dict[int, nn.Module] = {}
     for part in parts:
+        if original(part) is not part:
+            continue
         if isinstance(part, torch.jit.ScriptModule):
             warnings.warn(
                 f"{type(part).__name__} is a scripted module, which shares no weights: it is "
@@ -95,6 +101,11 @@ def _copied(
                     f"parameter {name!r} of a {type(part).__name__} has no shape yet (a lazy "
                     "layer): run one batch through the module before it is used here."
                 )
+            if tensor.is_meta:
+                raise ValueError(
+                    f"parameter {name!r} of a {type(part).__name__} is on the device 'meta', where "
+                    "it holds no numbers: load the weights first."
+                )
             memo[id(tensor)] = parameter(tensor)
         for own in part._buffers.values():
             if own is not None and id(own) not in memo:
@@ -102,13 +113,29 @@ def _copied(
         # all empty copies first, so that references between parts end inside the copy
         # (the __deepcopy__ of what is parametrized does that too, with no way past what refuses)
         if "__deepcopy__" not in dir(type(part)) or "parametrizations" in part._modules:
-            shell = type(part).__new__(type(part))
-            memo[id(part)] = shell
-            shells.append((part, shell))
-    for part, shell in shells:
-        shell.__dict__.update(_attributes(part, memo))
-    copied: nn.Module = memo[id(module)] if id(module) in memo else deepcopy(module, memo)
+            memo[id(part)] = shells[id(part)] = type(part).__new__(type(part))
+    for part in parts:  # what is compiled runs the user's own module: the copy is not compiled
+        if id(original(part)) in shells:
+            memo[id(part)] = shells[id(original(part))]
+    # inner parts first: those that copy themselves want them whole
+    for part in reversed(parts):
+        if id(part) in shells:
+            shells[id(part)].__dict__.update(_attributes(part, memo))
+        elif id(part) not in memo:
+            inner = original(part)
+            memo[id(part)] = _by_itself(part, memo) if inner is part else memo[id(inner)]
+    copied: nn.Module = memo[id(module)]
     return copied
+
+
+def _by_itself(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return deepcopy(part, memo)
+    except Exception as error:  # of any class
+        raise ValueError(
+            f"{type(part).__name__} can't be copied, and is never run itself: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _whole(part: torch.jit.ScriptModule) -> nn.Module:
@@ -121,6 +148,8 @@ def _whole(part: torch.jit.ScriptModule) -> nn.Module:
 
 def _attributes(part: nn.Module, memo: dict[int, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in list(part.__dict__.items()):
+        if name == "_compiled_call_impl":
+            continue  # runs the original
         if isinstance(value, _IMMUTABLE):
             yield name, value
         elif isinstance(value, dict) and not value:
@@ -140,8 +169,8 @@ def _attributes(part: nn.Module, memo: dict[int, Any]) -> Iterator[tuple[str, An
 
 def _own(value: Any, memo: dict[int, Any]) -> Any:
     """Copy an attribute; what refuses copying, such as a lock, is shared."""
-    if isinstance(value, types.FunctionType):
-        return _function(value, memo)
+    if isinstance(value, types.FunctionType | types.MethodType | partial):
+        return _pointed(value, memo)
     if isinstance(value, weakref.ref):
         inside = memo.get(id(value()))
         return value if inside is None else weakref.ref(inside)
@@ -161,20 +190,43 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
         return value
 
 
+def _pointed(value: Any, memo: dict[int, Any]) -> Any:
+    """Point what holds parts of the original to those of the copy, all else as it is."""
+    if id(value) in memo:
+        return memo[id(value)]
+    inner = getattr(value, "_torchdynamo_orig_callable", None)
+    if inner is not None:
+        return _pointed(inner, memo)
+    if isinstance(value, types.FunctionType):
+        return _function(value, memo)
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, _own(value.__self__, memo))
+    if isinstance(value, partial):
+        given = {name: _pointed(entry, memo) for name, entry in value.keywords.items()}
+        arguments = [_pointed(entry, memo) for entry in value.args]
+        return partial(_pointed(value.func, memo), *arguments, **given)
+    if type(value) in (list, tuple):
+        return type(value)(_pointed(entry, memo) for entry in value)
+    return value
+
+
 def _function(function: types.FunctionType, memo: dict[int, Any]) -> Any:
-    """Point a closure over parts of the original to those of the copy."""
-    cells = function.__closure__ or ()
-    try:
-        held = [cell.cell_contents for cell in cells]
-    except ValueError:  # a cell that is still empty
-        return function
-    if not any(id(content) in memo for content in held):
-        return function
-    closure = tuple(types.CellType(memo.get(id(content), content)) for content in held)
+    """Copy a function that holds parts of the original, in its closure or as defaults."""
+    closure = tuple(types.CellType() for _ in function.__closure__ or ())
     copied = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        _pointed(function.__defaults__, memo),
+        closure or None,
     )
-    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__dict__.update(function.__dict__)
+    named = function.__kwdefaults__ or {}
+    copied.__kwdefaults__ = {name: _pointed(value, memo) for name, value in named.items()}
+    memo[id(function)] = copied  # which may hold itself
+    for cell, own in zip(function.__closure__ or (), closure, strict=True):
+        with suppress(ValueError):  # a cell that is still empty
+            own.cell_contents = _pointed(cell.cell_contents, memo)
     return copied
 
 

@@ -431,7 +431,8 @@ def _spread(gates: Tensor, layout: Layout | None, dim: int, output: Tensor, n_ro
     gates = padded(gates, output.shape[dim]).to(output)
     if len(gates) == 1:
         return along(gates[0], dim, output.ndim)
-    assert layout is not None
+    if layout is None:
+        raise ValueError("a layer ran more often than at first: is the network checkpointed?")
     rows = _for_each(gates, n_rows)
     inner = output.shape[layout.axis] // n_rows
     rows = rows.repeat(inner, 1) if layout.in_turn else rows.repeat_interleave(inner, 0)

@@ -11,8 +11,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional
 
-from skperf.backbone.modes import forward_hooks
+from skperf.backbone.modes import differentiating, forward_hooks
 from skperf.backbone.network import Network
+from skperf.backbone.parameters import substituted
 from skperf.backbone.rows import Rows
 from skperf.influence.gradients import Dense, Factor, Gradients, Outer, Tokens, folded, merged
 from skperf.influence.layers import CONVOLUTIONS, TABLES, Layer, Place
@@ -57,7 +58,7 @@ def recording(module: nn.Module) -> Iterator[None]:
                 f"layer {name!r} ({type(part).__name__}) is in training mode or normalises by "
                 "the batch: a row's gradient would depend on the other rows or on chance."
             )
-    with torch.enable_grad():
+    with differentiating():
         yield
 
 
@@ -139,11 +140,18 @@ def record(network: Network, inputs: Rows, layers: Sequence[Layer]) -> Tape:
         parts: dict[str, list[Factor]] = {}
         for (layer, call), gradient in zip(calls, returned, strict=True):
             parts.setdefault(layer.name, []).append(_of_call(layer, call, gradient, watch.n))
-        return [
+        factors = [
             merged(parts[layer.name])
             if layer.sites
             else Dense(alone(network, inputs, layer, cotangent))
             for layer in layers
+        ]
+        # parts may compute in types of their own
+        return [
+            factor.with_tensors(
+                *(t.to(outputs.dtype) if t.is_floating_point() else t for t in factor.tensors)
+            )
+            for factor in factors
         ]
 
     return Tape(outputs, pull)
@@ -158,11 +166,12 @@ def alone(network: Network, inputs: Rows, layer: Layer, cotangent: Tensor) -> Te
         if layer.looped:
             # some kernels, such as those of packed sequences, take no tensors of torch.func
             leaves = {name: value.detach().requires_grad_() for name, value in own.items()}
-            with torch.enable_grad():
-                output = network(single, leaves)[0]
-            found = torch.autograd.grad(
-                output, list(leaves.values()), slope, materialize_grads=True, allow_unused=True
-            )
+            # what is checkpointed runs again in the backward pass, and wants the same leaves
+            with torch.enable_grad(), substituted(network.module, leaves):
+                output = network(single)[0]
+                found = torch.autograd.grad(
+                    output, list(leaves.values()), slope, materialize_grads=True, allow_unused=True
+                )
             return torch.cat([part.reshape(-1) for part in found])
         _, pull_back, *_ = vjp(lambda values: network(single, values)[0], own)
         (gradients,) = pull_back(slope)

@@ -200,9 +200,10 @@ def _truth(network: Network, rows: Rows, parameters: Parameters) -> _Truth:
     some = torch.arange(len(rows))[:: max(1, len(rows) // 3)]
     cotangent, gradients = torch.zeros_like(drawn), []
     cotangent[some] = drawn[some]
+    # the view's own parameters, and whatever else holds them
+    leaves = {n: network.module.get_parameter(n).requires_grad_() for n in parameters}
     for i in some.tolist():
-        leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
-        own = network(rows[i : i + 1], leaves)
+        own = network(rows[i : i + 1])
         if not torch.allclose(
             own.detach(), outputs[i : i + 1], rtol=1e-3, atol=1e-3 * float(outputs.abs().max())
         ):
@@ -210,15 +211,19 @@ def _truth(network: Network, rows: Rows, parameters: Parameters) -> _Truth:
                 "the network gives a row another output alone than in its batch: a row's gradient "
                 "would depend on the other rows. Does it normalise, sort or pool over the batch?"
             )
-        total = (own * drawn[i : i + 1]).sum()
-        found = [torch.zeros_like(p) for p in leaves.values()]
-        if total.requires_grad:
-            found = list(
-                torch.autograd.grad(
-                    total, list(leaves.values()), allow_unused=True, materialize_grads=True
-                )
+        if not own.requires_grad:
+            raise ValueError(
+                f"the network's outputs hang on none of the parameters {list(leaves)[:12]}: does "
+                "its forward run under no_grad, or detach what it returns?"
             )
+        found = torch.autograd.grad(
+            (own * drawn[i : i + 1]).sum(),
+            list(leaves.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
         gradients.append(dict(zip(leaves, found, strict=True)))
+    network.module.requires_grad_(False)
     truth = {n: torch.stack([g[n].flatten() for g in gradients]) for n in parameters}
     return _Truth(rows, outputs, some, cotangent, truth)
 
@@ -267,12 +272,23 @@ def _must_loop(
     network: Network, parameters: Parameters, names: Sequence[str], truth: _Truth
 ) -> bool:
     """Say whether vmap gives other gradients than rows one after the other."""
-    layer, some = one_by_one(names, parameters), truth.some
+
+    def right(looped: bool) -> bool:
+        layer, some = one_by_one(names, parameters, looped=looped), truth.some
+        found = alone(network, truth.rows[some], layer, truth.cotangent[some])
+        return truth.says(layer.names, found)
+
     try:
-        return not truth.says(
-            layer.names, alone(network, truth.rows[some], layer, truth.cotangent[some])
-        )
+        if right(False):
+            return False
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
-        return True
+        pass
+    if not right(True):
+        raise ValueError(
+            f"of the parameters {list(names)[:12]} some reach the outputs by another way than as "
+            "attributes of their modules (through a list of tensors, say): no gradient of a row "
+            "sees that."
+        )
+    return True

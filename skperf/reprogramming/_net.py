@@ -8,6 +8,7 @@ import torch
 from skorch.dataset import Dataset, unpack_data
 
 from skperf.backbone._nets import Net, _StopTraining, seed_of
+from skperf.backbone.modes import differentiating
 from skperf.backbone.randomness import drawing_from
 from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, estimated_gradient
 from skperf.reprogramming.label_mapping import (
@@ -112,7 +113,8 @@ class ProgramNet(Net):
         logits = self.infer(inputs, classes)
         loss = self.get_loss(logits, targets, training=True)
         if loss.requires_grad:
-            loss.backward()
+            with differentiating():
+                loss.backward()
         if self.gradient != "exact":
             self._estimate_gradient(inputs, targets, loss.detach())
         return {"loss": loss, "y_pred": logits}
