@@ -42,7 +42,7 @@ def main() -> None:
         },
         repeats=REPEATS,
     )
-    network = net.to_network()
+    network = net._to_network()
     prediction = interleaved(
         {
             "bare torch, slices": lambda: predict_bare(network.module, inputs),

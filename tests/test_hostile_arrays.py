@@ -76,7 +76,7 @@ def fit(name, X, y, weight=None):
     made = unfitted(name)
     options = {} if weight is None else {"sample_weight": weight}
     if name == "PerformativeAdapter":
-        options["rounds"] = ROUNDS if y is None else ROUNDS[: len(y)]
+        options["rounds"] = ROUNDS if y is None else ROUNDS[: 0 if np.ndim(y) == 0 else len(y)]
     return made.fit(X, y, **options)
 
 

@@ -212,19 +212,8 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
         metric = r2_score if self._kind() in ("values", "own") else accuracy_score
         return float(metric(as_labels(y), self.predict(X), sample_weight=sample_weight))
 
-    def to_network(self, X: Rows | None = None) -> Network:
-        """Open the module as a private view.
-
-        Parameters
-        ----------
-        X : Rows, optional
-            Rows, of which one may be looked at.
-
-        Returns
-        -------
-        Network
-            The view, with what is known of its outputs and its loss.
-        """
+    def _to_network(self, X: Rows | None = None) -> Network:
+        """Open the module as a private view; of rows X (n, ...) some may be looked at."""
         if self._looked is None and X is not None and len(X):
             known = None if self.classes is None else len(self.classes)
             # the same for every thread that looks
@@ -247,7 +236,7 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
         nn.Module
             The module itself where it returns them, else one around it.
         """
-        return replace(self.to_network(), module=self.module).to_module()
+        return replace(self._to_network(), module=self.module).to_module()
 
     def _looked_at(self, X: Rows, y: Any = None, loss: Loss | None = None) -> "ModuleClassifier":
         """Run a row, so that readout, classes and loss (where none was declared) are known."""
@@ -324,7 +313,7 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
 
     def _outputs(self, X: Any) -> Tensor:
         rows = Rows.of(X) if self.before is not None else check_rows(self, X)
-        network = self.to_network(rows)  # looks
+        network = self._to_network(rows)  # looks
         self._check_seen(None)
         return network.logits(rows)
 

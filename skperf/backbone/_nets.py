@@ -359,7 +359,7 @@ class Net(OfLogits, NeuralNetClassifier):
         self, rows: Rows, labels: np.ndarray, sample_weight: ArrayLike | None = None
     ) -> LabelledRows:
         """Bring validated rows into the form that training takes: (n, ...), (n,), (n,)."""
-        network = self.to_network()
+        network = self._to_network()
         codes = network.codes(labels).cpu()
         targets: Any = codes.to(network.dtype) if self._takes_numbers() else codes
         if sample_weight is not None:
@@ -502,14 +502,8 @@ class Net(OfLogits, NeuralNetClassifier):
         self.module_.eval()
         return self
 
-    def to_network(self) -> Network:
-        """Open the trained module.
-
-        Returns
-        -------
-        Network
-            A view of its own around the module's weights.
-        """
+    def _to_network(self) -> Network:
+        """Open the trained module as a private view."""
         self.check_is_fitted()
         return Network(
             view(self.module_),
@@ -625,7 +619,7 @@ class Net(OfLogits, NeuralNetClassifier):
             outputs = torch.cat([tensor_of(part).detach() for part in self.forward_iter(X)])
             readout = self._readout()
             return (outputs if readout is None else readout(outputs)).cpu()
-        network = self.to_network()
+        network = self._to_network()
         if isinstance(X, LabelledRows):
             X = X.rows
         # while it trains, its callbacks ask about rows that were validated already

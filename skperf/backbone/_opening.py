@@ -204,14 +204,14 @@ def _opened(inner: Any) -> Network:
     if isinstance(inner, nn.Module):
         inner = ModuleClassifier(inner)
     if isinstance(inner, ModuleClassifier):
-        return inner.to_network()
+        return inner._to_network()
     if isinstance(inner, NeuralNet):
         return _of_net(inner)
     for kind, conversion in _CONVERSIONS:
         if isinstance(inner, kind):
             return conversion(inner)
     if callable(getattr(inner, "to_module", None)):
-        return ModuleClassifier(inner.to_module(), inner.classes_).to_network()
+        return ModuleClassifier(inner.to_module(), inner.classes_)._to_network()
     raise TypeError(
         f"estimator has no torch network inside: {type(inner).__name__}. Needed is a skorch net, "
         "a torch.nn.Module that returns logits, an object with to_module(), or scikit-learn's "
@@ -294,7 +294,7 @@ def _fit_other_net(net: Any, rows: Rows, y: Any, sample_weight: Any, seed: int) 
 def _of_net(net: Any, labels: Any = None) -> Network:
     """Open a skorch net: its nonlinearity and its criterion say what its module returns."""
     if isinstance(net, Net):
-        network: Network = net.to_network()
+        network: Network = net._to_network()
         return network
     criterion = net.criterion_
     loss = resolve_loss(criterion)

@@ -37,10 +37,7 @@ __all__ = [
 
 
 def check_sample_weight(sample_weight: Any, X: Any, *, dtype: Any = None) -> np.ndarray:
-    """Validate weights: one a row, finite, none negative, not all zero.
-
-    Shapes: sample_weight (n,), X (n, ...) -> (n,).
-    """
+    """Validate weights (n,) of rows X (n, ...): finite, none negative, not all zero: -> (n,)."""
     # scikit-learn reads off X the number of rows, and what kind of array to make
     if dtype is not None and not hasattr(X, "dtype"):
         X = np.empty((len(X), 1))

@@ -82,8 +82,8 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
         two = n_labels == 2 and _single(outputs)
         final = _final(outputs, two, loss)
     shape = tuple(outputs.shape[1:])
-    alone = _alone(plain, few)
     with suppress(Exception):  # what refuses a row alone says so when it is given one
+        alone = replace(plain, draws=True)(*next(plain.batches(few[:1])))
         if (alone if entry is None else entry(alone)).shape != (1, *shape):
             entry = chained(entry, AsRows(shape))  # squeezed where there is one row
     if outputs.element_size() < 4:
@@ -91,12 +91,6 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     return Seen(
         chained(entry, final), shape if final is None else final(outputs).shape[1:], mode.drawn, two
     )
-
-
-def _alone(network: Network, few: Rows) -> Any:
-    """Give what a network returns for the first row by itself, None where it does not run."""
-    with suppress(Exception):
-        return network(next(network.batches(few[:1]))[0])
 
 
 def _entry(

@@ -15,10 +15,7 @@ def logit(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, codes: Tensor) -> Tensor:
-    """Logit of the label minus the largest other logit.
-
-    Shapes: logits (n, n_classes), codes (n,) -> (n,).
-    """
+    """Logit of the label minus the largest other: logits (n, n_classes), codes (n,) -> (n,)."""
     return logit(logits, codes) - _without_label(logits, codes).amax(1)
 
 

@@ -10,10 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Drawing(TorchDispatchMode):
-    """A mode of one thread: every random operator draws from one generator.
-
-    Shapes: as the operators'.
-    """
+    """A mode of one thread: every random operator draws from one generator."""
 
     # Operators that take no generator on some devices, such as fused attention with dropout on
     # CUDA, are left to the global stream: there is no other way to run them.

@@ -49,10 +49,7 @@ SALIENCIES: dict[str, Saliency] = {
 def chosen_entries(
     train_only: Any, module: nn.Module, loss: Loss, inputs: Rows, targets: Tensor
 ) -> dict[str, Tensor]:
-    """Say which entries of each parameter train, by name; parameters left out do not train.
-
-    Shapes: inputs (n, ...), targets (n, ...).
-    """
+    """Say which entries of each parameter train, by name: inputs (n, ...), targets (n, ...)."""
     if isinstance(train_only, Sparse):
         return _by_saliency(train_only, module, loss, inputs, targets)
     if isinstance(train_only, Mapping):

@@ -15,21 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 # values that a copy may share with the original: nothing can change them
-_IMMUTABLE = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    type,
-    types.BuiltinFunctionType,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-)
+_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, range, type, torch.Size)
+_IMMUTABLE += (types.BuiltinFunctionType, torch.dtype, torch.device)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -96,15 +83,10 @@ def _copied(
             tensor: Any = weight
             if tensor is None or id(tensor) in memo:
                 continue
-            if is_lazy(tensor):
+            if is_lazy(tensor) or tensor.is_meta:
                 raise ValueError(
-                    f"parameter {name!r} of a {type(part).__name__} has no shape yet (a lazy "
-                    "layer): run one batch through the module before it is used here."
-                )
-            if tensor.is_meta:
-                raise ValueError(
-                    f"parameter {name!r} of a {type(part).__name__} is on the device 'meta', where "
-                    "it holds no numbers: load the weights first."
+                    f"parameter {name!r} of a {type(part).__name__} has no shape or no numbers yet "
+                    "(a lazy layer, a 'meta' device): run one batch through it, or load weights."
                 )
             memo[id(tensor)] = parameter(tensor)
         for own in part._buffers.values():
@@ -202,27 +184,23 @@ def _pointed(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, _own(value.__self__, memo))
     if isinstance(value, partial):
-        given = {name: _pointed(entry, memo) for name, entry in value.keywords.items()}
-        arguments = [_pointed(entry, memo) for entry in value.args]
-        return partial(_pointed(value.func, memo), *arguments, **given)
+        arguments = _pointed(value.args, memo)
+        return partial(_pointed(value.func, memo), *arguments, **_pointed(value.keywords, memo))
     if type(value) in (list, tuple):
         return type(value)(_pointed(entry, memo) for entry in value)
+    if type(value) is dict:
+        return {key: _pointed(entry, memo) for key, entry in value.items()}
     return value
 
 
 def _function(function: types.FunctionType, memo: dict[int, Any]) -> Any:
     """Copy a function that holds parts of the original, in its closure or as defaults."""
     closure = tuple(types.CellType() for _ in function.__closure__ or ())
-    copied = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        _pointed(function.__defaults__, memo),
-        closure or None,
-    )
+    defaults = _pointed(function.__defaults__, memo)
+    code, name = function.__code__, function.__name__
+    copied = types.FunctionType(code, function.__globals__, name, defaults, closure or None)
     copied.__dict__.update(function.__dict__)
-    named = function.__kwdefaults__ or {}
-    copied.__kwdefaults__ = {name: _pointed(value, memo) for name, value in named.items()}
+    copied.__kwdefaults__ = _pointed(function.__kwdefaults__, memo)
     memo[id(function)] = copied  # which may hold itself
     for cell, own in zip(function.__closure__ or (), closure, strict=True):
         with suppress(ValueError):  # a cell that is still empty

@@ -174,7 +174,9 @@ class ComponentEditor(
         strata = np.asarray(groups) if by_group else target
         chosen = _of_each(strata, self.n_examples, np.random.default_rng(seed))
         base = ComponentAttributor() if self.attributor is None else self.attributor
-        attributor = clone(base).set_params(estimator=_as_it_is(self.estimator_))
+        frozen = isinstance(self.estimator_, EditedClassifier | FrozenEstimator)
+        known = self.estimator_ if frozen else FrozenEstimator(self.estimator_)
+        attributor = clone(base).set_params(estimator=known)
         if attributor.random_state is None:
             attributor.set_params(random_state=seed)
         self.attributor_ = attributor.fit(rows[chosen], y[chosen])
@@ -221,12 +223,6 @@ class ComponentEditor(
         names = np.unique(groups)
         accuracy = [(predicted == y)[groups == name].mean() for name in names]
         return np.asarray(groups == names[int(np.argmin(accuracy))])
-
-
-def _as_it_is(classifier: Any) -> Any:
-    """Wrap a fitted classifier so that it is not fitted again."""
-    frozen = isinstance(classifier, EditedClassifier | FrozenEstimator)
-    return classifier if frozen else FrozenEstimator(classifier)
 
 
 def _of_each(strata: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:

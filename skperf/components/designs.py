@@ -106,15 +106,12 @@ def plan_budget(
         worth = differentiable and budget >= 2 * n_components
         gradients = left // (2 * GRADIENT_COST) if worth else 0
         return Plan(gradients, left - GRADIENT_COST * gradients, alone)
-    return _share(rest, n_components) if differentiable else Plan(masks=rest)
-
-
-def _share(budget: int, n_components: int) -> Plan:
-    """Gradients while they say most, masks more and more as the budget outgrows the parts."""
-    masks_share = 0.25 + 0.25 * min(1.0, budget / (4 * n_components))
-    masks = max(6, round(budget * masks_share))
-    gradients = (budget - masks) // GRADIENT_COST
-    return Plan(gradients=gradients, masks=budget - GRADIENT_COST * gradients)
+    if not differentiable:
+        return Plan(masks=rest)
+    # gradients while they say most, masks more and more as the budget outgrows the parts
+    masks_share = 0.25 + 0.25 * min(1.0, rest / (4 * n_components))
+    gradients = (rest - max(6, round(rest * masks_share))) // GRADIENT_COST
+    return Plan(gradients=gradients, masks=rest - GRADIENT_COST * gradients)
 
 
 def _stream(seed: int, *purpose: int) -> np.random.Generator:

@@ -112,7 +112,8 @@ class Watcher(TorchFunctionMode):
         if func is torch.einsum:
             self._takes_by_parameter(args)
         result = func(*args, **kwargs)
-        if func in _PRODUCTS and result.ndim >= self._least_axes(func):
+        least_axes = 3 if "bmm" in func.__name__ or not torch.is_grad_enabled() else 4
+        if func in _PRODUCTS and result.ndim >= least_axes:
             leaf = self._mixing(result, range(result.ndim - 1))
             return leaf.clone() + (result - result.detach())
         return result
@@ -190,9 +191,6 @@ class Watcher(TorchFunctionMode):
         if scores is not None and leaf.ndim >= 4:
             self._feeds_attention(scores)
         return leaf
-
-    def _least_axes(self, func: Any) -> int:
-        return 3 if "bmm" in func.__name__ or not torch.is_grad_enabled() else 4
 
     def _feeds_attention(self, tensor: Any) -> None:
         if isinstance(tensor, Tensor) and tensor.requires_grad:

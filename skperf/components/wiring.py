@@ -138,10 +138,6 @@ class _Seen:
             )
         )
 
-    def _once(self, spot: Spot) -> bool:
-        once = self.n_calls.get(spot.module) == 1 and spot.module not in self.hooked
-        return once and spot.module in self.returns_tensor
-
     def _first_gate(self, spots: set[Spot], module: nn.Module) -> int:
         starts = []
         for spot in spots:
@@ -156,7 +152,9 @@ class _Seen:
             # a parameter may be used by the parent of the module that holds it
             whole = [n for name in names for n in (name, name.rpartition(".")[0])]
             # a gate behind a module acts on what it has returned, and that may be remembered
-            acts = self.ended if spot.side == "output" and self._once(spot) else self.began
+            once = self.n_calls.get(spot.module) == 1 and spot.module not in self.hooked
+            kept = once and spot.module in self.returns_tensor and spot.side == "output"
+            acts = self.ended if kept else self.began
             starts += [acts.get(n, 0) for n in (names if spot.is_activation else whole)]
         return min(starts, default=0)
 

@@ -176,10 +176,7 @@ def image_bunch(
     return_X_y: bool = False,
     **more: Any,
 ) -> Any:
-    """Put images and labels into the form that scikit-learn's loaders return.
-
-    Shapes: images (n, ...), target (n,).
-    """
+    """Give images (n, ...) and labels (n,) in the form that scikit-learn's loaders return."""
     data = images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
     target = target.astype(np.int64)
     if return_X_y:

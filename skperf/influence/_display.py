@@ -123,7 +123,11 @@ class InfluenceDisplay:
         InfluenceDisplay
             Drawn.
         """
-        pairs = [_top(np.asarray(influence), k, sign) for sign in (1, -1)]
+        influence, pairs = np.asarray(influence), []
+        for sign in (1, -1):
+            indices = np.argsort(-sign * influence, axis=1, kind="stable")[:, :k]
+            values = np.take_along_axis(influence, indices, 1)
+            pairs.append(TopRows(indices=indices, values=values))
         display = cls(
             X, np.asarray(y), X_train, np.asarray(y_train), *pairs, class_names=class_names
         )
@@ -171,11 +175,6 @@ class InfluenceDisplay:
 
     def _name(self, label):
         return label if self.class_names is None else self.class_names[label]
-
-
-def _top(influence, k, sign):
-    indices = np.argsort(-sign * influence, axis=1, kind="stable")[:, :k]
-    return TopRows(indices=indices, values=np.take_along_axis(influence, indices, 1))
 
 
 def _draw(ax, example, title, colour):

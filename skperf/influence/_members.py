@@ -306,10 +306,17 @@ def _check_loss(network: Network, X: Rows, y: Any) -> None:
     numbers = values.ndim == 1 and values.dtype.kind == "f"
     if labels and numbers and (values != np.round(values)).any():
         raise ValueError(f"y holds numbers, and the loss is {name}, of class labels. {hint}")
-    if not labels or values.ndim == 1:
-        return
     with torch.no_grad():
         outputs = network(network.inputs(X[:1]))
+        try:
+            network.loss.value(outputs, network.targets(values[:1]))
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"y of shape {values.shape} does not fit outputs {tuple(outputs.shape[1:])} a row, "
+                f"and the loss is {name}: {str(error).splitlines()[0]}"
+            ) from error
+    if not labels or values.ndim == 1:
+        return
     same = values.shape[1:] == outputs.shape[1:]
     if same and values.dtype.kind in "iub":
         raise ValueError(

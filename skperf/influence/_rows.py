@@ -64,12 +64,14 @@ def second_order(ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any
             raise ValueError("order=2 needs a curvature method; this one is of first order.")
         n = problem.n_train
         index = torch.as_tensor(rows)
-        shares = problem.shares[index]
-        group = _part(problem, rows, shares / shares.sum())
+        shares, targets_of = problem.shares[index], problem.targets[index]
+        group = replace(
+            problem, X=problem.X[rows], targets=targets_of, shares=shares / shares.sum()
+        )
         own = curvature_rows(group, kept_trace=1.0, max_rows=None)
         scale = float(shares.sum().sqrt())
         pulled = group.gather(group.X, own.cotangents, own.examples)
-        gradients = problem.gradients(problem.loss, group.X, problem.targets[index], shares * n)
+        gradients = problem.gradients(problem.loss, group.X, targets_of, shares * n)
         queries = ensemble.query_gradients(problem, X, targets)
 
         def bilinear(
@@ -85,11 +87,6 @@ def second_order(ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any
         solved = torch.linalg.solve(rest, moved)
         total += member.share * (bilinear(queries, pulled) * scale @ solved).numpy()
     return total
-
-
-def _part(problem: Problem, rows: NDArray[Any], shares: Tensor) -> Problem:
-    index = torch.as_tensor(rows)
-    return replace(problem, X=problem.X[rows], targets=problem.targets[index], shares=shares)
 
 
 def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any] | None:

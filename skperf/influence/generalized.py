@@ -27,10 +27,7 @@ _UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 def unit_strengths(
     network: Network, inputs: Rows, targets: Tensor, layers: Sequence[Layer], by: str
 ) -> dict[str, Tensor]:
-    """Mean pre-activation, or size of the mean output gradient, of every unit.
-
-    Shapes: inputs (n, ...), targets (n, ...).
-    """
+    """Mean pre-activation, or size of the mean gradient, of every unit: inputs, targets (n, ...)."""
     # Pre-activations keep their sign: where a rectifier follows, the weights of a unit far below
     # zero do nothing, and the most negative logit is not that of the class.
     outputs: dict[str, Tensor] = {}
@@ -97,10 +94,7 @@ def choose_units(
 
 
 def choose_by_saliency(gradient: Tensor, curvature: Tensor, ratio: float) -> Tensor:
-    """Mark the parameters whose change pays most: ``gradient^2 / curvature``.
-
-    Shapes: gradient (n_parameters,), curvature (n_parameters,).
-    """
+    """Mark the parameters whose change pays most, gradient^2 / curvature: (n_parameters,) each."""
     saliency = gradient.square() / curvature
     chosen = torch.zeros_like(saliency, dtype=torch.bool)
     chosen[saliency.argsort(descending=True)[: max(1, int(ratio * len(saliency)))]] = True

@@ -112,10 +112,7 @@ def take(gradients: Sequence[Factor], rows: slice | Tensor) -> Gradients:
 def inner(
     queries: Sequence[Factor], rows: Sequence[Factor], *, out: Tensor | None = None
 ) -> Tensor:
-    """Inner products of two sets of gradients, summed over layers.
-
-    Shapes: out (n_queries, n_rows) -> (n_queries, n_rows).
-    """
+    """Inner products of two sets of gradients, summed over layers: -> (n_queries, n_rows)."""
     n_queries, n = len(queries[0]), len(rows[0])
     result = queries[0].tensors[-1].new_empty(n_queries, n) if out is None else out
     for first in range(0, n_queries, _SIDE):

@@ -5,10 +5,7 @@ from torch import Tensor
 
 
 def linear_head_hessian(inputs: Tensor, curvatures: Tensor, ridge: Tensor) -> Tensor:
-    """Hessian of a loss whose outputs are linear in the inputs.
-
-    Shapes: inputs (n, d), curvatures (n, K, K), ridge (d,) -> (K * d, K * d).
-    """
+    """Hessian of a loss linear in inputs (n, d): curvatures (n, K, K), ridge (d,) -> (K d, K d)."""
     n_outputs, d = curvatures.shape[1], inputs.shape[1]
     hessian = inputs.new_zeros(n_outputs, d, n_outputs, d)
     for k in range(n_outputs):

@@ -130,10 +130,7 @@ def to_vectors(layers: Sequence[Layer], gradients: Sequence[Factor], like: Param
 
 
 def from_vectors(layers: Sequence[Layer], vectors: Tensor, like: Parameters) -> list[Dense]:
-    """Cut vectors into the factors' layout, the inverse of :func:`to_vectors`.
-
-    Shapes: vectors (n, n_parameters).
-    """
+    """Cut vectors (n, n_parameters) into the factors' layout, as :func:`to_vectors` joins them."""
     if not layers:
         return [Dense(vectors)]
     pieces = torch.split(vectors, [p.numel() for p in like.values()], 1)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -28,8 +27,4 @@ def mapped(
         return function(*tree_map(lambda tensor: tensor[i], stacked))
 
     results = [entry(i) for i in range(n)]
-    return tree_map(lambda *tensors: _stack(tensors), results[0], *results[1:])
-
-
-def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack(tensors)
+    return tree_map(lambda *tensors: torch.stack(tensors), results[0], *results[1:])

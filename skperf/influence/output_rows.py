@@ -80,10 +80,7 @@ def prepare_forward_mode() -> None:
 def sampled_rows(
     loss: Loss, weights: Tensor, targets: Tensor, n_rows: int, seed: int
 ) -> OutputRows:
-    """Draw rows whose squares are the curvature in the mean, for examples of many outputs.
-
-    Shapes: weights (n,), targets (n, ...).
-    """
+    """Draw rows whose squares are the curvature in the mean: weights (n,), targets (n, ...)."""
     # A row is `H^(1/2) e` with random signs e, or the slope of a label that the network drew
     # itself: one pass each, whatever the number of tokens and words.
     if not isinstance(loss, CrossEntropy | BinaryCrossEntropy | SquaredError):
@@ -224,10 +221,7 @@ class _Answers:
 
 
 def representatives(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Choose entries that stand for all, large ones for themselves alone.
-
-    Shapes: values (m,) -> sizes (n,).
-    """
+    """Choose entries of values (m,) that stand for all, large ones for themselves alone."""
     # Systematic sampling with probabilities proportional to size: an entry whose probability
     # reaches one is certain, the others are met at equal steps of their cumulated sum and share
     # it. The sum is kept, and in expectation over where the steps begin, every entry.

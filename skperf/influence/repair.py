@@ -32,14 +32,12 @@ def predicted_as(network: Network, parameters: Parameters, rows: Labelled) -> Te
     with torch.no_grad():
         for start in range(0, len(inputs), size):
             part = slice(start, start + size)
-            right.append(_as_labelled(network(inputs[part], parameters), targets[part]))
+            outputs = network(inputs[part], parameters)
+            if targets.ndim == 1:
+                right.append(outputs.argmax(1) == targets[part])
+            else:
+                right.append(((outputs > 0) == (targets[part] > 0.5)).flatten(1).all(1))
     return torch.cat(right)
-
-
-def _as_labelled(outputs: Tensor, targets: Tensor) -> Tensor:
-    if targets.ndim == 1:
-        return outputs.argmax(1) == targets
-    return ((outputs > 0) == (targets > 0.5)).flatten(1).all(1)
 
 
 def accuracy(network: Network, parameters: Parameters, rows: Labelled) -> float:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -130,17 +129,13 @@ def train_subsets(
             shuffled = members.gather(1, order)
             for rows in torch.split(shuffled, recipe.batch_size, 1):
                 optimizer.zero_grad()
-                batch = inputs.map(partial(_taken, rows=rows))
+                batch = inputs.map(lambda leaf, rows=rows: leaf[rows])
                 outputs = stacked_outputs_of(network, stacked, batch, own=True)
                 losses = stacked_values(network.loss.value, outputs, targets[rows])
                 share = 1.0 if weights is None else weights[rows]
                 (losses * share).mean(1).sum().backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
     return {name: tensor.detach() for name, tensor in stacked.items()}
-
-
-def _taken(leaf: Tensor, rows: Tensor) -> Tensor:
-    return leaf[rows]
 
 
 def stacked_outputs(
@@ -152,10 +147,7 @@ def stacked_outputs(
     *,
     batch_size: int = 256,
 ) -> Tensor:
-    """One number for every network and row, such as its loss.
-
-    Shapes: inputs (n, ...), targets (n, ...) -> (m, n).
-    """
+    """One number, such as a loss, for every network and row: inputs (n, ...) -> (m, n)."""
     parts = []
     with torch.no_grad():
         for start in range(0, len(inputs), batch_size):

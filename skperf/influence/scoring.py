@@ -93,10 +93,7 @@ class Ensemble:
     def matrix(
         self, X: Rows, targets: Tensor, *, out: Any = None, aggregate: str | None = None
     ) -> Any:
-        """Score every query against every training row.
-
-        Shapes: X (n_query, ...), targets (n_query, ...) -> (n_query, n_train) or (n_train,).
-        """
+        """Score queries X (n_query, ...) against training rows: -> (n_query, n_train)."""
         shape = (len(X), self.n_train) if aggregate is None else (self.n_train,)
         if out is not None:
             _check_room(out, shape)

@@ -100,10 +100,7 @@ def largest_eigenvalue(multiply: Multiply, start: Tensor, *, n_iterations: int =
 
 
 def arnoldi(multiply: Multiply, start: Tensor, *, n_iterations: int) -> tuple[Tensor, Tensor]:
-    """Dominant eigenpairs from a Krylov space, reorthogonalised.
-
-    Shapes: start (n_parameters,) -> values (k,), vectors (k, n_parameters).
-    """
+    """Dominant eigenpairs of a Krylov space: start (n_parameters,) -> (k,), (k, n_parameters)."""
     n_iterations = min(n_iterations, len(start))
     basis = start.new_zeros(n_iterations, len(start))
     projected = start.new_zeros(n_iterations, n_iterations)
@@ -139,10 +136,7 @@ def lsmr(
     max_iter: int = 50,
     tol: float = 1e-6,
 ) -> Solution:
-    """Damped least squares ``min |A x - b|^2 + ridge |x|^2`` by the method LSMR.
-
-    Shapes: right (m, n_rows).
-    """
+    """Damped least squares ``min |A x - b|^2 + ridge |x|^2`` by LSMR: right (m, n_rows)."""
     damp = ridge**0.5
     u, beta = _unit(right)
     v, alpha = _unit(adjoint(u))

@@ -74,10 +74,7 @@ def gather(
     shelf: Shelf | None = None,
     verbose: int = 0,
 ) -> Gradients:
-    """Pull gradients of many rows, each example run forward once.
-
-    Shapes: X (n, ...), cotangents (m, ...), examples (m,).
-    """
+    """Pull gradients of rows X (n, ...), each run forward once: cotangents (m, ...)."""
     shelf = shelf or Shelf(2**62)
     results: Gradients = []
     n = len(X) if examples is None else len(examples)
@@ -226,10 +223,7 @@ def bytes_of_row(gradients: Sequence[Factor]) -> int:
 def only_candidates(
     scores: NDArray[Any], close: NDArray[np.intp], rows: slice, fill: float
 ) -> NDArray[Any]:
-    """Keep the scores of each query's candidates in a tile.
-
-    Shapes: scores (n_queries, n_rows) -> (n_queries, n_rows).
-    """
+    """Keep the scores (n_queries, n_rows) of each query's candidates in a tile."""
     kept = np.full_like(scores, fill)
     query, which = np.nonzero((close >= rows.start) & (close < rows.stop))
     column = close[query, which] - rows.start

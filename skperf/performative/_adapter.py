@@ -899,7 +899,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         checked = _inputs.check_covariates(covariates, n_rounds, n_known)
         groups = _inputs.check_by_row(strata, n_rows, "strata")
         deployed = _inputs.check_by_row(deployed, n_rows, "deployed_pred")
-        if numbers is not None and weight is not None and not np.any(weight):
+        if numbers is not None and weight is not None and not np.asarray(weight).any():
             raise ValueError("sample_weight is 0 for all rows: a round needs rows that count.")
         weights = check_sample_weight(weight, np.zeros(n_rows), dtype=np.float64)
         data = Data(

@@ -74,7 +74,7 @@ def write_program(
     text, canvas = task.text, settings.pixels.canvas
     description = known | {
         "format": FORMAT,
-        "encoder": fitted.encoder.fingerprint(),
+        "encoder": fitted.encoder._fingerprint(),
         "pipeline": asdict(fitted.encoder.pipeline),
         "said": {name: _plain(getattr(settings.pixels, name)) for name in _SAID},
         "outputs": [fitted.encoder.outputs, fitted.encoder.probabilities],
@@ -244,10 +244,10 @@ def _opened(settings: Settings, known: dict[str, Any]) -> tuple[FrozenEncoder, d
     encoder = open_encoder(
         on_device(settings), processor=settings.processor, tokenizer=settings.tokenizer
     )
-    if encoder.fingerprint() != known["encoder"]:
+    if encoder._fingerprint() != known["encoder"]:
         raise ValueError(
             "the program was made for another encoder: its fingerprint is "
-            f"{known['encoder'][:16]}..., that of this encoder {encoder.fingerprint()[:16]}..."
+            f"{known['encoder'][:16]}..., that of this encoder {encoder._fingerprint()[:16]}..."
         )
     if known["texts"] is not None and encoder.tokenize is None:
         raise ValueError("the program has prompts, which must be tokenized: give tokenizer=.")

@@ -623,7 +623,9 @@ default="auto"
         path : path-like
             Where to.
         """
-        write_program(self._record(), self._settings, self._task, self._description(), path)
+        width = getattr(self, "n_features_in_", None)
+        said = {"classes": self.classes_.tolist(), "n_features": width}
+        write_program(self._record(), self._settings, self._task, said, path)
 
     def load_program(self, path):
         """Read what :meth:`save_program` wrote; the encoder must be the same.
@@ -789,12 +791,6 @@ default="auto"
             factors = factors[np.searchsorted(present, y)]
             weight = factors if weight is None else weight * factors
         return pictures, np.searchsorted(labels, y), labels, weight
-
-    def _description(self):
-        return {
-            "classes": self.classes_.tolist(),
-            "n_features": getattr(self, "n_features_in_", None),
-        }
 
     def _publish(self, settings, task, classes, fitted, net):
         module, choice = fitted.programmed, fitted.choice

@@ -65,7 +65,7 @@ class Task:
 
     def reopened(self) -> "Task":
         """Open a private view anew."""
-        return replace(self, own=self.encoder.private())
+        return replace(self, own=self.encoder._private())
 
     def with_names(self, settings: Settings, classes: np.ndarray) -> "Task":
         """Take other classes, with the same text program: classes (n_classes,)."""
@@ -215,7 +215,7 @@ def prepared(pixels, pipeline: PixelPipeline) -> PixelPipeline:
 
 def _tried(encoder: FrozenEncoder, program: InputProgram, first: Tensor):
     model = encoder.model
-    own = encoder.private()
+    own = encoder._private()
     placed = program.place(first).to(own.device)
     try:
         with drawing_from(torch.Generator().manual_seed(0)) as drawing:

@@ -294,7 +294,7 @@ def record_of(settings, task: Task, net, choice, head, scorers, form, n_queries)
     return FittedProgram(
         encoder=task.encoder,
         programmed=module,
-        checksum=task.encoder.checksum(),
+        checksum=task.encoder._checksum(),
         settled=settled,
         head=head,
         scorers=scorers,

@@ -136,14 +136,8 @@ class FrozenEncoder:
         """Root mean square of the tokens' embeddings."""
         return float(self._token_weight().detach().float().square().mean().sqrt())
 
-    def private(self) -> "FrozenEncoder":
-        """Open the encoder for use: the same around a view of the model.
-
-        Returns
-        -------
-        FrozenEncoder
-            Its modes, hooks and flags are nobody else's; its weights are the user's own.
-        """
+    def _private(self) -> "FrozenEncoder":
+        """Open the encoder for use: the same around a view of the model."""
         private = self.differentiable and not self.mine
         return replace(self, model=view(self.model), mine=True) if private else self
 
@@ -201,31 +195,19 @@ class FrozenEncoder:
         with forward_hooks({model.get_submodule(self.token_embedding): hook}):
             return self.text(model, tokens)
 
-    def fingerprint(self) -> str:
-        """Digest that tells two encoders apart.
-
-        Returns
-        -------
-        str
-            Of the parameters and buffers; of the qualified name for a callable.
-        """
+    def _fingerprint(self) -> str:
+        """Digest that tells two encoders apart."""
         if self.differentiable:
             return fingerprint(self.model)
         name = getattr(self.model, "__qualname__", type(self.model).__qualname__)
         return hashlib.sha256(f"{self.model.__module__}.{name}".encode()).hexdigest()
 
-    def checksum(self) -> str:
-        """Digest that is cheap enough for every call.
-
-        Returns
-        -------
-        str
-            Of the parameters and buffers; empty for a callable.
-        """
+    def _checksum(self) -> str:
+        """Digest that is cheap enough for every call; empty for a callable."""
         return checksum(self.model) if self.differentiable else ""
 
     def _used(self, model: Any) -> Any:
-        return self.private().model if model is None else model
+        return self._private().model if model is None else model
 
     def _check(self, outputs: Tensor, n: int) -> None:
         if outputs.ndim != 2 or len(outputs) != n:
@@ -259,7 +241,7 @@ class FrozenEncoder:
 
 def examined(encoder: FrozenEncoder, images: Tensor) -> FrozenEncoder:
     """Find out what a model returns by running images (n, channels, height, width) in [0, 1]."""
-    own = encoder.private()
+    own = encoder._private()
     last: list[tuple[nn.Module, Any]] = []
     leaves = []
     if encoder.differentiable:

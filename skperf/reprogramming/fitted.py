@@ -139,12 +139,12 @@ class FittedProgram:
 
     def open(self, *, own: bool = False) -> ReprogrammedClassifier:
         """Open a private view of the encoder with the programs around it, or copies of them."""
-        if self.encoder.checksum() != self.checksum:
+        if self.encoder._checksum() != self.checksum:
             raise ValueError(
                 "the encoder's weights are not those that the program was fitted with: they "
                 "were changed in place since. Fit again, or restore them."
             )
-        return ReprogrammedClassifier(self, self.encoder.private(), own=own).eval()
+        return ReprogrammedClassifier(self, self.encoder._private(), own=own).eval()
 
     def logits(self, pictures: Pictures, batch_norm: str = "stored") -> NDArray[Any]:
         """Class logits: -> (n, n_classes)."""

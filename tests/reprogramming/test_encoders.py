@@ -64,7 +64,7 @@ def test_clip_equals_its_own_forward(clip, words):
     images = torch.rand(4, 3, 12, 12)
     ids = encoder.tokenize(["a photo of a cat", "a dog"])
     assert ids.ids.shape == (2, 7)
-    encoder = encoder.private()
+    encoder = encoder._private()
     with torch.no_grad():
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.mean, encoder.std))
         out = clip(pixel_values=(images - mean) / std, input_ids=ids.ids)
@@ -82,7 +82,7 @@ def test_siglip_equals_its_own_forward(siglip, words):
     ids = encoder.tokenize(["a cat", "a dog"])
     assert ids.ids.shape == (2, 9)  # it pools the last position
     images = torch.rand(4, 3, 12, 12)
-    encoder = encoder.private()
+    encoder = encoder._private()
     with torch.no_grad():
         texts = {"input_ids": ids.ids, "attention_mask": ids.mask}
         out = siglip(pixel_values=(images - 0.5) / 0.5, **texts)
@@ -179,6 +179,6 @@ def test_unknown_encoder_is_told_what_was_tried(pictures):
 
 
 def test_fingerprints_tell_encoders_apart(clip, siglip):
-    assert open_encoder(clip).fingerprint() == open_encoder(clip).fingerprint()
-    assert open_encoder(clip).fingerprint() != open_encoder(siglip).fingerprint()
-    assert open_encoder(np.sum).fingerprint() != open_encoder(np.mean).fingerprint()
+    assert open_encoder(clip)._fingerprint() == open_encoder(clip)._fingerprint()
+    assert open_encoder(clip)._fingerprint() != open_encoder(siglip)._fingerprint()
+    assert open_encoder(np.sum)._fingerprint() != open_encoder(np.mean)._fingerprint()
