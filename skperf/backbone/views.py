@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 # values that a copy may share with the original: nothing can change them
-_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, range, type, torch.Size)
-_IMMUTABLE += (types.BuiltinFunctionType, torch.dtype, torch.device)
+_IMMUTABLE: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, range, type)
+_IMMUTABLE += (types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size)
 _HALVES = (torch.float16, torch.bfloat16)
 
 

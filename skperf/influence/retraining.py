@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def train_subsets(
             shuffled = members.gather(1, order)
             for rows in torch.split(shuffled, recipe.batch_size, 1):
                 optimizer.zero_grad()
-                batch = inputs.map(lambda leaf, rows=rows: leaf[rows])
+                batch = inputs.map(itemgetter(rows))
                 outputs = stacked_outputs_of(network, stacked, batch, own=True)
                 losses = stacked_values(network.loss.value, outputs, targets[rows])
                 share = 1.0 if weights is None else weights[rows]
