@@ -22,6 +22,7 @@ from skperf.backbone.network import (
 )
 from skperf.backbone.randomness import drawing_from
 from skperf.backbone.rows import Rows
+from skperf.backbone.views import bounds_its_norms
 
 _HINT = "say which: skperf.from_module(module, readout=lambda returned: ...)."
 
@@ -61,8 +62,10 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
                 f"{type(network.module).__name__} does not run on the first rows of X, of shape "
                 f"{few.shape}: {type(error).__name__}: {error}"
             ) from error
+    known = {id(part.weight) for part in network.module.modules() if bounds_its_norms(part)}
     for name, weight in own.items():  # before a run that has the user's own
-        if not torch.equal(weight, network.module.get_parameter(name)):
+        before = network.module.get_parameter(name)
+        if id(before) not in known and not torch.equal(weight, before):
             raise ValueError(
                 f"{type(network.module).__name__} writes to its own parameter {name!r} when it "
                 "runs, and would change yours: write to a copy in its forward."

@@ -48,6 +48,17 @@ class Loss:
         """Loss of each row: outputs (n, ...), targets (n, ...) -> (n,)."""
         raise TypeError(f"{self.name} has no value.")
 
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse targets (n, ...) of another shape than outputs (n, ...) ask for."""
+        try:
+            self.value(outputs, targets)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"y of shape (n, {str(tuple(targets.shape[1:]))[1:]} does not fit outputs of shape "
+                f"(n, {str(tuple(outputs.shape[1:]))[1:]}, and the loss is {self.name}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
     def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Differentiate by the outputs: outputs (n, ...), targets (n, ...) -> (n, ...)."""
         with torch.enable_grad():

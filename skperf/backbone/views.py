@@ -40,9 +40,14 @@ def view(module: nn.Module) -> nn.Module:
     for part in copied.modules():
         part.training = False
         _switch_off_fast_paths(part)
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
-            part.weight.data = part.weight.data.clone()  # a forward writes to it
+        if bounds_its_norms(part):
+            part.weight.data = part.weight.data.clone()
     return copied
+
+
+def bounds_its_norms(part: nn.Module) -> bool:
+    """Whether a forward writes to a table, whose rows it shortens."""
+    return isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None
 
 
 def own_copy(module: nn.Module) -> nn.Module:

@@ -308,22 +308,14 @@ def _check_loss(network: Network, X: Rows, y: Any) -> None:
         raise ValueError(f"y holds numbers, and the loss is {name}, of class labels. {hint}")
     with torch.no_grad():
         outputs = network(network.inputs(X[:1]))
-        try:
-            network.loss.value(outputs, network.targets(values[:1]))
-        except (RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"y of shape {values.shape} does not fit outputs {tuple(outputs.shape[1:])} a row, "
-                f"and the loss is {name}: {str(error).splitlines()[0]}"
-            ) from error
-    if not labels or values.ndim == 1:
-        return
-    same = values.shape[1:] == outputs.shape[1:]
+    same = labels and values.ndim > 1 and values.shape[1:] == outputs.shape[1:]
     if same and values.dtype.kind in "iub":
         raise ValueError(
             f"y of shape {values.shape} holds integers, one for each of the network's outputs, and "
             f"the loss is {name}: are these yes-or-no labels, or shares of classes? {hint} Shares "
             "are given as floats."
         )
+    network.loss.check(outputs, network.targets(values[:1]))
 
 
 def _chosen(network: Network, X: Rows, patterns: Any) -> Parameters:
