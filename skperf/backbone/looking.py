@@ -65,7 +65,7 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     known = {id(part.weight) for part in network.module.modules() if bounds_its_norms(part)}
     for name, weight in own.items():  # before a run that has the user's own
         before = network.module.get_parameter(name)
-        if id(before) not in known and not torch.equal(weight, before):
+        if id(before) not in known and not _same(weight, before):
             raise ValueError(
                 f"{type(network.module).__name__} writes to its own parameter {name!r} when it "
                 "runs, and would change yours: write to a copy in its forward."
@@ -94,6 +94,10 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     return Seen(
         chained(entry, final), shape if final is None else final(outputs).shape[1:], mode.drawn, two
     )
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    return torch.equal(one, two) or torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
 
 
 def _entry(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def view(module: nn.Module) -> nn.Module:
     return copied
 
 
-def bounds_its_norms(part: nn.Module) -> bool:
+def bounds_its_norms(part: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
     """Whether a forward writes to a table, whose rows it shortens."""
     return isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None
 
