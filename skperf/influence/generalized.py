@@ -27,7 +27,7 @@ _UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 def unit_strengths(
     network: Network, inputs: Rows, targets: Tensor, layers: Sequence[Layer], by: str
 ) -> dict[str, Tensor]:
-    """Mean pre-activation, or size of the mean gradient, of every unit: inputs, targets (n, ...)."""
+    """Mean pre-activation, or size of the mean gradient, of units: inputs, targets (n, ...)."""
     # Pre-activations keep their sign: where a rectifier follows, the weights of a unit far below
     # zero do nothing, and the most negative logit is not that of the class.
     outputs: dict[str, Tensor] = {}
