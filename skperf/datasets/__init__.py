@@ -10,7 +10,7 @@ Shipped, nothing to download:
 - `load_rnet`: a face detector of 140 filters.
 - `load_emoji`: 600 emoji in two drawing styles, with names and categories, 32 x 32.
 - `load_text_image_encoder`: a CLIP-like encoder of images and short texts, and its tokenizer.
-- `load_email_vectors`: sentence vectors of 600 e-mails, half of them spam.
+- `load_email_vectors`: 600 e-mails, half of them spam: sentence vectors and beginnings.
 
 Downloaded when first asked for, with pooch, each file held to its sha256: `fetch_fashion_mnist`,
 `fetch_mnist` and `fetch_imagenet_classes`.

@@ -22,8 +22,7 @@ IDX_FILES = (
 
 def cache_folder(data_home: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of downloaded files: the one given, $SKPERF_DATA or ~/.cache/skperf."""
-    folder = data_home or os.environ.get("SKPERF_DATA")
-    return Path(folder) if folder else Path.home() / ".cache" / "skperf"
+    return Path(data_home or os.environ.get("SKPERF_DATA") or Path.home() / ".cache" / "skperf")
 
 
 def fetch_fashion_mnist(
@@ -88,7 +87,7 @@ def fetch_mnist(
         ``target_names``, ``is_train`` and ``DESCR``.
     """
     files = fetched("mnist", data_home, download_if_missing)
-    names = tuple(str(digit) for digit in range(10))
+    names = tuple("0123456789")
     return _images(files, subset, names, "MNIST (LeCun, Cortes, Burges).", return_X_y)
 
 

@@ -144,8 +144,9 @@ def load_email_vectors(*, return_X_y: bool = False) -> Any:
     Returns
     -------
     Bunch or tuple
-        With ``data`` (600, 384) float32, ``target`` (600,) int, ``target_names``, ``groups`` (the
-        folders of the corpus; "hard-ham-1" looks like spam) and ``DESCR``.
+        With ``data`` (600, 384) float32, ``target`` (600,) int, ``target_names``, ``texts`` (their
+        first 300 characters, addresses and long numbers replaced), ``groups`` (the folders of the
+        corpus; "hard-ham-1" looks like spam) and ``DESCR``.
     """
     arrays = load_arrays(data_file("email_vectors.npz"))
     data, target = arrays["vectors"].astype(np.float32), arrays["target"].astype(np.int64)
@@ -155,6 +156,7 @@ def load_email_vectors(*, return_X_y: bool = False) -> Any:
         data=data,
         target=target,
         target_names=np.array(["ham", "spam"]),
+        texts=arrays["texts"],
         groups=arrays["groups"],
         DESCR="MiniLM vectors of 600 e-mails of the SpamAssassin public corpus; CC0.",
     )

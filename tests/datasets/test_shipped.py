@@ -1,5 +1,8 @@
+import re
+
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from skperf import datasets
@@ -68,6 +71,12 @@ def test_email_vectors_are_unit_vectors_that_tell_spam():
     emails = datasets.load_email_vectors()
     np.testing.assert_allclose(np.linalg.norm(emails.data, axis=1), 1, atol=1e-2)
     assert np.bincount(emails.target).tolist() == [300, 300]
+    # the beginnings are of the same mails, and lead to nobody
+    counts = CountVectorizer(binary=True, min_df=3).fit_transform(emails.texts)
+    words = LogisticRegression(max_iter=1000).fit(counts[:400], emails.target[:400])
+    assert words.score(counts[400:], emails.target[400:]) > 0.8
+    addresses = set(re.findall(r"\S+@\S+", " ".join(emails.texts)))
+    assert all("someone@example.org".startswith(each) for each in addresses)
     model = LogisticRegression(C=10, max_iter=1000).fit(emails.data[:400], emails.target[:400])
     assert model.score(emails.data[400:], emails.target[400:]) > 0.88
 
