@@ -282,8 +282,8 @@ CELLS = [
     *[(e, "fit", "sample_weight", kind) for e in WEIGHED for kind in WEIGHTS],
 ]
 NAMED = {
-    "X": r"\bX\b|Complex data|array|row|feature|sample|column|picture|image|pixel",
-    "y": r"\by\b|y_true|label|class|target|sample",
+    "X": r"\bX\b|\bguard\b|Complex data|array|row|feature|sample|column|picture|image|pixel",
+    "y": r"\by\b|\bguard\b|y_true|label|class|target|sample",
     "sample_weight": "sample_weight|weight",
 }
 # cells that give numbers where no plain array says which: a reason each

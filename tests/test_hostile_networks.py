@@ -391,6 +391,25 @@ def test_cell(cell):
         assert said == "refused"
 
 
+STEPPED: list[nn.Parameter] = []  # by name in a module, where no view finds it
+
+
+def stepping(outputs):
+    with torch.no_grad():
+        for parameter in STEPPED:
+            parameter += 1.0
+    return outputs
+
+
+def test_steps_of_another_thread_are_not_taken_for_writes_of_the_forward():
+    module = Around(after=stepping)
+    STEPPED.extend(module.parameters())
+    try:
+        assert np.isfinite(from_module(module).predict_proba(X)).all()
+    finally:
+        STEPPED.clear()
+
+
 def test_tables_that_bound_their_norms_bound_those_of_a_copy():
     with torch.random.fork_rng():
         torch.manual_seed(0)

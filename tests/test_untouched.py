@@ -260,6 +260,24 @@ def test_eight_threads_get_the_answers_of_a_quiet_one(name):
     assert wrong == []
 
 
+def test_threads_that_multiply_by_the_curvature_do_not_meet_in_torchs_forward_mode():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+    scorer = InfluenceScorer(module, method="cg", damping=0.3).fit(X[TRAIN], y[TRAIN])
+    expected, found = scorer.influence(X[60:62], y[60:62]), []
+
+    def ask():
+        for _ in range(3):
+            found.append(scorer.influence(X[60:62], y[60:62]))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 18
+    assert all(np.array_equal(one, expected) for one in found)
+
+
 def test_networks_that_share_a_body_are_served_side_by_side():
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5))
     heads = [nn.Sequential(body, nn.Linear(32, k)).train() for k in (3, 5)]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils import Bunch
 from torch import Tensor
-from torch.func import hessian, vmap
+from torch.func import jacrev, vmap
 
 from skperf.backbone.losses import Loss
 from skperf.backbone.rows import Rows
@@ -18,7 +18,6 @@ from skperf.influence.damping import resolve_damping
 from skperf.influence.gradients import Outer
 from skperf.influence.heads import leave_one_out_steps, linear_head_hessian
 from skperf.influence.layers import from_vectors
-from skperf.influence.output_rows import prepare_forward_mode
 from skperf.influence.problem import LOSS_UNIT, Problem, curvature_rows
 from skperf.influence.scoring import Ensemble
 from skperf.influence.tiles import meet
@@ -117,9 +116,8 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
         return loss.value(read(raw[None]), _as_double(target)[None])[0]
 
     raw = train @ weight.T
-    prepare_forward_mode()
     slope = vmap(torch.func.grad(value))(raw, targets) * shares[:, None]
-    curvatures = vmap(hessian(value))(raw, targets) * shares[:, None, None]
+    curvatures = vmap(jacrev(jacrev(value)))(raw, targets) * shares[:, None, None]
     # a loss that is not convex in the outputs lends its positive part
     values, vectors = torch.linalg.eigh(curvatures)
     curvatures = (vectors * values.clamp_min(0)[:, None]) @ vectors.mT

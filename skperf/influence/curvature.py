@@ -8,6 +8,7 @@ others in proportion to their share stands for the rest of the trace; see
 :mod:`~skperf.influence.output_rows`.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,6 +104,10 @@ class Filtered:
         ]
 
 
+# torch's forward mode knows of one derivative at a time, whichever thread asks for it
+_FORWARD_MODE = threading.Lock()
+
+
 @dataclass(frozen=True)
 class CurvatureProduct:
     """Products of the curvature of the mean loss with vectors, no matrix formed."""
@@ -124,7 +129,7 @@ class CurvatureProduct:
         result = self.damping * vectors
         for part in torch.split(everything, self.batch_size):
             weights = self.weights[part] * share
-            with _named_layers(self.network), PlainAttention():
+            with _FORWARD_MODE, _named_layers(self.network), PlainAttention():
                 product = _PRODUCTS[self.kind](self, self.inputs[part], self.targets[part], weights)
                 result = result + mapped(product, vectors, chunk_size=32).detach()
         return result

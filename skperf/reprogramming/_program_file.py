@@ -127,8 +127,14 @@ def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadPro
     """Read a file: the parameters that belong to the program, and the program."""
     try:
         return _read(settings, path)
-    except KeyError as error:
-        raise ValueError(f"{path} is damaged or of another version: it lacks {error}.") from error
+    except (LookupError, TypeError, AttributeError, MemoryError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version: its description lacks or garbles {error}."
+        ) from error
+    except ValueError as error:  # of any part of it
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
@@ -138,18 +144,12 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
             raise ValueError(f"{path} holds no program of a Reprogrammer.")
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        try:
-            known = json.loads(metadata["skperf_program"])
-            _check(known, shapes, path)
-            tensors = {name: file.get_tensor(name) for name in names}
-            if known["checksum"] != _checksum(known, tensors):
-                raise ValueError(f"{path} is damaged: it is not what was written, by its checksum.")
-            encoder, told = _opened(settings, known)
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path} is damaged or of another version: its description lacks or garbles "
-                f"{error}."
-            ) from error
+        known = json.loads(metadata["skperf_program"])
+        _check(known, shapes, path)
+        tensors = {name: file.get_tensor(name) for name in names}
+        if known["checksum"] != _checksum(known, tensors):
+            raise ValueError(f"{path} is damaged: it is not what was written, by its checksum.")
+        encoder, told = _opened(settings, known)
     classes = np.array(known["classes"])
     params = _parameters(known) | told
     reader = _reader(settings, known, params, encoder)
@@ -170,6 +170,8 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
     choice = Choice(**known["choice"], curve=None)
     head, scorers = None, {}
     try:
+        if known["class_head"] is None and parts["class_head"]:
+            raise KeyError("class_head")
         if known["class_head"] is not None:
             head = rebuilt(known["class_head"], parts["class_head"])
             if head(torch.zeros(1, task.n_outputs)).shape != (1, task.n_classes):
@@ -235,6 +237,9 @@ def _check(known: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Any)
         refuse(f"a pattern and a mask on {canvas} have more weights than {shapes['image']}")
     if pixels is not None and shapes["image"][-1:] != (pixels,):
         refuse(f"a border of {border} on {canvas} has {pixels} pixels, its own {shapes['image']}")
+    told = known["set_canvas"]
+    if told is not None and (told if isinstance(told, list) else [told] * 2) != list(canvas):
+        refuse(f"its canvas {told} is another than {canvas}")
     if len(shapes["mapping"]) != 2 or shapes["mapping"][1] != len(classes):
         refuse(f"its {len(classes)} classes do not go with tensors of shape {shapes['mapping']}")
 

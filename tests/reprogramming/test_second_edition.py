@@ -431,8 +431,13 @@ def damaged(path, change):
         (lambda k, t: t["image"].fill_(float("nan")), "'image' holds values that are not finite"),
         (lambda k, t: k.pop("canvas"), "lacks or garbles 'canvas'"),
         (lambda k, t: k.update(format=1), "save the program anew"),
+        (lambda k, t: k.update(pipeline=[]), "lacks or garbles"),
+        (lambda k, t: k.update(classes="abc"), "program.safetensors"),
+        (lambda k, t: k.update(module_head={}), "program.safetensors"),
+        (lambda k, t: k.update(outputs=[]), "program.safetensors: not enough values"),
+        (lambda k, t: k.update(set_canvas=10**9), "its canvas 1000000000 is another"),
     ],
-    ids=range(16),
+    ids=range(21),
 )
 def test_damaged_files_are_refused(towers, pictures, parameters, tmp_path, change, match):
     X, y = pictures
