@@ -693,7 +693,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         record, opened = self.record_, self._opened()
         logits = opened.logits(X)
         scores = record.corrected(logits, log_prior)
-        untouched = prior is None and record.nothing_is_corrected
+        untouched = prior is None and record.own_rule_holds
         predicted = opened.own(X, logits) if untouched else scores.argmax(axis=1)
         return record.measured(codes, predicted, scores, strata=_steps.strata_codes(record, strata))
 
@@ -750,7 +750,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         check_is_fitted(self, "record_")
         if rounds is not None:
             proba = self.replay(X, y, rounds=rounds, strata=strata)
-        if rounds is None or self.record_.nothing_is_corrected:
+        if rounds is None or self.record_.own_rule_holds:
             predicted = self.predict(X)  # a classifier's own rule need not be its likeliest class
         else:
             predicted = self.classes_[proba.argmax(axis=1)]

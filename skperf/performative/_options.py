@@ -97,13 +97,12 @@ def settings_of(
     )
     names = _names(params["adapter"], entry_a_class)
     kinds = [name for name in names if isinstance(name, str) and name in KINDS]
-    for kind in kinds:
-        if kind in SHARED and not entry_a_class and len(names) == 1:
-            raise ValueError(
-                f"adapter={kind!r} needs a statistic with one entry a class: a slope shared by "
-                f"{n_classes} classes can't read {n_statistics} entries. Use 'linear' or 'mlp'."
-            )
     alone = len(names) == 1
+    if alone and not entry_a_class and names[0] in SHARED:
+        raise ValueError(
+            f"adapter={names[0]!r} needs a statistic with one entry a class: a slope shared by "
+            f"{n_classes} classes can't read {n_statistics} entries. Use 'linear' or 'mlp'."
+        )
     decay = params["decay"]
     allowed = set(_inputs(params["inputs"], alone))
     allowed -= set() if n_covariates else {"covariates"}

@@ -128,7 +128,7 @@ def _held_back(
     """Blend towards the base mix where the statistic is far from all that was recorded."""
     seen = record.anticipation.trajectory.statistics[-SEEN:]
     excess = extrapolation(statistic, seen[np.isfinite(seen).all(axis=1)]) / FAR
-    if excess <= 1.0 or record.nothing_is_corrected:
+    if excess <= 1.0 or record.own_rule_holds:
         return log_prior
     if "far" not in said:
         said.add("far")
@@ -157,7 +157,7 @@ def corrected(record: Record, logits: np.ndarray, log_prior: np.ndarray) -> tupl
         )
     if how is not None:
         log_prior = record.batch_prior(logits, log_prior, how)
-    return record.corrected(logits, log_prior), how is None and record.nothing_is_corrected
+    return record.corrected(logits, log_prior), how is None and record.own_rule_holds
 
 
 def replayed(
@@ -263,20 +263,20 @@ def published(record: Record) -> dict[str, Any]:
     trajectory, leader = state.trajectory, state.leader
     log_prior, strength = record.prior()
     choice = record.corrector.choice
+    calibrator = record.corrector.calibrators[choice.calibration]
     lead = state.contenders[leader] if leader else None
-    response = lead.response if lead else None
     found = {
         "record_": record,
         "classes_": record.classes,
         "base_prior_": np.exp(record.log_base),
-        "calibrator_": record.corrector.calibrators[choice.calibration],
+        "calibrator_": calibrator,
         "trajectory_": trajectory,
-        "adapter_": Answering(state.log_answer, trajectory.coming(), response),
+        "adapter_": Answering(state.log_answer, trajectory.coming(), lead and lead.response),
         "leader_": leader or "nothing yet",
         "adapter_name_": lead.kind if lead and strength > 0.0 else "fixed",
         "strength_": strength,
         "mix_": choice.mix,
-        "fallback_": record.nothing_is_corrected,
+        "fallback_": record.own_rule_holds and calibrator is None,
         "predicted_prior_": np.exp(log_prior),
         "n_rounds_": state.n_rounds,
         "prequential_": Bunch(**prequential(record)),

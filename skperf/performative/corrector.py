@@ -64,6 +64,11 @@ class Corrector:
         calibrator = self.calibrators[(option or self.choice).calibration]
         return logits if calibrator is None else calibrator(logits)
 
+    def keeps_order(self, calibration: int) -> bool:
+        """Whether a calibration leaves the classifier's own predictions as they are."""
+        calibrator = self.calibrators[calibration]
+        return calibrator is None or not calibrator.bias.any()
+
     def log_prior(self, answer: Array, log_base: Array, strength: float | None = None) -> Array:
         """Apply the choice to an answer (..., n_classes)."""
         strength = self.choice.strength if strength is None else strength
@@ -94,7 +99,10 @@ class Corrector:
             losses.append(weight @ each)
             noise.append(weight**2 @ (each - plain - weight @ (each - plain)) ** 2)
             best = np.array([(scores + mix).argmax(axis=1) == codes for mix in mixes])
-            right.append(best @ weight)
+            hits = best @ weight
+            if self.keeps_order(i) and self.strengths[0] == 0.0:
+                hits[: len(self.mixes)] = own_right
+            right.append(hits)
         judged = self._with(np.array(losses), np.array(right), np.array(noise))
         rows = SLOW * self.n_rows + len(codes)
         return replace(judged, own_right=SLOW * self.own_right + own_right, n_rows=rows)
@@ -142,6 +150,11 @@ class Corrector:
             # scores that are right as they are should not be bent to a round's noise
             if self.slow[plain] - self.slow[best] < CALIBRATION_GAIN * self.slow[plain]:
                 best = plain
+        still = best[0], 0, 0
+        if free and self.right[best] <= self.right[still] and allowed[still]:
+            # what makes no more predictions right has to save more than a round's noise
+            gained = self.slow[still] - self.slow[best]
+            best = still if gained < CALIBRATION_GAIN * self.slow[still] else best
         cost = self.fast[best] - self.fast[0, 0, 0]
         if free and cost > np.sqrt(self.noise[best]):
             best = self._best(self.fast, allowed)

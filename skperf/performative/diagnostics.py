@@ -18,11 +18,8 @@ def identifiability(statistics: Array) -> dict[str, float]:
     total = float((values**2).sum())
     tolerance = 1e-9 * max(1.0, float(np.abs(statistics).max()))
     effective = total**2 / float((values**4).sum()) if total > tolerance**2 else 0.0
-    return {
-        "rank": int((values > tolerance).sum()),
-        "effective_rank": effective,
-        "spread": float(np.sqrt(total / len(statistics))),
-    }
+    rank, spread = int((values > tolerance).sum()), float(np.sqrt(total / len(statistics)))
+    return {"rank": rank, "effective_rank": effective, "spread": spread}
 
 
 def extrapolation(statistic: Array, seen: Array) -> float:
@@ -51,11 +48,8 @@ def cycling(counts: Array) -> dict[str, float]:
     shares = smooth_shares(counts)
     near = float(total_variation(shares[1:], shares[:-1]).mean())
     far = float(total_variation(shares[2:], shares[:-2]).mean())
-    return {
-        "tv_1": near,
-        "tv_2": far,
-        "cycling_index": max(0.0, 1.0 - far / near) if near > 0 else 0.0,
-    }
+    index = max(0.0, 1.0 - far / near) if near > 0 else 0.0
+    return {"tv_1": near, "tv_2": far, "cycling_index": index}
 
 
 def conditional_shift_p_value(counts: Array, hits: Array) -> float:
@@ -85,7 +79,6 @@ def response_p_value(
     inputs: Inputs,
     counts: Array,
     expected: Array,
-    *,
     n_permutations: int,
     generator: np.random.Generator,
 ) -> float:

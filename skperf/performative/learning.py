@@ -66,7 +66,7 @@ def learned(record: Record, data: Round) -> Record:
     honest = honest if honest.any() else labelled
     scores = record.corrected(data.logits, log_prior)
     if data.deployed is None:
-        predicted = data.own if record.nothing_is_corrected else scores.argmax(axis=1)
+        predicted = data.own if record.own_rule_holds else scores.argmax(axis=1)
         data = replace(data, deployed=predicted)
     counts = counted(data.codes[labelled], effective(data.weight[labelled]), n_classes)
     part, mix, hits, rows = data.part(honest), None, None, None
@@ -122,7 +122,7 @@ def labelled_later(record: Record, data: Round) -> Record:
     told, log_prior = record.losses[at], np.log(record.losses[at]["predicted"])
     scores = record.corrected(data.logits, log_prior)
     if data.deployed is None:
-        untouched = told["strength"] == 0.0 and record.nothing_is_corrected
+        untouched = told["strength"] == 0.0 and record.own_rule_holds
         data = replace(data, deployed=data.own if untouched else scores.argmax(axis=1))
     data = data.part(np.ones(len(data.codes), bool))
     seen, new = state.trajectory.counts[i], counted(data.codes, data.weight, n_classes)
@@ -214,7 +214,7 @@ def _entry(
     codes, weight = part.codes, part.weight
     plain, scores = part.logits, record.corrector.calibrated(part.logits)
     predicted = part.own
-    if not record.nothing_is_corrected:
+    if not record.own_rule_holds:
         predicted = record.corrected(part.logits, expected.log_prior).argmax(axis=1)
     for name, mix in mixes.items():
         each = scores if name in ("adapter", "model_free") else plain

@@ -136,10 +136,10 @@ class Record:
         return self.anticipation.log_base
 
     @property
-    def nothing_is_corrected(self) -> bool:
-        """Whether scores go out as the classifier gives them."""
+    def own_rule_holds(self) -> bool:
+        """Whether predictions are those of the classifier's own rule."""
         choice = self.corrector.choice
-        return choice.strength == 0.0 and self.corrector.calibrators[choice.calibration] is None
+        return choice.strength == 0.0 and self.corrector.keeps_order(choice.calibration)
 
     # ---- anticipation
 

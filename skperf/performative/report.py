@@ -60,17 +60,13 @@ def full_diagnostics(record: Record, n_permutations: int) -> dict[str, Any]:
     inputs, counts = record.anticipation.trajectory.pairs()
     told = record.losses[-len(record.anticipation.trajectory) :]
     expected = np.log([one["predicted"] for one in told[: len(counts)]] or np.zeros((0, 1)))
-    generator = np.random.default_rng(record.options.seed)
+    generator, late = np.random.default_rng(record.options.seed), slice(-LATEST, None)
     gains = {name: float(v.mean()) if len(v) else np.nan for name, v in gains_of(record).items()}
     found = prequential(record)
     saved = found["none"] - found["adapter"]
     return quick_diagnostics(record) | {
         "response_p_value": response_p_value(
-            inputs[-LATEST:],
-            counts[-LATEST:],
-            expected[-LATEST:],
-            n_permutations=n_permutations,
-            generator=generator,
+            inputs[late], counts[late], expected[late], n_permutations, generator
         ),
         "gain_previous_mix": gains["last"],
         "gain_model_free": gains["model_free"],

@@ -888,6 +888,7 @@ def test_rest_point(frozen):
     assert rest.worst_recall > 0.2
 
 
+@pytest.mark.filterwarnings("ignore:the correction is withdrawn")
 def test_diagnosis_of_an_answer_and_of_drift(frozen, lived):
     adapter, _ = lived
     found = adapter.diagnose()

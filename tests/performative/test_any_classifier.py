@@ -99,6 +99,19 @@ def test_the_estimators_own_rule_holds_where_nothing_is_corrected(world):
     np.testing.assert_array_equal(adapter.predict(X), rule.predict(X))
 
 
+def test_a_temperature_leaves_predictions_to_the_classifier(world):
+    X, y = world.draw(400)
+    rule = FixedThresholdClassifier(LogisticRegression(), threshold=0.1).fit(X, y % 2)
+    adapter = PerformativeAdapter(
+        FrozenEstimator(rule), strength=0.0, calibration="temperature", **QUICK
+    ).fit(X, y % 2, rounds=np.repeat(np.arange(4), 100))
+    assert adapter.calibrator_ is not None and not adapter.fallback_
+    assert np.abs(adapter.predict_proba(X) - rule.predict_proba(X)).max() > 1e-4
+    np.testing.assert_array_equal(adapter.predict(X), rule.predict(X))
+    record = adapter.prequential_
+    np.testing.assert_array_equal(record.accuracy, record.accuracy_none)
+
+
 @pytest.mark.parametrize("n_classes", [3, 4])
 def test_scores_of_pairs_are_refused(world, n_classes):
     X, y = world.draw(400)
