@@ -105,7 +105,8 @@ def test_a_temperature_leaves_predictions_to_the_classifier(world):
     adapter = PerformativeAdapter(
         FrozenEstimator(rule), strength=0.0, calibration="temperature", **QUICK
     ).fit(X, y % 2, rounds=np.repeat(np.arange(4), 100))
-    assert adapter.calibrator_ is not None and not adapter.fallback_
+    assert adapter.calibrator_ is not None
+    assert not adapter.fallback_
     assert np.abs(adapter.predict_proba(X) - rule.predict_proba(X)).max() > 1e-4
     np.testing.assert_array_equal(adapter.predict(X), rule.predict(X))
     record = adapter.prequential_
