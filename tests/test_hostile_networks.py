@@ -350,7 +350,7 @@ def outcome(cell):
         before = state_of(module)
         try:
             found = np.asarray(ESTIMATORS[estimator](module), dtype=float)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, FloatingPointError) as error:
             found, said = None, str(error)
         except RuntimeError as error:
             found, said = None, str(error)

@@ -129,7 +129,8 @@ class ProgramNet(Net):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss became {loss.item()} in epoch {len(self.history)} at "
-                f"lr={self.lr}: training diverges. Lower lr (and text_lr)."
+                f"lr={self.lr}: training diverges, or the encoder's outputs are not finite. Lower "
+                "lr (and text_lr), or mend the encoder."
             )
         if self.mapping in REFRESHED:
             self._count(y_true)
