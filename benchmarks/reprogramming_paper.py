@@ -237,7 +237,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     asked = parser.parse_args()
     if asked.half == "imagenet":
-        imagenet([(2000, 1), (8000, 1), (2000, N_TEMPLATES)], asked.batch_size)
+        imagenet([(1000, 1), (4000, 1), (1000, N_TEMPLATES)], asked.batch_size)
     elif asked.half == "part":
         torch.set_num_threads(1)
         imagenet_part(asked.rows, asked.templates, asked.batch_size)
