@@ -10,7 +10,7 @@ released recipe at alpha 0 and .4, and the default:
 
 ImageNet's size without ImageNet: pictures of 3 x 224 x 224 bytes of 1,000 classes in a file, drawn
 here, on an encoder of a CLIP's shape but few channels. Peak memory above what the process held
-before ``fit``, for one file and another of four times the rows, and for 80 prompts a class:
+before ``fit``, for one file and for one of four times the rows, and for 80 prompts a class:
 
     python -m benchmarks.reprogramming_paper imagenet
 """
@@ -237,7 +237,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     asked = parser.parse_args()
     if asked.half == "imagenet":
-        imagenet([(1000, 1), (4000, 1), (1000, N_TEMPLATES)], asked.batch_size)
+        imagenet([(1200, 1), (4800, 1), (1200, N_TEMPLATES)], asked.batch_size)
     elif asked.half == "part":
         torch.set_num_threads(1)
         imagenet_part(asked.rows, asked.templates, asked.batch_size)
