@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import runner
+from benchmarks.timing import Peak, resident
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 
@@ -151,37 +151,18 @@ def measure(name, size):
     axis = AXES[name]
     axis.prepare(axis.sizes[0])()  # what is imported and allocated once is no growth
     work = axis.prepare(size)
-    seconds, before = [], _resident()
-    with _Peak() as peak:
+    seconds = []
+    with Peak(resident) as peak:
         for _ in range(3):
             start = time.process_time()
             work()
             seconds.append(time.process_time() - start)
             if sum(seconds) > 20:
                 break
-    return {"seconds": round(min(seconds), 3), "MB": round(max(peak.highest - before, 0) / 1e6, 1)}
-
-
-class _Peak:
-    # the highest resident size of the process while it works, looked at every 5 ms
-    def __enter__(self):
-        self.highest, self._ended = _resident(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self):
-        while not self._ended.wait(0.005):
-            self.highest = max(self.highest, _resident())
-
-    def __exit__(self, *error):
-        self._ended.set()
-        self._thread.join()
-
-
-def _resident():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "seconds": round(min(seconds), 3),
+        "MB": round(max(peak.highest - peak.before, 0) / 1e6, 1),
+    }
 
 
 def slope(sizes, values):

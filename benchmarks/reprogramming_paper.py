@@ -21,7 +21,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -30,6 +29,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import runner
+from benchmarks.timing import Peak, anonymous
 from skperf.metrics import fpr_at_95_tpr, ood_auroc
 from skperf.reprogramming import Reprogrammer
 
@@ -157,33 +157,6 @@ def drawn(path, n):
     return np.memmap(path, np.uint8, "r", shape=shape)
 
 
-def held():
-    """Memory of this process that is no page of a file, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:"))
-
-
-class Watched:
-    """The most anonymous memory that a block of code held above its start, MiB."""
-
-    def __enter__(self):
-        gc.collect()
-        self.before = self.most = held()
-        self.begun, self.stop = time.perf_counter(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self):
-        while not self.stop.wait(0.01):
-            self.most = max(self.most, held())
-
-    def __exit__(self, *error):
-        self.stop.set()
-        self.thread.join()
-        self.above, self.seconds = self.most - self.before, time.perf_counter() - self.begun
-
-
 def imagenet_part(n, templates, batch_size):
     """Print peak memory and seconds of one fit and one prediction, in this process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -200,14 +173,18 @@ def imagenet_part(n, templates, batch_size):
             batch_size=batch_size,
             random_state=0,
         )
-        with Watched() as fit:
-            model.fit(X, y)
-        with Watched() as predict:
-            model.predict(X[: n // 2])
+        seconds, peaks = [], []
+        for work in (lambda: model.fit(X, y), lambda: model.predict(X[: n // 2])):
+            gc.collect()
+            start = time.perf_counter()
+            with Peak(anonymous) as peak:
+                work()
+            seconds.append(round(time.perf_counter() - start))
+            peaks.append(round((peak.highest - peak.before) / 2**20))
         found = {"rows": n, "prompts a class": templates, "file MiB": round(X.nbytes / 2**20)}
         found["batch MiB"] = round(batch_size * 3 * SIDE * SIDE * 4 / 2**20)
-        found |= {"fit MiB": round(fit.above), "predict MiB": round(predict.above)}
-        found |= {"fit s": round(fit.seconds), "predict s": round(predict.seconds)}
+        found |= {"fit MiB": peaks[0], "predict MiB": peaks[1]}
+        found |= {"fit s": seconds[0], "predict s": seconds[1]}
     print(json.dumps(found), flush=True)
 
 
