@@ -234,8 +234,19 @@ def _inner_dense_outer(query: Dense, row: Outer, out: Tensor) -> None:
 
 def _inner_tokens(query: Tokens, row: Tokens, out: Tensor) -> None:
     positions = query.indices.shape[1] * row.indices.shape[1]
-    size = max(1, _CHUNK // (positions * max(len(query), 1)))
     asked = query.indices.flatten()
+    met = asked[torch.isin(asked, row.indices)].unique()
+    met = met[met >= 0]
+    if not len(met):
+        return
+    if len(met) < positions:  # fewer tokens than pairs of places: tables of these alone
+        size = max(1, _CHUNK // max(len(met) * query.outputs.shape[-1], 1))
+        for left, part in zip(_of_tokens(query, met).split(size), out.split(size), strict=True):
+            for start in range(0, len(row), size):
+                right = _of_tokens(row[start : start + size], met)
+                part[:, start : start + size].addmm_(left, right.T)
+        return
+    size = max(1, _CHUNK // (positions * max(len(query), 1)))
     for start in range(0, len(row), size):
         part = row[start : start + size]
         products = query.outputs.flatten(0, 1) @ part.outputs.flatten(0, 1).T
@@ -243,6 +254,13 @@ def _inner_tokens(query: Tokens, row: Tokens, out: Tensor) -> None:
         products *= (asked[:, None] == seen[None]) & (asked >= 0)[:, None]
         blocks = products.view(len(query), -1, len(part), row.indices.shape[1])
         out[:, start : start + size] += blocks.sum((1, 3))
+
+
+def _of_tokens(factor: Tokens, some: Tensor) -> Tensor:
+    """Write out the rows of a table that belong to some tokens (k,), in order: -> (n, k * d)."""
+    place = torch.searchsorted(some, factor.indices).clamp_max(len(some) - 1)
+    place = torch.where(some[place] == factor.indices, place, -1)
+    return written_out(Tokens(place, factor.outputs, len(some)))
 
 
 def _inner_dense_tokens(query: Dense, row: Tokens, out: Tensor) -> None:

@@ -133,3 +133,24 @@ def test_calls_of_one_layer_are_added_up():
     for parts in (outer, [*outer, long], tokens, [tokens[0], outer[0], table]):
         expected = sum(written_out(part) for part in parts)
         torch.testing.assert_close(written_out(merged(parts)), expected)
+
+
+@pytest.mark.parametrize("n_tokens", [4, 9, 40], ids=["few", "as many", "many"])
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 5)])
+def test_products_of_tables_whatever_the_number_of_tokens(n_tokens, lengths):
+    generator = torch.Generator().manual_seed(n_tokens)
+    factors = []
+    for n, length in zip((600, 7), lengths, strict=True):
+        indices = torch.randint(-1, n_tokens, (n, length), generator=generator)
+        outputs = torch.randn(n, length, 2, generator=generator, dtype=torch.float64)
+        factors.append(Tokens(indices, outputs, n_tokens))
+    left, right = factors
+    plain = torch.zeros(600, 7, dtype=torch.float64)
+    for i in range(600):
+        for a, token in enumerate(left.indices[i].tolist()):
+            if token >= 0:
+                met = (right.indices == token).to(plain)
+                plain[i] += torch.einsum("jp,jpd,d->j", met, right.outputs, left.outputs[i, a])
+    torch.testing.assert_close(inner([left], [right]), plain)
+    nothing = Tokens(torch.full_like(right.indices, -1), right.outputs, n_tokens)
+    assert not inner([left], [nothing]).any()
