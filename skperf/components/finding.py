@@ -54,6 +54,8 @@ def find(network: Network, row: Any, others: Any = None) -> Found:
             for name, part in network.module.named_modules()
             if math.prod(np.atleast_1d(getattr(part, "kernel_size", 1))) > 1
         ),
+        frozenset(watcher.inside),
+        frozenset(watcher.leading_back),
         tuple(watcher.unrecognised()),
         tuple(watcher.fused()),
     )

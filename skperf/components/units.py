@@ -148,6 +148,8 @@ class Found:
     attention_layers: frozenset[str] = frozenset()  # make queries, keys, values or take heads
     fans_in: dict[str, int] = field(default_factory=dict)  # of the row layers
     looks_around: frozenset[str] = frozenset()  # convolutions of more than one position
+    inner: frozenset[str] = frozenset()  # read entry by entry, and led back to their width
+    leading_back: frozenset[str] = frozenset()
     unrecognised: tuple[str, ...] = ()  # attend, but no heads were found
     fused: tuple[str, ...] = ()  # parameters that no layer of a known kind holds
 
@@ -156,7 +158,7 @@ class Found:
         return [site for site in self.sites if site.kind in kinds]
 
     def feed_forward(self) -> list[Site]:
-        """Hidden linear layers; in a transformer only those that widen, outside attention."""
+        """Hidden linear layers; in a transformer those that widen or are inner."""
         linear = [site for site in self.of_kind("neuron") if site.hidden]
         if not self.of_kind("attention_head"):
             return linear
@@ -166,7 +168,9 @@ class Found:
             if site.module not in self.looks_around
             and not {site.module, *(spot.module for spot in site.spots)} & self.attention_layers
         ]
-        return [site for site in outside if site.n_units > self.fans_in[site.module]]
+        wide = [site for site in outside if site.n_units > self.fans_in[site.module]]
+        inner = [site for site in outside if site.module in self.inner or site in wide]
+        return [site for site in inner if site.module not in self.leading_back]
 
 
 def select(

@@ -70,6 +70,8 @@ class Watcher(TorchFunctionMode):
         self.taken: dict[nn.Module, int] = {}
         self.kept: list[Tensor] = []
         self.attention_layers: set[str] = set()
+        self.inside: set[str] = set()
+        self.leading_back: set[str] = set()
         self.expert_slices: dict[str, dict[str, Tensor]] = {}
         self.used: set[int] = set()
         self.holders = {
@@ -271,6 +273,8 @@ class Watcher(TorchFunctionMode):
                 dim = described[3] if described[3] < 0 else min(described[3], tensor.ndim - 1)
                 with torch.enable_grad():  # a model may run parts of itself without
                     self._takes(name, part, tensor, dim)
+                    if described[3] == -1 and tensor.requires_grad:
+                        self._leads_back(name, described[2], described[1], tensor)
 
         return hook
 
@@ -316,6 +320,24 @@ class Watcher(TorchFunctionMode):
                 self._groups(mixing.module, name, part, weighted, dim, blocks)
         if any(mixing.used for mixing in reached):
             self.attention_layers |= {made.module for made in self._behind(tensor)}
+
+    def _leads_back(self, name: str, fan_in: int, n_units: int, tensor: Tensor) -> None:
+        """Note layers that are read entry by entry and led back to the width that they had."""
+        known = {made.module for made in self.made[-_REMEMBERED:]}
+        parts = {other: self.module.get_submodule(other) for other in known}
+        shapes = {other: row_layer(part) for other, part in parts.items()}
+        wanted = {n for n, s in shapes.items() if s and (s[1], s[2], s[3]) == (fan_in, n_units, -1)}
+        if not wanted:
+            return
+        behind = self._behind(tensor)
+        alike = {self.taken.get(parts[made.module]) for made in behind}
+        if not behind or len(alike) > 1 or not {made.module for made in behind} <= wanted:
+            return
+        first = tensor[..., 0].sum()
+        slopes = torch.autograd.grad(first, [made.leaf for made in behind], retain_graph=True)
+        if not any(bool(slope[..., 1:].any()) for slope in slopes):
+            self.inside |= {made.module for made in behind}
+            self.leading_back.add(name)
 
     def _found(self, module: str, name: str, part: nn.Module, blocks: tuple[int, int, int]) -> None:
         self.attention_layers.add(name)

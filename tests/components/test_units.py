@@ -154,3 +154,27 @@ def test_a_network_with_nothing_hidden_gives_the_rows_of_its_only_layer():
 def test_what_does_not_exist_is_refused_with_a_list_of_what_does(selection, error, message):
     with pytest.raises(error, match=message):
         chosen(made(Residual)[0], selection)
+
+
+class EqualWidths(nn.Module):
+    """A transformer whose feed-forward layers are as wide as its rows, or narrower."""
+
+    def __init__(self, width):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(12, 3, width, batch_first=True, dropout=0.0)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.pooler, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.pooler(self.body(x)[:, 0]).tanh())
+
+
+@pytest.mark.parametrize("width", [12, 5, 20])
+def test_feed_forward_layers_are_found_whatever_their_width(width):
+    torch.manual_seed(0)
+    found = chosen(
+        EqualWidths(width).eval(), row=np.random.default_rng(0).normal(size=(1, 4, 12)).astype("f4")
+    )
+    neurons = {c.module: c.kind for c in found if c.kind != "attention_head"}
+    assert set(neurons) == {f"body.layers.{i}.linear1" for i in range(2)}
+    assert sum(component.kind == "attention_head" for component in found) == 6
