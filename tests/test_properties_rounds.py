@@ -55,12 +55,14 @@ def start():
 
 def test_options_are_judged_by_the_rows_of_a_round_and_older_rounds_fade():
     losses, right, noise = tables(LOGITS, CODES, WEIGHT)
+    right[0, 0] = 0.7  # without calibration and correction the classifier's own rule predicts
     once = start().judged(LOGITS, CODES, WEIGHT, ANSWER, BASE, 0.7)
     for found, expected in ((once.slow, losses), (once.fast, losses), (once.right, right)):
         np.testing.assert_allclose(found, expected)
     np.testing.assert_allclose(once.noise, noise, atol=1e-12)
     assert (once.weight, once.n_rounds, once.n_rows, once.own_right) == (1, 1, 40, 0.7)
     other = tables(LOGITS[:25], CODES[:25], np.ones(25))
+    other[1][0, 0] = 0.5
     twice = once.judged(LOGITS[:25], CODES[:25], np.ones(25), ANSWER, BASE, 0.5)
     np.testing.assert_allclose(twice.slow, SLOW * losses + other[0])
     np.testing.assert_allclose(twice.fast, FAST * losses + other[0])
