@@ -323,15 +323,16 @@ class Watcher(TorchFunctionMode):
 
     def _leads_back(self, name: str, fan_in: int, n_units: int, tensor: Tensor) -> None:
         """Note layers that are read entry by entry and led back to the width that they had."""
-        known = {made.module for made in self.made[-_REMEMBERED:]}
-        parts = {other: self.module.get_submodule(other) for other in known}
+        recent = self.made[-_REMEMBERED:]
+        parts = {made.module: self.module.get_submodule(made.module) for made in recent}
         shapes = {other: row_layer(part) for other, part in parts.items()}
         wanted = {n for n, s in shapes.items() if s and (s[1], s[2], s[3]) == (fan_in, n_units, -1)}
-        if not wanted:
-            return
-        behind = self._behind(tensor)
+        behind = self._behind(tensor) if wanted else []
         alike = {self.taken.get(parts[made.module]) for made in behind}
-        if not behind or len(alike) > 1 or not {made.module for made in behind} <= wanted:
+        # entries with which nothing is done belong to one map in two layers
+        if len(alike) != 1 or torch.equal(tensor, behind[0].leaf):
+            return
+        if not {made.module for made in behind} <= wanted:
             return
         first = tensor[..., 0].sum()
         slopes = torch.autograd.grad(first, [made.leaf for made in behind], retain_graph=True)
