@@ -1,14 +1,16 @@
-"""Networks of the shape and size of ResNet-50, ViT-B/16 and BERT-base, on two cores.
+"""Networks of the shape and size of ResNet-50, ViT-B/16 and BERT-base.
 
-    python -m benchmarks.shapes                # every network through every task
-    python -m benchmarks.shapes bert heads     # one of them
+    python -m benchmarks.shapes                 # every network through every task, on two cores
+    python -m benchmarks.shapes bert heads      # one of them
+    python -m benchmarks.shapes --cuda          # on the GPU, in float32 and bfloat16
 
-Random weights, real rows: Fashion-MNIST images at 224 pixels in three channels, and texts of the
-R8 news collection at 128 tokens. Every task is a process of its own with two threads. Seconds are
-wall and CPU time of the task without building the network; the memory is the peak of the process
-above what it held with network and rows in place.
+Random weights, real rows: Fashion-MNIST images at 224 pixels in three channels, and the shipped
+e-mails at 128 tokens. Every task is a process of its own with two threads. Times are those of the
+task without building the network. The memory is what the task adds to what network and rows
+took: the peak of the process, on a GPU the peak of its allocator.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import runner
-from benchmarks.growth import _Peak, _resident
+from benchmarks.timing import Peak, resident
 
 RESULTS = Path(__file__).parent / "results" / "shapes.json"
 N_TRAIN, N_QUERIES, N_EXAMPLES, BUDGET = 200, 20, 10, 40
@@ -39,17 +41,18 @@ def images(n):
 
 
 def texts(n):
-    """Return n texts of R8 as ids and masks of 128 tokens, and their labels."""
-    from benchmarks.data import fetch_r8
-    from skperf.datasets import load_text_image_encoder
+    """Return n e-mails as ids and masks of 128 tokens, and whether they are spam."""
+    from skperf.datasets import load_email_vectors, load_text_image_encoder
     from skperf.datasets._tokenizer import WordPieceTokenizer
 
-    pieces = load_text_image_encoder()[1].pieces
-    bunch = fetch_r8(subset="train")
-    whole = WordPieceTokenizer(pieces, 2000)([str(text) for text in bunch.data[:n]])
-    ids = np.asarray(whole)[:, :128]
+    mails, pieces = load_email_vectors(), load_text_image_encoder()[1].pieces
+    some = np.random.default_rng(0).permutation(len(mails.texts))[:n]
+    whole = WordPieceTokenizer(pieces, 2000)([str(text) for text in mails.texts[some]])
+    ids = np.zeros((n, 128), np.int64)
+    given = np.asarray(whole)[:, :128]
+    ids[:, : given.shape[1]] = given
     rows = {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64)}
-    return rows, np.unique(bunch.target, return_inverse=True)[1][:n]
+    return rows, mails.target[some]
 
 
 def resnet():
@@ -67,7 +70,7 @@ def vit():
 def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(BertConfig(num_labels=8)), texts
+    return BertForSequenceClassification(BertConfig(num_labels=2)), texts
 
 
 NETWORKS = {"resnet": resnet, "vit": vit, "bert": bert}
@@ -100,14 +103,52 @@ def components(network, rows, labels, kind):
     return {"components": int(model.attributions_.shape[1])}
 
 
+def adapted(network, rows, labels):
+    """Influence on the low-rank changes that LoRA would train."""
+    from peft import LoraConfig, get_peft_model
+
+    module = network.estimator.module
+    changed = get_peft_model(
+        module, LoraConfig(target_modules=["query", "value"], r=8, init_lora_weights=False)
+    )
+    return influence(_opened(changed.eval()), rows, labels, "all")
+
+
+def reprogrammed(network, rows, labels):
+    """One epoch of a border around the pictures, by the features of the network."""
+    from torch import nn
+
+    from skperf import Reprogrammer
+
+    class Features(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, pixels):
+            states = self.module(pixels, output_hidden_states=True).hidden_states[-1]
+            return states.mean((2, 3)) if states.ndim == 4 else states[:, 0]
+
+    model = Reprogrammer(
+        Features(network.estimator.module), max_epochs=1, batch_size=16, head="linear"
+    )
+    model.set_params(random_state=0).fit(rows[: N_EXAMPLES * 8], labels[: N_EXAMPLES * 8])
+    return {"trained pixels": int(np.prod(np.shape(model.program_)))}
+
+
 def tasks(name):
     """Return what is done with a network, by name."""
-    return {
+    found = {
         "influence, head": lambda *given: influence(*given, "*classifier*"),
         "influence, last block": lambda *given: influence(*given, LAST_BLOCK[name]),
         "influence, all by projection": lambda *given: influence(*given, "all", "trak"),
         PARTS[name].split("_")[-1]: lambda *given: components(*given, PARTS[name]),
     }
+    if name != "resnet":
+        found["influence, LoRA"] = adapted
+    if name != "bert":
+        found["reprogramming"] = reprogrammed
+    return found
 
 
 def _take(rows, part):
@@ -116,28 +157,38 @@ def _take(rows, part):
     return rows[part]
 
 
-def measure(name, task):
+def _opened(module):
+    from skperf import from_module
+
+    return from_module(module, batch_size=16)
+
+
+def measure(name, task, device, kind):
     """Measure one task in this process."""
     import torch
-
-    from skperf import from_module
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     module, draw = NETWORKS[name]()
     rows, labels = draw(N_TRAIN + N_QUERIES)
-    network = from_module(module.eval(), batch_size=16)
-    before, wall, cpu = _resident(), time.perf_counter(), time.process_time()
-    with _Peak() as peak:
+    module = module.eval().to(device, getattr(torch, kind))
+    if device == "cuda" and name == "resnet":
+        module = module.to(memory_format=torch.channels_last)
+    network = _opened(module)
+    held = resident if device == "cpu" else torch.cuda.max_memory_allocated
+    with Peak(held) as peak:
+        wall, cpu = time.perf_counter(), time.process_time()
         found = tasks(name)[task](network, rows, labels)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return {
         "network": NAMES[name],
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "task": task,
-        "minutes": round((time.perf_counter() - wall) / 60, 2),
-        "CPU minutes": round((time.process_time() - cpu) / 60, 2),
-        "GB": round((peak.highest - before) / 1e9, 2),
+        "type": kind,
+        "seconds": round(wall, 1),
+        "CPU seconds": round(cpu, 1),
+        "GB": round((max(peak.highest, held()) - peak.before) / 1e9, 2),
     } | found
 
 
@@ -145,22 +196,27 @@ def main(asked):
     if asked[:1] == ["--point"]:
         print(json.dumps(measure(*asked[1:])))
         return
-    kept = runner.load(RESULTS) if RESULTS.exists() else []
-    for name in NETWORKS:
+    device = "cuda" if "--cuda" in asked else "cpu"
+    asked = [word for word in asked if word != "--cuda"]
+    results = RESULTS if device == "cpu" else RESULTS.with_name("shapes_gpu.json")
+    kept = runner.load(results) if results.exists() else []
+    kinds = ("float32", "bfloat16") if device == "cuda" else ("float32",)
+    for name, kind in itertools.product(NETWORKS, kinds):
         for task in tasks(name):
             if any(word not in (name, *task.replace(",", "").split()) for word in asked):
                 continue
-            command = [sys.executable, "-m", "benchmarks.shapes", "--point", name, task]
+            command = [sys.executable, "-m", "benchmarks.shapes", "--point"]
+            command += [name, task, device, kind]
             environment = os.environ | {"OMP_NUM_THREADS": "2"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
-                print(name, task, done.stderr.splitlines()[-1:], flush=True)
+                print(name, task, kind, done.stderr.splitlines()[-1:], flush=True)
                 continue
             row = json.loads(done.stdout.splitlines()[-1])
             print(row, flush=True)
-            same = (row["network"], row["task"])
-            kept = [each for each in kept if (each["network"], each["task"]) != same] + [row]
-            runner.save(RESULTS, kept)
+            same = [row[key] for key in ("network", "task", "type")]
+            kept = [r for r in kept if [r[k] for k in ("network", "task", "type")] != same] + [row]
+            runner.save(results, kept)
 
 
 if __name__ == "__main__":
