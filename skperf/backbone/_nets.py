@@ -485,6 +485,7 @@ class Net(OfLogits, NeuralNetClassifier):
         targets, weights = data.targets if isinstance(data.targets, tuple) else (data.targets, None)
         # rows of a data set stay where they are; they must come out as the module takes them
         rows = Rows(data.rows.tree) if not data.stays else data.rows
+        targets = targets.to(next(self.module_.parameters()).device)
         return Data(rows, targets, weights, data.convert if data.stays else None)
 
     def _training_data(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Data:

@@ -192,7 +192,7 @@ class _Loop:
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, batches: Iterable[Any]) -> None:
         self.recording = Recording(module, optimizer)
-        self.batches = batches
+        self.device, self.batches = next(module.parameters()).device, batches
         self.rows: Tensor | None = None
         self.batch: tuple[Rows, Tensor] | None = None
         self.state: Tensor | None = None
@@ -207,7 +207,8 @@ class _Loop:
             indices, batch = entry
             inputs, targets = batch
             self.rows = torch.as_tensor(indices)
-            self.batch = Rows.of(inputs), torch.as_tensor(targets)
+            rows = Rows.of(inputs).map(lambda leaf: torch.as_tensor(leaf, device=self.device))
+            self.batch = rows, torch.as_tensor(targets, device=self.device)
             # reading the stream changes nothing; only a loop that draws needs it
             self.state = torch.get_rng_state()
             yield entry

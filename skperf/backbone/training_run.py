@@ -130,11 +130,14 @@ def mean_loss(
 
     Shapes: outputs (n, ...), targets (n, ...), weights (n,) -> ().
     """
-    losses = loss.value(outputs, targets)
-    own = loss.weights(targets)
-    if own is not None:
-        losses = losses * own
+    losses = weighted_losses(loss, outputs, targets)
     return (losses if weights is None else losses * weights).mean()
+
+
+def weighted_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Losses of rows times the loss's own weights: (n, ...), (n, ...) -> (n,)."""
+    losses, own = loss.value(outputs, targets), loss.weights(targets)
+    return losses if own is None else losses * own
 
 
 def stream_of(seed: int, step: int) -> int:
@@ -193,7 +196,7 @@ class Trainer:
         run, step = self.run, self.run.steps[self.taken]
         assert run.data is not None
         inputs, targets = run.data.batch(step)
-        own = None if weights is None else weights[step.rows.long()]
+        own = None if weights is None else weights[step.rows.long()].to(self.parameters[0].device)
         self.optimizer.zero_grad()
         with torch.enable_grad():
             with drawing(step.stream):

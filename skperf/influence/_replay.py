@@ -79,9 +79,8 @@ def _same(one: Data, other: Data) -> bool:
         (one.targets, other.targets),
         *zip(one.inputs.leaves, other.inputs.leaves, strict=True),
     ]
-    weights = [None if data.weights is None else data.weights for data in (one, other)]
     equal = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
-    known = [w for w in weights if w is not None]
+    known = [data.weights.cpu() for data in (one, other) if data.weights is not None]
     return equal and (not known or (len(known) == 2 and torch.equal(*known)))
 
 
@@ -189,7 +188,8 @@ class ReplayEnsemble(Ensemble):
         run, n = self.run.run, self.n_train
         assert run.data is not None
         generator = torch.Generator().manual_seed(seed)
-        base = self.run.end.new_ones(n) if run.data.weights is None else run.data.weights
+        given = run.data.weights
+        base = torch.ones(n, dtype=self.run.end.dtype) if given is None else given.cpu()
         weights = base.repeat(n_subsets, 1)
         for row in weights:
             row[torch.randperm(n, generator=generator)[: max(1, round(drop * n))]] = 0

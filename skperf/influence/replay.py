@@ -62,9 +62,9 @@ class Derivative:
         """Give queries their sums of directions: coefficients (q, m)."""
         labels = self.labels
         if labels is not None:
-            labels = torch.tensordot(coefficients, labels, dims=1)
-        named = {name: coefficients @ value for name, value in self.hyperparameters.items()}
-        return Derivative(coefficients @ self.rows, named, labels)
+            labels = torch.tensordot(coefficients, labels, dims=1).cpu()
+        named = {name: (coefficients @ value).cpu() for name, value in self.hyperparameters.items()}
+        return Derivative((coefficients @ self.rows).cpu(), named, labels)
 
 
 # The way back ----------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def go_back(run: Run, state: Pass, visited: Iterator[Visited]) -> Iterator[int]:
         if raw:
             _mask(raw, masks)
         moment = Moment(before, after, _clipped(raw, run.max_norm), t + 1)
-        rows, start = step.rows.long(), 0
+        rows, start = step.rows.long().to(state.rows.device), 0
         for adjoint in state.adjoints:
             part = slice(start, start + len(adjoint.parameters[0]))
             start = part.stop
@@ -425,8 +425,6 @@ def _check_reversible(run: Run) -> None:
         )
     if any(settings.get("amsgrad") for settings in run.steps[0].settings):
         raise ValueError(f"a run of {name} with amsgrad=True can't be gone back through.")
-    if run.data is None:
-        raise ValueError("the run does not hold its rows: give them again, with_data(...).")
 
 
 def smoothness(
@@ -447,7 +445,8 @@ def smoothness(
     assert run.data is not None
     n = len(run.data)
     order = torch.rand(n_directions, n, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    weights = fitted.end.new_ones(n) if run.data.weights is None else run.data.weights
+    given = run.data.weights
+    weights = torch.ones(n, dtype=fitted.end.dtype) if given is None else given.cpu()
     moves = torch.zeros(n_directions, n).scatter_(1, order[:, : max(1, round(share * n))], 1.0)
     moves = moves.to(weights) * weights
     predicted = -fitted.derivative(inputs, targets).rows @ moves.T
@@ -463,9 +462,9 @@ def smoothness(
 def losses_at(run: Run, module: nn.Module, inputs: Rows, targets: Tensor) -> Tensor:
     """Plain losses of rows, the module in evaluation mode: (q, ...), (q, ...) -> (q,)."""
     module.eval()
+    parts, targets = [], targets.to(next(module.parameters()).device)
     with torch.no_grad():
-        parts = [
-            run.loss.value(run.compute(module, inputs[i : i + 256].load()), targets[i : i + 256])
-            for i in range(0, len(inputs), 256)
-        ]
+        for i in range(0, len(inputs), 256):
+            outputs = run.compute(module, inputs[i : i + 256].load())
+            parts.append(run.loss.value(outputs, targets[i : i + 256]).cpu())
     return torch.cat(parts)

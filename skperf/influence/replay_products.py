@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from skperf.backbone.losses import CrossEntropy, Loss
 from skperf.backbone.parameters import substituted
 from skperf.backbone.rows import Rows
-from skperf.backbone.training_run import Run, Step, drawing, floating_buffers
+from skperf.backbone.training_run import Run, Step, drawing, floating_buffers, weighted_losses
 from skperf.influence.replay_chain import Chain, find_chain
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -88,7 +88,7 @@ class Differentiator:
             ):
                 momenta = [_momentum(norm) for norm in self.norms]
                 outputs = run.compute(self.module, batch.inputs)
-                losses = _weighted(run.loss, outputs, batch.targets)
+                losses = weighted_losses(run.loss, outputs, batch.targets)
                 relabelled = None
                 if self.labels:
                     relabelled = losses.new_zeros(*outputs.shape).requires_grad_()
@@ -209,16 +209,11 @@ def _batch_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
     return inputs.mean(axes), inputs.var(axes, unbiased=True)
 
 
-def _weighted(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    losses, own = loss.value(outputs, targets), loss.weights(targets)
-    return losses if own is None else losses * own
-
-
 def _of_other_labels(loss: Loss, outputs: Tensor, losses: Tensor, relabelled: Tensor) -> Tensor:
     """Say what shares of other labels would add: outputs (n, K), relabelled (n, K) -> (n,)."""
     n, k = outputs.shape
     every = [
-        _weighted(loss, outputs, torch.full((n,), label, device=outputs.device))
+        weighted_losses(loss, outputs, torch.full((n,), label, device=outputs.device))
         for label in range(k)
     ]
     return ((torch.stack(every, 1) - losses[:, None]) * relabelled).sum(1)

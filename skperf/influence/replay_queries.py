@@ -34,6 +34,7 @@ def query_gradients(
     module = _at_end(run, end)
     state = split_state(run, module, end)
     names, leaves = run.names, [*state.parameters, *state.buffers]
+    targets = targets.to(end.device)
     of = run.loss.value if value is None else value
 
     def total(tensors: list[Tensor], rows: Any, targets: Tensor) -> Tensor:

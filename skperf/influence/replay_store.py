@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole files or none, and only those of the same pass."""
 
 import hashlib
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,8 @@ def state_at(at: int, kept: Any, trainer: Trainer, start: Tensor, first: int) ->
     """Give the state at a step from what is kept, or from `start` (n_values,) at step `first`."""
     state: Tensor | None = kept.get(at)
     if state is None:
-        for state in states_between(trainer, start, first, at):  # noqa: B007
-            pass
-    assert state is not None
-    return state
+        return deque(states_between(trainer, start, first, at), maxlen=1).pop()
+    return state.to(start.device)
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -127,6 +127,8 @@ def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadPro
     """Read a file: the parameters that belong to the program, and the program."""
     try:
         return _read(settings, path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds no program of a Reprogrammer: {error}.") from error
     except (LookupError, TypeError, AttributeError, MemoryError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or of another version: its description lacks or garbles {error}."
@@ -138,7 +140,7 @@ def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadPro
 
 
 def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
-    with _opened_file(path) as file:
+    with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if "skperf_program" not in metadata:
             raise ValueError(f"{path} holds no program of a Reprogrammer.")
@@ -191,13 +193,6 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
         raise ValueError(f"{path} is damaged: its head or score does not fit: {error}.") from error
     fitted = record_of(reader, task, net, choice, head, scorers, form, 1)
     return params, ReadProgram(task, fitted, net, classes, known["n_features"])
-
-
-def _opened_file(path: Any) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} holds no program of a Reprogrammer: {error}.") from error
 
 
 def _check(known: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Any) -> None:

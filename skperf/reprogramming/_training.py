@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from skorch.callbacks import EarlyStopping, LRScheduler, ProgressBar
+from skorch.utils import noop
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -296,7 +297,7 @@ def record_of(settings, task: Task, net, choice, head, scorers, form, n_queries)
         programmed=module,
         checksum=task.encoder._checksum(),
         settled=settled,
-        head=head,
+        head=head if head is None else head.to(task.encoder.device),
         scorers=scorers,
         choice=choice,
         renormalize=settings.training.renormalize,
@@ -511,7 +512,7 @@ def _callbacks(settings, n_rows, max_epochs, stop) -> Iterator:
         yield "schedule", LRScheduler(**policy, step_every="batch")
     if stop:
         patience = training.n_iter_no_change
-        yield "early_stopping", EarlyStopping(patience=patience, load_best=True, sink=_silent)
+        yield "early_stopping", EarlyStopping(patience=patience, load_best=True, sink=noop)
     if settings.verbose:
         yield "progress", ProgressBar()
 
@@ -525,7 +526,3 @@ def _warn_of_retention(n_rows: int, retention: float) -> None:
             UserWarning,
             stacklevel=2,
         )
-
-
-def _silent(*args):
-    pass

@@ -54,16 +54,15 @@ class Gaussians:
         """Estimate them: outputs (n, d), codes (n,)."""
         means, residuals = _centred(outputs, codes)
         n, width = residuals.shape
-        covariance = residuals.T @ residuals / max(1, n - len(means))
+        values, vectors = _principal(residuals)
+        values = values / max(1, n - len(means))
         # shrinkage, since rows are often fewer than dimensions
         share = min(0.9, max(0.05, width / (n + width)))
-        level = covariance.diagonal().mean().clamp_min(1e-12)
-        values, vectors = torch.linalg.eigh(covariance)
-        values = (1 - share) * values.clamp_min(0) + share * level
+        level = share * (values.sum() / width).clamp_min(1e-12)
         kept = min(KEPT_DIRECTIONS, width - 1)
-        deviation = values[: width - kept].mean().sqrt()
-        shares = deviation / values[width - kept :].sqrt() - 1
-        return cls(means, vectors[:, width - kept :], shares, float(deviation))
+        deviation = ((1 - share) * values[kept:].sum() / (width - kept) + level).sqrt()
+        shares = deviation / ((1 - share) * values[:kept] + level).sqrt() - 1
+        return cls(means, vectors[:, :kept], shares, float(deviation))
 
     def score(self, outputs: Tensor) -> Tensor:
         """Minus the squared distance to the nearest class: outputs (n, d) -> (n,)."""
@@ -101,25 +100,33 @@ class VirtualLogit:
     """Directions in which the training rows do not vary."""
 
     centre: Tensor  # (d,)
-    residual: Tensor  # (d, d - kept)
+    directions: Tensor  # (d, kept), in which they do
 
     @classmethod
     def fit(cls, outputs: Tensor, codes: Tensor) -> "VirtualLogit":
         """Find them: outputs (n, d), codes (n,)."""
         centre = outputs.mean(0)
-        covariance = (outputs - centre).T @ (outputs - centre) / len(outputs)
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = _principal(outputs - centre)
         # all but 5 % of the variance, and never all directions
-        kept = int((values.flip(0).cumsum(0) < 0.95 * values.sum()).sum()) + 1
-        kept = min(kept, outputs.shape[1] - 1)
-        return cls(centre, vectors[:, : outputs.shape[1] - kept])
+        kept = int((values.cumsum(0) < 0.95 * values.sum()).sum()) + 1
+        return cls(centre, vectors[:, : min(kept, outputs.shape[1] - 1)])
 
     def score(self, outputs: Tensor) -> Tensor:
         """Minus the share of a row outside the kept directions: outputs (n, d) -> (n,)."""
         centred = outputs - self.centre
-        outside = (centred @ self.residual).norm(dim=1)
+        outside = (centred - centred @ self.directions @ self.directions.T).norm(dim=1)
         shares: Tensor = outside / centred.norm(dim=1).clamp_min(1e-12)
         return -shares
+
+
+def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the directions of most, and sums of squares along them: (n, d) -> (k,), (d, k)."""
+    few = len(rows) < rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows @ rows.T if few else rows.T @ rows)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if few:  # no matrix of all pairs of entries is made
+        vectors = rows.T @ vectors * values.clamp_min(1e-30).rsqrt()
+    return values, vectors * (values > 1e-6 * values[0])
 
 
 def _centred(outputs: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

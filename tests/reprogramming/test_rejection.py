@@ -9,6 +9,7 @@ from scipy.stats import entropy
 from skperf.reprogramming.judging import best_score
 from skperf.reprogramming.rejection import (
     FEATURE_SCORES,
+    KEPT_DIRECTIONS,
     SCORES,
     Gaussians,
     VirtualLogit,
@@ -122,7 +123,32 @@ def test_the_variance_is_that_within_classes_shrunk_to_its_mean(n):
 def test_one_direction_stays_aside_where_all_vary_alike():
     rng = np.random.default_rng(0)
     outputs = rng.normal(size=(400, 3)) * [1.0, 1.2, 1.1]
-    found = VirtualLogit.fit(torch.tensor(outputs), torch.zeros(400, dtype=torch.long)).residual
+    found = VirtualLogit.fit(torch.tensor(outputs), torch.zeros(400, dtype=torch.long))
     _, vectors = np.linalg.eigh(np.cov(outputs.T))
-    assert found.shape == (3, 1)
-    assert abs(float(found[:, 0] @ torch.tensor(vectors[:, 0]))) == pytest.approx(1)
+    assert found.directions.shape == (3, 2)
+    assert float((found.directions.T @ torch.tensor(vectors[:, 0])).norm()) == pytest.approx(0)
+
+
+def test_more_dimensions_than_rows_cost_no_matrix_of_all_pairs():
+    """The scores are those of the whole covariance's eigenvectors."""
+    rng = np.random.default_rng(0)
+    outputs, codes = rng.normal(size=(30, 70)) @ rng.normal(size=(70, 70)), np.arange(30) % 3
+    asked = rng.normal(size=(9, 70)) @ rng.normal(size=(70, 70))
+    means = np.stack([outputs[codes == k].mean(0) for k in range(3)])
+    covariance = (outputs - means[codes]).T @ (outputs - means[codes]) / 27
+    values, vectors = np.linalg.eigh(
+        0.3 * covariance + 0.7 * np.trace(covariance) / 70 * np.eye(70)
+    )
+    values[:-KEPT_DIRECTIONS] = values[:-KEPT_DIRECTIONS].mean()
+    inverse = vectors / values @ vectors.T
+    away = asked[:, None] - means
+    expected = -np.einsum("nkd,de,nke->nk", away, inverse, away).min(1)
+    fitted = Gaussians.fit(torch.tensor(outputs), torch.tensor(codes))
+    np.testing.assert_allclose(fitted.score(torch.tensor(asked)), expected, rtol=1e-6)
+    centred = outputs - outputs.mean(0)
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    kept = int((values[::-1].cumsum() < 0.95 * values.sum()).sum()) + 1
+    rest = (asked - outputs.mean(0)) @ vectors[:, : 70 - kept]
+    expected = -np.linalg.norm(rest, axis=1) / np.linalg.norm(asked - outputs.mean(0), axis=1)
+    fitted = VirtualLogit.fit(torch.tensor(outputs), torch.tensor(codes))
+    np.testing.assert_allclose(fitted.score(torch.tensor(asked)), expected, rtol=1e-6)
