@@ -2,12 +2,13 @@
 
     python -m benchmarks.shapes                 # every network through every task, on two cores
     python -m benchmarks.shapes bert heads      # one of them
-    python -m benchmarks.shapes --cuda          # on the GPU, in float32 and bfloat16
+    python -m benchmarks.shapes --cuda          # on the GPU, also with bfloat16 products
 
 Random weights, real rows: Fashion-MNIST images at 224 pixels in three channels, and the shipped
-e-mails at 128 tokens. Every task is a process of its own with two threads. Times are those of the
-task without building the network. The memory is what the task adds to what network and rows
-took: the peak of the process, on a GPU the peak of its allocator.
+e-mails at 128 tokens. On the CPU every task is a process of its own with two threads; on the GPU
+one process runs them all after a small one that starts the device. Times are those of the task
+without building the network. The memory is what the task adds to what network and rows took: the
+peak of the process, on a GPU the peak of its allocator.
 """
 
 import itertools
@@ -109,9 +110,10 @@ def adapted(network, rows, labels):
 
     module = network.estimator.module
     changed = get_peft_model(
-        module, LoraConfig(target_modules=["query", "value"], r=8, init_lora_weights=False)
+        module,
+        LoraConfig(target_modules=r".*(query|value|q_proj|v_proj)", r=8, init_lora_weights=False),
     )
-    return influence(_opened(changed.eval()), rows, labels, "all")
+    return influence(_opened(changed.eval(), "float32"), rows, labels, "all")
 
 
 def reprogrammed(network, rows, labels):
@@ -157,10 +159,19 @@ def _take(rows, part):
     return rows[part]
 
 
-def _opened(module):
+def _opened(module, kind):
     from skperf import from_module
 
-    return from_module(module, batch_size=16)
+    return from_module(module, forward=_mixed if kind == "mixed" else None, batch_size=16)
+
+
+def _mixed(module, rows):
+    """Products of matrices in bfloat16, all else in float32."""
+    import torch
+
+    with torch.autocast("cuda", torch.bfloat16):
+        returned = module(**rows) if isinstance(rows, dict) else module(rows)
+    return returned.logits.float()
 
 
 def measure(name, task, device, kind):
@@ -172,11 +183,14 @@ def measure(name, task, device, kind):
     warnings.simplefilter("ignore")
     module, draw = NETWORKS[name]()
     rows, labels = draw(N_TRAIN + N_QUERIES)
-    module = module.eval().to(device, getattr(torch, kind))
+    module = module.eval().to(device)
     if device == "cuda" and name == "resnet":
         module = module.to(memory_format=torch.channels_last)
-    network = _opened(module)
-    held = resident if device == "cpu" else torch.cuda.max_memory_allocated
+    network, held = _opened(module, kind), resident
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.max_memory_allocated
     with Peak(held) as peak:
         wall, cpu = time.perf_counter(), time.process_time()
         found = tasks(name)[task](network, rows, labels)
@@ -192,6 +206,17 @@ def measure(name, task, device, kind):
     } | found
 
 
+def point(name, task, kind):
+    """Measure in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.shapes", "--point", name, task, "cpu", kind]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        print(name, task, kind, done.stderr.splitlines()[-1:], flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(asked):
     if asked[:1] == ["--point"]:
         print(json.dumps(measure(*asked[1:])))
@@ -200,20 +225,19 @@ def main(asked):
     asked = [word for word in asked if word != "--cuda"]
     results = RESULTS if device == "cpu" else RESULTS.with_name("shapes_gpu.json")
     kept = runner.load(results) if results.exists() else []
-    kinds = ("float32", "bfloat16") if device == "cuda" else ("float32",)
-    for name, kind in itertools.product(NETWORKS, kinds):
+    kinds = ("float32", "mixed") if device == "cuda" else ("float32",)
+    if device == "cuda":
+        measure("bert", "influence, head", device, "float32")
+    for kind, name in itertools.product(kinds, NETWORKS):
         for task in tasks(name):
             if any(word not in (name, *task.replace(",", "").split()) for word in asked):
                 continue
-            command = [sys.executable, "-m", "benchmarks.shapes", "--point"]
-            command += [name, task, device, kind]
-            environment = os.environ | {"OMP_NUM_THREADS": "2"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                print(name, task, kind, done.stderr.splitlines()[-1:], flush=True)
+            if kind == "mixed" and task in ("influence, LoRA", "reprogramming"):
                 continue
-            row = json.loads(done.stdout.splitlines()[-1])
+            row = point(name, task, kind) if device == "cpu" else measure(name, task, device, kind)
             print(row, flush=True)
+            if row is None:
+                continue
             same = [row[key] for key in ("network", "task", "type")]
             kept = [r for r in kept if [r[k] for k in ("network", "task", "type")] != same] + [row]
             runner.save(results, kept)

@@ -233,11 +233,11 @@ def exact_with_damping(problem: Problem, matrix: Tensor, train: Gradients) -> Fi
 
 
 def _multiplied(problem: Problem, right: Tensor, *, by: Tensor) -> Tensor:
-    return right @ by.to(right.device)
+    return right @ by.to(right)
 
 
 def _solved(problem: Problem, right: Tensor, *, cholesky: Tensor) -> Tensor:
-    return torch.cholesky_solve(right.T, cholesky.to(right.device)).T
+    return torch.cholesky_solve(right.T, cholesky.to(right)).T
 
 
 def _damped_cholesky(matrix: Tensor, damping: Tensor) -> Tensor:

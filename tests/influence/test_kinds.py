@@ -456,6 +456,22 @@ def test_several_inputs_and_half_precision():
         assert half.last.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("parameters", ["all", "last*"])
+def test_a_forward_that_casts_its_outputs(parameters):
+    """As code with mixed precision ends; dense solves run in double precision all the same."""
+    module = Base()
+    X, y = np.random.default_rng(0).normal(size=(N, 5)), np.arange(N) % 3
+    cast = from_module(module.eval(), forward=lambda own, x: own.last(own.first(x)).float())
+    plain = from_module(module, forward=lambda own, x: own.last(own.first(x)))
+    scores = [
+        InfluenceScorer(given, method="exact", parameters=parameters, damping=0.1)
+        .fit(X, y)
+        .influence(X, y)
+        for given in (cast, plain)
+    ]
+    np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-6)
+
+
 class _Packed(nn.Module):
     def __init__(self):
         super().__init__()
