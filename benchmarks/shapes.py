@@ -206,14 +206,13 @@ def measure(name, task, device, kind):
     } | found
 
 
-def point(name, task, kind):
+def point(*asked):
     """Measure in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.shapes", "--point", name, task, "cpu", kind]
+    command = [sys.executable, "-m", "benchmarks.shapes", "--point", *asked]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        print(name, task, kind, done.stderr.splitlines()[-1:], flush=True)
-        return None
+        raise RuntimeError(done.stderr.splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -234,10 +233,13 @@ def main(asked):
                 continue
             if kind == "mixed" and task in ("influence, LoRA", "reprogramming"):
                 continue
-            row = point(name, task, kind) if device == "cpu" else measure(name, task, device, kind)
-            print(row, flush=True)
-            if row is None:
+            try:
+                measured = point if device == "cpu" else measure
+                row = measured(name, task, device, kind)
+            except Exception as error:
+                print(name, task, kind, f"{type(error).__name__}: {error}", flush=True)
                 continue
+            print(row, flush=True)
             same = [row[key] for key in ("network", "task", "type")]
             kept = [r for r in kept if [r[k] for k in ("network", "task", "type")] != same] + [row]
             runner.save(results, kept)
