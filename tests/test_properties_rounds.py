@@ -49,8 +49,13 @@ def tables(logits, codes, weight):
     return losses, right, noise
 
 
+def started(strengths, mixes, calibrators):
+    none = np.zeros((len(calibrators), len(strengths), len(mixes)))
+    return Corrector(strengths, mixes, calibrators, none, none, none, none)
+
+
 def start():
-    return Corrector.start(STRENGTHS, MIXES, CALIBRATORS)
+    return started(STRENGTHS, MIXES, CALIBRATORS)
 
 
 def test_options_are_judged_by_the_rows_of_a_round_and_older_rounds_fade():
@@ -105,7 +110,7 @@ def known(slow, fast=None, right=None, noise=0.0, **more):
         "right": np.ones_like(slow) if right is None else np.array(right, float),
         "noise": np.full_like(slow, noise),
     }
-    empty = Corrector.start(STRENGTHS[: slow.shape[1]], np.array([0.0]), (None,) * len(slow))
+    empty = started(STRENGTHS[: slow.shape[1]], np.array([0.0]), (None,) * len(slow))
     return replace(empty, **({"weight": 1.0, "n_rounds": 1, "n_rows": 400.0} | tables | more))
 
 
@@ -115,7 +120,7 @@ def test_the_best_over_the_rounds_is_chosen_once_there_are_enough():
     assert best.chosen(3, 3).choice.strength == 0.5
     unseen = replace(best, weight=0.0)
     assert unseen.chosen(9, 3).choice.strength == 0.0
-    fixed = Corrector.start(np.array([0.8]), np.array([0.1]), (None,))
+    fixed = started(np.array([0.8]), np.array([0.1]), (None,))
     assert (fixed.chosen(9, 3).choice.strength, fixed.chosen(9, 3).choice.mix) == (0.8, 0.1)
     assert fixed.chosen(1, 3).choice.strength == 0.0
 

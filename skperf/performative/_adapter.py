@@ -38,7 +38,13 @@ from skperf.performative._start import (
 )
 from skperf.performative.equilibrium import rest_point
 from skperf.performative.label_shift import probabilities
-from skperf.performative.report import DriftReport, drift_report, full_diagnostics
+from skperf.performative.report import (
+    DriftReport,
+    drift_report,
+    full_diagnostics,
+    prequential,
+    quick_diagnostics,
+)
 from skperf.performative.trajectory import NAMED
 
 
@@ -849,6 +855,16 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         """
         check_is_fitted(self, "record_")
         return full_diagnostics(self.record_, n_permutations)
+
+    @property
+    def prequential_(self) -> Bunch:
+        """Losses, accuracies and mixes by round."""
+        return Bunch(**prequential(self.record_))
+
+    @property
+    def diagnostics_(self) -> dict:
+        """Diagnostics that cost next to nothing."""
+        return quick_diagnostics(self.record_)
 
     def report(self) -> DriftReport:
         """Say how things stand: mix, recall and answer, in a form to print or draw each morning.

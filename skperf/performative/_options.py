@@ -80,11 +80,10 @@ def corrector_of(params: dict[str, Any], options: Options) -> Corrector:
     is_paper = "paper" in _names(params["adapter"], True)
     strength = 1.0 if is_paper and params["strength"] == "auto" else params["strength"]
     mix = 0.0 if is_paper and params["mix"] == "auto" else params["mix"]
-    return Corrector.start(
-        STRENGTHS if isinstance(strength, str) else np.array([float(strength)]),
-        MIXES if isinstance(mix, str) else np.array([float(mix)]),
-        (None,) * len(options.calibrations),
-    )
+    strengths = STRENGTHS if isinstance(strength, str) else np.array([float(strength)])
+    mixes = MIXES if isinstance(mix, str) else np.array([float(mix)])
+    none = np.zeros((len(options.calibrations), len(strengths), len(mixes)))
+    return Corrector(strengths, mixes, (None,) * len(none), none, none, none, none)
 
 
 def settings_of(

@@ -30,7 +30,7 @@ from skperf.performative.label_shift import (
     probabilities,
     smooth_shares,
 )
-from skperf.performative.learning import remembering
+from skperf.performative.learning import remembering, with_calibrations
 from skperf.performative.paper import BASE_PSEUDO_SHARE
 from skperf.performative.record import Memory, Options, Record, effective
 from skperf.performative.trajectory import Trajectory
@@ -131,6 +131,7 @@ def begin(
     )
     if data.rounds is None and len(codes):
         record = remembering(record, measured.logits, codes, data.weight[rows])
+        record = with_calibrations(record) if all(options.calibrations) else record
     return fitted, record, measured
 
 

@@ -18,7 +18,7 @@ from skperf.performative.diagnostics import extrapolation
 from skperf.performative.label_shift import estimate_base_prior, probabilities
 from skperf.performative.ranking import Candidate, answers_the_model, predict_scores, score_under
 from skperf.performative.record import Record, Round
-from skperf.performative.report import prequential, quick_diagnostics
+from skperf.performative.report import quick_diagnostics
 from skperf.performative.response import Answering
 
 FAR = 3.0  # times the largest distance between neighbours on record
@@ -271,7 +271,7 @@ def published(record: Record) -> dict[str, Any]:
         "base_prior_": np.exp(record.log_base),
         "calibrator_": calibrator,
         "trajectory_": trajectory,
-        "adapter_": Answering(state.log_answer, trajectory.coming(), lead and lead.response),
+        "adapter_": Answering(state.log_answer, state.ahead[0], lead and lead.response),
         "leader_": leader or "nothing yet",
         "adapter_name_": lead.kind if lead and strength > 0.0 else "fixed",
         "strength_": strength,
@@ -279,8 +279,6 @@ def published(record: Record) -> dict[str, Any]:
         "fallback_": record.own_rule_holds and calibrator is None,
         "predicted_prior_": np.exp(log_prior),
         "n_rounds_": state.n_rounds,
-        "prequential_": Bunch(**prequential(record)),
-        "diagnostics_": quick_diagnostics(record),
     }
     if len(trajectory):
         known = np.flatnonzero(np.isfinite(trajectory.statistics).all(axis=1))

@@ -7,11 +7,11 @@ so that a map that was wrong for long can lead again within a few rounds after t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 
 from skperf.performative.label_shift import Array, Codes, log_softmax, probabilities
 from skperf.performative.response import Form, Inputs, ResponseMap, deviance, dispersion, fit_map
@@ -105,6 +105,12 @@ class Anticipation:
         """Log mix (n, n_classes) expected by all maps together; the base without any."""
         return self.mixture(self.answers(inputs), model_free=model_free)
 
+    @cached_property
+    def ahead(self) -> tuple[Inputs, dict[str, Array]]:
+        """What is known before the round after the last one, and what each map expects of it."""
+        inputs = self.trajectory.coming()
+        return inputs, self.answers(inputs)
+
     def answers(self, inputs: Inputs) -> dict[str, Array]:
         """Log mixes (n, n_classes) expected by each map; NaN where its inputs are not known."""
         return {name: one.response.log_prior(inputs) for name, one in self.contenders.items()}
@@ -121,8 +127,9 @@ class Anticipation:
         known: NDArray[np.bool_] = np.asarray(np.isfinite(stacked).all(axis=2))
         scores = np.where(known, weights[:, None], -np.inf)
         none: NDArray[np.bool_] = np.asarray(~known.any(axis=0))
-        scores = scores - logsumexp(np.where(none, 0.0, scores), axis=0)
-        mixed: Array = logsumexp(
+        # scipy's logsumexp spends longer on dispatch than on arrays this small
+        scores = scores - np.logaddexp.reduce(np.where(none, 0.0, scores), axis=0)
+        mixed: Array = np.logaddexp.reduce(
             np.where(known[..., None], stacked, 0.0) + scores[..., None], axis=0
         )
         mixed[none] = self.log_base
@@ -191,12 +198,12 @@ def _weighed(
         gains = mixes @ counts
     else:
         own = mixes[:, rows.codes] + rows.scores[np.arange(len(rows.codes)), rows.codes]
-        gains = (own - logsumexp(rows.scores + mixes[:, None], axis=2)) @ rows.weight
+        gains = (own - np.logaddexp.reduce(rows.scores + mixes[:, None], axis=2)) @ rows.weight
     contenders = [state.contenders[name] for name in names]
     gains = (gains - np.array([one.cost for one in contenders])) / state.spread
     weights = np.array([one.log_weights for one in contenders]).T + gains  # (2, n_maps)
     usable: NDArray[np.bool_] = np.asarray(np.isfinite(weights))
-    total = logsumexp(weights, axis=1, keepdims=True)
+    total = np.logaddexp.reduce(weights, axis=1, keepdims=True)
     weights = weights - np.where(np.isfinite(total), total, 0.0)
     anew = np.log(SHARE / np.maximum(usable.sum(axis=1, keepdims=True), 1))
     weights = np.where(usable, np.logaddexp(weights + np.log1p(-SHARE), anew), -np.inf)
@@ -219,7 +226,7 @@ def _updated_spread(state: Anticipation, expected: Array, counts: Array) -> floa
 
 def _refitted(state: Anticipation, settings: Settings) -> dict[str, Contender]:
     contenders = dict(state.contenders)
-    inputs, counts = state.trajectory.pairs()
+    inputs, counts = state.trajectory.pairs(settings.buffer_size or WINDOW)
     fresh = [name for name in settings.candidates if name not in contenders]
     for name, candidate in settings.candidates.items():
         known = state.contenders.get(name)
@@ -256,8 +263,7 @@ def _fitted(
     inputs: Inputs,
     counts: Array,
 ) -> Contender:
-    window = min(candidate.window, settings.buffer_size or WINDOW, len(counts))
-    inputs, counts = inputs[-window:], counts[-window:]
+    inputs, counts = inputs[-candidate.window :], counts[-candidate.window :]
     excess = known.dispersion if known else 10.0
     ages = candidate.decay ** np.arange(len(counts) - 1, -1, -1)[:, None]
     weights = ages / excess if candidate.weigh else ages

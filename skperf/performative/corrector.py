@@ -51,14 +51,6 @@ class Corrector:
     choice: Option = Option()
     harm: float = 0.0  # nats a row that the withdrawn choice has cost lately
 
-    @classmethod
-    def start(
-        cls, strengths: Array, mixes: Array, calibrators: tuple[Calibration | None, ...]
-    ) -> "Corrector":
-        """Know nothing yet."""
-        zeros = np.zeros((len(calibrators), len(strengths), len(mixes)))
-        return cls(strengths, mixes, calibrators, zeros, zeros, zeros, zeros)
-
     def calibrated(self, logits: Array, option: Option | None = None) -> Array:
         """Scores (n, n_classes) as an option calibrates them."""
         calibrator = self.calibrators[(option or self.choice).calibration]

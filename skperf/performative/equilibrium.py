@@ -1,7 +1,7 @@
 """Where a model and the label mix that answers it come to rest."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +14,6 @@ FLIP = 0.1  # total variation between rounds above which a steady alternation is
 MEMORY = 0.1  # of the running mean of answers: about ten steps
 
 
-class Equilibrium(NamedTuple):
-    """Outcome of an iteration towards a stable label mix."""
-
-    prior: Array  # (n_classes,)
-    residual: float
-    converged: bool
-    n_iter: int
-
-
 def stable_prior(
     answer: Callable[[Array], Array],
     start: Array,
@@ -30,7 +21,7 @@ def stable_prior(
     damping: float = 0.1,
     tol: float = 1e-3,
     max_iter: int = 500,
-) -> Equilibrium:
+) -> dict[str, Any]:
     """Find a label mix that answers itself: ``q = M(S(model corrected for q))``.
 
     Shapes: start (n_classes,).
@@ -43,7 +34,8 @@ def stable_prior(
         if residual <= tol:
             break
         prior = prior + damping * min(1.0, 50.0 / step) * (following - prior)
-    return Equilibrium(prior, residual, residual <= tol, step)
+    converged = residual <= tol
+    return {"prior": prior, "residual": residual, "converged": converged, "n_iter": step}
 
 
 def plain_gaps(answer: Callable[[Array], Array], start: Array) -> tuple[float, float]:
@@ -85,11 +77,11 @@ def rest_point(
 
     rest = stable_prior(answer, start, damping=damping, tol=tol, max_iter=max_iter)
     one, two = plain_gaps(answer, start)
-    right = corrected(rest.prior).argmax(axis=1) == codes
-    return rest._asdict() | {
-        "statistic": statistic(rest.prior),
+    right = corrected(rest["prior"]).argmax(axis=1) == codes
+    return rest | {
+        "statistic": statistic(rest["prior"]),
         "cycle": bool(one > FLIP and two < 0.5 * one),
         "cycle_gap": one,
         "worst_recall": worst_share(codes, right),
-        "accuracy": score_under(rest.prior, right.astype(np.float64), codes),
+        "accuracy": score_under(rest["prior"], right.astype(np.float64), codes),
     }

@@ -10,19 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize, nnls
-from scipy.special import logsumexp
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 TINY = float(np.finfo(np.float64).tiny)
-
-
-def correct_logits(logits: Array, log_prior: Array, log_base: Array) -> Array:
-    """Move logits from one label mix to another.
-
-    Shapes: logits (n, n_classes), log_prior (n_classes,), log_base (n_classes,) -> (n, n_classes).
-    """
-    return logits + (log_prior - log_base)
 
 
 def smooth_shares(counts: Array) -> Array:
@@ -52,7 +43,7 @@ def log_loss(logits: Array, codes: Codes, weight: Array | None = None) -> float:
 
     Shapes: logits (n, n_classes), codes (n,), weight (n,).
     """
-    losses = logsumexp(logits, axis=1) - logits[np.arange(len(codes)), codes]
+    losses = -log_softmax(logits, axis=1)[np.arange(len(codes)), codes]
     return float(np.average(losses, weights=weight))
 
 

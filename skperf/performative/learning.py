@@ -32,7 +32,6 @@ from skperf.performative.record import (
     effective,
     worst_share,
 )
-from skperf.performative.response import Inputs
 from skperf.performative.trajectory import (
     KEPT_ROUNDS,
     Trajectory,
@@ -60,7 +59,7 @@ class Expected(NamedTuple):
 def learned(record: Record, data: Round) -> Record:
     """Take in one round; rows without a label tell the predicted shares and the mix."""
     state, n_classes = record.anticipation, len(record.log_base)
-    expected = _expected(record, state.trajectory.coming(data.covariates))
+    expected = _expected(record, data.covariates)
     log_prior, labelled = expected.log_prior, data.codes >= 0
     honest = labelled if data.honest is None else labelled & data.honest
     honest = honest if honest.any() else labelled
@@ -103,7 +102,7 @@ def learned(record: Record, data: Round) -> Record:
 def counted_round(record: Record, number: Any, counts: Array, statistic: Array) -> Record:
     """Learn from a round without rows: its label counts and its statistic."""
     trajectory = record.anticipation.trajectory
-    expected = _expected(record, trajectory.coming())
+    expected = _expected(record)
     shares = counts / max(counts.sum(), 1e-300)
     entry = _entry(record, number, expected, shares=shares)
     if record.anticipation.n_pairs and counts.sum() > 0:
@@ -146,7 +145,8 @@ def labelled_later(record: Record, data: Round) -> Record:
     anticipation = replace(state, trajectory=trajectory)
     if not before and i >= trajectory.lag:
         # maps have not seen these labels: they are judged as they would have been in time
-        answer, free, *_ = _expected(record, trajectory.before(i))
+        answers = state.answers(trajectory.before(i))
+        answer, free = (state.mixture(answers, model_free=free)[0] for free in (False, True))
         expected = Expected(answer, free, log_prior, told["strength"])
         entry = _entry(record, data.number, expected, data)
         record = _judged(record, data, expected)
@@ -156,10 +156,12 @@ def labelled_later(record: Record, data: Round) -> Record:
     return _settled(_with_labels(replace(record, anticipation=anticipation), data))
 
 
-def _expected(record: Record, inputs: Inputs) -> Expected:
-    answers = record.anticipation.answers(inputs)
-    answer = record.anticipation.mixture(answers)[0]
-    free = record.anticipation.mixture(answers, model_free=True)[0]
+def _expected(record: Record, covariates: Array | None = None) -> Expected:
+    state = record.anticipation
+    answers = state.ahead[1]
+    if covariates is not None:
+        answers = state.answers(state.trajectory.coming(covariates))
+    answer, free = (state.mixture(answers, model_free=free)[0] for free in (False, True))
     return Expected(answer, free, *record.applied(answer), answers)
 
 
@@ -237,7 +239,8 @@ def _judged(record: Record, part: Round, expected: Expected) -> Record:
         )
         width = _stepped_by(record, log_prior, counted(codes, weight, n_classes))
         record = replace(record, corrector=corrector, width=width)
-    if record.options.is_hybrid:
+    how = record.options
+    if how.transductive in ("map_em", "auto") and isinstance(how.prior_strength, str):
         scores, before = record.corrector.calibrated(part.logits), record.batch_losses
         mixes = [record.hybrid_prior(scores, log_prior, worth) for worth in WORTHS]
         found = np.array([log_loss(scores - record.log_base + m, codes, weight) for m in mixes])
@@ -273,7 +276,7 @@ def _with_labels(record: Record, part: Round) -> Record:
     if not len(part.codes):
         return record
     n_known = len(np.unique(record.memory.codes))
-    record = _remembering(record, part.logits, part.codes, part.weight, part.strata)
+    record = remembering(record, part.logits, part.codes, part.weight, part.strata)
     n_rounds = record.anticipation.n_rounds
     new = len(np.unique(record.memory.codes)) > n_known
     more = n_rounds in REFINED_AT and len(record.memory.codes) > 1.5 * record.base_rows
@@ -284,19 +287,14 @@ def _with_labels(record: Record, part: Round) -> Record:
     # biases are relative to the base mix: a new one asks for new ones
     due = refined or n_rounds >= 1.3 * record.calibrated_at
     if due and any(record.options.calibrations):
-        record = _with_calibrations(replace(record, calibrated_at=n_rounds))
+        record = with_calibrations(replace(record, calibrated_at=n_rounds))
     return record
 
 
-def remembering(record: Record, logits: Array, codes: Codes, weight: Array) -> Record:
-    """Know labelled rows (n, n_classes) before any round; fit a calibration asked for."""
-    record = _remembering(record, logits, codes, weight)
-    return _with_calibrations(record) if all(record.options.calibrations) else record
-
-
-def _remembering(
+def remembering(
     record: Record, logits: Array, codes: Codes, weight: Array, strata: Codes | None = None
 ) -> Record:
+    """Know labelled rows (n, n_classes), also before any round."""
     proba = probabilities(record.corrector.calibrated(logits))
     return replace(
         record,
@@ -337,11 +335,12 @@ def replaced(record: Record, rows: tuple[Array, Codes] | None, base: Array | Non
         base_rows=0,
     )
     if rows is not None:
-        record = _remembering(record, *rows, np.ones(len(rows[1])))
+        record = remembering(record, *rows, np.ones(len(rows[1])))
     return record if base is None else record.with_base(base, len(record.memory.codes))
 
 
-def _with_calibrations(record: Record) -> Record:
+def with_calibrations(record: Record) -> Record:
+    """Fit the calibrations of the options on remembered rows."""
     logits, codes = record.memory.scores, record.memory.codes
     counts = np.bincount(codes, minlength=len(record.log_base)).astype(float)
     offset = np.log(smooth_shares(counts)) - record.log_base

@@ -157,10 +157,8 @@ def _applied(
 def _one_step_errors(record: Record) -> Array:
     """Realised minus anticipated shares, (n_errors, n_classes), of the rounds to learn from."""
     known = [one["realised"] - one["predicted"] for one in record.losses]
-    errors = np.array(known)[record.options.min_rounds :] if known else np.zeros((0, 1))
-    errors = errors[np.isfinite(errors).all(axis=1)] if len(errors) else errors
-    if record.settings.buffer_size is not None:
-        errors = errors[-record.settings.buffer_size :]
+    errors = np.reshape(known, (-1, len(record.log_base)))[record.options.min_rounds :]
+    errors = errors[np.isfinite(errors).all(axis=1)][-(record.settings.buffer_size or 0) :]
     return errors if len(errors) else np.zeros((1, len(record.log_base)))
 
 

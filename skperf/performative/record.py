@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
-from scipy.stats import beta, chi2
+from scipy.special import betaincinv, chdtri
 
 from skperf.performative.anticipation import Anticipation, Settings
 from skperf.performative.corrector import Corrector
@@ -15,7 +14,6 @@ from skperf.performative.label_shift import (
     Array,
     Codes,
     bbse_prior,
-    correct_logits,
     em_prior,
     probabilities,
     smooth_shares,
@@ -45,11 +43,6 @@ class Options:
     calibrations: tuple[Literal["temperature", "bcts"] | None, ...] = (None,)
     refines_base: bool = False
     seed: int = 0
-
-    @property
-    def is_hybrid(self) -> bool:
-        """Whether the worth of anticipations against batches is to be found."""
-        return self.transductive in ("map_em", "auto") and isinstance(self.prior_strength, str)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +143,13 @@ class Record:
 
         Shapes: statistic (n_statistics,), covariates (n_covariates,) -> (n_classes,).
         """
-        inputs = self.anticipation.trajectory.coming(covariates)
+        state = self.anticipation
+        if statistic is None and covariates is None:
+            return self.applied(state.mixture(state.ahead[1])[0])
+        inputs = state.trajectory.coming(covariates)
         if statistic is not None:
             inputs = inputs.at(statistic[None])
-        return self.applied(self.anticipation.log_answer(inputs)[0])
+        return self.applied(state.log_answer(inputs)[0])
 
     def applied(self, answer: Array) -> tuple[Array, float]:
         """Blend an answer (n_classes,), weakened where it would drown a class."""
@@ -178,23 +174,24 @@ class Record:
 
     def corrected(self, logits: Array, log_prior: Array) -> Array:
         """Scores (n, n_classes) calibrated and moved to a log mix (n_classes,)."""
-        scores = self.corrector.calibrated(logits)
-        return correct_logits(scores, log_prior, self.log_base)
+        return self.corrector.calibrated(logits) + (log_prior - self.log_base)
 
     def interval(self, prior: Array, size: float | None = None) -> Array:
         """Find where the realised shares of a round of usual size lie: (..., K) -> (2, ..., K)."""
-        state = self.anticipation
-        if size is None:
-            counts = state.trajectory.counts.sum(axis=1)[-50:]
-            size = float(counts[counts > 0].mean()) if (counts > 0).any() else 1.0
-        worth = max(0.5, size / (state.spread * self.width))
+        size = self.usual_size(50) if size is None else size
+        worth = max(0.5, size / (self.anticipation.spread * self.width))
         tails = np.array([(1 - COVERED) / 2, (1 + COVERED) / 2])[(...,) + (None,) * prior.ndim]
         first = np.maximum(worth * prior, 1e-9)
         second = np.maximum(worth * (1 - prior), 1e-9)
-        bounds: Array = beta.ppf(tails, first, second)
+        bounds: Array = betaincinv(first, second, tails)
         # shares are counts over the size; far out in a tail the quantile may cross the mean
         bounds = np.stack([np.floor(bounds[0] * size), np.ceil(bounds[1] * size)]) / size
         return np.stack([np.minimum(bounds[0], prior), np.maximum(bounds[1], prior)])
+
+    def usual_size(self, latest: int) -> float:
+        """Labels of a round, on average over the latest ones; 0 is all of them."""
+        counts = self.anticipation.trajectory.counts[-latest:].sum(axis=1)
+        return float(counts[counts > 0].mean()) if (counts > 0).any() else 1.0
 
     # ---- batches
 
@@ -224,10 +221,8 @@ class Record:
         if self.batch_losses is not None:
             return WORTHS[int(self.batch_losses.argmin())]
         # at first the concentration of recent mixes
-        state = self.anticipation
-        counts = state.trajectory.counts.sum(axis=1)
-        size = float(counts[counts > 0].mean()) if (counts > 0).any() else 1.0
-        ratio = (size - state.spread) / max(state.spread - 1.0, 1e-2)
+        size, spread = self.usual_size(0), self.anticipation.spread
+        ratio = (size - spread) / max(spread - 1.0, 1e-2)
         return float(np.clip(ratio, 1.0, 10 * size))
 
     def _believed(self, scores: Array, log_prior: Array) -> float:
@@ -238,12 +233,14 @@ class Record:
         # after a change of the world a batch tells at once what labels tell rounds later
         scores = scores[np.linspace(0, len(scores) - 1, min(len(scores), BATCH_ROWS)).astype(int)]
 
+        ratios = np.exp(scores - scores.max(axis=1, keepdims=True))
+
         def likelihood(worth: float) -> float:
-            mix = self.hybrid_prior(scores, log_prior, worth)
-            return float(logsumexp(scores - self.log_base + mix, axis=1).sum())
+            mix = np.exp(self.hybrid_prior(scores, log_prior, worth) - self.log_base)
+            return float(np.log(ratios @ mix).sum())
 
         # by how much estimates from batches have been off before is allowed for
-        allowed = chi2.isf(DENIED, scores.shape[1] - 1) * max(1.0, self.batch_width) ** 2
+        allowed = chdtri(scores.shape[1] - 1, DENIED) * max(1.0, self.batch_width) ** 2
         least = likelihood(0.0) - allowed / 2
         lower = [w for w in WORTHS if 0.0 < w < worth]
         return next((w for w in (worth, *lower) if likelihood(w) >= least), 0.0)

@@ -32,7 +32,7 @@ def quick_diagnostics(record: Record) -> dict[str, Any]:
     """Diagnostics that cost next to nothing."""
     state = record.anticipation
     trajectory = state.trajectory.latest(LATEST)
-    statistics = trajectory.pairs()[0].statistics[:, 0]
+    statistics = trajectory.statistics[: -trajectory.lag]
     statistics = statistics[np.isfinite(statistics).all(axis=1)]
     if not len(statistics):
         return {"n_pairs": 0, "rank": 0, "dispersion": state.spread}

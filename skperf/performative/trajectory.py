@@ -135,9 +135,9 @@ class Trajectory:
         kept: Any = {name: getattr(self, name)[-n_rounds:] for name in ("rounds", *ARRAYS)}
         return replace(self, **kept)
 
-    def pairs(self) -> tuple[Inputs, Array]:
-        """Give what was known before each round but the first, and its counts (R - lag, K)."""
-        first = min(self.lag, len(self))
+    def pairs(self, latest: int = KEPT_ROUNDS) -> tuple[Inputs, Array]:
+        """Give what was known before the latest rounds but the first, and their counts (R, K)."""
+        first = max(min(self.lag, len(self)), len(self) - latest)
         return self._inputs(np.arange(first, len(self))), self.counts[first:]
 
     def before(self, row: int) -> Inputs:

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
+from skperf.performative import anticipation
 from skperf.performative._options import MAPS
 from skperf.performative.anticipation import (
     SHARE,
@@ -169,6 +171,50 @@ def test_a_costly_map_is_refitted_rarely():
     costly = Candidate(FORMS["tied"], fit=fit, first_pair=4, growth=1.25)
     live(lambda s, rng: softmax(-s / 0.2), Settings({"x": costly}), n_rounds=21)
     assert fitted == [4, 5, 7, 9, 12, 15, 19]
+
+
+def test_a_map_kept_from_round_to_round_is_the_one_of_its_window_alone():
+    def answer(s, rng):
+        return softmax(rng.normal(size=K) * 0.3 - s / 0.3)
+
+    settings, before = Settings({"tied": Candidate(FORMS["tied"], 0.9)}, l2=0.7), []
+    state, *_ = live(answer, settings, 60, see=lambda state, _: before.append(state))
+    statistics, counts = state.trajectory.statistics[-44:-1], state.trajectory.counts[-43:]
+    weights = 0.9 ** np.arange(42, -1, -1) / before[-1].contenders["tied"].dispersion
+
+    def loss(theta):
+        log_prior = log_softmax(EQUAL + theta[:K] + theta[K] * statistics, axis=1)
+        penalty = 0.35 * (theta[:K] @ theta[:K] + 0.1 * theta[K] ** 2)
+        return penalty - weights @ (counts * log_prior).sum(axis=1)
+
+    found = minimize(loss, np.zeros(K + 1), options={"gtol": 1e-7}).x
+    slope = state.contenders["tied"].response.coefficients
+    np.testing.assert_allclose(slope, found[K:], rtol=1e-5)
+
+
+def test_a_round_costs_as_much_after_a_thousand(monkeypatch):
+    """What maps are fitted to and what is read of the record, counted by rows."""
+    seen, fit, read = [0], fit_map, Trajectory._inputs
+
+    def fitted(inputs, counts, **options):
+        seen[0] += len(counts)
+        return fit(inputs, counts, **options)
+
+    def inputs(self, rows, covariates=None):
+        seen[0] += len(rows)
+        return read(self, rows, covariates)
+
+    monkeypatch.setattr(anticipation, "fit_map", fitted)
+    monkeypatch.setattr(Trajectory, "_inputs", inputs)
+    cost = []
+
+    def see(state, t):
+        cost.append(seen[0])
+
+    settings = Settings({f"tied {d}": Candidate(FORMS["tied"], d) for d in (1.0, 0.9)})
+    live(lambda s, _: softmax(-s / 0.3), settings, 1201, see=see)
+    early, late = (cost[t + 240] - cost[t] for t in (480, 960))
+    assert late == early
 
 
 def test_late_labels_teach_as_labels_in_time():
