@@ -15,7 +15,7 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier
-from torch import nn
+from torch import Tensor, nn
 
 from skperf.backbone._modules import ModuleClassifier, trained_names
 from skperf.backbone._nets import Net, default_net, seed_of
@@ -104,6 +104,9 @@ def open_network(fitted: Any, loss: Loss | None = None) -> Network:
     """
     inner, before = _inner(fitted)
     network = _opened(inner)
+    own = getattr(inner, "predict_nonlinearity", None)
+    if callable(own):
+        network = replace(network, probabilities=OwnProbabilities(own, network.readout))
     if before is not None:
         network = replace(network, before=before)
     if loss is None:
@@ -135,10 +138,9 @@ def class_logits(fitted: Any, X: Any) -> np.ndarray:
     """
     if has_network(fitted):
         network = open_network(fitted)
-        logits, net = network.logits(X), _inner(fitted)[0]
-        own = getattr(net, "predict_nonlinearity", None)
-        if callable(own) and network.readout is None:  # probabilities are no softmax of outputs
-            return log_probabilities(own(logits).numpy(), type(net).__name__)
+        logits, own = network.logits(X), network.probabilities
+        if own is not None:
+            return log_probabilities(own(logits).numpy(), type(_inner(fitted)[0]).__name__)
         return np.asarray(logits.double().numpy())
     given = _given(X, fitted) if isinstance(X, Rows) else X
     with warnings.catch_warnings():
@@ -162,6 +164,22 @@ def has_network(fitted: Any) -> bool:
     inner, _ = _inner(fitted)
     kinds = (nn.Module, NeuralNet, *(kind for kind, _ in _CONVERSIONS))
     return isinstance(inner, kinds) or callable(getattr(inner, "to_module", None))
+
+
+@dataclass(frozen=True)
+class OwnProbabilities:
+    """Probabilities by the nonlinearity of a skorch net, which takes what its module returns."""
+
+    nonlinearity: Callable[[Tensor], Tensor]
+    readout: Readout | None
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """Go back to what the module returned, and on from there: (n, K) -> (n, K)."""
+        if self.readout in (two_logits, log_odds_of_probability):
+            outputs = outputs[:, 1]
+        if self.readout is log_odds_of_probability:
+            outputs = outputs.sigmoid()
+        return self.nonlinearity(outputs.exp() if self.readout is log_of_probabilities else outputs)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Network:
     trainable: tuple[str, ...] | None = None  # names of parameters that train; None for all
     before: Callable[[Rows], Rows] | None = None  # the steps of a pipeline before the network
     draws: bool = False  # whether a forward draws random numbers
+    probabilities: Callable[[Tensor], Tensor] | None = None  # of outputs, if not by a softmax
 
     @property
     def device(self) -> torch.device:

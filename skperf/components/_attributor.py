@@ -16,7 +16,13 @@ from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._edited import EditedClassifier, edited
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator, open_network
-from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
+from skperf.backbone._sklearn import (
+    DOC_LINK,
+    Interval,
+    StrOptions,
+    check_feature_names_in,
+    fit_context,
+)
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_labelled_rows, check_rows, check_targets
 from skperf.backbone.network import Network
@@ -465,13 +471,10 @@ class ComponentAttributor(
             )
         strength = np.abs(study.fit.coefficients).mean(0)
         strongest = np.sort(np.argsort(-strength, kind="stable")[:k])
-        found = pair_effects(study.masks(range(len(outcomes))), outcomes, study.fit, strongest)
-        return PairsBunch(
-            pairs=found.pairs,
-            values=study.shaped(found.values),
-            stderr=study.shaped(found.stderr),
-            together=found.together,
-        )
+        masks = study.masks(range(len(outcomes)))
+        pairs, values, stderr, together = pair_effects(masks, outcomes, study.fit, strongest)
+        values, stderr = study.shaped(values), study.shaped(stderr)
+        return PairsBunch(pairs=pairs, values=values, stderr=stderr, together=together)
 
     def ablate(self, mask: Any) -> EditedClassifier:
         """Make a classifier with some components gone.
@@ -613,15 +616,7 @@ class ComponentAttributor(
             Such as ``layer1.0.conv2[7]``.
         """
         check_is_fitted(self)
-        known = getattr(self, "feature_names_in_", None)
-        if input_features is not None:
-            if known is not None and not np.array_equal(known, input_features):
-                raise ValueError("input_features is not equal to feature_names_in_")
-            if len(input_features) != self.n_features_in_:
-                raise ValueError(
-                    "input_features should have length equal to number of features "
-                    f"({self.n_features_in_}), got {len(input_features)}"
-                )
+        check_feature_names_in(self, input_features, generate_names=False)
         return np.array([c.name for c in self._study.wiring.components], dtype=object)
 
     def __sklearn_tags__(self) -> Any:
@@ -748,8 +743,7 @@ class ComponentAttributor(
             return None
         if not isinstance(guard, tuple) or len(guard) not in (2, 3):
             raise ValueError(
-                f"guard must be a pair (X, y), or (X, y, groups); got {type(guard).__name__}"
-                + (f" of {len(guard)}." if isinstance(guard, tuple) else ".")
+                f"guard must be a pair (X, y), or (X, y, groups); got {type(guard).__name__}."
             )
         rows, y = self._checked(*guard[:2])
         groups = np.asarray(guard[2]) if len(guard) == 3 else None
@@ -761,8 +755,6 @@ class ComponentAttributor(
         return Guarded(asked, groups)
 
     def _check_k(self, k: Any) -> None:
-        if isinstance(k, str):
-            raise ValueError(f"k={k!r} must be a number or 'auto'.")
         if not isinstance(k, Integral) or not 0 <= int(k) <= self.n_components_:
             raise ValueError(
                 f"k={k!r} must be a whole number from 0 to {self.n_components_}, the number of "

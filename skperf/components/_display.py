@@ -60,8 +60,8 @@ class ComponentDisplay:
         """
         attributions = estimator.attributions_ if X is None else estimator.attribute(X, y)
         rows = slice(None) if examples is None else np.atleast_1d(examples)
-        display = cls(attributions[rows].mean(0), estimator.components_, name=name)
-        return display.plot(ax=ax)
+        mean = attributions[rows].reshape(-1, estimator.n_components_).mean(0)
+        return cls(mean, estimator.components_, name=name).plot(ax=ax)
 
     @classmethod
     def from_predictions(cls, attributions, components, *, ax=None, name=None):
@@ -104,11 +104,12 @@ class ComponentDisplay:
         """
         plt = pyplot()
 
-        modules = list(dict.fromkeys(self.components["module"].tolist()))
-        rows = {module: position for position, module in enumerate(modules)}
+        kinds = [(c["module"], c["kind"]) for c in self.components]  # a module may have several
+        modules = [module for module, _ in dict.fromkeys(kinds)]
+        rows = {kind: position for position, kind in enumerate(dict.fromkeys(kinds))}
         table = np.full((len(modules), int(self.components["unit"].max()) + 1), np.nan)
-        for component, value in zip(self.components, self.attributions, strict=True):
-            table[rows[component["module"]], component["unit"]] = value
+        places = [rows[kind] for kind in kinds]
+        table[places, self.components["unit"]] = self.attributions
         if ax is None:
             _, ax = plt.subplots(figsize=(7, 0.6 + 0.28 * len(modules)))
         limit = float(np.nanmax(np.abs(table))) or 1.0

@@ -180,25 +180,22 @@ class ComponentEditor(
         if attributor.random_state is None:
             attributor.set_params(random_state=seed)
         self.attributor_ = attributor.fit(rows[chosen], y[chosen])
+        limits: dict[str, Any] = {"k": self.k, "max_drop": self.max_drop}
         if not target.any() or self.k == 0:  # an edit like any other, of nothing
             self.edited_ = attributor.ablate(np.ones(attributor.n_components_))
         elif by_group and self.direction == "increase":
+            guard = rows, y, strata
             self.edited_ = attributor._edit_groups(
-                strata[chosen],
-                (rows, y, strata),
-                max_rounds=self.max_rounds,
-                k=self.k,
-                max_drop=self.max_drop,
+                strata[chosen], guard, max_rounds=self.max_rounds, **limits
             )
         else:
             others = ~target if not target.all() else target
             self.edited_ = attributor.edit(
                 target[chosen],
-                k=self.k,
                 direction=self.direction,
                 criterion=self.criterion,
                 guard=(rows[np.flatnonzero(others)], y[others]),
-                max_drop=self.max_drop,
+                **limits,
             )
 
     def _target(self, X: Any, y: np.ndarray, predicted: np.ndarray, groups: Any) -> np.ndarray:

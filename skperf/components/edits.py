@@ -83,8 +83,6 @@ class Wish:
             raise ValueError(f"direction={self.direction!r} must be 'increase' or 'decrease'.")
         if self.criterion not in ORDERS:
             raise ValueError(f"criterion={self.criterion!r} must be one of {sorted(ORDERS)}.")
-        if isinstance(self.k, str) and self.k != "auto":
-            raise ValueError(f"k={self.k!r} must be a number or 'auto'.")
 
     def order(self, fit: Any, criterion: str) -> Order:
         """Rank components, first those to ablate: -> (n_components,)."""

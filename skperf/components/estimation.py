@@ -66,20 +66,11 @@ def ridge(
     )
 
 
-@dataclass(frozen=True)
-class PairEffects:
-    """Second differences of the output."""
-
-    pairs: NDArray[np.intp]  # (P, 2)
-    values: Array  # (n_examples, P)
-    stderr: Array  # (n_examples, P)
-    together: NDArray[np.intp]  # (P,): masks in which both are gone
-
-
 def pair_effects(
     masks: NDArray[np.bool_], outcomes: Array, fit: Fit, chosen: NDArray[np.intp]
-) -> PairEffects:
-    """Regress what the linear model leaves of outcomes (m, n) on products of gates: chosen (k,)."""
+) -> tuple[NDArray[np.intp], Array, Array, NDArray[np.intp]]:
+    """Regress what a linear model leaves of outcomes (m, n) on products of chosen gates (k,)."""
+    # -> pairs (P, 2), second differences (n, P), their errors (n, P), masks without both (P,)
     # With gates about their means, v_i - p, products are orthogonal to single gates, so that the
     # residual of the linear model keeps all that pairs explain. The coefficient of a product is
     # f(1,1) - f(0,1) - f(1,0) + f(0,0): what both together cost more than the sum of each.
@@ -100,7 +91,7 @@ def pair_effects(
         stderr[:, known] = second.stderr / scale[known]
     gone = ~np.asarray(masks, bool)
     together = (gone[:, pairs[:, 0]] & gone[:, pairs[:, 1]]).sum(0)
-    return PairEffects(pairs, values, stderr, together)
+    return pairs, values, stderr, together
 
 
 def mean_correlation(predicted: Array, actual: Array) -> float:

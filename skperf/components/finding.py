@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import refuse_scripted
-from skperf.components.taps import row_layer, tapped, weight_rows
+from skperf.components.taps import captured, row_layer, weight_rows
 from skperf.components.units import Found, Place, Site, Spot
 from skperf.components.watching import Watcher
 
@@ -33,9 +33,7 @@ def find(network: Network, row: Any, others: Any = None) -> Found:
     for name, part in network.module.named_modules(remove_duplicate=False):
         names.setdefault(part, []).append(name)
     rows = list(_rows_of_layers(network.module, names, watcher, readout))
-    heads = [
-        replace(s, aliases=tuple(_other_names(names, network.module, s))) for s in watcher.heads
-    ]
+    heads = [replace(s, aliases=_other_names(names, network.module, s)) for s in watcher.heads]
     order = {
         name: position for position, name in enumerate(n for n, _ in network.module.named_modules())
     }
@@ -64,13 +62,10 @@ def find(network: Network, row: Any, others: Any = None) -> Found:
 def size_at(network: Network, row: Any, place: Place) -> int:
     """Entries along the dimension that a place cuts, found by running a row: row (1, ...)."""
     spot = Spot(place.module, place.side, place.dim)
-    seen: list[Tensor] = []
     if spot.is_activation:
-        watched = {spot: [lambda tensor, call: seen.append(tensor)]}  # type: ignore[func-returns-value]
-        with torch.no_grad(), tapped(network.module, watched):
-            network(row)
+        seen = captured(network, row, [spot])[spot]
     else:
-        seen.append(network.module.get_submodule(place.module).get_parameter(place.side))
+        seen = [network.module.get_submodule(place.module).get_parameter(place.side)]
     if not seen:
         raise ValueError(f"{place!r}: {place.module!r} is never called, or has no such tensor.")
     shape = tuple(seen[0].shape)
@@ -81,11 +76,10 @@ def size_at(network: Network, row: Any, place: Place) -> int:
     return int(shape[place.dim])
 
 
-def _other_names(names: dict[nn.Module, list[str]], module: nn.Module, site: Site) -> Iterator[str]:
-    for name in dict.fromkeys([site.module, *(spot.module for spot in site.spots)]):
-        for other in names[module.get_submodule(name)]:
-            if other != site.module:
-                yield other
+def _other_names(names: dict[nn.Module, list[str]], module: nn.Module, site: Site) -> Any:
+    held = dict.fromkeys([site.module, *(spot.module for spot in site.spots)])
+    others = [other for name in held for other in names[module.get_submodule(name)]]
+    return tuple(other for other in others if other != site.module)
 
 
 def _rows_of_layers(

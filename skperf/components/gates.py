@@ -22,7 +22,7 @@ from skperf.backbone.rows import Rows
 from skperf.backbone.views import view
 from skperf.components.folding import fold, is_small
 from skperf.components.measures import Measure
-from skperf.components.taps import opened_attention, tapped
+from skperf.components.taps import captured, opened_attention, tapped
 from skperf.components.units import Site, Spot
 from skperf.components.wiring import Layout, Wiring
 
@@ -138,11 +138,16 @@ class Circuit:
     def outputs(self, asked: Asked, measure: Measure, masks: Tensor, *, first: int = 0) -> Tensor:
         """Compute true outputs under ablation: n rows, masks (m, n_components) -> (n, ..., m)."""
         values = self.values(masks)
-        size = min(self.network.batch_size, _ROWS_PER_PASS)
+        size = self.network.batch_size  # rows that look at one another are cut as in prediction
+        size = size if self.wiring.plain else min(size, _ROWS_PER_PASS)
         starts = range(0, len(asked), size)
         return torch.cat(
             [self._batch(asked[start : start + size], measure, values, first) for start in starts]
         )
+
+    def together(self, n_rows: int) -> int:
+        """Masks that are run in one pass."""
+        return max(1, _SMALL_BATCH // n_rows) if self.wiring.knows_rows else 1
 
     def gradients(
         self, asked: Asked, measure: Measure, gates: Tensor, *, first: int = 0
@@ -209,16 +214,9 @@ class Circuit:
             self.instead = {key: mean[codes] for key, mean in self._means.items()}
 
     def captured(self, inputs: Rows) -> dict[tuple[Spot, int], Tensor]:
-        """Activations at all taps."""
-        made: dict[tuple[Spot, int], Tensor] = {}
-
-        def keep(spot: Spot) -> Callable[[Tensor, int], None]:
-            return lambda tensor, call: made.__setitem__((spot, call), tensor.detach())
-
-        watched = {tap.spot: [keep(tap.spot)] for tap in self.taps if tap.spot.is_activation}
-        with torch.no_grad(), tapped(self.network.module, watched):
-            self.network(inputs)
-        return made
+        """Activations at all taps, by the number of the call."""
+        made = captured(self.network, inputs, [tap.spot for tap in self.taps])
+        return {(spot, n): tensor for spot, calls in made.items() for n, tensor in enumerate(calls)}
 
     def _acting(self, values: Tensor, asked: Asked) -> Iterator[Tap]:
         """Gates of a pass: where all its rows share a mask, on whatever has fewer numbers."""
@@ -262,8 +260,7 @@ class Circuit:
 
     def _batch(self, asked: Asked, measure: Measure, values: Tensor, first: int) -> Tensor:
         asked = asked.ready(self.network)
-        together = min(len(values), max(1, _SMALL_BATCH // len(asked)))
-        together = together if self.wiring.knows_rows else 1
+        together = min(len(values), self.together(len(asked)))
         columns = []
         remembers = self.wiring.prefix and len(values) > 2 * together
         with ExitStack() as stack:
@@ -299,9 +296,10 @@ class Circuit:
             for part, output in made.items():
                 # What was changed in place afterwards must be computed anew.
                 if isinstance(output, Tensor) and output._version == 0:
-                    own = part.__dict__.get("forward")
+                    own = {k: v for k, v in part.__dict__.items() if k == "forward"}
                     part.__dict__["forward"] = lambda *args, _kept=output, **kwargs: _kept
-                    stack.callback(_put_back, part, own)
+                    stack.callback(part.__dict__.update, own)
+                    stack.callback(part.__dict__.pop, "forward")
 
         return recall
 
@@ -309,9 +307,16 @@ class Circuit:
         gates = values.index_select(1, tap.channels)
 
         def mix(output: Tensor, call: int) -> Tensor:
+            if torch.is_grad_enabled() and self.wiring.n_calls[tap.spot] == 1:
+                call = 0  # a checkpoint runs it again
             key, size = (tap.spot, call), len(asked)
             layout = self.wiring.layouts.get(key)
             instead = self.instead.get(key, tap.bias)
+            if instead is None and self.rule.kind in ("mean", "resample"):
+                raise ValueError(
+                    f"ablation={self.rule.kind!r}: {tap.spot.module!r} runs more often for some "
+                    "rows than for the donors, and nothing can stand in for it there; use 'zero'."
+                )
             return blend(output, gates, instead, layout, tap.spot.dim, self.rule, size)
 
         return mix
@@ -320,7 +325,8 @@ class Circuit:
         """Means of the donors' activations, one for each channel, position or class."""
         donors, labels = self.rule.donors, self.rule.labels
         assert donors is not None
-        sums: dict[tuple[Spot, int], Tensor] = {}
+        sums: dict[tuple[Spot, int], Any] = {}
+        sizes: dict[tuple[Spot, int], int] = {}
         codes = torch.zeros(len(donors), dtype=torch.long, device=self.network.device)
         if self.rule.per == "class":
             assert labels is not None
@@ -331,15 +337,16 @@ class Circuit:
             where = slice(start, start + _ROWS_PER_PASS)
             part, here = donors[where], codes[where]
             for key, tensor in self.captured(part).items():
-                if self.rule.per == "all":
-                    flat = tensor.movedim(key[0].dim, -1).flatten(0, -2).mean(0) * len(part)
-                    sums[key] = sums.get(key, torch.zeros_like(flat)) + flat
+                if self.rule.per == "all":  # rows may be routed elsewhere
+                    flat = tensor.movedim(key[0].dim, -1).flatten(0, -2)
+                    sums[key] = sums.get(key, 0) + flat.sum(0)
+                    sizes[key] = sizes.get(key, 0) + len(flat)
                     continue
                 rows = self._split(key, tensor, len(part))
                 total = sums.setdefault(key, rows.new_zeros(n_groups, *rows.shape[1:]))
                 total.index_add_(0, here, rows)
         if self.rule.per == "all":
-            return {key: total / len(donors) for key, total in sums.items()}
+            return {key: total / max(sizes[key], 1) for key, total in sums.items()}
         shape = (-1, *[1] * 9)
         present = counts.clamp_min(1).to(self.network.dtype)
         return {key: total / present.view(shape[: total.ndim]) for key, total in sums.items()}
@@ -354,12 +361,6 @@ class Circuit:
                 f"{key[0].module!r} belongs to which row, and cannot: use 'zero' or 'mean'."
             )
         return layout.split(tensor, n_rows)
-
-
-def _put_back(part: nn.Module, own: Any) -> None:
-    part.__dict__.pop("forward", None)
-    if own is not None:
-        part.__dict__["forward"] = own
 
 
 def _channels(
@@ -432,7 +433,7 @@ def _spread(gates: Tensor, layout: Layout | None, dim: int, output: Tensor, n_ro
     if len(gates) == 1:
         return along(gates[0], dim, output.ndim)
     if layout is None:
-        raise ValueError("a layer ran more often than at first: is the network checkpointed?")
+        raise RuntimeError("a layer ran more often than at first, as if for gradients")
     rows = _for_each(gates, n_rows)
     inner = output.shape[layout.axis] // n_rows
     rows = rows.repeat(inner, 1) if layout.in_turn else rows.repeat_interleave(inner, 0)

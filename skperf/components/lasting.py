@@ -48,6 +48,10 @@ class Gate(nn.Module):
         kept = self.get_buffer("kept")[None]
         return blend(output, kept, instead, layout, self.dim, self.rule, n_rows)
 
+    def anew(self, module: nn.Module, args: Any) -> None:
+        """Count calls from the first: the last pass may have been broken off."""
+        self.calls = 0
+
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Act behind a module; the bias of a layer stands in for its rows."""
         bias = module._parameters.get("bias") if self.keeps_bias else None
@@ -95,6 +99,7 @@ def _stand(module: nn.Module, circuit: Circuit, tap: Tap, kept: Tensor) -> None:
     gate.train(part.training)
     name = f"ablation_{sum(key.startswith('ablation_') for key in part._modules)}"
     part.add_module(name, gate)
+    module.register_forward_pre_hook(gate.anew)
     if tap.spot.side == "input":
         opened_attention(module)  # its projection must be called for the gate to be reached
         part.register_forward_pre_hook(gate.before, with_kwargs=True)

@@ -18,6 +18,7 @@ class Measure:
 
     output: str | Callable[..., Tensor]
     loss: Loss
+    probabilities: Callable[[Tensor], Tensor] | None = None  # of outputs, if not by a softmax
 
     @property
     def n_arguments(self) -> int:
@@ -38,9 +39,11 @@ class Measure:
             assert targets is not None
             if self.output == "loss":
                 return self.loss.value(outputs, targets)
+            if self.probabilities is not None and self.output in ("proba", "log_odds"):
+                chosen = OUTPUTS["logit"](self.probabilities(outputs), targets)
+                return chosen if self.output == "proba" else chosen.logit()
             return OUTPUTS[self.output](outputs, targets)
-        tree: Any = asked.rows.tree
-        given = (outputs, targets, tree)[: self.n_arguments]
+        given: Any = (outputs, targets, asked.rows.tree)[: self.n_arguments]
         try:
             values = self.output(*given)
         except (TypeError, AttributeError) as error:

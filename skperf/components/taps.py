@@ -1,12 +1,14 @@
 """Get at activations and parameters of a network of ours: watch them, put others in their place."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from skperf.backbone.network import Network
+from skperf.backbone.rows import Rows
 from skperf.components.units import Spot
 
 Tapping = Callable[[Tensor, int], Tensor | None]
@@ -56,6 +58,18 @@ def tapped(module: nn.Module, functions: Mapping[Spot, Sequence[Tapping]]) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+def captured(network: Network, rows: Rows, spots: Iterable[Spot]) -> dict[Spot, list[Tensor]]:
+    """Activations of a pass, one for each call, as they were before anybody wrote to them."""
+    made: dict[Spot, list[Tensor]] = {spot: [] for spot in spots}
+
+    def keep(spot: Spot) -> Tapping:
+        return lambda tensor, call: made[spot].append(tensor.detach().clone())
+
+    with torch.no_grad(), tapped(network.module, {s: [keep(s)] for s in made if s.is_activation}):
+        network(rows)
+    return made
 
 
 def with_first(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -133,7 +147,7 @@ def opened_attention(module: nn.Module) -> nn.Module:
 def row_layer(part: nn.Module) -> tuple[str, int, int, int] | None:
     """Kind, number of outputs, number of inputs and channel dimension of a layer with rows."""
     if isinstance(part, CONVOLUTIONS + TRANSPOSED):
-        return "conv_filter", part.out_channels, part.in_channels, 1
+        return "conv_filter", part.out_channels, part.in_channels, -1 - len(part.kernel_size)
     if isinstance(part, nn.Linear) or _is_linear(part):
         return "neuron", int(part.out_features), int(part.in_features), -1  # type: ignore[arg-type]
     if is_transposed_linear(part):

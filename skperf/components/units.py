@@ -1,6 +1,6 @@
 """Name the parts of a network that can be ablated, and pick them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -178,21 +178,12 @@ def select(
 ) -> tuple[list[Component], list[Site]]:
     """Name the components that a selection means, and the sites they live in."""
     sites = list(found.sites)
-    if isinstance(selection, str):
-        items: Iterable[Any] = [selection]
-    elif callable(selection):
-        items = list(selection(module))
-        wrong = [item for item in items if not isinstance(item, Component | Place)]
-        if wrong:
-            raise TypeError(
-                f"components must return Component or Place records, got {type(wrong[0]).__name__}."
-            )
-    elif isinstance(selection, Sequence):
-        items = selection
-    else:
+    given: Any = selection(module) if callable(selection) else selection
+    items = [given] if isinstance(given, str | Component | Place) else given
+    if not isinstance(items, Sequence):
         raise TypeError(
             "components must be a word, a glob, a list of these, of Component or of Place, or a "
-            f"function of the module; it is {type(selection).__name__}."
+            f"function of the module; it is {type(items).__name__}."
         )
     chosen: list[Component] = []
     for item in items:
@@ -290,11 +281,9 @@ def _automatic(found: Found) -> list[Component]:
 
 
 def _mlp_neurons(found: Found) -> list[Component]:
-    sites = [
-        replace(site, kind="mlp_neuron") for site in found.feed_forward() if site.kind == "neuron"
-    ]
-    filters = [site for site in found.feed_forward() if site.kind == "conv_filter"]
-    return [component for site in [*sites, *filters] for component in site.components()]
+    named = {"neuron": "mlp_neuron"}
+    sites = [replace(s, kind=named.get(s.kind, s.kind)) for s in found.feed_forward()]
+    return [component for site in sites for component in site.components()]
 
 
 def _listing(sites: Sequence[Site], most: int = 12) -> str:

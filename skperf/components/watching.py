@@ -5,7 +5,7 @@ results of every product of many axes are made leaves, and a layer takes heads w
 of its input each depend on one entry of such a leaf alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,7 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.b
 _FUSED: Any = functional.scaled_dot_product_attention
 _TORCHS_OWN: Any = functional.multi_head_attention_forward
 _READS_EXPERTS = ("bmm", "baddbmm", "_grouped_mm", "grouped_mm")
+_vmapped = torch._C._functorch.is_functorch_wrapped_tensor
 _REMEMBERED = 24
 """Layers back at which the values of an attention may have been made."""
 
@@ -91,6 +92,8 @@ class Watcher(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(isinstance(value, Tensor) and _vmapped(value) for value in args):
+            return func(*args, **kwargs)
         if func is _FUSED:
             for tensor in (*args[:2], kwargs.get("query"), kwargs.get("key")):
                 self._feeds_attention(tensor)
@@ -249,7 +252,8 @@ class Watcher(TorchFunctionMode):
             (terms[1], terms[0], args[2], args[1]),
         ):
             owner = self.holders.get(id(parameter))
-            if owner is None or not tensor.requires_grad:
+            # one axis in common mixes heads, more than one projects them
+            if owner is None or not tensor.requires_grad or len({*term} & {*other}) < 2:
                 continue
             for mixing in [m for m in self.mixings if m.open]:
                 for axis, letter in enumerate(term):
@@ -267,12 +271,11 @@ class Watcher(TorchFunctionMode):
             self.called.add(name)
             described = row_layer(part)
             tensor = first_tensor((args, kwargs)) if described else None
-            if described is not None and tensor is not None:
+            if described is not None and tensor is not None and not _vmapped(tensor):
                 self.taken[part] = tensor.data_ptr()
                 self.kept.append(tensor)  # so that no other tensor gets its address
-                dim = described[3] if described[3] < 0 else min(described[3], tensor.ndim - 1)
                 with torch.enable_grad():  # a model may run parts of itself without
-                    self._takes(name, part, tensor, dim)
+                    self._takes(name, part, tensor, described[3])
                     if described[3] == -1 and tensor.requires_grad:
                         self._leads_back(name, described[2], described[1], tensor)
 
@@ -286,6 +289,8 @@ class Watcher(TorchFunctionMode):
                 return None
 
             def cut(tensor: Tensor) -> Tensor:
+                if _vmapped(tensor):
+                    return tensor
                 leaf = tensor.detach().clone().requires_grad_(True)
                 self.made.append(_Made(leaf, name, described[3]))
                 return leaf.clone()
@@ -318,6 +323,15 @@ class Watcher(TorchFunctionMode):
                 mixing.used = True
                 self._found(mixing.module, name, part, blocks)
                 self._groups(mixing.module, name, part, weighted, dim, blocks)
+        if len(reached) > 1 and not any(mixing.used for mixing in reached):
+            # a module for each head
+            pushed = [_pushed(tensor, dim, mixing.leaf) for mixing in reached]
+            sets = [push(torch.rand_like(m.leaf)) for push, m in zip(pushed, reached, strict=True)]
+            blocks = _as_blocks(sets, shared=False)
+            if blocks is not None and blocks[2] > 1:
+                for mixing in reached:
+                    mixing.used = True
+                self._found(parent, name, part, blocks)
         if any(mixing.used for mixing in reached):
             self.attention_layers |= {made.module for made in self._behind(tensor)}
 
@@ -361,7 +375,8 @@ class Watcher(TorchFunctionMode):
                 if len(site.module) < len(other.module) and site.module not in names:
                     self.heads[position] = replace(other, module=site.module)
                 return
-            if other.module == site.module and self._reads_alike(other, part):
+            known = self.module.get_submodule(other.spots[0].module)
+            if other.module == site.module and self.taken.get(known) == self.taken.get(part):
                 # a second layer that reads the same heads, such as a low-rank adapter
                 both = other.weights and columns is not None
                 weights = (*other.weights, columns) if both and columns is not None else ()
@@ -373,11 +388,6 @@ class Watcher(TorchFunctionMode):
         self.heads.append(
             replace(site, spots=(spot,), weights=() if columns is None else (columns,))
         )
-
-    def _reads_alike(self, other: Site, part: nn.Module) -> bool:
-        """Whether a layer takes the very tensor that another has taken."""
-        known = self.module.get_submodule(other.spots[0].module)
-        return self.taken.get(known) == self.taken.get(part)
 
     def _groups(
         self,
@@ -417,21 +427,14 @@ class Watcher(TorchFunctionMode):
 def _blocks(tensor: Tensor, dim: int, mixing: _Mixing) -> tuple[int, int, int] | None:
     """Find blocks that one entry of a mixing makes each: their number, start and width."""
     leaf = mixing.leaf
-    # J v by two backward passes: J' u is linear in u, and its derivative along v is J v
-    u = torch.rand_like(tensor).add_(0.5).requires_grad_(True)
-    (back,) = torch.autograd.grad(
-        tensor, leaf, u, retain_graph=True, create_graph=True, allow_unused=True
-    )
-    if back is None or not back.requires_grad:
-        return None
+    push = _pushed(tensor, dim, leaf)
     for axis in mixing.axes:
         sets: list[Tensor] = []
         for head in range(leaf.shape[axis]):
             v = torch.zeros_like(leaf)
             v.select(axis, head).uniform_(0.5, 1)
-            (jv,) = torch.autograd.grad((back * v).sum(), u, retain_graph=True, allow_unused=True)
-            moved = None if jv is None else jv.movedim(dim, -1).flatten(0, -2).abs().sum(0) > 0
-            if moved is None or (bool(moved.all()) and leaf.shape[axis] > 1):
+            moved = push(v)
+            if not moved.any() or (bool(moved.all()) and leaf.shape[axis] > 1):
                 break
             sets.append(moved)
         # positions and heads along one axis, as in a convolution made anew for every row, are none
@@ -441,6 +444,25 @@ def _blocks(tensor: Tensor, dim: int, mixing: _Mixing) -> tuple[int, int, int] |
             return found
     alone = sum(leaf.shape[axis] == 1 for axis in mixing.axes) > 1  # of rows, and of heads
     return (1, 0, tensor.shape[dim]) if alone and leaf.ndim >= 4 else None
+
+
+def _pushed(tensor: Tensor, dim: int, leaf: Tensor) -> Callable[[Tensor], Tensor]:
+    """Give which channels of a tensor move when a leaf does: the leaf's shape -> (n_channels,)."""
+    # J v by two backward passes: J' u is linear in u, and its derivative along v is J v
+    u = torch.rand_like(tensor).add_(0.5).requires_grad_(True)
+    (back,) = torch.autograd.grad(
+        tensor, leaf, u, retain_graph=True, create_graph=True, allow_unused=True
+    )
+
+    def push(v: Tensor) -> Tensor:
+        jv = torch.zeros_like(tensor)
+        if back is not None and back.requires_grad:
+            (jv,) = torch.autograd.grad(
+                (back * v).sum(), u, retain_graph=True, materialize_grads=True
+            )
+        return jv.movedim(dim, -1).flatten(0, -2).abs().sum(0) > 0
+
+    return push
 
 
 def _as_blocks(sets: list[Tensor], shared: bool) -> tuple[int, int, int] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
 from skperf.components.folding import folds_exactly, followers_of
-from skperf.components.taps import tapped
+from skperf.components.taps import captured
 from skperf.components.units import Component, Site, Spot
 
 _PROBED = 3
@@ -85,8 +85,8 @@ def wire(
     elif followers and not folds_exactly(network, followers, few):
         followers = {}
     spots = {spot for site in sites for spot in site.spots}
-    together = _activations(network, few, spots)
-    alone = [_activations(network, few[i : i + 1], spots) for i in range(len(few))]
+    together = captured(network, few, spots)
+    alone = [captured(network, few[i : i + 1], spots) for i in range(len(few))]
     layouts, n_calls = {}, {}
     for spot in spots:
         n_calls[spot] = len(together[spot])
@@ -95,15 +95,10 @@ def wire(
             layout = _layout(tensor, parts) if len(parts) == len(few) else None
             if layout is not None:
                 layouts[spot, call] = layout
+    prefix, floats = seen.before(spots, network.module), seen.floats // len(few)
+    sizes = {spot: sum(t.numel() for t in seen) // len(few) for spot, seen in together.items()}
     return Wiring(
-        tuple(components),
-        tuple(sites),
-        layouts,
-        n_calls,
-        seen.before(spots, network.module),
-        followers,
-        seen.floats // len(few),
-        {spot: sum(t.numel() for t in tensors) // len(few) for spot, tensors in together.items()},
+        tuple(components), tuple(sites), layouts, n_calls, prefix, followers, floats, sizes
     )
 
 
@@ -207,18 +202,6 @@ def _behind(site: Site, followers: Mapping[str, str]) -> Site:
         return site
     moved = [replace(s, module=followers.get(s.module, s.module)) for s in site.spots]
     return replace(site, spots=tuple(moved), weights=())
-
-
-def _activations(network: Network, rows: Rows, spots: set[Spot]) -> dict[Spot, list[Tensor]]:
-    made: dict[Spot, list[Tensor]] = {spot: [] for spot in spots}
-
-    def keep(spot: Spot) -> Any:
-        return lambda tensor, call: made[spot].append(tensor.detach().clone())
-
-    watched = {spot: [keep(spot)] for spot in spots if spot.is_activation}
-    with torch.no_grad(), tapped(network.module, watched):
-        network(rows)
-    return made
 
 
 def _layout(together: Tensor, alone: list[Tensor]) -> Layout | None:

@@ -148,7 +148,7 @@ def test_a_network_with_nothing_hidden_gives_the_rows_of_its_only_layer():
         ([Component("stem", "conv_filter", 6)], ValueError, "has no component"),
         (3, TypeError, "it is int"),
         (lambda _: [], ValueError, "selects nothing"),
-        (lambda _: ["stem"], TypeError, "Component or Place records"),
+        (lambda _: [3], TypeError, "Component or Place, got int"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_a_list_of_what_does(selection, error, message):
