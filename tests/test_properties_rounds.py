@@ -60,22 +60,25 @@ def start():
 
 def test_options_are_judged_by_the_rows_of_a_round_and_older_rounds_fade():
     losses, right, noise = tables(LOGITS, CODES, WEIGHT)
-    right[0, 0] = 0.7  # without calibration and correction the classifier's own rule predicts
-    once = start().judged(LOGITS, CODES, WEIGHT, ANSWER, BASE, 0.7)
+    own = RNG.uniform(size=len(CODES)) < 0.7
+    own_right = WEIGHT @ own / WEIGHT.sum()
+    right[0, 0] = own_right  # without calibration and correction the classifier's own rule predicts
+    once = start().judged(LOGITS, CODES, WEIGHT, ANSWER, BASE, own)
     for found, expected in ((once.slow, losses), (once.fast, losses), (once.right, right)):
         np.testing.assert_allclose(found, expected)
     np.testing.assert_allclose(once.noise, noise, atol=1e-12)
-    assert (once.weight, once.n_rounds, once.n_rows, once.own_right) == (1, 1, 40, 0.7)
+    assert (once.weight, once.n_rounds, once.n_rows) == (1, 1, 40)
+    assert once.own_right == pytest.approx(own_right)
     other = tables(LOGITS[:25], CODES[:25], np.ones(25))
-    other[1][0, 0] = 0.5
-    twice = once.judged(LOGITS[:25], CODES[:25], np.ones(25), ANSWER, BASE, 0.5)
+    other[1][0, 0] = own[:25].mean()
+    twice = once.judged(LOGITS[:25], CODES[:25], np.ones(25), ANSWER, BASE, own[:25])
     np.testing.assert_allclose(twice.slow, SLOW * losses + other[0])
     np.testing.assert_allclose(twice.fast, FAST * losses + other[0])
     np.testing.assert_allclose(twice.right, SLOW * right + other[1])
     np.testing.assert_allclose(twice.noise, FAST**2 * noise + other[2], atol=1e-12)
     assert twice.weight == pytest.approx(SLOW + 1)
     assert twice.n_rows == pytest.approx(SLOW * 40 + 25)
-    assert twice.own_right == pytest.approx(SLOW * 0.7 + 0.5)
+    assert twice.own_right == pytest.approx(SLOW * own_right + own[:25].mean())
     assert once.n_rounds == 1  # what was known stays as it was
 
 
@@ -83,8 +86,11 @@ def test_many_rows_are_judged_by_five_hundred_spread_over_them():
     logits, codes = RNG.normal(size=(1700, K)), RNG.integers(0, K, 1700)
     kept = np.linspace(0, 1699, 500).astype(int)
     expected = tables(logits[kept], codes[kept], np.ones(500))
-    found = start().judged(logits, codes, np.ones(1700), ANSWER, BASE, 0.5)
+    own = RNG.uniform(size=1700) < 0.5
+    found = start().judged(logits, codes, np.ones(1700), ANSWER, BASE, own)
     np.testing.assert_allclose(found.slow, expected[0])
+    # a lead over the classifier's own rule is one on the same rows
+    assert found.own_right == pytest.approx(own[kept].mean())
     assert found.n_rows == 500
 
 

@@ -73,11 +73,12 @@ class Corrector:
         weight: Array,
         answer: Array,
         log_base: Array,
-        own_right: float,
+        own: NDArray[np.bool_],
     ) -> "Corrector":
-        """Score all options on rows of a round: logits (n, K), codes (n,), answer (K,)."""
+        """Score options on rows of a round: logits (n, K), codes, own hits (n,), answer (K,)."""
         kept = np.linspace(0, len(codes) - 1, min(len(codes), JUDGED)).astype(int)
         logits, codes, weight = logits[kept], codes[kept], weight[kept] / weight[kept].sum()
+        own_right = float(weight @ own[kept])  # of the same rows, or chance decides
         mixes = self._grid(answer, log_base)
         losses, right, noise = [], [], []
         plain = None
@@ -85,8 +86,8 @@ class Corrector:
             scores = self.calibrated(logits, Option(i)) - log_base
             top = scores.max(axis=1, keepdims=True)
             total = np.exp(scores - top) @ np.exp(mixes).T  # (n, n_options)
-            own = (scores - top)[np.arange(len(codes)), codes, None] + mixes[:, codes].T
-            each = np.log(np.maximum(total, 1e-300)) - own  # (n, n_options)
+            true = (scores - top)[np.arange(len(codes)), codes, None] + mixes[:, codes].T
+            each = np.log(np.maximum(total, 1e-300)) - true  # (n, n_options)
             plain = each[:, :1] if plain is None else plain
             losses.append(weight @ each)
             noise.append(weight**2 @ (each - plain - weight @ (each - plain)) ** 2)

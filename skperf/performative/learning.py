@@ -233,9 +233,8 @@ def _judged(record: Record, part: Round, expected: Expected) -> Record:
     codes, weight, log_prior = part.codes, part.weight, expected.log_prior
     n_classes = len(record.log_base)
     if record.anticipation.n_pairs:
-        right = float(np.average(part.own == codes, weights=weight))
         corrector = record.corrector.judged(
-            part.logits, codes, weight, expected.answer, record.log_base, right
+            part.logits, codes, weight, expected.answer, record.log_base, part.own == codes
         )
         width = _stepped_by(record, log_prior, counted(codes, weight, n_classes))
         record = replace(record, corrector=corrector, width=width)
