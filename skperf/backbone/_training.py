@@ -278,4 +278,4 @@ def _fitted_like(run: Run, loss: Any, classes: ArrayLike | None) -> tuple[Any, d
             outputs = outputs_of(module, run.data.inputs[slice(0, 1)].load())
         classes = np.arange(outputs.shape[1] if outputs.ndim > 1 else 2)
     learned = {"classes_inferred_": np.asarray(classes)}
-    return Net(run.module, criterion=criterion, random_state=0), learned
+    return Net(run.module, criterion=criterion, device=None, random_state=0), learned

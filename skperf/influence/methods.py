@@ -39,7 +39,7 @@ from skperf.influence.problem import (
     slopes,
     weighted,
 )
-from skperf.influence.projections import TwoSided, project, projections
+from skperf.influence.projections import Projection
 from skperf.influence.solvers import arnoldi as krylov_eigenpairs
 from skperf.influence.tiles import Terms
 
@@ -328,16 +328,16 @@ def arnoldi(
 class Projected:
     """Gradients projected at random, times the inverse of the projected kernel."""
 
-    maps: list[TwoSided]
+    projection: Projection
     inverse: Tensor
 
     def store(self, problem: Problem, rows: Gradients) -> Gradients:
         """Project the rows."""
-        return [Dense(project(rows, self.maps))]
+        return self.projection(rows)
 
     def __call__(self, problem: Problem, queries: Gradients) -> Terms:
         """Map the queries."""
-        return [(0, Dense(project(queries, self.maps) @ self.inverse))]
+        return [(0, Dense(self.projection(queries)[0].tensors[0] @ self.inverse))]
 
 
 def trak(problem: Problem, *, n_projections: int = 512) -> Fitted:
@@ -347,11 +347,12 @@ def trak(problem: Problem, *, n_projections: int = 512) -> Fitted:
             f"method='trak' is about the odds of a label, and the loss is {problem.loss.name}; "
             "use method='ggn' or 'ekfac'."
         )
-    odds = problem.gradients(log_odds, problem.X, problem.targets)
-    generator = torch.Generator().manual_seed(problem.settings.seed)
-    maps = projections(odds, problem.layers, n_projections, generator)
-    features = project(odds, maps)
-    del odds
+    layers = [(layer.matrix_shape, layer.n_weights) for layer in problem.layers]
+    project = Projection(layers, n_projections, problem.settings.seed)
+    # batch by batch: gradients of all rows may be larger than any memory
+    features = problem.gradients(log_odds, problem.X, problem.targets, through=project)[0].tensors[
+        0
+    ]
     kernel = (features * problem.shares[:, None].to(features)).T @ features
     damping = problem.settings.damping
     if isinstance(damping, str):
@@ -365,7 +366,7 @@ def trak(problem: Problem, *, n_projections: int = 512) -> Fitted:
         doubt = doubt * weights[:, None].to(doubt)
     train: Gradients = [Dense(features * doubt)]
     report = {"damping": damping, "n_projections": features.shape[1]}
-    return Fitted(train, Projected(maps, inverse), 1 / problem.n_train, "relative loss", report)
+    return Fitted(train, Projected(project, inverse), 1 / problem.n_train, "relative loss", report)
 
 
 _SHARE_OF_KERNEL = 1.0

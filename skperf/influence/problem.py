@@ -17,7 +17,7 @@ from skperf.influence.curvature import CurvatureProduct
 from skperf.influence.gradients import Gradients, paired, written_out
 from skperf.influence.layers import Layer
 from skperf.influence.output_rows import Cotangents, OutputRows, loss_rows, sampled_rows
-from skperf.influence.tiles import Shelf, Terms, gather
+from skperf.influence.tiles import Shelf, Terms, Through, gather
 
 LOSS_UNIT = "loss"
 DOT_UNIT = "squared gradient"
@@ -66,7 +66,7 @@ class Problem:
         return self.network.loss
 
     def gradients(
-        self, output: Loss | Output, X: Rows, targets: Tensor, weights: Tensor | None = None
+        self, output: Loss | Output, X: Rows, targets: Tensor, weights: Any = None, **how: Through
     ) -> Gradients:
         """Gradients of an output of many rows: X (n, ...), targets (n, ...), weights (n,)."""
 
@@ -74,9 +74,11 @@ class Problem:
             values = slopes(output, outputs, targets[rows].to(outputs.device))
             return values if weights is None else weighted(values, weights[rows])
 
-        return self.gather(X, cotangents)
+        return self.gather(X, cotangents, **how)
 
-    def gather(self, X: Rows, cotangents: Cotangents, examples: Tensor | None = None) -> Gradients:
+    def gather(
+        self, X: Rows, cotangents: Cotangents, examples: Any = None, through: Through = list
+    ) -> Gradients:
         """Pull cotangents back; see :func:`~skperf.influence.tiles.gather`.
 
         Shapes: X (n, ...), cotangents (m, ...), examples (m,).
@@ -90,6 +92,7 @@ class Problem:
                 examples=examples,
                 batch_size=self.batch_size,
                 shelf=self.shelf if len(X) == self.n_train else None,
+                through=through,
                 verbose=self.settings.verbose,
             )
 

@@ -1,7 +1,7 @@
 """Cut work into tiles: gather gradients batch by batch, score block by block, keep the largest."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from skperf.influence.captures import Recorder, Tape
 from skperf.influence.gradients import Factor, Gradients, inner, take
 from skperf.influence.output_rows import Cotangents
 
+Through = Callable[[Gradients], Gradients]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -72,9 +73,10 @@ def gather(
     examples: Tensor | None = None,
     batch_size: int,
     shelf: Shelf | None = None,
+    through: Through = list,
     verbose: int = 0,
 ) -> Gradients:
-    """Pull gradients of rows X (n, ...), each run forward once: cotangents (m, ...)."""
+    """Pull gradients of rows X (n, ...), keep them mapped by `through`: cotangents (m, ...)."""
     shelf = shelf or Shelf(2**62)
     results: Gradients = []
     n = len(X) if examples is None else len(examples)
@@ -87,7 +89,7 @@ def gather(
                 if isinstance(cotangents, Tensor)
                 else cotangents(tape.outputs.detach(), rows)
             )
-            pulled = tape.pull(wanted.to(tape.outputs))
+            pulled = through(tape.pull(wanted.to(tape.outputs)))
             if not results:
                 results = [shelf.empty(n, factor) for factor in pulled]
             where = _index(rows)
