@@ -51,6 +51,20 @@ WORKLOADS = (
         ("growth.json",),
         "benchmarks",
     ),
+    Workload(
+        "shapes",
+        "Networks of real size on two cores",
+        "shapes",
+        ("shapes.json",),
+        "benchmarks",
+    ),
+    Workload(
+        "shapes",
+        "Networks of real size on a GPU",
+        "shapes --cuda",
+        ("shapes_gpu.json",),
+        "benchmarks",
+    ),
     Workload("cluster", "A dask cluster", "cluster", ("cluster.json",), "guide/clusters"),
     Workload(
         "performative",
