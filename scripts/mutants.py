@@ -2,13 +2,15 @@
 
     python scripts/mutants.py draw --seed 0 --count 520     # the list, into scripts/mutants.json
     python scripts/mutants.py run [--minutes 60]            # goes on where an earlier run stopped
+    python scripts/mutants.py again [--minutes 60]          # those not killed, in today's tree
 
 A function of the mathematics (files without a leading underscore) is drawn, each as likely as any
 other, then one place in it. The list is in random order: any beginning of it is a fair sample.
 A mutant is run in a copy of the tree that the list was drawn from: first the tests that are named
 after its file, then those of its folder and of properties that import it, then the contract; it may
 take 30 s of processor time. It is killed if a test fails that passes on the tree as it is, or if
-the tests no longer end.
+the tests no longer end. Run again, a mutant is made in the last commit, in the same statement of
+the same function; it is "gone" where there is none.
 """
 
 import argparse
@@ -149,6 +151,38 @@ def mutated(source, where, at, kind):
         next(change for name, change in changes_of(node) if name == kind)(node)
         after = ast.unparse(ast.fix_missing_locations(node)).splitlines()[0]
     return ast.unparse(ast.fix_missing_locations(tree)), ast.unparse(before).splitlines()[0], after
+
+
+def qualified(tree, within=""):
+    """Every function of a file as `functions` gives them, with its name and that of its class."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield f"{within}{node.name}", node
+        elif isinstance(node, ast.ClassDef):
+            yield from qualified(node, f"{within}{node.name}.")
+
+
+def statements(function):
+    """Each node that can be changed, and where it stands: (text of its statement, place in it)."""
+    nodes = [*inside(function.args), *inside(ast.Module(function.body, []))]
+    known = {id(node): ("", i) for i, node in enumerate(nodes)}
+    for own in ast.walk(ast.Module(function.body, [])):  # outer ones first
+        if isinstance(own, ast.stmt):
+            text = ast.unparse(own)
+            known |= {id(node): (text, i) for i, node in enumerate([own, *inside(own)])}
+    return [known[id(node)] for node in nodes]
+
+
+def carried(old, new, place):
+    """Give the place in a newer source, or None where its statement is no more."""
+    where, at, kind = place
+    name, before = list(qualified(ast.parse(old)))[where]
+    for i, (own, after) in enumerate(qualified(ast.parse(new))):
+        if own == name and ast.unparse(after) == ast.unparse(before):
+            return [i, at, kind]
+        if own == name and statements(before)[at] in statements(after):
+            return [i, statements(after).index(statements(before)[at]), kind]
+    return None
 
 
 def draw(count, seed):
@@ -312,6 +346,38 @@ def run(minutes, results):
             print(mutant["outcome"], mutant["file"], mutant["function"], mutant["by"], flush=True)
 
 
+def again(minutes, results):
+    """Run what is not killed in the last commit, and what has not been run at all."""
+    state = json.loads(results.read_text())
+    commit = last_commit()
+    warm_up()
+    end = time.time() + 60 * minutes
+    with tempfile.TemporaryDirectory() as folder:
+        drawn, tree = Path(folder) / "drawn", Path(folder) / "tree"
+        for path, each in ((drawn, state["commit"]), (tree, commit)):
+            path.mkdir()
+            copied(path, each)
+        plain = functools.cache(lambda *arguments: run_tests(tree, arguments, 2 * LIMIT))
+        for mutant in state["mutants"]:
+            tried = mutant.get("since") == commit
+            if tried or mutant.get("outcome", "alive") != "alive" or time.time() > end:
+                continue
+            file, old = tree / mutant["file"], (drawn / mutant["file"]).read_text()
+            source = file.read_text() if file.exists() else ""
+            place = carried(old, source, mutant["place"])
+            mutant |= {"since": commit, "outcome": "gone", "by": ""}
+            if place is not None:
+                file.write_text(mutated(source, *place)[0])
+                tests = tests_of(tree, mutant["file"])
+                started = time.time()
+                said = run_tests(tree, tests)
+                file.write_text(source)
+                mutant["seconds"] = round(time.time() - started, 1)
+                mutant["outcome"], mutant["by"] = judged(said, plain, tests)
+            write(state, results)
+            print(mutant["outcome"], mutant["file"], mutant["function"], mutant["by"], flush=True)
+
+
 def judged(said, plain, tests):
     """Hold what the tests said against what they say of the tree as it is."""
     if said == "passed":
@@ -327,20 +393,24 @@ def judged(said, plain, tests):
 def main():
     """Draw or run."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["draw", "run"])
+    parser.add_argument("what", choices=["draw", "run", "again"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=520)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.what == "run":
-        run(options.minutes, options.results)
-        return
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.strip()
-    state = {"commit": commit} | draw(options.count, options.seed)
-    write(state, options.results)
+    if options.what == "draw":
+        state = {"commit": last_commit()} | draw(options.count, options.seed)
+        write(state, options.results)
+    else:
+        {"run": run, "again": again}[options.what](options.minutes, options.results)
+
+
+def last_commit():
+    """Name the commit of the tree."""
+    told = ["git", "rev-parse", "HEAD"]
+    said = subprocess.run(told, cwd=ROOT, check=True, capture_output=True, text=True)
+    return said.stdout.strip()
 
 
 if __name__ == "__main__":
