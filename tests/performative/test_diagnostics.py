@@ -100,3 +100,13 @@ def test_mixes_that_wander_on_their_own_are_rarely_taken_for_an_answer(step):
     values = np.array([p_value(*pairs(step, seed=seed), seed=seed) for seed in range(100)])
     assert np.mean(values <= 0.05) <= 0.12  # three standard errors above the nominal size
     assert np.mean(values) == pytest.approx(0.5, abs=0.12)
+
+
+def test_effective_rank_is_that_of_the_covariance():
+    statistics = np.random.default_rng(0).normal(size=(9, 3)) * [1.0, 0.5, 0.1]
+    covariance = np.cov(statistics.T, ddof=0)
+    found = identifiability(statistics)
+    expected = np.trace(covariance) ** 2 / np.trace(covariance @ covariance)
+    assert found["effective_rank"] == pytest.approx(expected)
+    assert found["spread"] == pytest.approx(np.sqrt(np.trace(covariance)))
+    assert found["rank"] == 3

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from skperf.performative.label_shift import (
@@ -166,3 +167,24 @@ def test_log_loss_with_weights():
     assert log_loss(logits, np.array([0, 0]), np.array([3.0, 1.0])) == pytest.approx(
         (3 * expected[0] + expected[1]) / 4
     )
+
+
+@pytest.mark.parametrize("l2", [0.5, 20.0])
+def test_the_base_mix_minimises_its_penalised_loss(gaussians, l2):
+    logits, codes = gaussians([0.2, 0.5, 0.3], 60, 3)
+    logits = logits + np.log([0.6, 0.3, 0.1])
+    weights = np.random.default_rng(0).uniform(0.5, 2.5, 60)
+    counts = np.array([weights[codes == c].sum() for c in range(3)])
+    centre = np.log((counts + 1 / 3) / (counts.sum() + 1))
+
+    def loss(theta):
+        proba = softmax(logits + np.log(counts / counts.sum()) - theta, axis=1)
+        told = -(weights * np.log(proba[np.arange(60), codes])).sum()
+        return told + l2 / 2 * ((theta - centre) ** 2).sum()
+
+    best = minimize(loss, np.zeros(3), method="BFGS").x
+    found = estimate_base_prior(logits, codes, l2=l2, weight=weights)
+    np.testing.assert_allclose(found, softmax(best), atol=2e-4)
+    # the penalty matters here
+    plain = estimate_base_prior(logits, codes, l2=1e-6, weight=weights)
+    assert np.abs(plain - found).max() > 0.005

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from skperf.performative.report import quick_diagnostics
+from skperf.performative.report import drift_report, quick_diagnostics
 
 
 def test_the_residual_is_the_divergence_of_mixes_from_anticipated_ones(lived):
@@ -14,3 +14,17 @@ def test_the_residual_is_the_divergence_of_mixes_from_anticipated_ones(lived):
     found = quick_diagnostics(record)
     assert found["n_pairs"] == n_pairs
     assert found["residual_kl"] == pytest.approx(np.mean(each))
+
+
+def test_a_report_tells_each_recall_and_the_worst_of_the_last_round(lived):
+    adapter = lived[0]
+    report = drift_report(adapter.record_)
+    lines = str(report).splitlines()
+    start = lines.index("recall")
+    for row, line in zip(report.recall, lines[start + 2 : start + 2 + 4], strict=True):
+        label, *cells = line.split()
+        assert label == str(row["label"])
+        told = [row["before"], row["last"], row["z"]]
+        assert [float(cell) for cell in cells] == pytest.approx(told, abs=6e-4)
+    worst = adapter.prequential_.worst_recall[-1]
+    assert f"worst recall of a class in the last round: {worst:.2f}" in report.answer["notes"]

@@ -18,6 +18,7 @@ from skperf.performative.response import (
     deviance,
     dispersion,
     fit_map,
+    known_rounds,
 )
 from skperf.performative.trajectory import Trajectory
 
@@ -301,3 +302,37 @@ def test_paper_adapter_leaves_its_past_alone():
     before = first.log_prior(inputs)
     fit_paper(inputs, counts, log_base=EQUAL, start=first)
     np.testing.assert_array_equal(first.log_prior(inputs), before)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_candidates_are_put_in_force_before_the_coming_round(same):
+    rng = np.random.default_rng(0)
+    now = Inputs(*(rng.normal(size=(1, *s)) for s in ((2, 5), (3, K), (K,), (K * K,), (2,))))
+    asked = now.statistics[:, 0] if same else rng.normal(size=(3, 5))
+    found = now.at(asked)
+    for i, row in enumerate(asked):
+        np.testing.assert_array_equal(found.statistics[i], [row, now.statistics[0, 1]])
+        np.testing.assert_array_equal(found.mixes[i], now.mixes[0])
+        np.testing.assert_array_equal(found.covariates[i], now.covariates[0])
+        for name in ("shares", "confusions"):  # of another model than the one asked about
+            known = getattr(now, name)[0]
+            told = known if same else np.full_like(known, np.nan)
+            np.testing.assert_array_equal(getattr(found, name)[i], told)
+    assert {len(getattr(found, name)) for name in ("shares", "confusions", "mixes")} == {len(asked)}
+
+
+def test_rounds_are_known_where_all_inputs_of_a_form_are():
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(4, *s)) for s in ((2, K), (3, K), (K,), (K * K,), (2,))]
+    arrays[0][0, 0, 1], arrays[1][1, 0, 2], arrays[4][2, 1] = np.nan, np.nan, np.nan
+    known = [known_rounds(Inputs(*arrays), form).tolist() for form in (
+        Form(), Form(("statistic",)), Form((), ("covariates",)),
+        Form(("statistic",), ("covariates",)), Form(anchor="previous"),
+    )]  # fmt: skip
+    assert known == [
+        [True] * 4,
+        [False, True, True, True],
+        [True, True, False, True],
+        [False, True, False, True],
+        [True, False, True, True],
+    ]
