@@ -29,3 +29,20 @@ def test_what_does_not_fit_the_pass_counts_as_never_written(tmp_path):
     shelf(tmp_path).clear()
     assert shelf(tmp_path).resume({"rows": torch.zeros(4)}, 20) == 20
     assert not [*tmp_path.iterdir()]
+
+
+def test_states_are_kept_by_step_and_go_with_the_pass(tmp_path):
+    kept = shelf(tmp_path)
+    assert 4 not in kept
+    assert kept.get(4) is None
+    for step, state in ((4, torch.randn(2, 3)), (12, torch.randn(2, 3).T)):
+        kept[step] = state
+        assert step in kept
+        assert torch.equal(shelf(tmp_path).get(step), state)
+    del kept[4]
+    del kept[4]  # another process may have been first
+    assert 4 not in kept
+    assert 12 in kept
+    kept.clear()
+    kept.clear()
+    assert not [*tmp_path.iterdir()]

@@ -54,6 +54,7 @@ class Constant:
         return np.log(self.mix)[None]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("known", [True, False])
 def test_intervals_look_at_resampled_maps_that_have_an_answer(lived, monkeypatch, known):
     record = lived[0].record_
