@@ -8,6 +8,9 @@ from skperf.backbone.architectures import (
     SmallConvNet,
     SmallResNet,
     TextImageEncoder,
+    _ImageTower,
+    _ResidualBlock,
+    _TransformerBlock,
 )
 
 
@@ -83,3 +86,70 @@ def test_normalize_gives_unit_length(encoder):
     plain = encoder.encode_image(pixels)
     torch.testing.assert_close(plain / plain.norm(dim=1, keepdim=True), images)
     torch.testing.assert_close(scale, encoder.logit_scale.exp())
+
+
+def normed(norm, values):
+    """Batch normalisation in evaluation mode."""
+    mean, variance, scale, shift = (
+        tensor[:, None, None]
+        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    return (values - mean) / (variance + norm.eps).sqrt() * scale + shift
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "stride"), [(4, 4, 1), (4, 6, 1), (4, 4, 2)])
+def test_a_residual_block_adds_its_shortcut(n_in, n_out, stride):
+    torch.manual_seed(0)
+    block = _ResidualBlock(n_in, n_out, stride).eval()
+    for part in block.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor in (part.running_mean, part.weight.data, part.bias.data):
+                tensor.normal_()
+            part.running_var.uniform_(0.5, 2)
+    images, conv = torch.randn(2, n_in, 6, 6), nn.functional.conv2d
+    inner = normed(block.norm1, conv(images, block.conv1.weight, None, stride, 1)).relu()
+    inner = normed(block.norm2, conv(inner, block.conv2.weight, None, 1, 1))
+    shortcut = images
+    if (n_in, stride) != (n_out, 1):
+        shortcut = normed(block.shortcut[1], conv(images, block.shortcut[0].weight, None, stride))
+    torch.testing.assert_close(block(images), (inner + shortcut).relu(), rtol=1e-4, atol=1e-4)
+
+
+def test_defaults_of_the_built_in_networks():
+    assert MLP(6, 3).hidden[0].out_features == 64
+    convolutions = [p for p in _ImageTower((4, 5, 6, 7), 3).modules() if isinstance(p, nn.Conv2d)]
+    assert [c.stride[0] for c in convolutions] == [1, 2, 1, 2]
+    assert {(c.kernel_size, c.padding) for c in convolutions} == {((3, 3), (1, 1))}
+    assert [(c.in_channels, c.out_channels) for c in convolutions] == [
+        (3, 4),
+        (4, 5),
+        (5, 6),
+        (6, 7),
+    ]
+    strides = [block.conv1.stride[0] for block in SmallResNet().blocks]
+    assert strides == [1, 1, 2, 1, 2, 1]
+    assert SmallResNet().stem[0].stride == (2, 2)
+    assert {block.conv1.padding for block in SmallResNet().blocks} == {(1, 1)}
+
+
+def test_a_transformer_block_is_torch_s_own_that_normalises_first():
+    torch.manual_seed(0)
+    block = _TransformerBlock(8, 2).eval()
+    plain = nn.TransformerEncoderLayer(
+        8, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    ).eval()
+    pairs = {
+        "self_attn.in_proj_weight": block.qkv.weight, "self_attn.in_proj_bias": block.qkv.bias,
+        "self_attn.out_proj.weight": block.attention_output.weight,
+        "self_attn.out_proj.bias": block.attention_output.bias,
+        "linear1.weight": block.mlp[0].weight, "linear1.bias": block.mlp[0].bias,
+        "linear2.weight": block.mlp[2].weight, "linear2.bias": block.mlp[2].bias,
+        "norm1.weight": block.norm1.weight, "norm1.bias": block.norm1.bias,
+        "norm2.weight": block.norm2.weight, "norm2.bias": block.norm2.bias,
+    }  # fmt: skip
+    plain.load_state_dict(pairs)
+    states = torch.randn(3, 5, 8)
+    kept = torch.ones(3, 5, dtype=torch.bool)
+    kept[0, 3:] = False
+    expected = plain(states, src_key_padding_mask=~kept)
+    torch.testing.assert_close(block(states, kept)[kept], expected[kept], rtol=1e-4, atol=1e-5)

@@ -171,3 +171,17 @@ def test_a_loss_without_a_second_derivative_is_named():
     assert loss.slope(outputs, targets).shape == (2, 3)
     with pytest.raises(ValueError, match="MultiLabelMarginLoss cannot be differentiated twice"):
         loss.hessian(outputs, targets)
+
+
+class Plain(nn.Module):
+    """A loss without a reduction, one number a row."""
+
+    def forward(self, outputs, targets):
+        return (outputs - targets[:, None]).abs().amax(1)
+
+
+def test_a_module_without_a_reduction_is_taken_as_it_is():
+    loss, values = resolve_loss(Plain()), outputs()
+    assert loss.name == "Plain"
+    expected = (values - CODES[:, None]).abs().amax(1)
+    torch.testing.assert_close(loss.value(values, CODES), expected)

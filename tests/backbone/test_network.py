@@ -2,11 +2,20 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from skperf.backbone.network import WithReadout, _mask_maker
+from skperf.backbone import network as module_of
+from skperf.backbone.network import (
+    Network,
+    WithReadout,
+    _mask_maker,
+    _names_of,
+    _only_inputs,
+    logits_of_shares,
+)
 from skperf.backbone.rows import Rows
 
 
@@ -64,3 +73,68 @@ def test_a_forward_of_the_user_gets_the_rows_as_they_were_given():
     assert seen[2]["table"] is one
     halved = WithReadout(nn.Identity(), lambda outputs: outputs / 2)
     assert torch.equal(halved(one), one / 2)
+
+
+class Adds(nn.Module):
+    def forward(self, *parts):
+        return sum(parts)
+
+
+def test_names_of_inputs_are_those_by_position():
+    assert _names_of(lambda self, a, b=None, *, c: 0) == (("a", "b"), ("a", "b", "c"))
+    assert _names_of(lambda self, *parts, c: 0) == (None, ("parts", "c"))
+    assert _names_of(lambda self, a, **more: 0) == (None, ("a", "more"))
+    assert Network(Adds(), None).inputs((np.ones((2, 3)), np.ones((2, 3)))).tree[1].shape == (2, 3)
+
+
+def test_inputs_that_a_forward_does_not_take_are_refused_by_name():
+    one = torch.ones(2, 3)
+    rows = Rows({"a": one, "c": one})
+    assert _only_inputs(rows, ("a", "b", "c")) is rows
+    assert _only_inputs(rows, None) is rows
+    with pytest.raises(ValueError, match=r"inputs named \['c'\]"):
+        _only_inputs(rows, ("a", "b"))
+    pair = Rows((one, one))
+    assert _only_inputs(pair, ("a", "b")) is pair
+    with pytest.raises(ValueError, match="takes 1"):
+        _only_inputs(pair, ("a",))
+
+
+def test_rows_beyond_the_type_are_refused_and_infinite_ones_are_not_blamed_on_it():
+    network = Network(nn.Linear(2, 1), None)
+    with pytest.raises(ValueError, match=r"X holds values up to 1e\+300"):
+        network.inputs(np.array([[1.0, 1e300]]))
+    assert torch.isinf(network.inputs(np.array([[1.0, np.inf]])).array[0, 1])
+    assert network.inputs(np.array([[1.0, 1e30]])).array[0, 1] == np.float32(1e30)
+
+
+def test_large_rows_are_brought_a_batch_at_a_time(monkeypatch):
+    network = Network(nn.Linear(2, 1), None)
+    X = Rows(np.arange(14, dtype=np.float32).reshape(7, 2))
+    assert [len(rows) for rows in network._brought(X, 3)] == [7]
+    monkeypatch.setattr(module_of, "_BROUGHT_OVER", 1)
+    brought = [*network._brought(X, 3)]
+    assert [len(rows) for rows in brought] == [3, 3, 1]
+    np.testing.assert_array_equal(torch.cat([rows.array for rows in brought]), X.array)
+    monkeypatch.setattr(module_of, "_BROUGHT_OVER", 2 * 3 * 8)
+    assert [len(rows) for rows in network._brought(X, 3)] == [6, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_of_certain_shares_are_finite(dtype):
+    shares = torch.tensor([[0.3, 0.0, 1.0, 0.75]], dtype=dtype)
+    found = logits_of_shares(shares)
+    assert torch.isfinite(found).all()
+    expected = torch.tensor([np.log(0.3 / 0.7), np.log(3)], dtype=dtype)
+    torch.testing.assert_close(found[0, [0, 3]], expected)
+    assert found[0, 1] < -50
+    assert found[0, 2] == pytest.approx(24 * np.log(2), rel=1e-6)
+
+
+def test_targets_that_are_no_classes_are_numbers():
+    network = Network(nn.Linear(2, 1).double(), None, loss=module_of.LOSSES["squared_error"])
+    found = network.targets([1, 2.5])
+    assert found.dtype == torch.float64
+    assert found.tolist() == [1, 2.5]
+    with pytest.raises(ValueError, match="y must hold numbers"):
+        network.targets(["a", "b"])

@@ -11,7 +11,15 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from skperf import MLP, Net, TrainingRun
-from skperf.backbone.training_run import Trainer, states_between
+from skperf.backbone.training_run import (
+    Streams,
+    Trainer,
+    mask_gradients,
+    restore_masked,
+    slots_of,
+    states_between,
+    stream_of,
+)
 
 X, y = load_iris(return_X_y=True)
 X = X.astype(np.float32)
@@ -188,3 +196,49 @@ def test_a_loop_that_was_broken_off_leaves_no_run():
     assert not optimizer._optimizer_step_pre_hooks
     with pytest.raises(ValueError, match="not complete"):
         run.reweighted(np.ones(150))
+
+
+class Noisy(nn.Module):
+    def forward(self, inputs):
+        return inputs + torch.randn_like(inputs)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_every_step_that_draws_has_a_stream_of_its_seed_and_number(noisy, dropping):
+    module = nn.Sequential(nn.Dropout(0.5 if dropping else 0.0), Noisy() if noisy else nn.Tanh())
+    module = module if dropping else module[1:]
+    inputs, seen = torch.ones(4, 50), []
+    with Streams(module, 3) as streams:
+        for number in (5, 6, 5):
+            with streams.step(number):
+                seen.append(module(inputs))
+            drawn = stream_of(3, number) if noisy or dropping else None
+            assert streams.latest == drawn
+        assert streams.others is noisy
+    assert not any("forward" in vars(part) for part in module.modules())
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[0], seen[1]) is not (noisy or dropping)
+    assert stream_of(3, 5) != stream_of(5, 3)
+
+
+def test_entries_that_do_not_train_have_no_gradient_and_stay():
+    module = nn.Linear(2, 2)
+    mask = torch.tensor([[True, False], [False, True]])
+    module(torch.ones(1, 2)).sum().backward()
+    masks = {"weight": mask}
+    mask_gradients(module, masks)
+    assert torch.equal(module.weight.grad, mask.float())
+    assert torch.equal(module.bias.grad, torch.ones(2))
+    initial = {"weight": torch.full((2, 2), 7.0)}
+    before = module.weight.detach().clone()
+    restore_masked(module, masks, initial)
+    assert torch.equal(module.weight, torch.where(mask, before, torch.tensor(7.0)))
+
+
+def test_optimizers_keep_what_their_steps_read():
+    still, moving = {"momentum": 0.0}, {"momentum": 0.9}
+    assert slots_of(torch.optim.SGD, [still, still]) == ()
+    assert slots_of(torch.optim.SGD, [still, moving]) == ("momentum_buffer",)
+    assert slots_of(torch.optim.Adam, [{}]) == ("exp_avg", "exp_avg_sq")
+    assert slots_of(torch.optim.LBFGS, [{}]) == ()

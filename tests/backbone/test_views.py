@@ -224,3 +224,21 @@ def test_padded_positions_are_what_the_network_gives_when_it_is_used(norm):
             torch.testing.assert_close(actual, expected)
         # the same with gradients, where torch takes another path
         torch.testing.assert_close(opened(rows, src_key_padding_mask=padded), expected)
+
+
+def test_a_view_asks_for_no_gradients_and_is_in_evaluation_mode():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Dropout())).train()
+    copied = view(module)
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    assert not any(part.training for part in copied.modules())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert all(part.training for part in module.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is a scripted module:UserWarning")
+def test_a_scripted_part_asks_for_no_gradients_either():
+    scripted = torch.jit.trace(nn.Linear(3, 2), torch.ones(1, 3))
+    copied = view(nn.Sequential(scripted))
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    assert all(parameter.requires_grad for parameter in scripted.parameters())

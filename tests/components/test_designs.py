@@ -70,3 +70,14 @@ def test_fixed_plans_and_budgets_that_are_too_small():
     assert plan_budget("auto", 50, 7, 0.2, differentiable=False) == Plan(singles=7, masks=42)
     with pytest.raises(ValueError, match="budget=2 is too small"):
         plan_budget("regression", 2, 7, 0.2)
+
+
+def test_draws_are_those_of_earlier_releases():
+    # attributions that were saved go on with the masks that they began with
+    plain, fresh = (
+        np.random.default_rng(np.random.SeedSequence(5, spawn_key=(purpose, 3))).random(9)
+        for purpose in (0, 1)
+    )
+    np.testing.assert_array_equal(bernoulli_masks(5, range(3, 4), 9, 0.4)[0], plain >= 0.4)
+    found = bernoulli_masks(5, range(3, 4), 9, 0.4, fresh=True)
+    np.testing.assert_array_equal(found[0], fresh >= 0.4)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from skperf.components.measures import _guarded
+from skperf.components.measures import _guarded, checked_output
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,11 @@ def test_numbers_and_rows_of_numbers_pass():
         assert _guarded(values, 3) is values
     with pytest.raises(ValueError, match="first at row 1"):
         _guarded(torch.tensor([0.0, torch.nan, torch.inf]), 3)
+
+
+def test_outputs_are_known_by_name_or_are_functions():
+    checked_output("margin")
+    checked_output("value")
+    checked_output(lambda outputs: outputs[:, 0])
+    with pytest.raises(ValueError, match="output='margins' is unknown"):
+        checked_output("margins")
