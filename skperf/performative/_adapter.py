@@ -586,7 +586,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         check_is_fitted(self, "record_")
         mix = _inputs.check_prior(prior, self.classes_)
         logits = self._opened().logits(self._rows(X))
-        return probabilities(self.record_.corrected(logits, np.log(np.maximum(mix, 1e-12))))
+        return probabilities(self.record_.corrected(logits, np.log(np.maximum(mix, 1e-300))))
 
     def predict_prior(self, statistic=None, *, return_interval=False, covariates=None):
         """Anticipate the label mix of the round after a deployment.
@@ -692,10 +692,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         """
         check_is_fitted(self, "record_")
         X, codes = self._labelled(X, y)
-        log_prior = np.log(self.predicted_prior_)
-        if prior is not None:
-            mix = _inputs.check_prior(prior, self.classes_)
-            log_prior = np.log(np.maximum(mix, 1e-12))
+        mix = self.predicted_prior_ if prior is None else _inputs.check_prior(prior, self.classes_)
+        log_prior = np.log(np.maximum(mix, 1e-300))  # a class that cannot come is not predicted
         record, opened = self.record_, self._opened()
         logits = opened.logits(X)
         scores = record.corrected(logits, log_prior)

@@ -362,6 +362,8 @@ def same(one, other):
 
 def check_prior(given, classes, name="prior", *, positive=False):
     """Turn a mix, an array or a dict by label, into shares of shape (n_classes,)."""
+    if hasattr(given, "to_dict") and set(given.index) == set(classes.tolist()):
+        given = given.to_dict()  # a Series by label
     if isinstance(given, dict):
         labels = classes.tolist()
         unknown = sorted(set(given) - set(labels), key=str)

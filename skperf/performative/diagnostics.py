@@ -4,7 +4,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.stats import chi2
 
-from skperf.performative.label_shift import Array, Codes, smooth_shares
+from skperf.performative.label_shift import Array, smooth_shares
 from skperf.performative.response import Inputs
 
 
@@ -82,49 +82,43 @@ def response_p_value(
     n_permutations: int,
     generator: np.random.Generator,
 ) -> float:
-    """Test by permutation whether counts (R, K) answer the statistics beyond their own past."""
-    # Mixes and statistics may both wander without one answering the other. Log mixes are
-    # regressed on the mixes of the two rounds before and on the log mix `expected` (R, K) that the
-    # deployed model was corrected for, which sums up the older past and moves its recall; what is
-    # left is news, exchangeable between rounds unless the statistic foretells it (Freedman, Lane).
+    """Test by signs drawn anew whether counts (R, K) answer statistics beyond their own past."""
+    # Mixes and statistics may both wander without one answering the other, and both are noisier
+    # where a class is rare. Changes of log mixes and of statistics are regressed on the mixes of
+    # the two rounds before and on the change of the log mix `expected` (R, K) that the deployed
+    # model was corrected for, which moves its recall. What is left of the mixes is news: where no
+    # statistic foretells it, its sign is a coin's, whatever its size in a round.
+    change = np.diff(expected, axis=0, prepend=expected[:1])
     known = np.isfinite(inputs.mixes[:, :2]).all(axis=(1, 2)) & (counts.sum(axis=1) > 0)
-    known &= np.isfinite(inputs.statistics[:, 0]).all(axis=1)
-    inputs, counts, expected = inputs[known], counts[known], expected[known]
+    known &= np.isfinite(inputs.statistics[:, :2]).all(axis=(1, 2))
+    known[:1] = False
+    inputs, counts, change = inputs[known], counts[known], change[known]
     n_pairs, n_classes = counts.shape
     if n_pairs < 6:
         return float("nan")
-    logs = np.log(smooth_shares(counts))
-    mixes = logs - logs.mean(axis=1, keepdims=True)
-    past = [inputs.mixes[:, 0], inputs.mixes[:, 1], expected]
-    statistics = inputs.statistics[:, 0]
-    past = [one - one.mean(axis=1, keepdims=True) for one in past]
-    null = np.stack([_detrended(one).ravel() for one in past], axis=1)
-    news = _without(null, _detrended(mixes).ravel()).reshape(n_pairs, n_classes)
-    if statistics.shape[1] == n_classes:
-        centred = statistics - statistics.mean(axis=1, keepdims=True)
-        told = _without(null, _detrended(centred).ravel()).reshape(n_pairs, n_classes)
-
-        def reached(order: Codes) -> float:
-            return float(np.tensordot(told, news[order], axes=2) ** 2)
+    past = [inputs.mixes[:, 0], inputs.mixes[:, 1], change]
+    null = np.stack([_centred(one).ravel() for one in past], axis=1)
+    news = _centred(np.log(smooth_shares(counts)) - inputs.mixes[:, 0])
+    news = _without(null, news.ravel()).reshape(n_pairs, n_classes)
+    told = inputs.statistics[:, 0] - inputs.statistics[:, 1]
+    if told.shape[1] == n_classes:
+        told = _without(null, _centred(told).ravel()).reshape(n_pairs, n_classes)
+        terms = (told * news).sum(axis=1)[:, None]
     else:
         # a round's news on an orthogonal basis of what the statistics may tell
-        basis = np.linalg.qr(_detrended(statistics))[0][:, : max(1, n_pairs // 4)]
-
-        def reached(order: Codes) -> float:
-            return float(((basis.T @ news[order]) ** 2).sum())
-
-    found = reached(np.arange(n_pairs)) * (1 - 1e-9)
-    at_least = 1 + sum(
-        reached(generator.permutation(n_pairs)) >= found for _ in range(n_permutations)
-    )
+        basis = np.linalg.qr(told - told.mean(axis=0))[0][:, : max(1, n_pairs // 4)]
+        terms = (basis[:, :, None] * news[:, None]).reshape(n_pairs, -1)
+    signs = generator.choice([-1.0, 1.0], (n_permutations, n_pairs))
+    found = (terms.sum(axis=0) ** 2).sum() * (1 - 1e-9)
+    at_least = 1 + int((((signs @ terms) ** 2).sum(axis=1) >= found).sum())
     return at_least / (1 + n_permutations)
 
 
-def _detrended(values: Array) -> Array:
-    """Take a level and a line in time from every column (R, K): both sides may only drift."""
-    time = np.arange(float(len(values)))
-    line = np.stack([np.ones(len(values)), time - time.mean()], axis=1)
-    return _without(line, values)
+def _centred(values: Array) -> Array:
+    """Take the level of every round and the mean over time from log mixes (R, K)."""
+    rounds = values - values.mean(axis=1, keepdims=True)
+    left: Array = rounds - rounds.mean(axis=0)
+    return left
 
 
 def _without(null: Array, values: Array) -> Array:

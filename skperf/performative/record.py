@@ -247,17 +247,23 @@ class Record:
 
     def batch_interval(self, logits: Array, prior: Array) -> Array:
         """Where the shares of an unlabelled batch (n, K) lie, about an estimate: -> (2, K)."""
-        scores = self.corrector.calibrated(logits) - self.log_base
+        scores = self.corrector.calibrated(logits)
+        alone = em_prior(scores, self.log_base, tol=1e-4)
+        scores = scores - self.log_base
         ratios = np.exp(scores - scores.max(axis=1, keepdims=True))
-        ratios /= np.maximum(ratios @ prior, 1e-300)[:, None]
+        mixed = np.maximum(ratios @ prior, 1e-300)
+        denied = 2 * np.log((ratios @ alone) / mixed).sum() > len(prior) - 1
+        ratios /= mixed[:, None]
         # information of the mixture likelihood on the simplex; small shares need a ridge
         information = ratios.T @ ratios + np.eye(len(prior))
         covariance = np.linalg.inv(information)
         ones = covariance.sum(axis=1)
         covariance -= np.outer(ones, ones) / ones.sum()
         spread = np.sqrt(np.maximum(np.diag(covariance), prior * (1 - prior) / len(logits) ** 2))
-        reach = 1.645 * self.batch_width * spread
-        return np.stack([np.maximum(prior - reach, 0.0), np.minimum(prior + reach, 1.0)])
+        reach = 1.645 * spread * (max(1.0, self.batch_width) if denied else self.batch_width)
+        # rows that look unlike what was anticipated may be right: the interval holds both
+        ends = np.stack([prior, alone if denied else prior])
+        return np.stack([np.maximum(ends.min(0) - reach, 0), np.minimum(ends.max(0) + reach, 1)])
 
     def measured(
         self,

@@ -537,3 +537,33 @@ def test_rows_of_weight_zero_are_no_rows(world):
     np.testing.assert_array_equal(with_zeros.predict_proba(X), dropped.predict_proba(X))
     with pytest.raises(ValueError, match="all rows of round 3 have weight 0"):
         clone(adapter).fit(X, y, rounds=ROUNDS, sample_weight=(ROUNDS != 3).astype(float))
+
+
+def test_a_batch_unlike_what_was_anticipated_lies_in_its_interval(classifier, frozen):
+    adapter, world, statistic = PerformativeAdapter(frozen, **QUICK), World(), None
+    for number in range(12):
+        X, y = world.next_round(statistic)
+        statistic = adapter.partial_fit(X, y, rounds=number).statistic_
+    rng, held = np.random.default_rng(0), []
+    for _ in range(60):
+        X, y = world.draw(100, prior=rng.dirichlet(np.full(K, 4.0)))
+        found, (low, high) = adapter.estimate_prior(X, return_interval=True)
+        shares = np.bincount(y, minlength=K) / 100
+        held.append(np.mean((low <= shares) & (shares <= high)))
+        assert (low <= found).all()
+        assert (found <= high).all()
+    assert 0.85 < np.mean(held) < 0.99
+
+
+def test_a_known_mix_without_a_class_never_predicts_it_and_is_read_by_label(classifier, frozen):
+    X, y = World().draw(300)
+    adapter = PerformativeAdapter(frozen, **QUICK).fit(X, y, rounds=np.repeat([0, 1, 2], 100))
+    labels = adapter.classes_
+    prior = np.r_[0.0, np.full(K - 1, 1 / (K - 1))]
+    found = adapter.correct(X, prior)
+    scores = np.log(classifier.predict_proba(X)[:, 1:]) - np.log(adapter.base_prior_[1:])
+    if adapter.calibrator_ is None:
+        np.testing.assert_allclose(found[:, 1:], softmax(scores, axis=1), atol=1e-6)
+    assert found[:, 0].max() < 1e-200
+    turned = pd.Series(prior[::-1], index=labels[::-1])
+    np.testing.assert_array_equal(adapter.correct(X, turned), found)
