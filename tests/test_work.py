@@ -112,6 +112,15 @@ def test_influence_runs_training_rows_once_and_queries_once(module, data, method
         assert module.seen.since(lambda rows=queries: scorer.influence(*rows)) <= n_queries
 
 
+@pytest.mark.parametrize("method", ["auto", "ggn", "ekfac", "arnoldi", "trak"])
+def test_what_lies_below_a_head_that_alone_trains_runs_once(module, data, method):
+    X, y = data
+    last = f"{list(dict(module.named_parameters()))[-1].rpartition('.')[0]}.*"
+    scorer = InfluenceScorer(from_module(module), method=method, parameters=last, random_state=0)
+    assert module.seen.since(lambda: scorer.fit(X, y)) <= N + LOOK
+    assert module.seen.since(lambda: scorer.influence(X[:5], y[:5])) <= 5
+
+
 @pytest.mark.parametrize("budget", [10, 40])
 def test_ablations_run_as_often_as_the_budget_says(module, data, budget):
     X, y = data

@@ -77,10 +77,7 @@ class SmallConvNet(nn.Module):
         self.output = nn.Linear(widths[-1] * side**2, n_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of a batch of images.
-
-        Shapes: images (n, C, H, W), (n, H, W) or (n, C * H * W) -> (n, n_classes).
-        """
+        """Return logits of images: (n, C, H, W), (n, H, W) or (n, C * H * W) -> (n, n_classes)."""
         images = _as_image_batch(images, self.n_channels, self.image_size)
         logits: Tensor = self.output(self.features(images).flatten(1))
         return logits
@@ -122,10 +119,7 @@ class SmallResNet(nn.Module):
         self.output = nn.Linear(n_in, n_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of a batch of images.
-
-        Shapes: images (n, C, H, W), (n, H, W) or (n, C * H * W) -> (n, n_classes).
-        """
+        """Return logits of images: (n, C, H, W), (n, H, W) or (n, C * H * W) -> (n, n_classes)."""
         images = _as_image_batch(images, self.n_channels, self.image_size)
         features = self.blocks(self.stem(images))
         logits: Tensor = self.output(features.mean((2, 3)))
@@ -221,10 +215,7 @@ class TextImageEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
-        """Return the embeddings of images.
-
-        Shapes: pixels (n, 3, image_size, image_size) -> (n, embed_dim).
-        """
+        """Return embeddings: pixels (n, 3, image_size, image_size) -> (n, embed_dim)."""
         embeddings: Tensor = self.visual(pixels)
         return F.normalize(embeddings, dim=-1) if normalize else embeddings
 

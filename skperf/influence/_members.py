@@ -31,7 +31,7 @@ from skperf.influence.horizon import FurtherTraining, further_trained
 from skperf.influence.methods import METHODS, redamped, train_and_rows
 from skperf.influence.neighbours import last_layer
 from skperf.influence.placement import Plan, plan
-from skperf.influence.problem import LOSS_UNIT, Fitted, Problem, Settings
+from skperf.influence.problem import LOSS_UNIT, Fitted, Problem, Settings, at_last_layer
 from skperf.influence.scoring import Candidates, Ensemble, Member
 from skperf.influence.source import Segment, Unrolled
 from skperf.influence.tiles import Shelf, budget_in_bytes
@@ -414,7 +414,8 @@ def _stages(learned: Learned, networks: list[Network]) -> list[Stage]:
         network = learned.staged(networks[i], state)
         if i not in plans:
             plans[i] = learned.planned(network)
-        fit = METHODS[method.name](learned.problem(network, plans[i]), **options)
+        problem = at_last_layer(learned.problem(network, plans[i]))
+        fit = METHODS[method.name](problem, **options)
         stages.append(Stage(i, state, share, options, plans[i], fit))
     return stages
 

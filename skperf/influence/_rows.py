@@ -13,12 +13,11 @@ from torch.func import jacrev, vmap
 from skperf.backbone.losses import Loss
 from skperf.backbone.rows import Rows
 from skperf.influence._members import Learned
-from skperf.influence.captures import record, recording
 from skperf.influence.damping import resolve_damping
-from skperf.influence.gradients import Outer
 from skperf.influence.heads import leave_one_out_steps, linear_head_hessian
 from skperf.influence.layers import from_vectors
-from skperf.influence.problem import LOSS_UNIT, Problem, curvature_rows
+from skperf.influence.neighbours import features_of
+from skperf.influence.problem import LOSS_UNIT, Problem, curvature_rows, is_last_linear
 from skperf.influence.scoring import Ensemble
 from skperf.influence.tiles import meet
 
@@ -95,17 +94,15 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
     """
     network = learned.networks()[member]
     problem = learned.problem(network, learned.stages[0].plan)
-    head = problem.layers[0]
-    if len(problem.layers) != 1 or not head.sites or not head.weight:
-        return None
-    if not isinstance(head.module, torch.nn.Linear):
+    head: Any = problem.layers[0]
+    if not is_last_linear(problem.layers, network, X):
         return None
     weight = head.module.weight.detach().cpu().double()
     if head.bias:
         weight = torch.cat([weight, head.module.bias.detach().cpu().double()[:, None]], 1)
-    train, queries = (_features(problem, rows) for rows in (learned.X, X))
-    if train is None or queries is None:
-        return None
+    train, queries = (features_of(network, rows).double() for rows in (learned.X, X))
+    if head.bias:
+        train, queries = (torch.cat([f, torch.ones_like(f[:, :1])], 1) for f in (train, queries))
     read = _readout(problem, queries, weight, X)
     if read is None:
         return None
@@ -163,19 +160,6 @@ def _of_balance(
 
 def _as_double(targets: Tensor) -> Tensor:
     return targets.double() if targets.is_floating_point() else targets
-
-
-def _features(problem: Problem, X: Rows) -> Tensor | None:
-    """Read the inputs of the only layer, a one appended for its bias: -> (n, d)."""
-    network, parts = problem.network, []
-    with recording(network.module):
-        for (inputs,) in network.batches(X):
-            tape = record(network, inputs, problem.layers)
-            factor = tape.pull(torch.zeros_like(tape.outputs))[0]
-            if not isinstance(factor, Outer) or factor.inputs.ndim != 2:
-                return None
-            parts.append(factor.inputs.double().cpu())
-    return torch.cat(parts)
 
 
 def _readout(problem: Problem, features: Tensor, weight: Tensor, X: Rows) -> Any:

@@ -138,6 +138,9 @@ class CurvatureProduct:
         return lambda values: self.network(inputs, values)
 
 
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+
+
 class PlainAttention(TorchFunctionMode):
     """Attention written out, in this thread: fused kernels have no second derivatives."""
 
@@ -146,7 +149,11 @@ class PlainAttention(TorchFunctionMode):
     ) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        named = dict(zip(_ATTENTION, args, strict=False)) | (kwargs or {})
+        mask = named.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:  # this operator would add 0 and 1
+            named["attn_mask"] = torch.where(mask, 0.0, -torch.inf).to(named["query"])
+        return torch.ops.aten._scaled_dot_product_attention_math(**named)[0]
 
 
 @contextmanager

@@ -156,10 +156,7 @@ def generalized_query(
 def removal_update(
     how: str, multiply: Multiply, chosen: Tensor, gradient: Tensor, **options: Any
 ) -> Tensor:
-    """Direction that unlearns rows, by one of several rules; options of `lsmr`.
-
-    Shapes: gradient (n_parameters,) -> (n_parameters,).
-    """
+    """Direction that unlearns rows, by one of several rules: gradient (p,) -> (p,)."""
     g = gradient[None]
     if how == "ascent":
         return gradient * chosen

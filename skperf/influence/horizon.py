@@ -46,10 +46,7 @@ def actual_effects(
     kept: Tensor | None = None,
     verbose: int = 0,
 ) -> Tensor:
-    """Train on with and without single rows, and compare.
-
-    Shapes: inputs (n, ...), targets (n, ...), weights (n,), kept (m,) -> (n_steps, n_queries, m).
-    """
+    """Train on with and without rows, compare: inputs (n, ...) -> (n_steps, n_queries, m)."""
     # A row that is left out has weight zero (or `kept` of its own) where it would be used, in an
     # unchanged batch with an unchanged denominator: sum_b w_i l_i / |b|.
     n, runs = len(inputs), len(left_out) + 1

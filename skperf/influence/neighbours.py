@@ -37,23 +37,29 @@ def last_layer(network: Network, X: Rows) -> tuple[str, nn.Module]:
 
 def features_of(network: Network, X: Rows) -> Tensor:
     """Read the inputs of the layer that runs last: X (n, ...) -> (n, n_features)."""
+    features, outputs = features_and_outputs(network, X)
+    if len(features) != len(outputs):
+        raise ValueError("candidates: the last layer does not keep one entry a row.")
+    return features
+
+
+def features_and_outputs(network: Network, X: Rows) -> tuple[Tensor, Tensor]:
+    """Read what the last layer takes and the network gives: X (n, ...) -> (n, d), (n, ...)."""
     _, last = last_layer(network, X)
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].detach().cpu())
 
-    features = []
+    features, outputs = [], []
     with torch.inference_mode(), forward_hooks({last: keep}, before=True):
         for (inputs,) in network.batches(X):
             seen.clear()
-            network(inputs)
+            outputs.append(network(inputs).cpu())
             # of a layer that runs several times, its last inputs; of many positions, their mean
             values = seen[-1]
-            if len(values) != len(inputs):
-                raise ValueError("candidates: the last layer does not keep one entry a row.")
-            features.append(values if values.ndim == 2 else values.flatten(1, -2).mean(1))
-    return torch.cat(features).clone().to(network.dtype)
+            features.append(values if values.ndim <= 2 else values.flatten(1, -2).mean(1))
+    return torch.cat(features).to(network.dtype), torch.cat(outputs)
 
 
 def nearest(

@@ -38,10 +38,7 @@ def loss_rows(
     kept_trace: float = 1.0,
     max_rows: int | None = None,
 ) -> OutputRows:
-    """Eigenpairs of a loss's Hessians at many examples, the largest and a sample.
-
-    Shapes: outputs (n, K) or (n,), targets (n, ...), weights (n,).
-    """
+    """Eigenpairs of a loss's Hessians, the largest and a sample: outputs (n, K) or (n,)."""
     if isinstance(loss, CrossEntropy) and outputs.ndim == 2:
         weights = weights * loss.sizes(targets).to(weights)
         return softmax_rows(outputs, weights, kept_trace=kept_trace, max_rows=max_rows)
@@ -108,10 +105,7 @@ def sampled_rows(
 
 
 def _drawn(loss: Loss, outputs: Tensor, targets: Tensor, chances: Tensor) -> Tensor:
-    """Draw one row of the curvature of each example.
-
-    Shapes: outputs (m, ...), targets (m, ...), chances (m, ...) in [0, 1) -> (m, ...).
-    """
+    """Draw a row of each example's curvature: outputs, targets, chances (m, ...) -> (m, ...)."""
     if isinstance(loss, CrossEntropy):
         # shares are as torch takes them, their classes second
         last = not targets.is_floating_point() and targets.shape[1:] == outputs.shape[1:-1]
@@ -136,10 +130,7 @@ def _drawn(loss: Loss, outputs: Tensor, targets: Tensor, chances: Tensor) -> Ten
 def softmax_rows(
     logits: Tensor, weights: Tensor, *, kept_trace: float = 1.0, max_rows: int | None = None
 ) -> OutputRows:
-    """Eigenpairs of the softmax Hessians of many examples, the largest and a sample.
-
-    Shapes: logits (n, n_classes), weights (n,).
-    """
+    """Eigenpairs of softmax Hessians, the largest and a sample: logits (n, K), weights (n,)."""
     probabilities, weights = logits.double().softmax(1), weights.double()
     traces = weights * (1 - probabilities.square().sum(1))
     total = traces.sum()

@@ -1,21 +1,24 @@
 """What an influence method is fitted on, and what it keeps."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import Output
 from skperf.backbone.parameters import Parameters
 from skperf.backbone.rows import Rows
-from skperf.influence.captures import Recorder, recording
+from skperf.influence.captures import Recorder, record, recording
 from skperf.influence.curvature import CurvatureProduct
 from skperf.influence.gradients import Gradients, paired, written_out
-from skperf.influence.layers import Layer
+from skperf.influence.layers import Layer, Place
+from skperf.influence.neighbours import features_and_outputs, last_layer
 from skperf.influence.output_rows import Cotangents, OutputRows, loss_rows, sampled_rows
 from skperf.influence.tiles import Shelf, Terms, Through, gather
 
@@ -79,10 +82,7 @@ class Problem:
     def gather(
         self, X: Rows, cotangents: Cotangents, examples: Any = None, through: Through = list
     ) -> Gradients:
-        """Pull cotangents back; see :func:`~skperf.influence.tiles.gather`.
-
-        Shapes: X (n, ...), cotangents (m, ...), examples (m,).
-        """
+        """Pull cotangents (m, ...) back through rows X (n, ...): see `tiles.gather`."""
         with recording(self.network.module):
             return gather(
                 self.network,
@@ -132,6 +132,34 @@ class Problem:
             damping,
             self.batch_size,
         )
+
+
+def at_last_layer(problem: Problem) -> Problem:
+    """Where a last linear layer alone trains, run what is below once: rows are what it takes."""
+    layer, network = problem.layers[0], problem.network
+    if not is_last_linear(problem.layers, network, problem.X):
+        return problem
+    features, outputs = features_and_outputs(network, problem.X)
+    own = functional.linear(features, *(p.cpu() for p in layer.module.parameters()))
+    if own.shape != outputs.shape or not own.allclose(outputs, 1e-4, 1e-5):
+        return problem
+    name = layer.names[0].rpartition(".")[0]
+    above = replace(network, forward=partial(_run_part, name=name), readout=None, before=None)
+    layers = [replace(layer, places=(Place(0),))]
+    again = partial(record, layers=layers)
+    return replace(problem, network=above, layers=layers, record=again, X=Rows(features))
+
+
+def is_last_linear(layers: list[Layer], network: Network, X: Rows) -> bool:
+    """Whether one linear layer alone trains, and runs last: X (n, ...)."""
+    if len(layers) > 1 or not layers[0].sites or type(layers[0].module) is not nn.Linear:
+        return False
+    return layers[0].weight and last_layer(network, X)[1] is layers[0].module
+
+
+def _run_part(module: nn.Module, rows: Any, *, name: str) -> Tensor:
+    outputs: Tensor = module.get_submodule(name)(rows)
+    return outputs
 
 
 def weighted(values: Tensor, weights: Tensor) -> Tensor:

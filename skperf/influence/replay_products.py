@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skperf.backbone.losses import CrossEntropy, Loss
 from skperf.backbone.parameters import substituted
 from skperf.backbone.rows import Rows
 from skperf.backbone.training_run import Run, Step, drawing, floating_buffers, weighted_losses
+from skperf.influence.curvature import PlainAttention
 from skperf.influence.replay_chain import Chain, find_chain
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -83,7 +83,7 @@ class Differentiator:
                 torch.enable_grad(),
                 drawing(batch.step.stream),
                 # fused attention has no second derivative
-                sdpa_kernel(SDPBackend.MATH),
+                PlainAttention(),
                 substituted(self.module, dict(zip(run.names, leaves, strict=True))),
             ):
                 momenta = [_momentum(norm) for norm in self.norms]

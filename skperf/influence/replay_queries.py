@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skperf.backbone.parameters import substituted
 from skperf.backbone.rows import Rows
 from skperf.backbone.training_run import Run, floating_buffers, split_state
 from skperf.backbone.views import own_copy
+from skperf.influence.curvature import PlainAttention
 from skperf.influence.replay_products import BATCH_NORM
 
 Value = Callable[[Tensor, Tensor], Tensor]
@@ -27,10 +27,7 @@ def query_gradients(
     *,
     aggregate: bool = False,
 ) -> Tensor:
-    """Gradients of each query's value at the end of the run, or of their mean.
-
-    Shapes: inputs (q, ...), targets (q, ...) -> (q, p) or (1, p).
-    """
+    """Gradients of queries (q, ...) at the end of the run, or of their mean: (q, p) or (1, p)."""
     module = _at_end(run, end)
     state = split_state(run, module, end)
     names, leaves = run.names, [*state.parameters, *state.buffers]
@@ -41,7 +38,7 @@ def query_gradients(
         given = dict(zip(names, tensors, strict=False))
         statistics = _with_statistics(module, tensors[len(names) :])
         # fused attention has no rule for many rows at once
-        with statistics, substituted(module, given), sdpa_kernel(SDPBackend.MATH):
+        with statistics, substituted(module, given), PlainAttention():
             outputs = run.compute(module, Rows.of(rows))
         return of(outputs, targets).sum()
 

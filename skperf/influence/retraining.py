@@ -112,10 +112,7 @@ def train_subsets(
     weights: Tensor | None = None,
     verbose: int = 0,
 ) -> Parameters:
-    """Train one fresh copy of a network on each subset of the rows, all at once.
-
-    Shapes: inputs (n, ...), targets (n, ...), weights (n,).
-    """
+    """Train fresh copies of a network on subsets, all at once: inputs (n, ...), weights (n,)."""
     sizes = subsets.sum(1)
     if not bool((sizes == sizes[0]).all()):
         raise ValueError("all subsets must hold equally many rows.")

@@ -456,6 +456,51 @@ def test_several_inputs_and_half_precision():
         assert half.last.weight.dtype == torch.bfloat16
 
 
+class Attending(nn.Module):
+    """Attends to some places: a mask of yes and no, or one that is added, causal, or none."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inner, self.last = how, nn.Linear(5, 12), nn.Linear(4, 3)
+
+    def forward(self, x):
+        query, key, value = self.inner(x)[:, None].chunk(3, -1)
+        seen = (x[:, None, None, :, 0] > -0.5) | torch.eye(x.shape[1], dtype=torch.bool)
+        options = {"is_causal": True} if self.how == "causal" else {}
+        if self.how == "boolean":
+            options["attn_mask"] = seen
+        elif self.how == "added":
+            options["attn_mask"] = torch.where(seen, 0.0, -3.0).to(x.dtype)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, **options)
+        return self.last(attended[:, 0].mean(1))
+
+
+@pytest.mark.parametrize("how", ["boolean", "added", "causal", "none"])
+def test_products_of_attention_with_masks(how):
+    """Written-out attention stands for the fused kernel, which has no second derivative."""
+    torch.manual_seed(0)
+    module = Attending(how).double()
+    X, y = rows()
+    inputs, n = torch.as_tensor(X), N
+    own = dict(module.named_parameters())
+    jacobians = []
+    for i in range(n):
+        found = torch.func.jacrev(
+            lambda p, i=i: torch.func.functional_call(module, p, (inputs[i : i + 1],))[0]
+        )(own)
+        jacobians.append(torch.cat([found[name].flatten(1) for name in own], 1).detach())
+    stacked, p = torch.stack(jacobians), module(inputs).softmax(1).detach()
+    at_outputs = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    curvature = torch.einsum("nki,nkl,nlj->ij", stacked, at_outputs, stacked) / n
+    gradients = torch.einsum("nk,nki->ni", p - torch.eye(3)[y], stacked)
+    solved = torch.linalg.solve(curvature + 0.1 * torch.eye(len(curvature)), gradients.T)
+    for method, rtol in (("exact", 1e-6), ("cg", 1e-3)):
+        scorer = InfluenceScorer(module, method=method, damping=0.1).fit(X, y)
+        expected = (gradients @ solved / n).numpy()
+        allowed = {"rtol": rtol, "atol": rtol * np.abs(expected).max()}
+        np.testing.assert_allclose(scorer.influence(X, y), expected, **allowed)
+
+
 @pytest.mark.parametrize("parameters", ["all", "last*"])
 def test_a_forward_that_casts_its_outputs(parameters):
     """As code with mixed precision ends; dense solves run in double precision all the same."""
