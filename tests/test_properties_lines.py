@@ -21,7 +21,7 @@ from skperf.influence.gradients import Dense, Outer, written_out
 from skperf.influence.inverses import _damped_cholesky
 from skperf.influence.methods import Projected
 from skperf.influence.neighbours import last_layer
-from skperf.influence.projections import TwoSided
+from skperf.influence.projections import Projection, TwoSided
 from skperf.influence.repair import doubt
 from skperf.performative import report
 from skperf.performative.label_shift import estimate_base_prior
@@ -41,7 +41,7 @@ def test_stored_rows_are_projected_as_their_matrices_are():
     left, right = normal(4, 3, seed=1), normal(5, 2, seed=2)
     rows = [Outer(normal(7, 4), normal(7, 5, seed=3)), Dense(normal(7, 6, seed=4))]
     maps = [TwoSided(left, right, (5, 4)), TwoSided(None, normal(6, 3, seed=5), None)]
-    (found,) = Projected(maps, torch.eye(9)).store(None, rows)
+    (found,) = Projected(Projection((), 9, 0, maps), torch.eye(9)).store(None, rows)
     matrices = written_out(rows[0]).view(7, 5, 4)
     expected = torch.einsum("noi,ok,il->nkl", matrices, right, left).flatten(1)
     torch.testing.assert_close(found.values[:, :6], expected)

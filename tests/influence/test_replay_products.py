@@ -6,12 +6,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from skperf.backbone.losses import CrossEntropy
+from skperf.backbone.training_run import weighted_losses
 from skperf.influence.replay_products import (
     Twice,
     _batch_statistics,
     _momentum,
     _of_other_labels,
-    _weighted,
 )
 
 M = 3
@@ -41,10 +41,10 @@ def test_losses_are_weighed_by_class_and_compared_with_those_of_other_labels():
     def told(codes):
         return weight[codes] * cross_entropy(outputs, codes, reduction="none")
 
-    own = _weighted(loss, outputs, codes)
+    own = weighted_losses(loss, outputs, codes)
     torch.testing.assert_close(own, told(codes))
     plain = cross_entropy(outputs, codes, reduction="none")
-    torch.testing.assert_close(_weighted(CrossEntropy(), outputs, codes), plain)
+    torch.testing.assert_close(weighted_losses(CrossEntropy(), outputs, codes), plain)
     relabelled = torch.randn(4, 3).double()
     other = torch.stack([told(torch.full((4,), k)) for k in range(3)], 1)
     expected = ((other - own[:, None]) * relabelled).sum(1)
