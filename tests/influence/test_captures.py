@@ -8,8 +8,8 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import select_parameters
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import view
-from skperf.influence.captures import record, recording
-from skperf.influence.layers import find_layers, to_vectors
+from skperf.influence.captures import alone, record, recording
+from skperf.influence.layers import find_layers, one_by_one, to_vectors
 from skperf.influence.placement import plan
 
 
@@ -166,3 +166,23 @@ def test_gradients_that_are_not_finite_are_named():
         tape = record(network, inputs, layers_of(network.module))
         with pytest.raises(ValueError, match="layer '0' is not finite, first at row 2"):
             tape.pull(cotangents)
+
+
+class Spare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_what_a_forward_does_not_use_has_a_gradient_of_zero(looped):
+    module = Spare().double()
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    layer = one_by_one([*parameters], parameters, looped=looped)
+    X, slopes = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    found = alone(Network(module, None), Rows(X), layer, slopes)
+    weight = torch.einsum("no,ni->noi", slopes, X).flatten(1)
+    torch.testing.assert_close(found, torch.cat([weight, slopes, torch.zeros(5, 6).double()], 1))

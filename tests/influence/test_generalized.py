@@ -12,9 +12,10 @@ from skperf.influence.generalized import (
     generalized_query,
     generalized_update,
     removal_update,
+    row_product,
     unit_strengths,
 )
-from skperf.influence.layers import find_layers
+from skperf.influence.layers import find_layers, from_vectors
 
 NETWORK, INPUTS = cases()["mlp"]
 PARAMETERS = select_parameters(NETWORK.module)
@@ -135,3 +136,12 @@ def test_lsmr_needs_few_products_where_the_released_iteration_needs_many():
 
     assert optimum <= float(solved.residual) + 1e-9
     assert float(solved.residual) < released(1000)
+
+
+@pytest.mark.parametrize(
+    "damping", [0.3, torch.linspace(0.1, 2, len(H)).double()], ids=["one", "each"]
+)
+def test_products_with_rows_of_a_curvature_are_damped(damping):
+    rows, vectors = torch.randn(5, len(H)).double(), torch.randn(3, len(H)).double()
+    product = row_product(LAYERS, PARAMETERS, [*from_vectors(LAYERS, rows, PARAMETERS)], damping)
+    torch.testing.assert_close(product(vectors), vectors @ rows.T @ rows + damping * vectors)

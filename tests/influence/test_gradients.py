@@ -9,6 +9,7 @@ from skperf.influence.gradients import (
     Dense,
     Outer,
     Tokens,
+    _row_numel,
     combine,
     folded,
     inner,
@@ -154,3 +155,10 @@ def test_products_of_tables_whatever_the_number_of_tokens(n_tokens, lengths):
     torch.testing.assert_close(inner([left], [right]), plain)
     nothing = Tokens(torch.full_like(right.indices, -1), right.outputs, n_tokens)
     assert not inner([left], [nothing]).any()
+
+
+def test_a_row_holds_the_numbers_of_all_its_tensors():
+    factor = Outer(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
+    assert _row_numel(factor) == 3 * 4 + 3 * 5
+    assert _row_numel(factor[:0]) == 1
+    assert _row_numel(Dense(torch.zeros(2, 7))) == 7

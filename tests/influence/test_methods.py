@@ -54,6 +54,19 @@ def reference(digits):
     return module, gradients, curvature
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_tracin_is_a_product_or_a_cosine(digits, reference, normalize):
+    (X, y), (module, gradients, _) = digits, reference
+    scorer = InfluenceScorer(
+        from_module(module, [0, 1, 2]),
+        method=TracIn(learning_rate=0.5, normalize=normalize),
+        checkpoints=[module],
+    )
+    found = scorer.fit(X[:N], y[:N]).influence(X[N:], y[N:])
+    rows = gradients / gradients.norm(dim=1, keepdim=True) if normalize else gradients
+    np.testing.assert_allclose(found, 0.5 * (rows[N:] @ rows[:N].T).numpy(), rtol=1e-6, atol=1e-9)
+
+
 def exact_influence(reference, damping=DAMPING):
     _, gradients, curvature = reference
     damped = curvature + damping * torch.eye(len(curvature), dtype=torch.float64)

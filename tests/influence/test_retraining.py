@@ -11,6 +11,7 @@ from skperf.backbone.outputs import loss
 from skperf.backbone.rows import Rows
 from skperf.influence.retraining import (
     Recipe,
+    _adam,
     fresh_parameters,
     half_subsets,
     stacked_outputs,
@@ -88,3 +89,11 @@ def test_subsets_must_be_of_one_size():
         train_subsets(
             network, Rows(torch.zeros(2, 4)), torch.zeros(2).long(), subsets, Recipe(), seeds=[0, 1]
         )
+
+
+def test_the_usual_optimizer_is_adam_with_a_step_of_a_hundredth():
+    weight = torch.zeros(3, requires_grad=True)
+    optimizer = _adam([weight])
+    weight.grad = torch.tensor([1.0, -5.0, 0.1])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), -0.01 * weight.grad.sign())

@@ -105,3 +105,33 @@ def test_the_largest_are_kept_in_the_order_of_the_rows():
 def test_candidates_of_a_tile():
     kept = only_candidates(np.ones((2, 3)), np.array([[4, 9], [5, 6]]), slice(4, 7), -1.0)
     assert kept.tolist() == [[1, -1, -1], [-1, 1, 1]]
+
+
+def test_a_shelf_fills_up_with_what_is_put_on_it(tmp_path):
+    shelf, factor = Shelf(200, tmp_path), Outer(torch.zeros(1, 3), torch.zeros(1, 2).double())
+    assert shelf.used == 0
+    room = shelf.empty(7, factor)
+    assert [tensor.shape for tensor in room.tensors] == [(7, 3), (7, 2)]
+    assert [tensor.dtype for tensor in room.tensors] == [torch.float32, torch.float64]
+    assert shelf.used == 7 * (3 * 4 + 2 * 8)
+    again = shelf.empty(7, factor)  # beyond the budget, on disk
+    assert shelf.used == 196
+    again.tensors[0][:] = 1.0
+    assert float(again.tensors[0].sum()) == 21
+
+
+def test_a_budget_of_nothing_is_refused():
+    for wrong in (0, -5, "0GB"):
+        with pytest.raises(ValueError, match="must be positive"):
+            budget_in_bytes(wrong)
+
+
+@pytest.mark.parametrize("fill", [0.0, -np.inf])
+def test_only_candidates_of_each_query_keep_their_scores(fill):
+    scores = np.random.default_rng(0).normal(size=(3, 4))
+    close = np.array([[5, 9], [2, 8], [7, 6]])
+    found = only_candidates(scores, close, slice(5, 9), fill)
+    expected = np.full((3, 4), fill)
+    for query, column in ((0, 0), (1, 3), (2, 2), (2, 1)):
+        expected[query, column] = scores[query, column]
+    np.testing.assert_array_equal(found, expected)

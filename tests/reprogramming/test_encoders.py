@@ -8,12 +8,20 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from skperf.reprogramming import Reprogrammer, open_encoder
-from skperf.reprogramming.encoders import CLIP_MEAN, examined, projected
+from skperf.reprogramming.encoders import CLIP_MEAN, _same, examined, projected
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 TOWER = SMALL | {"num_attention_heads": 2}
 VISION = TOWER | {"image_size": 12, "patch_size": 4}
 TEXT = TOWER | {"vocab_size": 40, "max_position_embeddings": 9}
+
+
+def test_what_comes_back_is_the_same_where_it_is_the_same_memory():
+    whole = torch.arange(12.0).view(4, 3)
+    assert _same(whole, whole.view(3, 4))
+    assert not _same(whole, whole.clone())
+    assert not _same(whole, whole[:2])
+    assert not _same((whole,), whole)
 
 
 class HuggingFaceTokenizer:

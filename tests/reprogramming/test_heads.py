@@ -3,11 +3,102 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from torch import nn
 
 from skperf.reprogramming import Reprogrammer
-from skperf.reprogramming.heads import Cache, Cached, rebuilt, voted
+from skperf.reprogramming.heads import (
+    Adapter,
+    Attributes,
+    Cache,
+    Cached,
+    _adapter,
+    calibrated,
+    folds_of,
+    rebuilt,
+    sharpened_losses,
+    voted,
+)
 from tests.reprogramming.conftest import assert_same_state, state_of
+
+RNG = np.random.default_rng(0)
+OUTPUTS, TEXTS = RNG.normal(size=(9, 6)), RNG.normal(size=(3, 6))
+CODES = np.array([0, 0, 1, 1, 1, 2, 2, 2, 2])
+WEIGHTS = RNG.uniform(0.5, 3, 9)
+CACHED = Cached(
+    torch.tensor(OUTPUTS), torch.tensor(CODES), torch.tensor(WEIGHTS), 3, torch.tensor(TEXTS),
+    torch.tensor(RNG.normal(size=(6, 6))), torch.tensor([0, 0, 1, 1, 1, 2]), scale=2.0, bias=-0.5,
+)  # fmt: skip
+
+
+def lengths_of_one(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_a_cache_adds_votes_of_near_rows_by_their_weights():
+    found = Cache(CACHED, 1.5, 4.0)(torch.tensor(OUTPUTS[:4]))
+    near = np.exp(4.0 * (lengths_of_one(OUTPUTS[:4]) @ lengths_of_one(OUTPUTS).T - 1))
+    expected = 2.0 * OUTPUTS[:4] @ TEXTS.T - 0.5
+    for code in range(3):
+        own = code == CODES
+        expected[:, code] += 1.5 * near[:, own] @ (WEIGHTS[own] / WEIGHTS.mean())
+    np.testing.assert_allclose(found, expected)
+
+
+def test_an_adapter_holds_mixed_features_against_the_texts():
+    head = _adapter(0.3, CACHED, 0)
+    assert isinstance(head, Adapter)
+    assert head.share == 0.3
+    down, up = head.down.detach().numpy(), head.up.detach().numpy()
+    moved = np.maximum(np.maximum(OUTPUTS @ down, 0) @ up, 0)
+    mixed = lengths_of_one(0.3 * moved + 0.7 * OUTPUTS)
+    expected = 2.0 * mixed @ TEXTS.T - 0.5
+    np.testing.assert_allclose(head(torch.tensor(OUTPUTS)).detach(), expected)
+
+
+@pytest.mark.parametrize("nearest", [1, 2, 10])
+def test_attributes_are_means_of_the_nearest_prompts_of_a_class(nearest):
+    similarities = OUTPUTS @ CACHED.attributes.numpy().T
+    columns = []
+    for code in range(3):
+        own = np.sort(similarities[:, CACHED.groups.numpy() == code], axis=1)
+        columns.append(own[:, -nearest:].mean(1))
+    expected = 2.0 * np.stack(columns, 1) - 0.5
+    np.testing.assert_allclose(Attributes(CACHED, nearest)(torch.tensor(OUTPUTS)), expected)
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [(Cache, (1.0, 3.0)), (Attributes, (2,))])
+def test_a_head_is_made_again_from_its_numbers_and_tensors(kind, numbers):
+    head, rows = kind(CACHED, *numbers), torch.tensor(OUTPUTS)
+    again = rebuilt(head.describe(), dict(head.state_dict()))
+    assert torch.equal(again(rows), head(rows))
+    assert again.describe() == head.describe()
+
+
+def test_the_factor_of_similarities_makes_the_weighted_loss_smallest():
+    similarities = RNG.normal(size=(9, 3)) + 2 * np.eye(3)[CODES]
+
+    def losses(factor):
+        return -log_softmax(factor * similarities, axis=1)[np.arange(9), CODES]
+
+    best = minimize_scalar(
+        lambda log: np.average(losses(np.exp(log)), weights=WEIGHTS), bounds=(-4, 4)
+    )
+    told = [torch.tensor(each) for each in (similarities, CODES, WEIGHTS)]
+    assert calibrated(7.0, *told) == pytest.approx(np.exp(best.x), rel=1e-3)
+    found = sharpened_losses(*told)
+    np.testing.assert_allclose(found, losses(np.exp(best.x)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("n_folds", [2, 3, 4])
+def test_rows_of_every_class_are_dealt_out_evenly(n_folds):
+    folds = folds_of(np.repeat([0, 1, 2], [5, 3, 1]), n_folds, np.random.RandomState(0))
+    assert len(folds) == n_folds
+    assert sorted(np.concatenate([test for _, test in folds])) == list(range(9))
+    for train, test in folds:
+        assert sorted([*train, *test]) == list(range(9))
+        assert abs(len(test) - 9 / n_folds) < 1  # classes go on where the one before ended
 
 
 @pytest.fixture

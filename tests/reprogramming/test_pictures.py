@@ -8,6 +8,8 @@ from skperf.reprogramming.pictures import (
     PictureForm,
     Pictures,
     _check_channels,
+    _in_range,
+    _is_picture,
     is_array,
     is_table,
 )
@@ -41,3 +43,52 @@ def test_arrays_that_are_no_pictures_are_refused_as_they_are_read():
     assert not is_table([good[0, 0]])
     assert is_table([[0.0, 1.0]])
     assert is_table([np.zeros(3)])
+
+
+def test_pictures_are_brought_to_the_unit_range_from_their_own():
+    values = np.array([[[-0.00005, 0.0, 0.5, 1.00005]]], np.float64)
+    plain = _in_range(values, PictureForm())
+    torch.testing.assert_close(plain, torch.tensor(values).float(), rtol=0, atol=0)
+    halves = _in_range(values, PictureForm(low=0.0, high=0.5))
+    torch.testing.assert_close(halves, torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]))
+    signed = _in_range(values, PictureForm(low=-1.0, high=1.0))
+    torch.testing.assert_close(signed[0, 0, 1:3], torch.tensor([0.5, 0.75]))
+    shifted = _in_range(values + 1, PictureForm(low=1.0, high=3.0))
+    torch.testing.assert_close(shifted[0, 0, 1:3], torch.tensor([0.0, 0.25]))
+    bytes_ = np.array([[[0, 51, 255]]], np.uint8)
+    torch.testing.assert_close(
+        _in_range(bytes_, PictureForm(low=-1.0, high=1.0)), torch.tensor([[[0.0, 0.2, 1.0]]])
+    )
+    rows = _in_range(values * 100, PictureForm(any_rows=True))
+    assert rows.dtype == torch.float64
+    np.testing.assert_array_equal(rows, values * 100)
+
+
+def test_values_beyond_the_range_are_refused_on_either_side():
+    for low, high in ((0.0, 1.0), (-1.0, 1.0)):
+        form = PictureForm(low=low, high=high)
+        good = np.full((1, 1, 2, 2), low)
+        Pictures.of(good, form)
+        for wrong in (low - 0.01, high + 0.01):
+            with pytest.raises(ValueError, match="X holds values from"):
+                Pictures.of(np.where(np.eye(2) > 0, wrong, good), form)
+
+
+def test_what_pictures_and_tables_are():
+    class Image:
+        def getbands(self):
+            return ("R",)
+
+    for picture in (Image(), np.zeros((2, 2)), torch.zeros(3, 2, 2)):
+        assert _is_picture(picture)
+    for other in (np.zeros(3), np.zeros((1, 3, 2, 2)), 1.0, "a"):
+        assert not _is_picture(other)
+    pictures = np.empty(2, dtype=object)
+    pictures[:] = [np.zeros((2, 2)), np.zeros((3, 3))]
+    assert not is_table(pictures)
+    assert is_table(np.array([["a", 1.0]], dtype=object))
+    assert is_table(np.array([1.0, None], dtype=object))
+    assert is_table(np.zeros((2, 5)))
+    assert not is_table(np.zeros((2, 1, 5, 5)))
+    assert is_table([])
+    assert not is_table([Image()])

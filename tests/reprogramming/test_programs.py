@@ -168,3 +168,13 @@ def test_prompts_are_averaged_on_the_sphere(towers, tokenizer):
 def test_prompt_needs_a_place_for_the_name():
     with pytest.raises(ValueError, match=r"'a photo' has no '\{\}'"):
         class_prompts(["a photo"], [["cat"]], [0])
+
+
+def test_no_border_is_a_border_too():
+    program = ImageProgram(3, (6, 8), 0)
+    assert program.shape == (3, 0)
+    images = torch.rand(2, 3, 6, 8)
+    torch.testing.assert_close(program.add(program.place(images), torch.zeros(3, 0)), images)
+    with pytest.raises(ValueError, match="border=-1"):
+        ImageProgram(3, (6, 8), -1)
+    assert ImageProgram(3, (6, 8), 2).shape == (3, 6 * 8 - 2 * 4)

@@ -152,3 +152,35 @@ def test_more_dimensions_than_rows_cost_no_matrix_of_all_pairs():
     expected = -np.linalg.norm(rest, axis=1) / np.linalg.norm(asked - outputs.mean(0), axis=1)
     fitted = VirtualLogit.fit(torch.tensor(outputs), torch.tensor(codes))
     np.testing.assert_allclose(fitted.score(torch.tensor(asked)), expected, rtol=1e-6)
+
+
+def test_a_virtual_logit_is_the_share_outside_the_principal_directions():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, 6)) * [9, 6, 4, 1, 0.5, 0.2] + [5, -8, 3, 7, -6, 4]
+    centre = rows.mean(0)
+    _, values, directions = np.linalg.svd(rows - centre)
+    kept = int((np.cumsum(values**2) < 0.95 * (values**2).sum()).sum()) + 1
+    assert kept == 3
+    fitted = VirtualLogit.fit(torch.tensor(rows), torch.zeros(40, dtype=torch.long))
+    asked = rng.normal(size=(7, 6)) * 5
+    outside = (asked - centre) @ directions[kept:].T
+    expected = -np.linalg.norm(outside, axis=1) / np.linalg.norm(asked - centre, axis=1)
+    np.testing.assert_allclose(fitted.score(torch.tensor(asked)), expected, rtol=1e-9)
+
+
+def test_distances_to_classes_are_those_of_their_shrunk_covariance():
+    rng = np.random.default_rng(0)
+    width, codes = 5, np.repeat([0, 2, 3], [9, 12, 15])
+    centres = rng.normal(size=(4, width)) * 4
+    rows = centres[codes] + rng.normal(size=(36, width)) * [3, 2, 1, 0.5, 0.2]
+    means = np.stack([rows[codes == c].mean(0) for c in (0, 2, 3)])
+    residuals = rows - means[np.searchsorted([0, 2, 3], codes)]
+    values, vectors = np.linalg.eigh(residuals.T @ residuals / (36 - 3))
+    share = min(0.9, max(0.05, width / (36 + width)))
+    shrunk = (1 - share) * values + share * values.mean()
+    inverse = vectors @ np.diag(1 / shrunk) @ vectors.T
+    asked = rng.normal(size=(6, width)) * 3
+    gaps = asked[:, None] - means
+    expected = -np.einsum("ncd,de,nce->nc", gaps, inverse, gaps).min(1)
+    fitted = Gaussians.fit(torch.tensor(rows), torch.tensor(codes))
+    np.testing.assert_allclose(fitted.score(torch.tensor(asked)), expected, rtol=1e-6)

@@ -67,3 +67,8 @@ def test_contrast_equals_the_released_loop():
     objective = ClassObjective(contrastive=True, gamma=4.0, scale=0.8)
     torch.testing.assert_close(objective(10 * u @ classes.T, codes).mean(), expected)
     assert np.isfinite(expected.item())
+
+
+def test_accuracies_are_compared_to_six_digits():
+    assert AlphaCurve((0.0, 0.5, 1.0), (0.5, 0.5000002, 0.4), (2.0, 3.0, 1.0)).best() == 0.0
+    assert AlphaCurve((0.0, 0.5, 1.0), (0.5, 0.500002, 0.4), (2.0, 3.0, 1.0)).best() == 0.5

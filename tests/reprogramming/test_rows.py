@@ -12,7 +12,13 @@ from torch.nn import functional
 
 from skperf import Reprogrammer
 from skperf.reprogramming.programs import ImageProgram
-from skperf.reprogramming.rows import RowPicture, SignalProgram, Spectrogram, TokenProgram
+from skperf.reprogramming.rows import (
+    RowPicture,
+    RowProgram,
+    SignalProgram,
+    Spectrogram,
+    TokenProgram,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,26 @@ class Bags(nn.Module):
 
     def forward(self, vectors, known):
         return (self.last(vectors).tanh() * known).sum(1) / known.sum(1)
+
+
+def test_row_program_flattens_and_shifts():
+    program = RowProgram((6,))
+    rows, weights = torch.randn(4, 2, 3), torch.randn(6)
+    assert program.place(rows).shape == (4, 6)
+    expected = torch.stack([row.flatten() + weights for row in rows])
+    torch.testing.assert_close(program.add(program.place(rows), weights), expected)
+
+
+@pytest.mark.parametrize("length", [3, 5, 7])
+def test_token_program_shifts_the_first_places_of_texts_of_any_length(length):
+    program, weights = TokenProgram((5,), 2), torch.randn(5, 2)
+    ids = torch.randint(9, (4, length))
+    found = program.add(program.place(ids), weights)
+    assert found.shape == (4, length, 3)
+    assert torch.equal(found[..., 2], ids.float())
+    for place in range(length):
+        shift = weights[place] if place < 5 else torch.zeros(2)
+        torch.testing.assert_close(found[:, place, :2], shift.expand(4, 2))
 
 
 def test_signal_program_pads_standardised_signals_by_hand():
