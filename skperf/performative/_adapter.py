@@ -839,7 +839,7 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         Parameters
         ----------
         n_permutations : int, default=99
-            Of the test whether the mix answers.
+            Draws of signs for the test whether the mix answers.
 
         Returns
         -------
