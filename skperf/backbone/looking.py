@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import (
@@ -24,6 +25,7 @@ from skperf.backbone.randomness import drawing_from
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import bounds_its_norms
 
+_MOST_BYTES = 2**26
 _HINT = "say which: skperf.from_module(module, readout=lambda returned: ...)."
 
 
@@ -45,14 +47,20 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     few = X[: min(2, len(X))]
     generator = torch.Generator().manual_seed(0)
     scripted = any(isinstance(part, torch.jit.ScriptModule) for part in network.module.modules())
+    known = {id(part.weight) for part in network.module.modules() if bounds_its_norms(part)}
+    large = sum(parameter.nbytes for parameter in network.module.parameters()) > _MOST_BYTES
     own = {
-        name: parameter.detach().clone().requires_grad_()
-        for name, parameter in network.module.named_parameters()
-        if parameter.is_floating_point() and not scripted
+        name: (p.detach() if large and id(p) not in known else p.detach().clone()).requires_grad_()
+        for name, p in network.module.named_parameters()
+        if p.is_floating_point() and not scripted
     }
-    sums = {name: _digest(weight) for name, weight in own.items()}
-    # with gradients, so that the last operation can be seen
-    with torch.enable_grad(), drawing_from(generator) as mode:
+    # of a large network there is no second copy; what would write to it is stopped before
+    shared = {w.untyped_storage().data_ptr() for w in own.values()} if large else set()
+    sums = {} if large else {name: _digest(weight) for name, weight in own.items()}
+    # with gradients, so that the last operation can be seen, but nothing is kept for them
+    nothing = saved_tensors_hooks(lambda tensor: None, lambda _: torch.empty(0))
+    with torch.enable_grad(), nothing, drawing_from(generator) as mode:
+        mode.read_only = shared
         plain = replace(network, readout=None, draws=False)
         (inputs,) = next(plain.batches(few))
         try:
@@ -63,10 +71,9 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
                 f"{type(network.module).__name__} does not run on the first rows of X, of shape "
                 f"{few.shape}: {type(error).__name__}: {error}"
             ) from error
-    known = {id(part.weight) for part in network.module.modules() if bounds_its_norms(part)}
-    for name, weight in own.items():  # before a run that has the user's own
+    for name, total in sums.items():  # before a run that has the user's own
         bounded = id(network.module.get_parameter(name)) in known
-        if not bounded and sums[name] != _digest(weight):
+        if not bounded and total != _digest(own[name]):
             raise ValueError(
                 f"{type(network.module).__name__} writes to its own parameter {name!r} when it "
                 "runs, and would change yours: write to a copy in its forward."

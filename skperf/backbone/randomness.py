@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Drawing(TorchDispatchMode):
@@ -19,6 +20,7 @@ class Drawing(TorchDispatchMode):
         self.generators = {generator.device: generator}
         self.first = generator
         self.drawn = False
+        self.read_only: set[int] = set()  # storages
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -30,6 +32,8 @@ class Drawing(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.read_only:
+            self._refuse_writes(func._schema.arguments, args, kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         self.drawn = True
@@ -39,6 +43,13 @@ class Drawing(TorchDispatchMode):
         if taking is None or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         return taking(*args, **kwargs | {"generator": self._on(_device(args, kwargs))})
+
+    def _refuse_writes(self, arguments: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+        written = [given.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write]
+        for tensor in tree_leaves(written):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self.read_only:
+                raise ValueError("it writes to its own parameters; write to a copy in its forward")
 
     def _dropout(self, inputs: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
         if not train or p == 0:

@@ -10,7 +10,6 @@ from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
 from skperf.components.gates import ABLATIONS, Rule
 
-_PERS = ("all", "position", "class", "row")
 _MOST_DONORS = 256
 
 
@@ -60,11 +59,11 @@ def rule_of(ablation: Any, network: Network, rows: Rows, y: Any) -> Rule:
         raise ValueError(
             f"ablation={kind!r} is unknown; use one of {ABLATIONS}, a scale or a function."
         )
-    fits = {"all": True, "position": kind == "mean", "class": kind == "mean"}
-    if not fits.get(per, per == "row" and kind == "resample"):
+    kinds = {"position": "mean", "class": "mean", "row": "resample"}
+    if per != "all" and kinds.get(per, per) != kind:
         raise ValueError(
-            f"per={per!r} goes with no ablation {kind!r}: {_PERS[1:3]} are kinds of 'mean', "
-            "'row' of 'resample'."
+            f"per={per!r} goes with no ablation {kind!r}: 'position' and 'class' are kinds of "
+            "'mean', 'row' of 'resample'."
         )
     if per == "row" and options.donors is None:
         raise ValueError("per='row' needs donors: one row for each row of X.")

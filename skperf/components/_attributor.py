@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.lib.recfunctions import append_fields
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, TransformerMixin
 from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
@@ -262,8 +263,7 @@ class ComponentAttributor(
             If the rows are not those of `fit`, or parameters have changed.
         """
         if not hasattr(self, "_study"):
-            self.fit(X, y)
-            return self
+            return self.fit(X, y)
         rows, y = self._checked(X, y)
         if not self._study.is_about(rows, y):
             raise ValueError(
@@ -338,8 +338,7 @@ class ComponentAttributor(
             if study.regressor is not None:
                 outcomes = np.asarray(study.regressor.predict(masks)).reshape(len(masks), -1)
                 return study.shaped(outcomes.T)
-            outcomes = self.attributions_ @ masks.T + self.intercept_[..., None]
-            return np.asarray(outcomes)
+            return np.asarray(self.attributions_ @ masks.T + self.intercept_[..., None])
         rows, y = self._others(X, y)
         fit = study.about_others(self._network(), rows, y)
         return study.shaped(fit.coefficients @ masks.T + fit.intercept[:, None], len(rows))
@@ -433,10 +432,8 @@ class ComponentAttributor(
         rows = rows_of(examples, len(self.attributions_), "examples")
         mean = self.attributions_[rows].reshape(-1, self.n_components_).mean(0)
         order = np.argsort(mean if lowest else -mean, kind="stable")[:k]
-        names = [*self.components_.dtype.names, "attribution"]
-        columns = [self.components_[order][name] for name in self.components_.dtype.names]
-        found: np.recarray = np.rec.fromarrays(  # type: ignore[call-overload]
-            [*columns, mean[order]], names=",".join(names)
+        found: np.recarray = append_fields(
+            self.components_[order], "attribution", mean[order], usemask=False, asrecarray=True
         )
         return found
 
@@ -626,10 +623,6 @@ class ComponentAttributor(
         tags.transformer_tags.preserves_dtype = []
         return tags
 
-    @property
-    def _n_features_out(self) -> int:
-        return int(self.n_components_)
-
     def _network(self) -> Network:
         network = open_network(self.estimator_)
         if checksum(network.module) != self._study.weights:
@@ -657,16 +650,14 @@ class ComponentAttributor(
         """Parameters that measurements depend on; the rest may change between them."""
         free = ("budget", "tol", "n_jobs", "verbose", "warm_start")
         params = self.get_params(deep=False)
-        return {
-            name: value.get_params() if isinstance(value, Ablation) else value
-            for name, value in params.items()
-            if name not in free
-        }
+        if isinstance(self.ablation, Ablation):
+            params |= {"ablation": None, **self.ablation.get_params()}
+        return {name: value for name, value in params.items() if name not in free}
 
     def _changed(self) -> list[str]:
         """Name what measurements depend on and is not as `fit` has seen it."""
         now, then = self._question_params(), self._asked_with
-        changed = [name for name in now if not same(now[name], then[name])]
+        changed = [name for name in now if name not in then or not same(now[name], then[name])]
         if checksum(open_network(self.estimator_).module) != self._study.weights:
             changed.append("the weights of the network")
         return changed
@@ -732,9 +723,7 @@ class ComponentAttributor(
         return self._study.shaped(fit.coefficients, len(rows))
 
     def _outcomes(self, masks: np.ndarray, X: Any, y: Any, *, plain: bool = False) -> np.ndarray:
-        rows = None
-        if X is not None:
-            rows, y = self._others(X, y)
+        rows, y = (None, None) if X is None else self._others(X, y)
         question = self._study.question(self._network(), rows, y, plain=plain)
         return self._study.shaped(question.outcomes(masks).T, question.n_rows)
 

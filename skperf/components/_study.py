@@ -20,7 +20,7 @@ from skperf.components.designs import bernoulli_masks, plan_budget
 from skperf.components.estimation import Fit
 from skperf.components.finding import find, size_at
 from skperf.components.folding import in_image_order, is_small
-from skperf.components.gates import Asked, Circuit, Rule
+from skperf.components.gates import STACKED, Asked, Circuit, Rule
 from skperf.components.measures import Measure
 from skperf.components.passes import (
     Measurements,
@@ -251,8 +251,8 @@ class Study:
             truth = replace(plain, asked=plain.asked[n_rows - count :]).outcomes(masks)
             size = max(size, float(np.abs(truth).max()))
             # so many that what is remembered of a pass is used in the next; donors go by number
-            n_masks = 3 if self.rule.kind == "resample" else 2 * here.circuit.together(count) + 1
-            again = np.arange(n_masks) % 3
+            here.circuit.stacked = 2 * count
+            again = np.arange(3 if self.rule.kind == "resample" else 5) % 3
             try:
                 gated = here.outcomes(masks[again])
                 worst = max(worst, float(np.abs(gated - truth[again]).max()))
@@ -262,6 +262,7 @@ class Study:
             except Exception as error:  # whatever it is, the plain path has none
                 if not isinstance(error, RuntimeError) or "grad" not in str(error):
                     worst, trouble = float("inf"), f" ({error})"
+        question.circuit.stacked = STACKED
         rounding = _ROUNDING * torch.finfo(network.dtype).eps * max(size, 1e-3)
         if worst <= rounding:
             return worst, self.wiring
@@ -486,8 +487,6 @@ def same(one: Any, other: Any) -> bool:
     """Whether two values of parameters say the same."""
     if one is other:
         return True
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
     try:
         return bool(np.all(one == other)) and type(one) is type(other)
     except (ValueError, TypeError):

@@ -91,8 +91,6 @@ def plan_budget(
     alone = n_components - (done.singles if done else 0)
     if method == "loo":
         return Plan(singles=alone)
-    if method == "gradient":
-        return Plan(gradients=1)
     least = {"auto": _LEAST, "regression": 3, "path_gradient": 1 + GRADIENT_COST}[method]
     if budget < least:
         raise ValueError(f"budget={budget} is too small: method={method!r} needs at least {least}.")

@@ -1,6 +1,5 @@
 """Find what a network can be cut into, by running one row and looking."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,10 +22,11 @@ def find(network: Network, row: Any, others: Any = None) -> Found:
     with torch.enable_grad(), watcher.hooks(), watcher:
         outputs = network(row)
     readout = watcher.readout(outputs)
-    missed = [
-        n for n, p in network.module.named_modules() if row_layer(p) and n not in watcher.called
-    ]
-    if others is not None and missed:  # other rows may be routed there
+    parts = dict(network.module.named_modules())
+    fans_in = {name: shape[2] for name, part in parts.items() if (shape := row_layer(part))}
+    if (
+        others is not None and not fans_in.keys() <= watcher.called
+    ):  # other rows may be routed there
         with torch.no_grad(), watcher.hooks(whole=False):
             network(others)
     names: dict[nn.Module, list[str]] = {}
@@ -34,24 +34,14 @@ def find(network: Network, row: Any, others: Any = None) -> Found:
         names.setdefault(part, []).append(name)
     rows = list(_rows_of_layers(network.module, names, watcher, readout))
     heads = [replace(s, aliases=_other_names(names, network.module, s)) for s in watcher.heads]
-    order = {
-        name: position for position, name in enumerate(n for n, _ in network.module.named_modules())
-    }
-    sites = sorted([*rows, *heads, *watcher.experts()], key=lambda site: order[site.module])
-    fans_in = {
-        name: described[2]
-        for name, part in network.module.named_modules()
-        if (described := row_layer(part)) is not None
-    }
+    order = list(parts).index
+    sites = sorted([*rows, *heads, *watcher.experts()], key=lambda site: order(site.module))
+    kernels = {name: np.prod(getattr(part, "kernel_size", 1)) for name, part in parts.items()}
     return Found(
         tuple(sites),
         frozenset(watcher.attention_layers),
         fans_in,
-        frozenset(
-            name
-            for name, part in network.module.named_modules()
-            if math.prod(np.atleast_1d(getattr(part, "kernel_size", 1))) > 1
-        ),
+        frozenset(name for name, size in kernels.items() if size > 1),
         frozenset(watcher.inside),
         frozenset(watcher.leading_back),
         tuple(watcher.unrecognised()),

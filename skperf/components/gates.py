@@ -29,7 +29,8 @@ from skperf.components.wiring import Layout, Wiring
 Ablation = str | float | Callable[[Tensor], Tensor]
 ABLATIONS = ("zero", "zero_output", "mean", "resample")
 _ROWS_PER_PASS = 64
-_SMALL_BATCH = 32
+STACKED = 32
+_PASS_FLOATS = 128_000_000  # most are forgotten at once
 _GRADIENT_FLOATS = 16_000_000
 
 
@@ -107,6 +108,7 @@ class Circuit:
     ) -> None:
         rule = Rule() if rule is None else rule
         self.base = base  # (n_components,): gates that are closed already
+        self.stacked = STACKED  # most rows of a pass of several masks
         self.network, self.wiring, self.rule = network, wiring, rule
         self.by_weights = wiring.plain and rule.scales
         if not self.by_weights:
@@ -139,7 +141,7 @@ class Circuit:
         """Compute true outputs under ablation: n rows, masks (m, n_components) -> (n, ..., m)."""
         values = self.values(masks)
         size = self.network.batch_size  # rows that look at one another are cut as in prediction
-        size = size if self.wiring.plain else min(size, _ROWS_PER_PASS)
+        size = size if self.wiring.plain else min(size, self._most(_PASS_FLOATS))
         starts = range(0, len(asked), size)
         return torch.cat(
             [self._batch(asked[start : start + size], measure, values, first) for start in starts]
@@ -147,14 +149,18 @@ class Circuit:
 
     def together(self, n_rows: int) -> int:
         """Masks that are run in one pass."""
-        return max(1, _SMALL_BATCH // n_rows) if self.wiring.knows_rows else 1
+        most = min(self.stacked, self._most(_PASS_FLOATS))
+        return max(1, most // n_rows) if self.wiring.knows_rows else 1
+
+    def _most(self, n_floats: int) -> int:
+        """Rows of a pass whose layers make at most so many numbers."""
+        return max(1, min(_ROWS_PER_PASS, n_floats // max(self.wiring.floats_per_row, 1)))
 
     def gradients(
         self, asked: Asked, measure: Measure, gates: Tensor, *, first: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Compute outputs (n,) and slopes (n, N) of every gate: gates (N,) or (n, N)."""
-        size = max(1, min(_ROWS_PER_PASS, _GRADIENT_FLOATS // max(self.wiring.floats_per_row, 1)))
-        size = size if self.wiring.knows_rows else 1
+        size = self._most(_GRADIENT_FLOATS) if self.wiring.knows_rows else 1
         values, gradients = [], []
         for start in range(0, len(asked), size):
             part = asked[start : start + size].ready(self.network)

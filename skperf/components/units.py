@@ -1,8 +1,8 @@
 """Name the parts of a network that can be ablated, and pick them."""
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -122,10 +122,6 @@ class Site:
     def components(self) -> list[Component]:
         """All components of this site."""
         return [Component(self.module, self.kind, unit) for unit in range(self.n_units)]
-
-    def matches(self, pattern: str) -> bool:
-        """Whether a glob matches one of the module's names."""
-        return any(fnmatchcase(name, pattern) for name in (self.module, *self.aliases))
 
     def holds(self, component: Component) -> bool:
         """Whether a component is one of this site's."""
@@ -263,7 +259,7 @@ def _by_word(found: Found, word: str) -> list[Component]:
         hidden = [site for site in kept if site.hidden]
         chosen = [component for site in hidden or kept for component in site.components()]
     else:
-        matching = [site for site in found.sites if site.matches(word)]
+        matching = [s for s in found.sites if fnmatch.filter((s.module, *s.aliases), word)]
         # a group is the sum of its heads, which stand beside it under the same name
         if any(site.kind != "key_value_group" for site in matching):
             matching = [site for site in matching if site.kind != "key_value_group"]

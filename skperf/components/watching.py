@@ -5,13 +5,16 @@ results of every product of many axes are made leaves, and a layer takes heads w
 of its input each depend on one entry of such a leaf alone.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -49,11 +52,12 @@ class _Mixing:
 
 @dataclass(eq=False)
 class _Made:
-    """What a layer returned, as a leaf of its own."""
+    """What a layer returned, cut off from what it was made of; kept by what is made of it alone."""
 
-    leaf: Tensor
+    edge: GradientEdge
     module: str
     dim: int
+    value: Callable[[], Tensor | None]
 
 
 class Watcher(TorchFunctionMode):
@@ -69,7 +73,7 @@ class Watcher(TorchFunctionMode):
         self.made: list[_Made] = []
         self.heads: list[Site] = []
         self.taken: dict[nn.Module, int] = {}
-        self.kept: list[Tensor] = []
+        self.kept: deque[Tensor] = deque(maxlen=_REMEMBERED)
         self.attention_layers: set[str] = set()
         self.inside: set[str] = set()
         self.leading_back: set[str] = set()
@@ -146,7 +150,7 @@ class Watcher(TorchFunctionMode):
         if not isinstance(outputs, Tensor) or not outputs.requires_grad:
             return None
         grads = torch.autograd.grad(
-            outputs.sum(), [made.leaf for made in self.made], allow_unused=True
+            outputs.sum(), [made.edge for made in self.made], allow_unused=True
         )
         last = {
             made.module for made, grad in zip(self.made, grads, strict=True) if grad is not None
@@ -206,9 +210,9 @@ class Watcher(TorchFunctionMode):
         recent = self.made[-_REMEMBERED:]
         if not recent:
             return []
-        leaves = [made.leaf for made in recent]
+        edges = [made.edge for made in recent]
         with torch.enable_grad():
-            grads = torch.autograd.grad(tensor.sum(), leaves, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(tensor.sum(), edges, retain_graph=True, allow_unused=True)
         return [made for made, grad in zip(recent, grads, strict=True) if grad is not None]
 
     def _reads_parameters(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -289,11 +293,12 @@ class Watcher(TorchFunctionMode):
                 return None
 
             def cut(tensor: Tensor) -> Tensor:
-                if _vmapped(tensor):
+                if _vmapped(tensor) or not torch.is_grad_enabled():
                     return tensor
-                leaf = tensor.detach().clone().requires_grad_(True)
-                self.made.append(_Made(leaf, name, described[3]))
-                return leaf.clone()
+                value = tensor.detach() + tensor.new_zeros(()).requires_grad_()
+                edge = get_gradient_edge(value)
+                self.made.append(_Made(edge, name, described[3], ref(value)))
+                return value
 
             return with_first(output, cut)
 
@@ -344,12 +349,12 @@ class Watcher(TorchFunctionMode):
         behind = self._behind(tensor) if wanted else []
         alike = {self.taken.get(parts[made.module]) for made in behind}
         # entries with which nothing is done belong to one map in two layers
-        if len(alike) != 1 or torch.equal(tensor, behind[0].leaf):
+        if len(alike) != 1 or (behind[0].value() is tensor and not tensor._version):
             return
         if not {made.module for made in behind} <= wanted:
             return
         first = tensor[..., 0].sum()
-        slopes = torch.autograd.grad(first, [made.leaf for made in behind], retain_graph=True)
+        slopes = torch.autograd.grad(first, [made.edge for made in behind], retain_graph=True)
         if not any(bool(slope[..., 1:].any()) for slope in slopes):
             self.inside |= {made.module for made in behind}
             self.leading_back.add(name)
@@ -405,7 +410,7 @@ class Watcher(TorchFunctionMode):
             for head in range(n_heads):
                 block = tensor.narrow(dim, start + head * width, width).sum()
                 (grad,) = torch.autograd.grad(
-                    block, made.leaf, retain_graph=True, allow_unused=True
+                    block, [made.edge], retain_graph=True, allow_unused=True
                 )
                 if grad is None:
                     return

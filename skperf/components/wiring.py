@@ -1,11 +1,12 @@
 """How gates are laid into a network: where rows are in a tensor, what need not run again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
@@ -156,8 +157,7 @@ class _Seen:
 
 def _follow(network: Network, rows: Rows) -> _Seen:
     seen = _Seen()
-    made: dict[int, str] = {}
-    kept: list[Tensor] = []
+    made: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
     clock = iter(range(10**9))
     handles = []
 
@@ -171,13 +171,13 @@ def _follow(network: Network, rows: Rows) -> _Seen:
         def hook(part: nn.Module, args: Any, output: Any) -> None:
             seen.ended[name] = next(clock)
             seen.n_calls[name] = seen.n_calls.get(name, 0) + 1
-            if args and isinstance(args[0], Tensor) and id(args[0]) in made:
-                seen.pairs[made[id(args[0])]] = name
+            if args and isinstance(args[0], Tensor) and args[0] in made:
+                seen.pairs[made[args[0]]] = name
             if isinstance(output, Tensor):
                 seen.returns_tensor.add(name)
                 if is_leaf:
-                    made[id(output)] = name
-                    kept.append(output)
+                    made[output] = name
+                    seen.floats += output.numel()
 
         return hook
 
@@ -193,7 +193,6 @@ def _follow(network: Network, rows: Rows) -> _Seen:
     finally:
         for handle in handles:
             handle.remove()
-    seen.floats = sum(tensor.numel() for tensor in kept)
     return seen
 
 
