@@ -212,6 +212,20 @@ WORKLOADS = (
         "guide/components",
     ),
     Workload(
+        "components",
+        "The strongest components taken away, or left alone",
+        "components_deletion",
+        ("components_deletion.json", "components_deletion.png"),
+        "guide/components",
+    ),
+    Workload(
+        "components",
+        "Memory of a fit on networks of real size",
+        "components_memory",
+        ("components_memory.json",),
+        "guide/components",
+    ),
+    Workload(
         "reprogramming",
         "Reprogramming against fine-tuning, probes and mixes",
         "reprogramming --seeds 0 1 2",

@@ -1,7 +1,8 @@
 """The directive ``component-table``: results of the component benchmarks, over their seeds.
 
-``curve NETWORK FRACTION``, ``large`` (EfficientNet-Lite0), ``race``, ``speed``, ``coverage`` and
-``edits``. A cell is the mean over seeds, in brackets the least and the greatest.
+``curve NETWORK FRACTION``, ``large`` (EfficientNet-Lite0), ``race``, ``speed``, ``coverage``,
+``deletion``, ``memory`` and ``edits``. A cell is the mean over seeds, in brackets the least and the
+greatest.
 """
 
 import json
@@ -110,6 +111,19 @@ def coverage():
     return ["method", "share within two standard errors"], rows, [path]
 
 
+def deletion():
+    from benchmarks.components_deletion import RESULTS as path
+    from benchmarks.components_deletion import table
+
+    return *table(), [path]
+
+
+def memory():
+    path = RESULTS / "components_memory.json"
+    shown = ("network", "method", "components", "weights MB", "above MB", "share")
+    return list(shown), [[row[name] for name in shown] for row in _load(path)], [path]
+
+
 def edits():
     from benchmarks.components_edits import table
 
@@ -117,7 +131,9 @@ def edits():
     return head, rows, [RESULTS / "components_edits.json"]
 
 
-TABLES = {each.__name__: each for each in (curve, large, race, speed, coverage, edits)}
+TABLES = {
+    each.__name__: each for each in (curve, large, race, speed, coverage, deletion, memory, edits)
+}
 
 
 def setup(app):

@@ -270,8 +270,7 @@ class ComponentAttributor(
                 "partial_fit adds passes on the examples given to fit; these rows or labels "
                 "are others. Call fit for new examples, or attribute(X, y) to keep the model."
             )
-        changed = self._changed()
-        if changed:
+        if changed := self._changed():
             raise ValueError(
                 f"{', '.join(changed)} changed since fit: passes made before and after do not "
                 "add up. Call fit to start anew."
@@ -397,8 +396,7 @@ class ComponentAttributor(
                 X = y = None
         predicted = self.predict_counterfactual(masks, X, y).reshape(-1, n_masks)
         actual = self._outcomes(masks, X, y, plain=True).reshape(-1, n_masks)
-        constant = int((np.ptp(actual, axis=1) == 0).sum())
-        if constant:
+        if constant := int((np.ptp(actual, axis=1) == 0).sum()):
             warnings.warn(
                 f"the outputs of {constant} of {len(actual)} examples are constant under these "
                 "ablations; their correlation is not defined and counts as 0.",
@@ -675,7 +673,7 @@ class ComponentAttributor(
                     "class."
                 )
         self._asked_with = self._question_params()
-        self._study = study_of(
+        study = self._study = study_of(
             network,
             rows,
             y,
@@ -685,7 +683,6 @@ class ComponentAttributor(
             seed=seed_of(self.random_state),
             settings=self._settings(),
         ).begun(network)
-        study = self._study
         self.n_components_ = study.n_components
         self.fraction_ = study.fraction
         self.components_ = table_of(study.wiring.components)
@@ -715,7 +712,13 @@ class ComponentAttributor(
         if y is not None:
             return self._checked(X, y)
         rows = check_rows(self, X)
-        return rows, predicted_targets(self._network(), self._study.measure, rows)
+        y = predicted_targets(self._network(), self._study.measure, rows)
+        if y is not None and self._study.y is not None and y.ndim != np.ndim(self._study.y):
+            raise ValueError(
+                f"the network predicts labels of shape {tuple(y.shape)}, where fit was given some "
+                f"of shape {np.shape(self._study.y)}: pass y."
+            )
+        return rows, y
 
     def _coefficients(self, X: Any, y: Any) -> np.ndarray:
         rows, y = self._others(X, y)

@@ -126,9 +126,8 @@ class Study:
         wiring = self.wiring.plainly() if plain else self.wiring
         closed = None if self.base is None else torch.as_tensor(self.base)
         raw = rows.nbytes > _MOST_BYTES
-        asked = Asked(
-            rows if raw else network.inputs(rows), targets_of(network, self.measure, y), donors, raw
-        )
+        targets = targets_of(network, self.measure, y)
+        asked = Asked(rows if raw else network.inputs(rows), targets, donors, raw, rows.single)
         if not wiring.plain and is_small(network.module):
             in_image_order(network, asked[:2].ready(network).rows)
         circuit = Circuit(network, wiring, self.rule, closed)

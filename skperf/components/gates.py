@@ -63,17 +63,15 @@ class Asked:
     targets: Tensor | None  # (n, ...)
     donors: Rows | None = None  # (n, ...)
     raw: bool = False  # rows as the user gave them, not yet on the network's device
+    single: bool = False  # given as one array, whatever the network takes beside
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, where: Any) -> "Asked":
-        return Asked(
-            self.rows[where],
-            None if self.targets is None else self.targets[where],
-            None if self.donors is None else self.donors[where],
-            self.raw,
-        )
+        targets = None if self.targets is None else self.targets[where]
+        donors = None if self.donors is None else self.donors[where]
+        return replace(self, rows=self.rows[where], targets=targets, donors=donors)
 
     def ready(self, network: Network) -> "Asked":
         """Bring what is still as the user gave it to the network's device."""
@@ -87,7 +85,7 @@ class Asked:
         if targets is not None:
             targets = targets.repeat(times, *[1] * (targets.ndim - 1))
         donors = None if self.donors is None else self.donors.repeat(times)
-        return Asked(self.rows.repeat(times), targets, donors, self.raw)
+        return replace(self, rows=self.rows.repeat(times), targets=targets, donors=donors)
 
 
 @dataclass(eq=False)

@@ -43,7 +43,10 @@ class Measure:
                 chosen = OUTPUTS["logit"](self.probabilities(outputs), targets)
                 return chosen if self.output == "proba" else chosen.logit()
             return OUTPUTS[self.output](outputs, targets)
-        given: Any = (outputs, targets, asked.rows.tree)[: self.n_arguments]
+        tree = asked.rows.tree
+        if asked.single and isinstance(tree, dict):
+            tree = tree["input_ids"]  # a mask was made
+        given: Any = (outputs, targets, tree)[: self.n_arguments]
         try:
             values = self.output(*given)
         except (TypeError, AttributeError) as error:

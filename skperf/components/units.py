@@ -81,11 +81,6 @@ class Place:
     n_units: int | None = None
     name: str | None = None
 
-    @property
-    def kind(self) -> str:
-        """What its components are called."""
-        return self.name or f"{self.module}:{self.side}"
-
 
 Selection = str | Sequence["str | Component | Place"] | Callable[[nn.Module], Sequence[Any]]
 
@@ -233,7 +228,8 @@ def site_of_place(place: Place, module: nn.Module, sizes: Callable[[Place], int]
             f"{place!r} needs {place.start} + {n_units} x {width} entries of dimension "
             f"{place.dim}, which has {size}."
         )
-    return Site(place.module, place.kind, n_units, (spot,), width, place.start)
+    kind = place.name or f"{place.module}:{place.side}"
+    return Site(place.module, kind, n_units, (spot,), width, place.start)
 
 
 WORDS = {

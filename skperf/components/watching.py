@@ -133,7 +133,8 @@ class Watcher(TorchFunctionMode):
         handles = []
         for part, name in self.names.items():
             enter = self._enter(name) if whole else self._called(name)
-            handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+            # before a lasting gate, behind which the heads it has closed could not be seen
+            handles.append(part.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             if whole:
                 handles.append(part.register_forward_hook(self._leave(name)))
         try:

@@ -10,6 +10,7 @@ from sklearn.frozen import FrozenEstimator
 from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier
 from torch import nn
 
+from skperf import from_module
 from skperf.components import ComponentAttributor, ComponentDisplay, Place
 
 matplotlib.use("Agg")
@@ -59,7 +60,8 @@ def without_rows(module, components, mask, X):
 
 def fitted(module, X, y, **options):
     known = {"output": "logit", "fraction": 0.3, "budget": 24, "random_state": 0, **options}
-    return ComponentAttributor(module.eval(), **known).fit(X, y)
+    module = module.eval() if isinstance(module, nn.Module) else module
+    return ComponentAttributor(module, **known).fit(X, y)
 
 
 class Encoder(nn.Module):
@@ -348,3 +350,57 @@ def test_a_picture_keeps_kinds_of_a_module_apart():
     display = ComponentDisplay.from_estimator(model)
     shown = display.image_.get_array().reshape(2, 6)
     np.testing.assert_allclose(shown.ravel(), model.attributions_.mean(0), rtol=1e-6)
+
+
+def small_gpt(kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=4, num_labels=3, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(config).eval()
+
+
+def tokens(n):
+    return np.random.default_rng(0).integers(1, 50, (n, 7))
+
+
+def test_heads_of_an_edited_network_are_found_and_do_nothing():
+    module, X, y = small_gpt("GPT2ForSequenceClassification"), tokens(12), np.arange(12) % 3
+    model = fitted(module, X, y, components="attention_heads")
+    mask = np.arange(8) % 3 > 0
+    again = ComponentAttributor(
+        model.ablate(mask), components="attention_heads", output="logit", method="loo"
+    ).fit(X, y)
+    assert len(again.components_) == 8
+    assert not again.attributions_[:, ~mask].any()
+    assert np.abs(again.attributions_[:, mask]).max(0).min() > 1e-5
+
+
+def surprise(outputs, y, X):
+    return outputs.log_softmax(-1)[:, :-1].gather(2, X[:, 1:, None])[..., 0]
+
+
+def next_token(outputs, y):
+    return outputs[:, -1].gather(1, y[:, None])[:, 0]
+
+
+def test_outputs_of_every_position_read_rows_as_they_were_given():
+    module, X = small_gpt("GPT2LMHeadModel"), tokens(9)
+    model = fitted(
+        from_module(module), X, None, components="attention_heads", output=surprise, method="loo"
+    )
+    copied, given = copy.deepcopy(module), torch.as_tensor(X)
+    with torch.no_grad():
+        copied.transformer.h[1].attn.c_proj.weight[4:8] = 0
+        fall = [surprise(m(given).logits, None, given).numpy() for m in (module, copied)]
+    np.testing.assert_allclose(model.attributions_[..., 5], fall[0] - fall[1], atol=1e-5)
+
+
+def test_labels_of_another_shape_than_those_of_fit_are_not_predicted():
+    module, X = small_gpt("GPT2LMHeadModel"), tokens(9)
+    classifier = from_module(module, range(50))
+    model = fitted(classifier, X, X[:, 0], components="attention_heads", output=next_token)
+    assert model.attribute(X[:2], X[:2, 0]).shape == (2, 8)
+    with pytest.raises(ValueError, match=r"of shape \(2, 7\), where fit was given some"):
+        model.transform(X[:2])
