@@ -11,7 +11,6 @@ before.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -23,7 +22,7 @@ from benchmarks import runner
 from benchmarks.timing import Peak, resident
 
 RESULTS = Path(__file__).parent / "results" / "components_memory.json"
-ROWS = 4
+ROWS = 2
 
 
 def bert():
@@ -43,7 +42,7 @@ def vit():
 NETWORKS = {"bert": bert, "vit": vit}
 
 
-def measure(name, method):
+def measure(name):
     """Fit in this process."""
     import torch
 
@@ -57,15 +56,12 @@ def measure(name, method):
     network = from_module(module.eval(), np.arange(2))
     network.predict(rows[:1])
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    model = ComponentAttributor(
-        network, components="attention_heads", method=method, budget=24, random_state=0
-    )
+    model = ComponentAttributor(network, components="attention_heads", budget=12, random_state=0)
     with Peak(resident) as peak:
         model.fit(rows, np.arange(ROWS) % 2)
     above = peak.highest - peak.before
     return {
         "network": name,
-        "method": method,
         "components": model.n_components_,
         "rows": ROWS,
         "weights MB": round(weights / 1e6),
@@ -78,27 +74,17 @@ def measure(name, method):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
-    parser.add_argument("--point", nargs=2)
+    parser.add_argument("--point")
     options = parser.parse_args()
     if options.point:
-        print(json.dumps(measure(*options.point)))
+        print(json.dumps(measure(options.point)))
         return
     rows = []
     for name in options.networks:
-        for method in ("regression", "auto"):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.components_memory",
-                "--point",
-                name,
-                method,
-            ]
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=True, env=dict(os.environ)
-            )
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
+        command = [sys.executable, "-m", "benchmarks.components_memory", "--point", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
     if options.networks == list(NETWORKS):
         runner.save(RESULTS, rows)
 

@@ -120,7 +120,7 @@ def deletion():
 
 def memory():
     path = RESULTS / "components_memory.json"
-    shown = ("network", "method", "components", "weights MB", "above MB", "share")
+    shown = ("network", "components", "weights MB", "above MB", "share")
     return list(shown), [[row[name] for name in shown] for row in _load(path)], [path]
 
 
