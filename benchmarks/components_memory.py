@@ -3,10 +3,10 @@
     python -m benchmarks.components_memory          # each in a process of its own
     python -m benchmarks.components_memory bert
 
-What is counted is the most memory of the process during `fit` above what it held before, with the
-network and the rows in place, so that the weights themselves are counted apart; `share` is over
-the memory of the weights. The first passes of a process, which make torch's own buffers, are made
-before.
+What is counted is the most memory of the process, pages of files apart, during `fit` above what it
+held before, with the network and the rows in place, so that the weights themselves are counted
+apart; `share` is over the memory of the weights. The first passes of a process, which make torch's
+own buffers, are made before.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import runner
-from benchmarks.timing import Peak, resident
+from benchmarks.timing import Peak, anonymous
 
 RESULTS = Path(__file__).parent / "results" / "components_memory.json"
 ROWS = 2
@@ -57,7 +57,7 @@ def measure(name):
     network.predict(rows[:1])
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     model = ComponentAttributor(network, components="attention_heads", budget=12, random_state=0)
-    with Peak(resident) as peak:
+    with Peak(anonymous) as peak:
         model.fit(rows, np.arange(ROWS) % 2)
     above = peak.highest - peak.before
     return {

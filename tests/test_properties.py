@@ -361,13 +361,13 @@ def test_pairs_are_second_differences():
     linear, strength = rng.normal(size=(2, 4)), np.array([1.5, -0.7])
     outcomes = V @ linear.T + (V[:, 1] * V[:, 3])[:, None] * strength
     fit = ridge(V, outcomes, penalty=1e-9)
-    found = pair_effects(masks, outcomes, fit, np.array([1, 2, 3]))
-    assert found.pairs.tolist() == [[1, 2], [1, 3], [2, 3]]
+    pairs, values, _, together = pair_effects(masks, outcomes, fit, np.array([1, 2, 3]))
+    assert pairs.tolist() == [[1, 2], [1, 3], [2, 3]]
     at = {tuple(row): outcomes[i] for i, row in enumerate(V[:16].astype(int))}
     expected = -(at[0, 1, 0, 1] - at[0, 1, 0, 0] - at[0, 0, 0, 1] + at[0, 0, 0, 0])
-    np.testing.assert_allclose(found.values[:, 1], expected, rtol=1e-3)
-    np.testing.assert_allclose(found.values[:, [0, 2]], 0, atol=1e-3)
-    assert found.together.tolist() == [12, 12, 12]
+    np.testing.assert_allclose(values[:, 1], expected, rtol=1e-3)
+    np.testing.assert_allclose(values[:, [0, 2]], 0, atol=1e-3)
+    assert together.tolist() == [12, 12, 12]
 
 
 # Influence -------------------------------------------------------------------------------------

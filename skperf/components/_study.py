@@ -250,8 +250,9 @@ class Study:
             truth = replace(plain, asked=plain.asked[n_rows - count :]).outcomes(masks)
             size = max(size, float(np.abs(truth).max()))
             # so many that what is remembered of a pass is used in the next; donors go by number
-            here.circuit.stacked = 2 * count
-            again = np.arange(3 if self.rule.kind == "resample" else 5) % 3
+            few = count <= 3 and self.rule.kind != "resample"
+            here.circuit.stacked = 2 * count if few else count
+            again = np.arange(5 if few else 3) % 3
             try:
                 gated = here.outcomes(masks[again])
                 worst = max(worst, float(np.abs(gated - truth[again]).max()))
