@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -104,6 +104,10 @@ def untuned(seed):
     """Yield (name, whether it chose a default, network, rows, number trained on)."""
     table = load_breast_cancer(return_X_y=True)
     table = StandardScaler().fit_transform(table[0]).astype(np.float32), table[1]
+    vines = load_wine(return_X_y=True)
+    vines = StandardScaler().fit_transform(vines[0]).astype(np.float32), vines[1]
+    ill = load_diabetes(return_X_y=True)
+    ill = StandardScaler().fit_transform(ill[0]).astype(np.float32), ill[1] > np.median(ill[1])
     mail = load_email_vectors()
     mail = np.asarray(mail.data, np.float32), np.unique(mail.target, return_inverse=True)[1]
     images = fetch_mnist(return_X_y=True)
@@ -121,13 +125,15 @@ def untuned(seed):
         *(nn.Flatten(), nn.Linear(784, 10)),
     )
     for name, chose, rows, n, net, n_epochs in (
+        ("digits, MLP 64-24-10", False, digit, 500, _relu(64, 24, 10), 100),
+        ("wine, MLP 13-16-3", False, vines, 40, _relu(13, 16, 3), 60),
+        ("diabetes above the median, MLP 10-24-2", False, ill, 200, _relu(10, 24, 2), 30),
+        ("20 Newsgroups, MLP 256-64-20", False, post, 3000, _relu(256, 64, 20), 40),
+        ("Fashion-MNIST, CNN 8-16", False, cloth, 1200, convolutional, 15),
+        ("SpamAssassin, MLP 256-32-2", False, spam, 2000, _relu(256, 32, 2), 40),
         ("breast cancer, MLP 30-32-2", True, table, 150, _relu(30, 32, 2), 60),
         ("e-mails, MiniLM, MLP 384-32-2", True, mail, len(mail[1]) // 3, _relu(384, 32, 2), 60),
         ("MNIST, MLP 196-48-10", True, images, 2000, _relu(196, 48, 10), 40),
-        ("digits, MLP 64-24-10", False, digit, 500, _relu(64, 24, 10), 100),
-        ("Fashion-MNIST, CNN 8-16", False, cloth, 1200, convolutional, 15),
-        ("SpamAssassin, MLP 256-32-2", False, spam, 2000, _relu(256, 32, 2), 40),
-        ("20 Newsgroups, MLP 256-64-20", False, post, 3000, _relu(256, 64, 20), 40),
     ):
         order = np.random.default_rng(seed).permutation(len(rows[1]))[:6000]
         X, y = rows[0][order], np.unique(rows[1], return_inverse=True)[1][order]

@@ -2,6 +2,7 @@
 
     python -m benchmarks.influence_use            # all parts
     python -m benchmarks.influence_use fading --seeds 3 4 5 6 7
+    python -m benchmarks.influence_use repair --pieces repair.jsonl --minutes 14  # goes on there
 
 Parts: ``mislabels`` (10 % flipped labels), ``fading`` (how long estimates stay true),
 ``repair`` (mis-predictions), ``removal`` (forget a class). Writes results/influence_PART.json.
@@ -9,8 +10,10 @@ Seeds 0, 1 and 2 served to choose what ``fading`` does, so that it is reported o
 """
 
 import argparse
+import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,25 +127,38 @@ def _started(scorer, step):
     return there
 
 
-def repair(seed):
+MOST = 50
+
+
+def repair(seed, pieces=None, deadline=float("inf")):
     """Correct mis-predictions of networks that nobody tuned, each on its own."""
-    # those of the first three chose how much the rows at rest count
+    # those of the last three chose how much the rows at rest count
+    known = _Pieces(pieces)
     for name, chose, net, (X, y), n in untuned(seed):
         scorer = InfluenceScorer(from_module(net), method="ggn", random_state=seed)
-        scorer.fit(X[:n], y[:n])
-        predicted = scorer.estimator_.predict(X)
+        predicted = from_module(net).predict(X)
         middle = n + (len(X) - n) // 2
-        guard = X[n:middle], y[n:middle]
-        wrong = np.flatnonzero(predicted[middle:] != y[middle:])[:50] + middle
-        found = {}
+        wrong = np.flatnonzero(predicted[middle:] != y[middle:])[:MOST] + middle
+        rest, found = np.arange(middle, len(X)), {}
         for i in wrong:
-            edited = scorer.repair(X[[i]], y[[i]], guard=guard, max_drop=0.02)
-            report = edited.edit_report_
-            for way, one in {"proponents": report, **report["baselines"]}.items():
-                found.setdefault(way, []).append(_outcome(one))
-            rest = np.setdiff1d(np.arange(middle, len(X)), [i])
-            moved = edited.score(X[rest], y[rest]) - np.mean(predicted[rest] == y[rest])
-            found["proponents"][-1]["others change"] = moved
+            key = [seed, name, int(i)]
+            if key not in known and time.monotonic() > deadline:
+                continue
+            if key not in known:
+                if not hasattr(scorer, "estimator_"):
+                    scorer.fit(X[:n], y[:n])
+                guard = X[n:middle], y[n:middle]
+                edited = scorer.repair(X[[i]], y[[i]], guard=guard, max_drop=0.02)
+                report, others = edited.edit_report_, np.setdiff1d(rest, [i])
+                ways = {"proponents": report, **report["baselines"]}
+                outcomes = {way: _outcome(one) for way, one in ways.items()}
+                before = np.mean(predicted[others] == y[others])
+                outcomes["proponents"]["others change"] = (
+                    edited.score(X[others], y[others]) - before
+                )
+                known.add(key, outcomes)
+            for way, outcome in known[key].items():
+                found.setdefault(way, []).append(outcome)
         for way, outcomes in found.items():
             yield {
                 "task": name,
@@ -153,11 +169,36 @@ def repair(seed):
             }
 
 
+class _Pieces:
+    """Outcomes by key, each kept in a file as soon as it is known."""
+
+    def __init__(self, path):
+        self.path, self.found = path, {}
+        if path and path.exists():
+            for line in path.read_text().splitlines():
+                self._hold(**json.loads(line))
+
+    def _hold(self, key, outcomes):
+        self.found[tuple(key)] = outcomes
+
+    def __contains__(self, key):
+        return tuple(key) in self.found
+
+    def __getitem__(self, key):
+        return self.found[tuple(key)]
+
+    def add(self, key, outcomes):
+        self._hold(key, outcomes)
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "outcomes": outcomes}) + "\n")
+
+
 def _outcome(report):
     return {
-        "flipped": report["flipped"].all(),
-        "guard change": report["guard_after"] - report["guard_before"],
-        "displacement": report["displacement"],
+        "flipped": bool(report["flipped"].all()),
+        "guard change": float(report["guard_after"] - report["guard_before"]),
+        "displacement": float(report["displacement"]),
     }
 
 
@@ -231,11 +272,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--pieces", type=Path, help="file of what `repair` has found so far")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no repair later")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for part in arguments.parts:
         start = time.process_time()
         run, seeds = PARTS[part]
+        if part == "repair":
+            until = time.monotonic() + 60 * arguments.minutes
+            run = partial(repair, pieces=arguments.pieces, deadline=until)
         seeds = arguments.seeds or seeds
         runs = []
         for seed in seeds:
