@@ -299,11 +299,16 @@ class Own(Loss):
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each row: outputs (n, ...), targets (n, ...) -> (n,)."""
+        n, same = len(outputs), outputs.numel() == targets.numel()
+        if same and type(self.function).__module__ == nn.L1Loss.__module__:
+            targets = targets.reshape(outputs.shape)
         values = self.function(outputs, targets)
-        if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != len(outputs):
+        # outputs (n, 1) less targets (n,) are every row beside every other
+        crossed = same and outputs.numel() == n > 1 and values.numel() == n * n
+        if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != n or crossed:
             seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"loss must return one number for each row, a tensor of shape ({len(outputs)},); "
+                f"loss must return one number for each row, a tensor of shape ({n},); "
                 f"it returned {seen}. A torch module is given as it is; a function must not "
                 "average over rows."
             )
@@ -358,7 +363,7 @@ def _of_module(module: nn.Module) -> Loss:
     if kind is nn.BCELoss:
         # read at the logits of the probabilities it takes
         return BinaryCrossEntropy(None, weight)
-    if kind is nn.MSELoss:
+    if kind is nn.MSELoss and module.reduction != "sum":
         return SquaredError()
     if kind is nn.MultiMarginLoss:
         assert isinstance(module, nn.MultiMarginLoss)

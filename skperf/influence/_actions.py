@@ -152,18 +152,13 @@ def _judges(
     rest = np.setdiff1d(np.arange(len(learned.X)), chosen)
     # where nearly all rows are trained on, the others are too few to say anything
     others = rest if len(rest) >= _FEWEST_GUARDS else np.arange(len(learned.X))
-    others = rng.permutation(others)[: 2 * _MOST_GUARDS]
-    if guard is None:
-        half = len(others) // 2
-        rows, judged = others[:half], others[half:]
-        guard = learned.X[rows], np.asarray(learned.y)[rows]
-    else:
-        judged = others
-    held = rng.permutation(len(learned.X))[:_MOST_KEPT]
+    rows, judged = np.array_split(rng.permutation(others)[: 2 * _MOST_GUARDS], 2)
+    labels = np.asarray(learned.y)
+    held = rng.permutation(np.setdiff1d(np.arange(len(labels)), judged))[:_MOST_KEPT]
     pairs = {
-        "guard": guard,
-        "judged": (learned.X[judged], np.asarray(learned.y)[judged]),
-        "kept": (learned.X[held], np.asarray(learned.y)[held]),
+        "guard": (learned.X[rows], labels[rows]) if guard is None else guard,
+        "judged": (learned.X[judged], labels[judged]),
+        "kept": (learned.X[held], labels[held]),
     }
     return {
         name: (network.inputs(rows), network.targets(labels))

@@ -58,8 +58,7 @@ def pair(given: Any, name: str) -> tuple[Any, Any]:
     """Take rows and their targets apart."""
     if not isinstance(given, list | tuple) or len(given) != 2:
         raise ValueError(f"{name} must be a pair (X, y), got {type(given).__name__}.")
-    X, y = given
-    return X, y
+    return given[0], given[1]
 
 
 def steps_of(given: Any) -> list[int]:

@@ -16,6 +16,7 @@ from skperf.influence._members import Learned
 from skperf.influence.damping import resolve_damping
 from skperf.influence.heads import leave_one_out_steps, linear_head_hessian
 from skperf.influence.layers import from_vectors
+from skperf.influence.mapping import plain
 from skperf.influence.neighbours import features_of
 from skperf.influence.problem import LOSS_UNIT, Problem, curvature_rows, is_last_linear
 from skperf.influence.scoring import Ensemble
@@ -113,8 +114,9 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
         return loss.value(read(raw[None]), _as_double(target)[None])[0]
 
     raw = train @ weight.T
-    slope = vmap(torch.func.grad(value))(raw, targets) * shares[:, None]
-    curvatures = vmap(jacrev(jacrev(value)))(raw, targets) * shares[:, None, None]
+    with plain():
+        slope = vmap(torch.func.grad(value))(raw, targets) * shares[:, None]
+        curvatures = vmap(jacrev(jacrev(value)))(raw, targets) * shares[:, None, None]
     # a loss that is not convex in the outputs lends its positive part
     values, vectors = torch.linalg.eigh(curvatures)
     curvatures = (vectors * values.clamp_min(0)[:, None]) @ vectors.mT

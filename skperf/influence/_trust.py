@@ -46,10 +46,10 @@ def fading_curve(
     *,
     steps: list[int],
     n_train: int,
-    learning_rate: float | None,
     batch_size: int,
-    weight_decay: float | None,
-    least: float,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    least: float = 0.8,
 ) -> Bunch:
     """Hold predicted against actual effects of further training: X (n_query, ...)."""
     settings, n = learned.settings, len(learned.X)
@@ -159,9 +159,7 @@ def datamodeling_score(
     generator = torch.Generator().manual_seed(learned.settings.seed + 1)
     subsets = half_subsets(len(learned.X), n_subsets, generator, fraction=fraction)
     losses = retrained_losses(learned, X, y, subsets, recipe)
-    ensemble = learned.opened()
-    scores = ensemble.matrix(X, ensemble.first.network.targets(y).cpu())
-    return float(linear_datamodeling_score(scores, subsets.numpy(), losses))
+    return float(linear_datamodeling_score(_matrix(learned, X, y), subsets.numpy(), losses))
 
 
 def retrained_losses(
@@ -234,15 +232,8 @@ def _refit(
     if "random_state" in fresh.get_params(deep=False):
         fresh.set_params(random_state=seed)
     weights = None if learned.weights is None else learned.weights[kept].numpy()
-    loss = learned.choices.loss
-    again = fit_estimator(
-        fresh,
-        learned.X[kept],
-        np.asarray(learned.y)[kept],
-        sample_weight=weights,
-        random_state=seed,
-        loss=loss,
-    )
+    rows, loss = (learned.X[kept], np.asarray(learned.y)[kept]), learned.choices.loss
+    again = fit_estimator(fresh, *rows, sample_weight=weights, random_state=seed, loss=loss)
     network = open_network(again, loss=loss)
     values: Tensor = output(network.logits(X), network.targets(y).cpu())
     return values.numpy()
@@ -342,17 +333,8 @@ def _trajectory(learned: Learned) -> Bunch:
 
 def _divergence(learned: Learned, X: Rows, y: Any, n_train: int, steps: list[int]) -> Bunch:
     """Summarise the fading curve."""
-    curve = fading_curve(
-        learned,
-        X,
-        y,
-        steps=steps,
-        n_train=n_train,
-        learning_rate=None,
-        batch_size=len(learned.X),
-        weight_decay=None,
-        least=0.8,
-    )
+    n = len(learned.X)
+    curve = fading_curve(learned, X, y, steps=steps, n_train=n_train, batch_size=n)
     value = float(curve.pearson[-1])
     return _entry(
         value,

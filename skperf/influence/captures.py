@@ -17,7 +17,7 @@ from skperf.backbone.parameters import substituted
 from skperf.backbone.rows import Rows
 from skperf.influence.gradients import Dense, Factor, Gradients, Outer, Tokens, folded, merged
 from skperf.influence.layers import CONVOLUTIONS, TABLES, Layer, Place
-from skperf.influence.mapping import mapped
+from skperf.influence.mapping import mapped, plain
 
 _BATCH_DEPENDENT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 _FIRST = Place(0)
@@ -220,7 +220,8 @@ def _whole(layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> D
         return output[0], torch.cat([part.reshape(-1) for part in gradients.values()])
 
     try:
-        again, values = vmap(pull, chunk_size=64)(inputs, gradient)
+        with plain():
+            again, values = vmap(pull, chunk_size=64)(inputs, gradient)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

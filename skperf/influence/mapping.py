@@ -1,11 +1,25 @@
 """Do the same for every row or network: at once where torch can, else one after the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Spare vmap attention that has no derivative, and users its warnings about speed."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def mapped(
@@ -14,7 +28,8 @@ def mapped(
     """Apply a function to every entry along the first dimension of trees of tensors."""
     if not looped:
         try:
-            return vmap(function, chunk_size=chunk_size)(*stacked)
+            with plain():
+                return vmap(function, chunk_size=chunk_size)(*stacked)
         except torch.OutOfMemoryError:
             raise
         except Exception:

@@ -356,7 +356,7 @@ def trak(problem: Problem, *, n_projections: int = 512) -> Fitted:
     kernel = (features * problem.shares[:, None].to(features)).T @ features
     damping = problem.settings.damping
     if isinstance(damping, str):
-        damping = max(_SHARE_OF_KERNEL * float(kernel.diagonal().mean()), 1e-8)
+        damping = max(float(kernel.diagonal().mean()), 1e-8)
     kernel.diagonal().add_(damping)
     inverse = torch.linalg.inv(kernel.double()).to(kernel)
     outputs = problem.outputs()
@@ -367,9 +367,6 @@ def trak(problem: Problem, *, n_projections: int = 512) -> Fitted:
     train: Gradients = [Dense(features * doubt)]
     report = {"damping": damping, "n_projections": features.shape[1]}
     return Fitted(train, Projected(project, inverse), 1 / problem.n_train, "relative loss", report)
-
-
-_SHARE_OF_KERNEL = 1.0
 
 
 # DataInf --------------------------------------------------------------------------------------

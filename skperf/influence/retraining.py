@@ -58,20 +58,24 @@ def fresh_parameters(network: Network, seeds: list[int]) -> Parameters:
     _check_resettable(module, kept)
     for seed in seeds:
         with drawing_from(torch.Generator().manual_seed(seed)):
-            for part in module.modules():
-                reset = getattr(part, "reset_parameters", None)
-                if callable(reset):
-                    reset()
+            for reset in filter(None, map(_reset_of, module.modules())):
+                reset()
         named = module.named_parameters()
         copies.append({n: p.detach().clone() for n, p in named if kept is None or n in kept})
     return {name: torch.stack([copy[name] for copy in copies]) for name in copies[0]}
+
+
+def _reset_of(part: nn.Module) -> Callable[[], None] | None:
+    # attention keeps it private
+    own = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
+    return own if callable(own) else None
 
 
 def _check_resettable(module: nn.Module, kept: tuple[str, ...] | None) -> None:
     for name, part in module.named_modules():
         own = [f"{name}.{n}" if name else n for n, _ in part.named_parameters(recurse=False)]
         trains = any(kept is None or n in kept for n in own)
-        if trains and not callable(getattr(part, "reset_parameters", None)):
+        if trains and _reset_of(part) is None:
             raise ValueError(
                 f"layer {name!r} ({type(part).__name__}) cannot be initialised afresh: it has no "
                 "reset_parameters. Give an unfitted estimator, which can be refitted."

@@ -87,7 +87,6 @@ ALONE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", ALONE)
 def test_only_what_does_not_factorise_goes_row_by_row(name):
     parts, alone = ALONE[name]

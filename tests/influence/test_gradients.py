@@ -40,7 +40,6 @@ def test_factors_are_the_gradients_of_single_rows(recorded):
     torch.testing.assert_close(to_vectors(layers, gradients, parameters), brute)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_reference_path_agrees(recorded):
     network, inputs, parameters, _, cotangents, _ = recorded
     with recording(network.module):

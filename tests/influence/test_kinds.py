@@ -1,5 +1,6 @@
 """Every kind of network, input and loss, against autograd row by row."""
 
+import copy
 import os
 
 import numpy as np
@@ -14,7 +15,6 @@ from skperf.influence import GGN, InfluenceScorer
 from skperf.influence.output_rows import prepare_forward_mode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 N = 11
 
 
@@ -475,6 +475,7 @@ class Attending(nn.Module):
         return self.last(attended[:, 0].mean(1))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of its own jacrev
 @pytest.mark.parametrize("how", ["boolean", "added", "causal", "none"])
 def test_products_of_attention_with_masks(how):
     """Written-out attention stands for the fused kernel, which has no second derivative."""
@@ -547,3 +548,83 @@ def test_packed_sequences_are_differentiated_row_by_row():
     torch.testing.assert_close(
         torch.as_tensor(scorer.influence(tokens, y)), expected @ expected.T, rtol=1e-4, atol=1e-5
     )
+
+
+ONE_NUMBER = {
+    "smooth L1": (nn.SmoothL1Loss(beta=0.7), nn.functional.smooth_l1_loss, {"beta": 0.7}),
+    "Poisson": (nn.PoissonNLLLoss(), nn.functional.poisson_nll_loss, {}),
+    "soft margin": (nn.SoftMarginLoss(), nn.functional.soft_margin_loss, {}),
+    "sum": (nn.MSELoss(reduction="sum"), nn.functional.mse_loss, {"reduction": "sum"}),
+}
+
+
+@pytest.mark.parametrize("name", ONE_NUMBER)
+def test_losses_of_one_number_a_row_never_meet_other_rows(name):
+    """Outputs (n, 1) beside targets (n,) would be broadcast to (n, n)."""
+    loss, function, options = ONE_NUMBER[name]
+    torch.manual_seed(0)
+    width = 2 if name == "sum" else 1
+    module = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, width)).double()
+    X, _ = rows()
+    y = np.random.default_rng(1).normal(size=(N, 2) if name == "sum" else N)
+    X, y = X[:, 0], np.sign(y) if name == "soft margin" else y
+    inputs, targets = torch.as_tensor(X), torch.as_tensor(y).view(N, width)
+    gradients = brute(
+        module, lambda m, i: m(inputs[i]), lambda z, i: function(z, targets[i : i + 1], **options)
+    )
+    scorer = InfluenceScorer(from_module(module), method="gradient_dot", loss=loss)
+    assert_products(scorer, X, y, gradients)
+
+
+def test_a_loss_that_crosses_rows_is_refused():
+    X, _ = rows()
+    scorer = InfluenceScorer(
+        nn.Linear(5, 1), loss=lambda outputs, targets: (outputs - targets) ** 2
+    )
+    with pytest.raises(ValueError, match="one number for each row"):
+        scorer.fit(X[:, 0], np.arange(N) / N)
+
+
+class _Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(12, 8), nn.Linear(8, 2)
+        self.block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+    def forward(self, tokens):
+        return self.head(self.block(self.table(tokens)).mean(1))
+
+
+def test_torchs_own_transformer_trains_on_without_its_rows():
+    torch.manual_seed(0)
+    module, tokens = _Attentive(), torch.randint(0, 12, (20, 5))
+    y = (tokens[:, 0] > 5).long()
+    scorer = InfluenceScorer(module, random_state=0).fit(tokens, y)
+    found = scorer.fading(
+        tokens[:3], y[:3], steps=(1, 3), n_train=3, learning_rate=0.1, batch_size=20, weight_decay=0
+    )
+
+    def further(weights):
+        network = copy.deepcopy(module)
+        optimizer, losses = torch.optim.SGD(network.parameters(), 0.1), []
+        for step in range(1, 4):
+            optimizer.zero_grad()
+            (weights * cross_entropy(network(tokens), y, reduction="none")).mean().backward()
+            optimizer.step()
+            if step != 2:
+                losses.append(cross_entropy(network(tokens[:3]), y[:3], reduction="none").detach())
+        return torch.stack(losses)
+
+    ones = torch.ones(20)
+    for column, row in enumerate(found.rows):
+        without = further(ones.index_fill(0, torch.tensor(int(row)), 0.0))
+        expected = (without - further(ones)).numpy()
+        np.testing.assert_allclose(found.actual[:, :, column], expected, atol=2e-6)
+    # products with the curvature, trainings ahead and anew
+    products = InfluenceScorer(module, method="cg", damping=0.1).fit(tokens, y)
+    plain = InfluenceScorer(module, method=GGN(kept_trace=1.0, max_rows=None), damping=0.1)
+    expected = plain.fit(tokens, y).influence(tokens, y)
+    np.testing.assert_allclose(products.influence(tokens, y), expected, atol=2e-3 * expected.max())
+    flow = InfluenceScorer(module, damping="flow", horizon=6, learning_rate=0.03).fit(tokens, y)
+    assert np.isfinite(flow.influence(tokens[:3], y[:3])).all()
+    assert np.isfinite(scorer.score(tokens[:4], y[:4], n_subsets=3))

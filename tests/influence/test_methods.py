@@ -272,7 +272,6 @@ def test_gif_is_the_restricted_least_squares(reference, digits):
 
 
 @pytest.mark.parametrize("kind", [Convolutional, Text])
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_other_architectures_through_both_paths(kind):
     torch.manual_seed(0)
     module = kind().double()
