@@ -28,6 +28,7 @@ from skperf import (
     Reprogrammer,
     from_module,
 )
+from tests.reprogramming.conftest import TwoTowers, WordTokenizer
 
 N, D, K = 48, 64, 3
 RNG = np.random.default_rng(0)
@@ -52,6 +53,12 @@ def encoder():
         return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 4)).eval()
 
 
+def towers():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TwoTowers().eval()
+
+
 def unfitted(name):
     attributor = ComponentAttributor(
         components="neurons", fraction=0.3, budget=20, output="logit", random_state=0
@@ -60,6 +67,15 @@ def unfitted(name):
         "PerformativeAdapter": lambda: PerformativeAdapter(from_module(module()), random_state=0),
         "Reprogrammer": lambda: Reprogrammer(
             encoder(), image_shape=(1, 8, 8), border=1, max_epochs=1, random_state=0
+        ),
+        "Reprogrammer of texts": lambda: Reprogrammer(
+            towers(),
+            tokenizer=WordTokenizer(),
+            class_names=["cat", "dog", "bird"],
+            image_shape=(1, 8, 8),
+            border=1,
+            max_epochs=1,
+            random_state=0,
         ),
         "InfluenceScorer": lambda: InfluenceScorer(
             module(), method="ggn", damping=0.1, random_state=0
@@ -88,6 +104,12 @@ def fitted(name, frame=False):
 # Of a fitted estimator; X and y are what is hostile --------------------------------------------
 
 MASKS = (np.random.default_rng(1).random((2, 6)) > 0.3).astype(float)
+
+
+def path_of(path):
+    return np.concatenate([path.accuracy, path.loss, path.score])
+
+
 METHODS = {
     "PerformativeAdapter": {
         "predict": lambda e, X, y: e.predict(X),
@@ -113,8 +135,12 @@ METHODS = {
         "reprogram": lambda e, X, y: e.reprogram(X),
         "score": lambda e, X, y: e.score(X, y),
     },
+    "Reprogrammer of texts": {
+        "alpha_path": lambda e, X, y: path_of(e.alpha_path(X, y)),
+    },
     "InfluenceScorer": {
         "influence": lambda e, X, y: e.influence(X, y),
+        "rows of influence": lambda e, X, y: e.influence(TABLE[:3], LABELS[:3], rows=(X, y)),
         "transform": lambda e, X, y: e.transform(X),
         "self_influence": lambda e, X, y: e.self_influence(X, y),
         "top_k": lambda e, X, y: e.top_k(X, y, k=3)["values"],
@@ -151,6 +177,7 @@ METHODS = {
 AFTER_FIT = {
     "PerformativeAdapter": lambda e: e.predict_proba(TABLE),
     "Reprogrammer": lambda e: e.predict_proba(TABLE),
+    "Reprogrammer of texts": lambda e: e.predict_proba(TABLE),
     "InfluenceScorer": lambda e: e.influence(TABLE[:4], e.y_[:4]),
     "ComponentAttributor": lambda e: e.attributions_,
     "ComponentEditor": lambda e: e.predict_proba(TABLE),
@@ -283,7 +310,7 @@ CELLS = [
 ]
 NAMED = {
     "X": r"\bX\b|\bguard\b|Complex data|array|row|feature|sample|column|picture|image|pixel",
-    "y": r"\by\b|\bguard\b|y_true|label|class|target|sample",
+    "y": r"\by\b|\bguard\b|\brows\b|y_true|label|class|target|sample",
     "sample_weight": "sample_weight|weight",
 }
 # cells that give numbers where no plain array says which: a reason each
@@ -380,6 +407,57 @@ def outcome(cell):
 )
 def test_cell(cell):
     assert outcome(cell) in ("same", "refused")
+
+
+# covariates are one row a round, in `fit` and `partial_fit`, and a vector before one
+COVARIATES = np.round(np.random.default_rng(3).normal(size=(7, 2)) * 64) / 64
+NUMBERS = {
+    "float32": (lambda c: c.astype(np.float32), True),
+    "float16": (lambda c: c.astype(np.float16), True),
+    "lists": (lambda c: c.tolist(), True),
+    "table": (lambda c: pd.DataFrame(np.atleast_2d(c)), True),
+    "nullable": (lambda c: pd.DataFrame(np.atleast_2d(c)).astype("Float64"), True),
+    "Fortran": (np.asfortranarray, True),
+    "read-only": (frozen, True),
+    "memmap": (mapped, True),
+    "object": (lambda c: c.astype(object), True),
+    "tensor with grad": (lambda c: torch.tensor(c, requires_grad=True), True),
+    "NaN": (lambda c: np.where(np.arange(2) == 1, np.nan, c), False),
+    "infinity": (lambda c: np.where(np.arange(2) == 1, np.inf, c), False),
+    "missing": (lambda c: pd.DataFrame([[pd.NA] * 2] * len(np.atleast_2d(c))), False),
+    "strings": (lambda c: np.full(np.shape(c), "a"), False),
+    "too narrow": (lambda c: c[..., :1], False),
+    "too wide": (lambda c: np.concatenate([c, c], -1), False),
+    "empty": (lambda c: c[:0], False),
+    "number": (lambda c: 3.0, False),
+    "None": (lambda c: None, False),
+    "complex": (lambda c: c + 1j, False),
+}
+
+
+def adapted(fit=COVARIATES[:6], last=COVARIATES[6:], coming=COVARIATES[0]):
+    adapter = PerformativeAdapter(
+        from_module(module()), inputs=["statistic", "covariates"], min_rounds=1, random_state=0
+    )
+    adapter.fit(TABLE, LABELS, rounds=ROUNDS, covariates=fit)
+    adapter.partial_fit(TABLE[:8], LABELS[:8], covariates=last)
+    return adapter.predict_prior(covariates=coming)
+
+
+@pytest.mark.parametrize("where", ["fit", "last", "coming"])
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_covariates(kind, where):
+    make, taken = NUMBERS[kind]
+    plain = {"fit": COVARIATES[:6], "last": COVARIATES[6:], "coming": COVARIATES[0]}[where]
+    hostile = make(plain)
+    if kind == "None" and where in ("fit", "coming"):
+        taken = where == "coming"  # the last ones go on; none at fit are refused later
+        plain = COVARIATES[6] if taken else plain
+    if not taken:
+        with pytest.raises((ValueError, TypeError), match=r"covariates|inputs"):
+            adapted(**{where: hostile})
+        return
+    np.testing.assert_allclose(adapted(**{where: hostile}), adapted(**{where: plain}), rtol=1e-3)
 
 
 def main():

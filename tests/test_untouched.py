@@ -300,13 +300,18 @@ def test_networks_that_share_a_body_are_served_side_by_side():
     assert all(p.requires_grad for head in heads for p in head.parameters())
 
 
-def interrupted(names, n_trials, seed):
-    """Ctrl-C at random instants of random calls; what is found changed afterwards."""
+def interrupted(names, n_trials, seed, *, twice=False):
+    """Ctrl-C at random instants of random calls; what is found changed afterwards.
+
+    With `twice` another follows within a millisecond, and falls into the cleaning up.
+    """
     rng = np.random.default_rng(seed)
-    changed = []
+    changed, left = [], []
 
     def ctrl_c(*_):
-        raise KeyboardInterrupt
+        if left:
+            left.pop()
+            raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGALRM, ctrl_c)
     try:
@@ -319,12 +324,17 @@ def interrupted(names, n_trials, seed):
             length = time.perf_counter() - start
             watch = Watch(module)
             for _ in range(-(-n_trials // len(names))):
+                first = max(rng.uniform(0, length), 1e-6)
+                left[:] = [1, 1] if twice else [1]
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, max(rng.uniform(0, length), 1e-6))
-                    call(estimator)
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, first, rng.uniform(1e-6, 1e-3))
+                        call(estimator)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
                 except KeyboardInterrupt:
                     pass
+                left.clear()
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 watch.look()
             changed += [(name, key) for key in watch.differences]
@@ -344,8 +354,17 @@ def test_ctrl_c_leaves_nothing_changed(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX interval timers")
-def test_five_hundred_interrupts_leave_nothing_changed():
-    assert interrupted(list(CALLS), 500, seed=1) == []
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_five_hundred_interrupts_leave_nothing_changed(seed):
+    assert interrupted(list(CALLS), 125, seed=seed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX interval timers")
+@pytest.mark.xfail(reason="what a context was to put back may stay, gradient mode for one")
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_five_hundred_interrupts_of_the_cleaning_up_leave_nothing_changed(seed):
+    assert interrupted(list(CALLS), 125, seed=seed, twice=True) == []
 
 
 def test_batch_norm_at_prediction_time_and_training_leave_a_network_alone():

@@ -194,10 +194,10 @@ def check_covariates(covariates, n_rounds, n_known):
             )
         return None
     try:
-        values = np.asarray(covariates, dtype=np.float64)
+        values = np.array(as_array(covariates, "covariates"), object, ndmin=1).astype(float)
     except (TypeError, ValueError) as error:
         raise ValueError(f"covariates must be numbers, one row a round: {error}.") from error
-    values = values.reshape(1, -1) if values.ndim <= 1 and n_rounds == 1 else values
+    values = values.reshape(1, -1) if values.ndim == 1 and n_rounds == 1 else values
     values = values[:, None] if values.ndim == 1 else values
     if values.shape[0] != n_rounds or (n_known is not None and values.shape[1] != n_known):
         raise ValueError(
