@@ -28,7 +28,6 @@ from skperf import (
     Reprogrammer,
     from_module,
 )
-from tests.reprogramming.conftest import TwoTowers, WordTokenizer
 
 N, D, K = 48, 64, 3
 RNG = np.random.default_rng(0)
@@ -53,12 +52,6 @@ def encoder():
         return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 4)).eval()
 
 
-def towers():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return TwoTowers().eval()
-
-
 def unfitted(name):
     attributor = ComponentAttributor(
         components="neurons", fraction=0.3, budget=20, output="logit", random_state=0
@@ -67,15 +60,6 @@ def unfitted(name):
         "PerformativeAdapter": lambda: PerformativeAdapter(from_module(module()), random_state=0),
         "Reprogrammer": lambda: Reprogrammer(
             encoder(), image_shape=(1, 8, 8), border=1, max_epochs=1, random_state=0
-        ),
-        "Reprogrammer of texts": lambda: Reprogrammer(
-            towers(),
-            tokenizer=WordTokenizer(),
-            class_names=["cat", "dog", "bird"],
-            image_shape=(1, 8, 8),
-            border=1,
-            max_epochs=1,
-            random_state=0,
         ),
         "InfluenceScorer": lambda: InfluenceScorer(
             module(), method="ggn", damping=0.1, random_state=0
@@ -106,10 +90,6 @@ def fitted(name, frame=False):
 MASKS = (np.random.default_rng(1).random((2, 6)) > 0.3).astype(float)
 
 
-def path_of(path):
-    return np.concatenate([path.accuracy, path.loss, path.score])
-
-
 METHODS = {
     "PerformativeAdapter": {
         "predict": lambda e, X, y: e.predict(X),
@@ -134,9 +114,6 @@ METHODS = {
         "transform": lambda e, X, y: e.transform(X),
         "reprogram": lambda e, X, y: e.reprogram(X),
         "score": lambda e, X, y: e.score(X, y),
-    },
-    "Reprogrammer of texts": {
-        "alpha_path": lambda e, X, y: path_of(e.alpha_path(X, y)),
     },
     "InfluenceScorer": {
         "influence": lambda e, X, y: e.influence(X, y),
@@ -177,7 +154,6 @@ METHODS = {
 AFTER_FIT = {
     "PerformativeAdapter": lambda e: e.predict_proba(TABLE),
     "Reprogrammer": lambda e: e.predict_proba(TABLE),
-    "Reprogrammer of texts": lambda e: e.predict_proba(TABLE),
     "InfluenceScorer": lambda e: e.influence(TABLE[:4], e.y_[:4]),
     "ComponentAttributor": lambda e: e.attributions_,
     "ComponentEditor": lambda e: e.predict_proba(TABLE),
