@@ -219,6 +219,13 @@ WORKLOADS = (
         "guide/components",
     ),
     Workload(
+        "components",
+        "Memory of a fit on networks of real size",
+        "components_memory",
+        ("components_memory.json",),
+        "guide/components",
+    ),
+    Workload(
         "reprogramming",
         "Reprogramming against fine-tuning, probes and mixes",
         "reprogramming --seeds 0 1 2",
