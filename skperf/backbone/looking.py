@@ -40,10 +40,7 @@ class Seen:
 
 
 def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None = None) -> Seen:
-    """Find the outputs in what a network returns for the first row of X (n, ...).
-
-    A readout that the network has already is kept.
-    """
+    """Find the outputs in what a network returns for a row of X; a known readout stays."""
     few = X[: min(2, len(X))]
     generator = torch.Generator().manual_seed(0)
     scripted = any(isinstance(part, torch.jit.ScriptModule) for part in network.module.modules())

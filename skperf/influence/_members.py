@@ -161,7 +161,7 @@ class Learned:
             targets,
             total / total.sum(),
             self.settings,
-            choices.batch_size or (64 if convolves else 2048),
+            choices.batch_size or min(64 if convolves else 2048, planned.at_once),
             Shelf(budget_in_bytes(choices.memory_budget), choices.storage),
         )
 

@@ -137,10 +137,7 @@ def _spread(values: Tensor, chosen: Tensor) -> Tensor:
 def generalized_query(
     multiply: Multiply, chosen: Tensor, gradients: Tensor, **options: Any
 ) -> Tensor:
-    """Vectors whose inner product with a training gradient is the generalised influence.
-
-    Shapes: gradients (m, n_parameters) -> (m, n_parameters).
-    """
+    """Vectors whose products with gradients are influences: (m, p) -> (m, p)."""
     # `g_t[S]' (H_S'H_S + ridge)^-1 H_S' g_i = y_t' g_i` with `y_t = H_S (H_S'H_S + ridge)^-1
     # g_t[S]`, the least-norm solution of a damped problem.
     where = chosen.nonzero()[:, 0]

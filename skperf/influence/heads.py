@@ -21,11 +21,7 @@ def linear_head_hessian(inputs: Tensor, curvatures: Tensor, ridge: Tensor) -> Te
 def leave_one_out_steps(
     inputs: Tensor, slopes: Tensor, curvatures: Tensor, hessian: Tensor, *, chunk: int = 256
 ) -> Tensor:
-    """Newton step of every leave-one-out problem from the full solution.
-
-    Shapes: inputs (n, d), slopes (n, K), curvatures (n, K, K), hessian (K * d, K * d) -> (n, K,
-    d).
-    """
+    """Newton steps that leave a row out: inputs (n, d), slopes (n, K) -> (n, K, d)."""
     # Without row i the Hessian is `H - J_i' C_i J_i`; Woodbury turns its inverse into one of K x
     # K. For a squared loss the step lands on the leave-one-out solution itself.
     n_outputs, d = slopes.shape[1], inputs.shape[1]

@@ -71,10 +71,7 @@ def further_trained(
     weights: Tensor,
     training: FurtherTraining,
 ) -> Iterator[Parameters]:
-    """Train on with several weightings of the rows: the start, and what each step leads to.
-
-    Shapes: inputs (n, ...), targets (n, ...), weights (m, n) -> parameters (m, ...) each.
-    """
+    """Train on with weightings (m, n): the start, what each step leads to, (m, ...)."""
     # all runs see the same batches in the same order
     runs, own = len(weights), weights.to(network.device, network.dtype)
     stacked = {

@@ -37,15 +37,14 @@ def last_layer(network: Network, X: Rows) -> tuple[str, nn.Module]:
 
 def features_of(network: Network, X: Rows) -> Tensor:
     """Read the inputs of the layer that runs last: X (n, ...) -> (n, n_features)."""
-    features, outputs = features_and_outputs(network, X)
+    features, outputs = features_and_outputs(network, last_layer(network, X)[1], X)
     if len(features) != len(outputs):
         raise ValueError("candidates: the last layer does not keep one entry a row.")
     return features
 
 
-def features_and_outputs(network: Network, X: Rows) -> tuple[Tensor, Tensor]:
+def features_and_outputs(network: Network, last: nn.Module, X: Rows) -> tuple[Tensor, Tensor]:
     """Read what the last layer takes and the network gives: X (n, ...) -> (n, d), (n, ...)."""
-    _, last = last_layer(network, X)
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:

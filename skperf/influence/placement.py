@@ -37,6 +37,7 @@ class Plan:
 
     places: Places  # of the layers that factorise
     looped: bool = False  # whether the rest takes one row after another
+    at_once: int = 2048  # rows whose layers' outputs fit half a gigabyte
 
     def layers(self, module: nn.Module, parameters: Parameters) -> list[Layer]:
         """Find the layers again in another view of the network."""
@@ -55,9 +56,10 @@ def plan(network: Network, X: Rows, parameters: Parameters, how: str) -> Plan:
     with recording(network.module):
         layers = [layer for layer in find_layers(network.module, parameters) if layer.sites]
         places: Places = {}
+        size = _at_once(network, network.inputs(X[:1]))
         if how != "reference":
             if _is_plain_chain(network, network.inputs(X[:1])):
-                return Plan({layer.names: (Place(0),) for layer in layers})
+                return Plan({layer.names: (Place(0),) for layer in layers}, at_once=size)
             rows = network.inputs(X[np.linspace(0, len(X) - 1, _TRIED).astype(int)])
             places = _places(network, rows, layers)
         else:
@@ -72,7 +74,19 @@ def plan(network: Network, X: Rows, parameters: Parameters, how: str) -> Plan:
                 f"recurrent; gradients='auto' takes these row by row, {HINT}"
             )
         looped = bool(rest) and _must_loop(network, parameters, rest, truth)
-        return Plan(places, looped)
+        return Plan(places, looped, size)
+
+
+def _at_once(network: Network, row: Rows) -> int:
+    sizes = [1]
+
+    def count(part: nn.Module, args: Any, output: Any) -> None:
+        sizes.append(output.nbytes if isinstance(output, Tensor) else 0)
+
+    leaves = [part for part in network.module.modules() if not list(part.children())]
+    with torch.no_grad(), forward_hooks(dict.fromkeys(leaves, count)):
+        network(row)
+    return (1 << 29) // sum(sizes) + 1
 
 
 def _is_plain_chain(network: Network, row: Rows) -> bool:

@@ -139,7 +139,7 @@ def at_last_layer(problem: Problem) -> Problem:
     layer, network = problem.layers[0], problem.network
     if not is_last_linear(problem.layers, network, problem.X):
         return problem
-    features, outputs = features_and_outputs(network, problem.X)
+    features, outputs = features_and_outputs(network, layer.module, problem.X)
     own = functional.linear(features, *(p.cpu() for p in layer.module.parameters()))
     if own.shape != outputs.shape or not own.allclose(outputs, 1e-4, 1e-5):
         return problem
