@@ -1,10 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from skperf.backbone.files import on_disk
+from skperf.backbone.network import Network
+from skperf.backbone.rows import Rows
 from skperf.influence import tiles
 from skperf.influence.gradients import Dense, Outer, Tokens
+from skperf.influence.placement import plan
 from skperf.influence.tiles import (
     Largest,
     Shelf,
@@ -135,3 +139,11 @@ def test_only_candidates_of_each_query_keep_their_scores(fill):
     for query, column in ((0, 0), (1, 3), (2, 2), (2, 1)):
         expected[query, column] = scores[query, column]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_fewer_rows_run_at_once_where_each_leaves_much_behind():
+    module = nn.Sequential(nn.Linear(3, 50_000), nn.ReLU(), nn.Linear(50_000, 2)).eval()
+    network = Network(module, np.arange(2))
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    planned = plan(network, Rows.of(np.zeros((9, 3), np.float32)), parameters, "auto")
+    assert planned.at_once == 2**29 // (1 + 4 * (2 * 50_000 + 2)) + 1
