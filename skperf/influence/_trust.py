@@ -300,9 +300,8 @@ def _numbers(learned: Learned, X: Rows, y: Any) -> Bunch:
             for p in (problem, again)
         )
         changes["precision"] = float((one.double() - two).norm() / two.norm().clamp_min(1e-30))
-    worst = max(changes.values())
     return _entry(
-        worst,
+        max(changes.values()),
         0.05,
         "Scores change with what should not matter: raise damping, or use a float64 module.",
         **changes,
@@ -320,9 +319,8 @@ def _trajectory(learned: Learned) -> Bunch:
     left = float((mean + decay * own).norm())
     # the mean of n independent gradients of mean zero is that long
     by_chance = single / problem.n_train**0.5
-    value = left / max(by_chance, 1e-30)
     return _entry(
-        value,
+        left / max(by_chance, 1e-30),
         1.0,
         "The network has not come to rest, so that how it was trained matters: "
         "method='replay' follows the run, damping='flow' a horizon from here on.",
@@ -359,9 +357,8 @@ def _first_order(learned: Learned, X: Rows, y: Any, n_train: int) -> Bunch:
     slope = float((half * whole).sum() / whole.square().sum().clamp_min(1e-300))
     predicted = _scores(learned, X, y, rows).double()
     ratio = float((predicted * whole).sum() / predicted.square().sum().clamp_min(1e-300))
-    curvature = abs(slope - 0.5) / 0.5
     return _entry(
-        curvature,
+        abs(slope - 0.5) / 0.5,
         0.1,
         "Leaving a row out is no small change: half of it does not have half of the effect. Trust "
         "the order of rows more than the size of their scores.",
