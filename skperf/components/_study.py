@@ -518,5 +518,4 @@ def _from_regressor(regressor: Any, n_components: int) -> Fit:
     predicted = np.asarray(regressor.predict(masks)).reshape(len(masks), -1)
     coefficients = (predicted[:1] - predicted[1:]).T
     intercept = predicted[0] - coefficients.sum(1)
-    unknown = np.full(coefficients.shape, np.nan)
-    return Fit(coefficients, intercept, unknown, float("nan"), float("nan"))
+    return Fit(coefficients, intercept, np.full(coefficients.shape, np.nan), np.nan, np.nan)

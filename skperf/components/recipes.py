@@ -75,9 +75,8 @@ def _guesses(
 
 def exact(coefficients: Array, baseline: Array) -> Fit:
     """Linear models of falls without noise: (n_examples, n_components), (n_examples,)."""
-    zeros = np.zeros(coefficients.shape)
     intercept = baseline - coefficients.sum(1)
-    return Fit(coefficients, intercept, zeros, 0.0, float("nan"))
+    return Fit(coefficients, intercept, np.zeros(coefficients.shape), 0.0, float("nan"))
 
 
 def _path_only(question: Question, measured: Measurements, prior: Prior, slopes: Array) -> Fit:
