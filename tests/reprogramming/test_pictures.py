@@ -1,6 +1,7 @@
 """Which arrays are pictures."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -91,4 +92,16 @@ def test_what_pictures_and_tables_are():
     assert is_table(np.zeros((2, 5)))
     assert not is_table(np.zeros((2, 1, 5, 5)))
     assert is_table([])
+    assert is_table(pd.DataFrame(np.zeros((2, 5))))
     assert not is_table([Image()])
+
+
+def test_arrays_are_read_at_once_and_lists_one_by_one():
+    images = np.random.default_rng(0).random((4, 1, 3, 3)).astype(np.float32)
+    some = np.array([2, 0])
+    (whole,) = Pictures.of(images, PictureForm()).tensors(some)
+    assert torch.equal(whole, torch.tensor(images[some]))
+    one, two = Pictures.of([*images], PictureForm()).tensors(some)
+    assert torch.equal(torch.cat([one, two]), whole)
+    (last,) = Pictures.of(images, PictureForm())[np.array([3, 1])].tensors([1])
+    assert torch.equal(last, torch.tensor(images[1:2]))
