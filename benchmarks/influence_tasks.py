@@ -100,7 +100,7 @@ def tanh_net(width, rows, seed):
     return module.double()
 
 
-def untuned(seed):
+def untuned(seed, only=""):
     """Yield (name, whether it chose a default, network, rows, number trained on)."""
     table = load_breast_cancer(return_X_y=True)
     table = StandardScaler().fit_transform(table[0]).astype(np.float32), table[1]
@@ -117,8 +117,6 @@ def untuned(seed):
     digit = (digit[0] / 16).astype(np.float32), digit[1]
     cloth = load_fashion_mnist(return_X_y=True)
     cloth = _pixels(cloth[0]), np.asarray(cloth[1])
-    spam = [np.concatenate(parts) for parts in zip(*mails(seed), strict=True)]
-    post = [np.concatenate(parts) for parts in zip(*news(seed), strict=True)]
     convolutional = nn.Sequential(
         *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -128,13 +126,17 @@ def untuned(seed):
         ("digits, MLP 64-24-10", False, digit, 500, _relu(64, 24, 10), 100),
         ("wine, MLP 13-16-3", False, vines, 40, _relu(13, 16, 3), 60),
         ("diabetes above the median, MLP 10-24-2", False, ill, 200, _relu(10, 24, 2), 30),
-        ("20 Newsgroups, MLP 256-64-20", False, post, 3000, _relu(256, 64, 20), 40),
+        ("20 Newsgroups, MLP 256-64-20", False, news, 3000, _relu(256, 64, 20), 40),
         ("Fashion-MNIST, CNN 8-16", False, cloth, 1200, convolutional, 15),
-        ("SpamAssassin, MLP 256-32-2", False, spam, 2000, _relu(256, 32, 2), 40),
+        ("SpamAssassin, MLP 256-32-2", False, mails, 2000, _relu(256, 32, 2), 40),
         ("breast cancer, MLP 30-32-2", True, table, 150, _relu(30, 32, 2), 60),
         ("e-mails, MiniLM, MLP 384-32-2", True, mail, len(mail[1]) // 3, _relu(384, 32, 2), 60),
         ("MNIST, MLP 196-48-10", True, images, 2000, _relu(196, 48, 10), 40),
     ):
+        if only not in name:
+            continue
+        if callable(rows):
+            rows = [np.concatenate(parts) for parts in zip(*rows(seed), strict=True)]
         order = np.random.default_rng(seed).permutation(len(rows[1]))[:6000]
         X, y = rows[0][order], np.unique(rows[1], return_inverse=True)[1][order]
         yield name, chose, _trained(net, X[:n], y[:n], n_epochs, seed), (X, y), n

@@ -127,18 +127,15 @@ def _started(scorer, step):
     return there
 
 
-MOST = 50
-
-
-def repair(seed, pieces=None, deadline=float("inf")):
+def repair(seed, pieces=None, deadline=float("inf"), most=50, only=""):
     """Correct mis-predictions of networks that nobody tuned, each on its own."""
     # those of the last three chose how much the rows at rest count
     known = _Pieces(pieces)
-    for name, chose, net, (X, y), n in untuned(seed):
+    for name, chose, net, (X, y), n in untuned(seed, only):
         scorer = InfluenceScorer(from_module(net), method="ggn", random_state=seed)
         predicted = from_module(net).predict(X)
         middle = n + (len(X) - n) // 2
-        wrong = np.flatnonzero(predicted[middle:] != y[middle:])[:MOST] + middle
+        wrong = np.flatnonzero(predicted[middle:] != y[middle:])[:most] + middle
         rest, found = np.arange(middle, len(X)), {}
         for i in wrong:
             key = [seed, name, int(i)]
@@ -273,6 +270,8 @@ def main():
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--pieces", type=Path, help="file of what `repair` has found so far")
+    parser.add_argument("--only", default="", help="part of the name of a network")
+    parser.add_argument("--most", type=int, default=50, help="mis-predictions of a network")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no repair later")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -281,7 +280,8 @@ def main():
         run, seeds = PARTS[part]
         if part == "repair":
             until = time.monotonic() + 60 * arguments.minutes
-            run = partial(repair, pieces=arguments.pieces, deadline=until)
+            limits = {"deadline": until, "most": arguments.most, "only": arguments.only}
+            run = partial(repair, pieces=arguments.pieces, **limits)
         seeds = arguments.seeds or seeds
         runs = []
         for seed in seeds:
