@@ -204,6 +204,7 @@ class BinaryCrossEntropy(Loss):
     kind: ClassVar[str] = "labels"
     pos_weight: Tensor | None = None  # (K,)
     weight: Tensor | None = None  # (K,)
+    summed: bool = False  # over the labels, where torch's reduction is no mean of them
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Nats of each row: outputs (n, K), targets (n, K) -> (n,)."""
@@ -213,13 +214,13 @@ class BinaryCrossEntropy(Loss):
             weight=None if self.weight is None else self.weight.to(outputs),
             pos_weight=None if self.pos_weight is None else self.pos_weight.to(outputs),
             reduction="none",
-        )
-        return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+        ).reshape(len(outputs), -1)
+        return losses.sum(1) if self.summed else losses.mean(1)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Variance of each label, a diagonal: outputs (n, K) -> (n, K, K)."""
         flat = outputs.reshape(len(outputs), -1)
-        p, k = flat.sigmoid(), flat.shape[1]
+        p, k = flat.sigmoid(), 1 if self.summed else flat.shape[1]
         diagonal = p * (1 - p) / k
         goal = targets.to(flat.dtype).reshape(flat.shape)
         if self.pos_weight is not None:
@@ -359,10 +360,11 @@ def _of_module(module: nn.Module) -> Loss:
         assert isinstance(module, nn.NLLLoss)
         return CrossEntropy(weight, 0.0, module.ignore_index)
     if kind is nn.BCEWithLogitsLoss:
-        return BinaryCrossEntropy(getattr(module, "pos_weight", None), weight)
+        pos_weight: Any = getattr(module, "pos_weight", None)
+        return BinaryCrossEntropy(pos_weight, weight, module.reduction == "sum")
     if kind is nn.BCELoss:
         # read at the logits of the probabilities it takes
-        return BinaryCrossEntropy(None, weight)
+        return BinaryCrossEntropy(None, weight, module.reduction == "sum")
     if kind is nn.MSELoss and module.reduction != "sum":
         return SquaredError()
     if kind is nn.MultiMarginLoss:

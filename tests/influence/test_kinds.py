@@ -411,6 +411,25 @@ def test_losses(name):
     np.testing.assert_allclose(scorer.loss_, loss.value(module(inputs), targets).detach())
 
 
+@pytest.mark.parametrize("kind", ["labels", "numbers"])
+def test_a_reduction_by_sums_sums_over_the_outputs_of_a_row(kind):
+    given = {"labels": nn.BCEWithLogitsLoss, "numbers": nn.MSELoss}[kind](reduction="sum")
+    y, targets = targets_of(kind), torch.as_tensor(targets_of(kind))
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X = np.random.default_rng(0).normal(size=(N, 4))
+    inputs = torch.as_tensor(X)
+    gradients = brute(
+        module,
+        lambda m, part: m(inputs[part]),
+        lambda outputs, i: given(outputs, targets[i : i + 1]),
+    )
+    assert_products(InfluenceScorer(module, method="gradient_dot", loss=given), X, y, gradients)
+    outputs = module(inputs).detach()
+    hessian = torch.func.hessian(lambda z: given(z, targets[0]))(outputs[0])
+    torch.testing.assert_close(resolve_loss(given).hessian(outputs, targets)[0], hessian)
+
+
 def test_maps_have_one_label_a_place():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
