@@ -449,7 +449,8 @@ def _blocks(tensor: Tensor, dim: int, mixing: _Mixing) -> tuple[int, int, int] |
         if found is not None:
             return found
     alone = sum(leaf.shape[axis] == 1 for axis in mixing.axes) > 1  # of rows, and of heads
-    return (1, 0, tensor.shape[dim]) if alone and leaf.ndim >= 4 else None
+    alone = alone and leaf.ndim >= 4 and bool(push(torch.ones_like(leaf)).any())
+    return (1, 0, tensor.shape[dim]) if alone else None
 
 
 def _pushed(tensor: Tensor, dim: int, leaf: Tensor) -> Callable[[Tensor], Tensor]:
