@@ -43,10 +43,17 @@ WORDS = {
 
 
 class BenchmarkTable(Directive):
-    """Draw a result file; ``:columns:`` picks and orders its keys, ``key as heading`` names one."""
+    """Draw a result file; ``:columns:`` picks and orders its keys, ``key as heading`` names one.
+
+    ``:across: way, flipped`` gives each value of ``way`` a column, which holds ``flipped``; then one
+    row stands for all that agree in ``:columns:``.
+    """
 
     required_arguments = 1
-    option_spec = {"columns": directives.unchanged}  # noqa: RUF012 (docutils' own idiom)
+    option_spec = {  # noqa: RUF012 (docutils' own idiom)
+        "columns": directives.unchanged,
+        "across": directives.unchanged,
+    }
 
     def run(self):
         path = RESULTS / self.arguments[0]
@@ -62,6 +69,10 @@ class BenchmarkTable(Directive):
             if asked
             else list(dict.fromkeys(column for row in rows for column in row))
         )
+        if "across" in self.options:
+            spread, shown = (name.strip() for name in self.options["across"].split(","))
+            rows, added = _across(rows, columns, spread, shown)
+            columns += added
         unknown = [column for column in columns if not any(column in row for row in rows)]
         if unknown:
             # `tests/benchmarks/test_runner.py` names the results that wait to be made anew
@@ -69,7 +80,7 @@ class BenchmarkTable(Directive):
             return [nodes.paragraph(text=f"{text} It has no column {', '.join(unknown)}.")]
         named = (column.strip().partition(" as ") for column in (asked or "").split(","))
         headings = HEADINGS | {key: heading for key, _, heading in named if heading}
-        head = [headings.get(column, column) for column in columns]
+        head = [headings.get(column, WORDS.get(column, column)) for column in columns]
         found = [_table(head, [[row.get(column) for column in columns] for row in rows])]
         origin = records.get("provenance") if isinstance(records, dict) else None
         return [*found, _origin(origin) if origin else _unknown_origin()]
@@ -91,6 +102,15 @@ class WorkloadTable(Directive):
             for question, each in reversed(first.items())
         ]
         return [_table(["what is measured", "command"], rows)]
+
+
+def _across(rows, columns, spread, shown):
+    """Rows that agree in ``columns`` as one, with a column for each value of ``spread``."""
+    joined = {}
+    for row in rows:
+        kept = {column: row.get(column) for column in columns}
+        joined.setdefault(tuple(kept.values()), kept)[row[spread]] = row.get(shown)
+    return list(joined.values()), list(dict.fromkeys(row[spread] for row in rows))
 
 
 def _table(head, rows):
