@@ -75,11 +75,18 @@ def influence_of_queries(n):
 
 
 def influence_of_parameters(n):
-    """Fit a network of about n parameters on 500 rows."""
-    from skperf import InfluenceScorer
+    """Fit a network of n parameters, nearly all in a square layer, on 500 rows."""
+    import torch
+    from torch import nn
 
+    from skperf import InfluenceScorer, from_module
+
+    torch.manual_seed(0)
+    width = round((76**2 / 4 + n) ** 0.5 - 76 / 2)  # w^2 + 76 w weights and biases
+    layers = [nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
     X, y = rows(500)
-    return lambda: InfluenceScorer(network(n // 75), random_state=0).fit(X, y)
+    body = from_module(nn.Sequential(*layers, nn.Linear(width, 10)))
+    return lambda: InfluenceScorer(body, random_state=0).fit(X, y)
 
 
 def influence_of_classes(n):
@@ -131,7 +138,10 @@ AXES = {
     ),
     "queries": Axis("InfluenceScorer.influence", influence_of_queries, (10, 100, 1000), (10_000,)),
     "parameters": Axis(
-        "InfluenceScorer.fit", influence_of_parameters, (10_000, 100_000, 1_000_000), (10_000_000,)
+        "InfluenceScorer.fit",
+        influence_of_parameters,
+        (10_000, 100_000, 1_000_000),
+        (10_000_000, 110_000_000),
     ),
     "classes": Axis("InfluenceScorer.fit", influence_of_classes, (2, 20, 200), (1000, 5000)),
     "components": Axis(

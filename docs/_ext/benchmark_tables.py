@@ -45,8 +45,8 @@ WORDS = {
 class BenchmarkTable(Directive):
     """Draw a result file; ``:columns:`` picks and orders its keys, ``key as heading`` names one.
 
-    ``:across: way, flipped`` gives each value of ``way`` a column, which holds ``flipped``; then one
-    row stands for all that agree in ``:columns:``.
+    ``:across: way, flipped`` gives each value of ``way`` a column, which holds ``flipped``; then
+    one row stands for all that agree in ``:columns:``.
     """
 
     required_arguments = 1
