@@ -341,8 +341,15 @@ class Net(OfLogits, NeuralNetClassifier):
                 with suppress(_StopTraining):
                     self.fit_loop(data)
                 self.notify("on_train_end", X=data, y=labels)
-            except RuntimeError as error:
-                if self.n_steps_ or isinstance(error, torch.OutOfMemoryError):
+            except (RuntimeError, ValueError) as error:
+                if "more than 1 value per channel" in str(error):
+                    raise ValueError(
+                        f"a batch of one row is left over, which batch normalisation can't train "
+                        f"on: choose another batch_size than {self.batch_size} for {len(rows)} "
+                        "rows, or iterator_train__drop_last=True."
+                    ) from error
+                unknown = isinstance(error, torch.OutOfMemoryError | ValueError)
+                if self.n_steps_ or unknown:
                     raise
                 raise ValueError(
                     f"{type(self.module_).__name__} does not train on the first rows of X, of "

@@ -86,10 +86,17 @@ def check_labelled_rows(
 ) -> tuple[Rows, np.ndarray]:
     """Validate rows and their class labels: X (n, ...), y (n,)."""
     _need_targets(estimator, X, y)
-    rows, labels = check_targets(estimator, X, column_or_1d(as_labels(y), warn=True), reset=reset)
+    rows, labels = check_targets(estimator, X, check_labels(y), reset=reset)
     if reset:  # later labels are held against the classes that fit has seen
         check_classification_targets(labels)
     return rows, labels
+
+
+def check_labels(y: Any) -> np.ndarray:
+    """Validate one label a row: y (n,)."""
+    labels: np.ndarray = column_or_1d(as_labels(y), warn=True)
+    _check_targets_finite(labels)
+    return labels
 
 
 def check_targets(

@@ -226,6 +226,17 @@ def _switch_off_fast_paths(part: nn.Module) -> None:
         part.layers[-1].register_forward_hook(_zero_where_padded, with_kwargs=True)
     elif isinstance(part, nn.TransformerEncoderLayer):
         part.activation_relu_or_gelu = 0
+    elif isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+        part.register_forward_pre_hook(_refuse_one_row)
+
+
+def _refuse_one_row(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if args[0].numel() == args[0].shape[1]:
+        raise ValueError(
+            f"{type(layer).__name__} has no running statistics (track_running_stats=False) and "
+            "normalises by the batch: a row alone has no outputs. Predict several rows at once, or "
+            "train the network with running statistics."
+        )
 
 
 def _zero_where_padded(

@@ -15,13 +15,13 @@ from sklearn.base import (
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._nets import seed_of
 from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import as_array, check_labelled_rows, check_rows
+from skperf.backbone._validation import as_array, check_labels, check_rows
 from skperf.reprogramming._options import (
     ALPHA_GRID,
     CONSTRAINTS,
@@ -33,7 +33,7 @@ from skperf.reprogramming._options import (
     takes_options,
 )
 from skperf.reprogramming._program_file import read_program, write_program
-from skperf.reprogramming._task import settle
+from skperf.reprogramming._task import checked_alphas, settle
 from skperf.reprogramming._training import (
     Labelled,
     embed,
@@ -552,11 +552,9 @@ default="auto"
         fitted = self._record()
         if not fitted.programmed.has_unit_embeddings:
             raise ValueError("there is no alpha to vary: the encoder has no zero-shot head.")
-        y = column_or_1d(as_array(y))
-        codes = np.searchsorted(self.classes_, y).clip(0, len(self.classes_) - 1)
-        if not (self.classes_[codes] == y).all():
-            raise ValueError("y holds labels that are not among the classes.")
-        parts = fitted.representations(self._pictures(X))
+        alphas, pictures = checked_alphas(alphas), self._pictures(X)
+        codes = _codes(check_labels(y), self.classes_, len(pictures))
+        parts = fitted.representations(pictures)
         options = {"scale": self.logit_scale_, "renormalize": fitted.renormalize}
         curve = alpha_curve([parts], torch.as_tensor(codes), alphas, **options)
         return Bunch(
@@ -727,15 +725,11 @@ default="auto"
             )
         return ids
 
-    def _is_table(self, X):
-        # texts may be of any length
-        return is_table(X) and self._pixels.rows != "tokens"
-
     def _pictures(self, X, *, reset=False):
         X = self._given(X)
-        if self.encoder is None or self._is_table(X):
-            X = check_rows(self, X, reset=reset)
-            X = getattr(X, "array", X)
+        # token ids are no table: texts may be of any length
+        if self.encoder is None or (is_table(X) and self._pixels.rows != "tokens"):
+            X = check_rows(self, X, reset=reset).array
         elif is_array(X):
             X = np.asarray(X)
         if not len(X):
@@ -752,22 +746,13 @@ default="auto"
         return np.array(firsts)
 
     def _open(self, settings, X, y, sample_weight, classes=None, *, reset=True):
-        X = self._given(X)
-        if self.encoder is None or self._is_table(X):
-            X, y = check_labelled_rows(self, X, y, reset=reset)
-            X = getattr(X, "array", X)
-        else:
-            if y is None:
-                raise ValueError(
-                    "This Reprogrammer estimator requires y to be passed, but the target y is "
-                    "None; without labels, class_names is needed."
-                )
-            y = column_or_1d(as_array(y))
-            check_classification_targets(y)
-        none = self.encoder is None
-        pictures = Pictures.of(X, form_of(self._pixels, none)) if none else self._pictures(X)
-        if len(pictures) != len(y):
-            raise ValueError(f"X holds {len(pictures)} pictures and y {len(y)} labels.")
+        if y is None:
+            raise ValueError(
+                "This Reprogrammer estimator requires y to be passed, but the target y is None; "
+                "without labels, class_names is needed."
+            )
+        pictures, y = self._pictures(X, reset=reset), check_labels(y)
+        check_classification_targets(y)
         labels = np.unique(y if classes is None else np.asarray(classes))
         names = self.class_names
         if classes is None and isinstance(names, list | tuple | np.ndarray):
@@ -776,10 +761,7 @@ default="auto"
             labels = np.arange(len(names)) if numbers and len(names) > len(labels) else labels
         if len(labels) < 2:
             raise ValueError(f"y holds one class only ({labels.tolist()}); at least 2 are needed.")
-        known = np.isin(y, labels)
-        if not known.all():
-            raise ValueError(f"y holds labels that are not among the classes: {y[~known][:10]}.")
-        weight = None
+        codes, weight = _codes(y, labels, len(pictures)), None
         if sample_weight is not None:
             weight = check_sample_weight(sample_weight, y, dtype=np.float64)
             if classes is None and len(np.unique(y[weight > 0])) < 2:
@@ -790,7 +772,7 @@ default="auto"
             factors = compute_class_weight(balance, classes=present, y=y)
             factors = factors[np.searchsorted(present, y)]
             weight = factors if weight is None else weight * factors
-        return pictures, np.searchsorted(labels, y), labels, weight
+        return pictures, codes, labels, weight
 
     def _publish(self, settings, task, classes, fitted, net):
         module, choice = fitted.programmed, fitted.choice
@@ -822,6 +804,15 @@ default="auto"
             n_iter_=len(net.history),
             n_queries_=fitted.n_queries,
         )
+
+
+def _codes(y, classes, n_rows):
+    if len(y) != n_rows:
+        raise ValueError(f"X holds {n_rows} pictures and y {len(y)} labels.")
+    known = np.isin(y, classes)
+    if not known.all():
+        raise ValueError(f"y holds labels that are not among the classes: {y[~known][:10]}.")
+    return np.searchsorted(classes, y)
 
 
 class _Handle:

@@ -366,14 +366,23 @@ def _check_mapping(settings: Settings, head: str, n_source: int, n_classes: int)
 def _alphas(alpha, has_zero_shot: bool) -> tuple[float, ...]:
     if isinstance(alpha, str):
         return ALPHA_GRID if has_zero_shot else (0.0,)
-    alphas = tuple(float(value) for value in np.ravel(alpha))
-    if not alphas or min(alphas) < 0 or max(alphas) > 1:
-        raise ValueError(
-            f"alpha must lie in [0, 1] (0 = reprogrammed, 1 = zero-shot); got {alpha}."
-        )
+    alphas = checked_alphas(alpha)
     if max(alphas) > 0 and not has_zero_shot:
         raise ValueError(
             f"alpha={alpha} mixes with the zero-shot representation, which needs an encoder "
             "with a text tower and a tokenizer; this one has no zero-shot head. Use alpha=0."
+        )
+    return alphas
+
+
+def checked_alphas(alpha) -> tuple[float, ...]:
+    """Read one mix or several, each in [0, 1]."""
+    try:
+        alphas = tuple(float(value) for value in np.ravel(alpha))
+    except (TypeError, ValueError):
+        alphas = ()
+    if not alphas or not all(0 <= value <= 1 for value in alphas):
+        raise ValueError(
+            f"alpha must lie in [0, 1] (0 = reprogrammed, 1 = zero-shot); got {alpha}."
         )
     return alphas

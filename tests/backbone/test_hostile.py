@@ -204,6 +204,31 @@ def test_net_names_the_argument(options, labels, weight, message):
         Net(**options, max_epochs=1).fit(X, labels, sample_weight=weight)
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_row_alone_has_no_batch_to_normalise_by(tracked):
+    norm = nn.BatchNorm1d(5, track_running_stats=tracked)
+    module = nn.Sequential(nn.Linear(4, 5), norm, nn.Linear(5, 3))
+    with pytest.raises(ValueError, match="batch_size than 29 for 30 rows, or iterator_train__drop"):
+        Net(module, batch_size=29).fit(X, y)
+    net = Net(module, batch_size=29, iterator_train__drop_last=True, max_epochs=1).fit(X, y)
+    if tracked:
+        assert net.predict(X[:1]) == net.predict(X)[:1]
+        return
+    with torch.no_grad():
+        expected = net.module_(torch.tensor(X)).numpy()
+    np.testing.assert_allclose(net.decision_function(X), expected, atol=1e-6)
+    frozen = from_module(module)
+    for call in (
+        lambda: net.predict(X[:1]),
+        lambda: frozen.predict(X[:1]),
+        lambda: InfluenceScorer(module).fit(X, y),
+        lambda: ComponentAttributor(module).fit(X, y),
+        lambda: PerformativeAdapter(module).fit(X, y).predict(X[:1]),
+    ):
+        with pytest.raises(ValueError, match=r"BatchNorm1d has no running statistics"):
+            call()
+
+
 def test_prediction_time_batch_norm_wants_a_module():
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got str"):
         prediction_time_batch_norm("net").__enter__()

@@ -167,3 +167,37 @@ def test_file_that_holds_no_program(towers, tokenizer, tmp_path):
     save_file({"x": np.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no program of a Reprogrammer"):
         Reprogrammer(towers, tokenizer=tokenizer).load_program(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("labels", "alphas", "match"),
+    [
+        (lambda y: np.where(y == "cat", None, y.astype(object)), (0, 1), "y contains NaN"),
+        (lambda y: np.where(y == "cat", 3, y.astype(object)), (0, 1), "y mixes texts"),
+        (lambda y: y[:5], (0, 1), "12 pictures and y 5 labels"),
+        (lambda y: np.where(y == "cat", "cow", y), (0, 1), "not among the classes: .*cow"),
+        (lambda y: y, (0, 2), r"alpha must lie in \[0, 1\]"),
+        (lambda y: y, "half", r"alpha must lie in \[0, 1\]"),
+        (lambda y: y, (), r"alpha must lie in \[0, 1\]"),
+    ],
+    ids=["none", "mixed", "short", "unknown", "alpha", "word", "empty"],
+)
+def test_alpha_path_names_the_argument(towers, pictures, parameters, labels, alphas, match):
+    X, y = pictures[0][:12], pictures[1][:12]
+    model = Reprogrammer(towers, **parameters | {"max_epochs": 0}).fit(X, y)
+    with pytest.raises(ValueError, match=match):
+        model.alpha_path(X, labels(y), alphas)
+    assert model.alpha_path(X, y, 0.5).alphas == [0.5]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("options", [{}, {"max_epochs": 0}, {"head": "probe"}])
+@pytest.mark.filterwarnings("ignore:ood_retention")
+def test_a_single_row_is_enough(towers, pictures, parameters, labelled, options):
+    X, names = pictures[0][:1], ["cat", "dog", "bird"]
+    shared = parameters | {"class_names": names} | options
+    model = Reprogrammer(towers, **shared).fit(X, [0] if labelled else None)
+    assert np.isfinite(model.predict_proba(pictures[0])).all()
+    if labelled:
+        assert (model.classes_ == [0, 1, 2]).all()
+    assert model.predict_inlier(X) == [1]
