@@ -1,6 +1,6 @@
 """Run one row and look at what comes out: which entry holds the outputs, and what they are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,7 @@ from skperf.backbone.rows import Rows
 from skperf.backbone.views import bounds_its_norms
 
 _MOST_BYTES = 2**26
+_MANY = 256  # rows that are looked at where two leave a doubt
 _HINT = "say which: skperf.from_module(module, readout=lambda returned: ...)."
 
 
@@ -78,9 +79,12 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     entry, two, final = network.readout, False, None
     if entry is None:
         entry, outputs = _entry(returned, len(few), n_labels, network)
-    elif not isinstance(outputs, Tensor) or not outputs.ndim:
-        seen = outputs if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise TypeError(f"readout must return a tensor (n, K) or (n,), got {seen}.")
+    elif not isinstance(outputs, Tensor) or outputs.shape[:1] != (len(few),):
+        shaped = isinstance(outputs, Tensor)
+        seen = f"shape {tuple(outputs.shape)}" if shaped else type(outputs).__name__
+        raise TypeError(
+            f"readout must return a tensor (n, K) or (n,), got {seen} for {len(few)} rows."
+        )
     if not outputs.is_floating_point():
         raise TypeError(
             f"{type(network.module).__name__} returns outputs of type {outputs.dtype}, where real "
@@ -88,7 +92,13 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
         )
     if network.readout is None:
         two = n_labels == 2 and _single(outputs)
-        final = _final(outputs, two, loss)
+
+        def more() -> Tensor:
+            with torch.no_grad(), drawing_from(generator):
+                returned = plain(*next(plain.batches(X[:_MANY])))
+                return returned if entry is None else entry(returned)
+
+        final = _final(outputs, two, loss, more)
     shape = tuple(outputs.shape[1:])
     with suppress(Exception):  # what refuses a row alone says so when it is given one
         alone = replace(plain, draws=True)(*next(plain.batches(few[:1])))
@@ -109,7 +119,7 @@ def _entry(
     returned: Any, n: int, n_labels: int | None, network: Network
 ) -> tuple[Readout | None, Tensor]:
     """Choose the entry that holds the outputs: -> (n, ...)."""
-    name = type(network.module).__name__
+    name = type(network.module).__name__ if network.forward is None else "forward"
     if isinstance(returned, Tensor):
         if returned.ndim == 0 or len(returned) != n:
             raise ValueError(
@@ -150,21 +160,25 @@ def _single(outputs: Tensor) -> bool:
     return outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
 
 
-def _final(outputs: Tensor, two: bool, loss: Loss | None) -> Readout | None:
-    """Say what makes logits of probabilities, and two columns of one."""
+def _final(
+    outputs: Tensor, two: bool, loss: Loss | None, more: Callable[[], Tensor]
+) -> Readout | None:
+    """Say what makes logits of probabilities, and two columns of one; may ask for more rows."""
     if loss is not None and loss.kind in ("values", "own"):
         return None
     last = _last_operation(outputs)
-    shares = outputs.detach()
-    single = _single(outputs)
-    sums_to_one = outputs.ndim == 2 and bool((shares.sum(1) - 1).abs().max() < 1e-4)
-    bounded = bool(((shares >= 0) & (shares <= 1)).all())
-    if last is None and bounded and (single or (outputs.ndim == 2 and not sums_to_one)):
+    single, flat = _single(outputs), outputs.ndim == 2
+    labels = loss is not None and loss.kind == "labels" and not two
+    sums_to_one = flat and bool((outputs.detach().sum(1) - 1).abs().max() < 1e-4)
+    bounded = _bounded(outputs)
+    unclear = single or labels or (last is None and flat and not sums_to_one)
+    if unclear and last != "Sigmoid" and last not in _PRODUCTS and bounded and _bounded(more()):
         raise ValueError(
-            "the network hides how its outputs come about (by no_grad, say), and those of the "
-            f"first rows lie between 0 and 1: are they probabilities, or logits? {_HINT}"
+            "the network's outputs lie between 0 and 1 for the first rows, and their last "
+            f"operation ({last or 'hidden, by no_grad say'}) does not tell what they are: "
+            f"probabilities, or logits? {_HINT}"
         )
-    if loss is not None and loss.kind == "labels" and not two:
+    if labels:
         return logits_of_shares if last == "Sigmoid" else None
     if single:
         return log_odds_of_probability if last == "Sigmoid" else two_logits
@@ -180,6 +194,12 @@ def _final(outputs: Tensor, two: bool, loss: Loss | None) -> Readout | None:
     return None
 
 
+def _bounded(outputs: Tensor) -> bool:
+    return bool(((outputs >= 0) & (outputs <= 1)).all())
+
+
+# what ends in one of these is no probability
+_PRODUCTS = ("Addmm", "Mm", "Mv", "Bmm", "Baddbmm", "Dot", "Convolution", "MkldnnConvolution")
 _SHAPE_ONLY = ("View", "Squeeze", "Unsqueeze", "Select", "Slice", "Alias", "Clone", "T", "Clamp")
 
 

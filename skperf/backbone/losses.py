@@ -340,7 +340,7 @@ def resolve_loss(loss: Any) -> Loss:
         loss = loss()
     if isinstance(loss, nn.Module):
         return _of_module(loss)
-    if callable(loss):
+    if callable(loss) and not isinstance(loss, type):
         return Own(loss, getattr(loss, "__name__", type(loss).__name__))
     raise TypeError(
         f"loss must be a name of {sorted(LOSSES)}, a torch.nn loss module or a function of "

@@ -190,7 +190,7 @@ class Network:
     def _converter(self) -> Callable[[Rows], Rows]:
         like, takes_tokens = self._like(), self.takes_tokens
         device, dtype = like.device, like.dtype
-        names = _names(self.module)[0] if self.forward is None else None
+        names = _names(self.module) if self.forward is None else (None, ())
         mask_of = _mask_maker(self.module) if self.forward is None else None
 
         def convert(leaf: Any) -> Tensor:
@@ -238,15 +238,16 @@ def check_device(device: Any) -> None:
 
 def _names(module: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """Names of a forward's inputs by position, None where it takes any, and all its names."""
-    return _names_of(getattr(module.forward, "__func__", module.forward))
+    function = getattr(module.forward, "__func__", None)
+    return _names_of(module.forward if function is None else function, function is not None)
 
 
 @lru_cache(maxsize=256)
-def _names_of(function: Callable[..., Any]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+def _names_of(
+    function: Callable[..., Any], bound: bool
+) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     try:
-        parameters = [
-            p for p in inspect.signature(function).parameters.values() if p.name != "self"
-        ]
+        parameters = list(inspect.signature(function).parameters.values())[bound:]
     except (TypeError, ValueError):
         return None, ()
     every = tuple(p.name for p in parameters)
@@ -256,16 +257,17 @@ def _names_of(function: Callable[..., Any]) -> tuple[tuple[str, ...] | None, tup
     return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY), every
 
 
-def _only_inputs(rows: Rows, names: tuple[str, ...] | None) -> Rows:
-    """Leave out what a data set holds beside the inputs, and refuse what a forward can't take."""
+def _only_inputs(rows: Rows, known: tuple[tuple[str, ...] | None, tuple[str, ...]]) -> Rows:
+    """Refuse what a forward can't take."""
+    names, every = known
     if names is None or rows.single:
         return rows
     if isinstance(rows.tree, dict):
-        unknown = sorted(set(rows.tree) - set(names))
+        unknown = sorted(set(rows.tree) - set(every))
         if unknown:
             raise ValueError(
                 f"X has inputs named {unknown}, which the network's forward does not take; it "
-                f"takes {list(names)}. Leave them out, or say forward= in skperf.from_module."
+                f"takes {list(every)}. Leave them out, or say forward= in skperf.from_module."
             )
     elif len(rows.tree) > len(names):
         raise ValueError(

@@ -127,6 +127,8 @@ class Rows:
         wanted = [int(i) for i in self.indices]
         if is_hugging_face(self.dataset):  # gives a dict of columns at once
             columns = self.dataset[wanted]
+            if not hasattr(columns, "keys"):  # a table of Arrow or polars
+                columns = self.dataset.with_format("numpy")[wanted]
             names = [
                 name for name in columns if name not in _TARGETS and not _is_text(columns[name])
             ]
@@ -191,7 +193,7 @@ def is_hugging_face(X: Any) -> bool:
 
 def _is_text(column: Any) -> bool:
     """Whether a column (n,) holds texts, which no network takes."""
-    return isinstance(column, list) and len(column) > 0 and isinstance(column[0], str)
+    return isinstance(next(iter(column), None), str)
 
 
 def _is_dataset(X: Any) -> bool:

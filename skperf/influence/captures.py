@@ -89,6 +89,8 @@ class Watch:
             simple = args and isinstance(args[0], Tensor) and isinstance(output, Tensor)
             if not simple or (not layer.known and len(args) != 1):
                 raise Unusual(layer, "does not turn one tensor into another")
+            if output.is_inference():
+                raise Unusual(layer, "runs in torch.inference_mode()")
             place = layer.places[len(calls)] if len(calls) < len(layer.places) else _FIRST
             inputs, plain = args[0].detach(), output.detach()
             if place.axis is None:
@@ -169,6 +171,8 @@ def alone(network: Network, inputs: Rows, layer: Layer, cotangent: Tensor) -> Te
             # what is checkpointed runs again in the backward pass, and wants the same leaves
             with torch.enable_grad(), substituted(network.module, leaves):
                 output = network(single)[0]
+                if not output.requires_grad:  # of the layer, as inside torch.inference_mode()
+                    return torch.cat([torch.zeros_like(v).reshape(-1) for v in own.values()])
                 found = torch.autograd.grad(
                     output, list(leaves.values()), slope, materialize_grads=True, allow_unused=True
                 )

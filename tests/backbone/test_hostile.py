@@ -74,6 +74,38 @@ def test_one_probability_is_never_read_as_a_logit(function):
     np.testing.assert_allclose(found, np.hstack([1 - p, p]), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: 1 / (1 + torch.exp(-z)),
+        lambda z: 1 - z.sigmoid(),
+        lambda z: z.sigmoid() * z.cos().square(),
+        lambda z: 0.5 * (z / 2).tanh() + 0.5,
+    ],
+    ids=["reciprocal", "complement", "product", "tanh"],
+)
+def test_what_may_be_probabilities_is_asked_about(function):
+    module = Through(function, 1)
+    with pytest.raises(ValueError, match=r"operation .* probabilities, or logits.*readout="):
+        InfluenceScorer(module).fit(X, y % 2)
+    labels = from_module(Through(function, 3), loss="binary_cross_entropy")
+    with pytest.raises(ValueError, match=r"operation .* probabilities, or logits.*readout="):
+        InfluenceScorer(labels).fit(X, np.eye(3)[y])
+    said = from_module(module, [0, 1], readout=lambda p: torch.cat([1 - p, p], 1).log())
+    p = module(torch.tensor(X)).detach().numpy()
+    np.testing.assert_allclose(said.predict_proba(X), np.hstack([1 - p, p]), rtol=1e-4)
+
+
+def test_a_scaled_logit_is_known_by_the_other_rows():
+    module = Through(lambda z: 0.5 * z, 1)
+    z = module(torch.tensor(X))[:, 0].detach().numpy()
+    first = np.argsort(np.abs(z - 0.5))[:2]
+    assert ((z[first] > 0) & (z[first] < 1)).all()
+    order = np.r_[first, np.setdiff1d(np.arange(30), first)]
+    found = from_module(module).decision_function(X[order])
+    np.testing.assert_allclose(found, z[order], rtol=1e-5)
+
+
 @pytest.mark.parametrize("width", [1, 3])
 def test_hidden_probabilities_are_asked_about(width):
     module = Through(lambda z: z.detach().sigmoid(), width)
@@ -129,6 +161,9 @@ def test_a_forward_that_writes_to_its_input_gets_the_rows_every_time(method):
         ({"readout": lambda returned: returned.sum()}, "readout must return a tensor"),
         ({"readout": lambda returned: returned[:, 0]}, "its readout returned one number a row"),
         ({"readout": lambda returned: returned[:, :1]}, "its readout returned one number a row"),
+        ({"readout": lambda returned: returned[:1]}, r"got shape \(1, 3\) for 2 rows"),
+        ({"forward": lambda module, rows: None}, "forward returns a NoneType"),
+        ({"loss": torch.optim.SGD}, "loss must be a name"),
         ({"classes": list("abcd")}, "3 outputs a row, but classes= names 4"),
     ],
 )

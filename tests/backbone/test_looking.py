@@ -358,6 +358,18 @@ def test_several_inputs_reach_the_forward_by_place_or_by_name():
     with pytest.raises(ValueError, match="holds 3 inputs, but the network's forward takes 2"):
         classifier.predict((*tuples, X))
 
+    class Named(Two):
+        def forward(me, *, left, right):
+            return me.left(left) - me.right(right)
+
+    by_name = from_module(Named())
+    by_name.estimator.module.load_state_dict(module.state_dict())
+    np.testing.assert_allclose(by_name.predict_proba(named), expected, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"inputs named \['middle'\]"):
+        by_name.predict({**named, "middle": X})
+    with pytest.raises(ValueError, match="holds 2 inputs, but the network's forward takes 0"):
+        by_name.predict(tuples)
+
 
 def test_numbers_beyond_the_networks_type_are_refused():
     classifier = from_module(nn.Linear(4, 3))
@@ -465,21 +477,31 @@ def hugging_face(ids, **columns):
     )
 
 
-@pytest.mark.parametrize("form", ["lists", "torch", "numpy", "selected", "disk", "column"])
+@pytest.mark.parametrize(
+    "form", ["lists", "torch", "numpy", "texts", "pandas", "arrow", "selected", "disk"]
+)
 def test_a_hugging_face_data_set_is_read_by_its_columns(form, tmp_path):
     ids, module = padded(np.random.default_rng(0)), bert()
     rows = hugging_face(ids)
     expected = from_module(module).predict_proba(ids)
     if form in ("torch", "numpy"):
         rows = rows.with_format(form, columns=["input_ids", "attention_mask"])
+    elif form in ("texts", "pandas", "arrow"):
+        rows = rows.with_format("numpy" if form == "texts" else form)
     elif form == "selected":
         rows, expected = rows.select([3, 0, 2]), expected[[3, 0, 2]]
     elif form == "disk":
         rows.save_to_disk(tmp_path / "rows")
         rows = type(rows).load_from_disk(tmp_path / "rows")
-    elif form == "column":
-        rows = rows["input_ids"]
     got = from_module(module).predict_proba(rows)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_column_of_a_hugging_face_data_set_is_a_list():
+    ids, module = padded(np.random.default_rng(0)), bert()
+    got, expected = (
+        from_module(module).predict_proba(rows) for rows in (hugging_face(ids)["input_ids"], ids)
+    )
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 

@@ -4,6 +4,7 @@ import torch
 from influence_nets import brute_gradients, mlp
 from torch import nn
 
+from skperf import InfluenceScorer
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import select_parameters
 from skperf.backbone.rows import Rows
@@ -185,3 +186,25 @@ def test_what_a_forward_does_not_use_has_a_gradient_of_zero(looped):
     found = alone(Network(module, None), Rows(X), layer, slopes)
     weight = torch.einsum("no,ni->noi", slopes, X).flatten(1)
     torch.testing.assert_close(found, torch.cat([weight, slopes, torch.zeros(5, 6).double()], 1))
+
+
+class Resting(nn.Module):
+    def __init__(self, context):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.context = nn.Linear(4, 5), nn.Linear(5, 3), context
+
+    def forward(self, x):
+        with self.context():
+            hidden = self.body(x).tanh()
+        return self.head(hidden.clone())
+
+
+def test_what_runs_in_inference_mode_has_no_gradient():
+    X, y = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32), np.arange(9) % 3
+    found = [
+        InfluenceScorer(Resting(context), method="gradient_dot").fit(X, y).influence(X, y)
+        for context in (torch.inference_mode, torch.no_grad)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-6)
+    assert np.ptp(found[0]) > 0
