@@ -287,3 +287,12 @@ def test_influence_refuses_labels_of_mixed_types():
     mixed = np.array([1, "a", 2.5], dtype=object)[y]
     with pytest.raises(ValueError, match="y mixes texts"):
         InfluenceScorer(from_module(nn.Linear(4, 3))).fit(X, mixed)
+
+
+def test_labels_that_are_fractions_are_labels_where_they_are_named():
+    module, names = nn.Linear(4, 3), np.array([10.5, 2.5, 3.5])
+    plain = InfluenceScorer(module, method="gradient_dot").fit(X, y)
+    named = InfluenceScorer(from_module(module, names), method="gradient_dot").fit(X, names[y])
+    np.testing.assert_allclose(named.influence(X, names[y]), plain.influence(X, y), rtol=1e-6)
+    with pytest.raises(ValueError, match="y holds numbers"):
+        InfluenceScorer(from_module(module, names)).fit(X, y + 0.25)
