@@ -2,6 +2,7 @@
 
     python -m benchmarks.replay threshold      # smoothness beside scores, on rows of their own
     python -m benchmarks.replay quality        # every fixed configuration, three seeds
+    python -m benchmarks.replay quality CNN 1  # some configurations by name, some seeds
     python -m benchmarks.replay speed          # over bare loops of the same steps
     python -m benchmarks.replay basis          # what few directions leave out
     python -m benchmarks.replay memory         # with checkpoints over storing all
@@ -12,6 +13,7 @@ Each writes ``benchmarks/results/replay_<part>.json``.
 
 import copy
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -44,11 +46,25 @@ from benchmarks.replay_configurations import (
 from skperf import InfluenceScorer, Net
 from skperf.backbone import _nets
 from skperf.backbone._training import data_of
-from skperf.backbone.training_run import Run, train_again
+from skperf.backbone.training_run import Run, Trainer, train_again
 from skperf.backbone.views import own_copy
+from skperf.influence import Source, TracIn
 from skperf.influence.replay import Budget, losses_at, replayed, smoothness
 
-OTHERS = ("gradient_dot", "ggn", "ekfac", "kfac", "trak", "datainf", "arnoldi")
+OTHERS = (
+    "gradient_dot",
+    "ggn",
+    "ekfac",
+    "kfac",
+    "trak",
+    "datainf",
+    "arnoldi",
+    "cg",
+    "lissa",
+    "gif",
+    "source",
+    "tracin",
+)
 # by name: function, and the damping that these packages advise
 PEERS = {
     "kronfluence": (influence_peers.kronfluence, 1e-4),
@@ -141,7 +157,9 @@ def datamodeling(influence: np.ndarray, weights: torch.Tensor, losses: np.ndarra
 
 
 def quality(configurations: Any, seeds: Any, part: str, *, singles: bool, others: Any) -> None:
-    rows = []
+    path = runner.RESULTS / f"replay_{part}.json"
+    rows: list[dict[str, Any]] = runner.load(path) if path.exists() else []
+    order = [config.name for config in (*CONFIGURATIONS, *THRESHOLD_DATA)]
     for config in configurations:
         for seed in seeds:
             net, asked, data = trained(config, seed)
@@ -159,9 +177,18 @@ def quality(configurations: Any, seeds: Any, part: str, *, singles: bool, others
                     row[f"{method} {share:g}"] = datamodeling(
                         found, weights, kept.arrays[f"losses {share:g}"]
                     )
-            rows.append({"configuration": config.name, "seed": seed, **row})
-            print(config.name, seed, *(f"{v:.3f}" for v in row.values()), flush=True)
-            runner.save(runner.RESULTS / f"replay_{part}.json", rows)
+            own = {
+                "configuration": config.name,
+                "seed": seed,
+                "commit": runner.provenance()["commit"],
+            }
+            others_rows = [
+                r for r in rows if (r["configuration"], r["seed"]) != (config.name, seed)
+            ]
+            rows = [*others_rows, {**own, **row}]
+            rows.sort(key=lambda r: (order.index(r["configuration"]), r["seed"]))
+            print(config.name, seed, *(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+            runner.save(path, rows)
 
 
 class Kept:
@@ -239,12 +266,30 @@ def scores(method: str, net: Net, asked: Any, data: Any) -> np.ndarray:
         )
         function, damping = PEERS[method]
         return np.asarray(function(workload, damping))
+    given, options = staged(net.run_.recorded, method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scorer = InfluenceScorer(
-            FrozenEstimator(net), method=method, random_state=net.random_state
+            FrozenEstimator(net), method=given, random_state=net.random_state, **options
         ).fit(X, y)
         return scorer.influence(X_query, y_query)
+
+
+def staged(run: Run, method: str) -> tuple[Any, dict[str, Any]]:
+    """Give methods over checkpoints four of the run: the middle of each quarter, and the end."""
+    if method not in ("source", "tracin"):
+        return method, {}
+    bounds = [round(k * len(run.steps) / 4) for k in range(5)]
+    trainer, states = Trainer(run), []
+    for t in range(bounds[-1]):
+        trainer.step(run.data.weights)
+        if t + 1 in {(a + b) // 2 for a, b in itertools.pairwise(bounds)}:
+            states.append(copy.deepcopy(trainer.module.state_dict()))
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    rate = run.steps[0].settings[0]["lr"]
+    if method == "tracin":
+        return TracIn(learning_rate=rate), {"checkpoints": states}
+    return Source(n_steps=lengths), {"learning_rate": rate, "checkpoints": states}
 
 
 def relabelling(net: Net, asked: Any, X: Any, y: Any, seed: int) -> float:
@@ -512,8 +557,8 @@ def main() -> None:
     elif part == "quality":
         wanted = sys.argv[2] if len(sys.argv) > 2 else ""
         chosen = [config for config in CONFIGURATIONS if wanted in config.name]
-        name = f"quality_{wanted}" if wanted else "quality"
-        quality(chosen, SEEDS, name, singles=True, others=(*OTHERS, *PEERS))
+        seeds = [int(seed) for seed in sys.argv[3:]] or SEEDS
+        quality(chosen, seeds, "quality", singles=True, others=(*OTHERS, *PEERS))
     elif part == "speed":
         speed()
     elif part == "basis":
