@@ -65,6 +65,7 @@ OTHERS = (
     "source",
     "tracin",
 )
+SLOW = {"arnoldi", "cg", "lissa", "gif"}  # minutes for 60 queries on the CNN: left out there
 # by name: function, and the damping that these packages advise
 PEERS = {
     "kronfluence": (influence_peers.kronfluence, 1e-4),
@@ -167,6 +168,8 @@ def quality(configurations: Any, seeds: Any, part: str, *, singles: bool, others
             row = facts(net, asked, data, kept, singles=singles)
             n = len(data[0])
             for method in ("replay", *others):
+                if method in SLOW and not config.widths:
+                    continue
                 try:
                     found = kept(f"scores {method}", partial(scores, method, net, asked, data))
                 except (ImportError, ValueError, RuntimeError, MemoryError) as error:

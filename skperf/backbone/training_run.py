@@ -180,7 +180,6 @@ class Trainer:
         trained = {id(parameter) for parameter in self.parameters}
         for parameter in named.values():
             parameter.requires_grad_(id(parameter) in trained)
-        self.buffers = list(floating_buffers(self.module).values())
         self.initial = {n: named[n].detach().clone() for n in run.masks}
         first = run.steps[0].settings
         groups = [
@@ -215,7 +214,9 @@ class Trainer:
 
     def state(self) -> Tensor:
         """Everything that the next step starts from, as one vector (n_values,)."""
-        return _flat_state(self.parameters, self.optimizer, self.run.slots, self.buffers)
+        # looked up at every step: a module may put new tensors in the place of its buffers
+        buffers = floating_buffers(self.module).values()
+        return _flat_state(self.parameters, self.optimizer, self.run.slots, buffers)
 
     def load(self, state: Tensor, taken: int) -> None:
         """Go to another step: state (n_values,)."""
@@ -223,7 +224,9 @@ class Trainer:
         with torch.no_grad():
             for own, value in zip(self.parameters, parts.parameters, strict=True):
                 own.copy_(value)
-            for own, value in zip(self.buffers, parts.buffers, strict=True):
+            for own, value in zip(
+                floating_buffers(self.module).values(), parts.buffers, strict=True
+            ):
                 own.copy_(value)
         self.optimizer.state.clear()
         self.taken = taken

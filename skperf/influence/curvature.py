@@ -143,7 +143,7 @@ _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 
 
 class PlainAttention(TorchFunctionMode):
-    """Attention written out, in this thread: fused kernels have no second derivatives."""
+    """Attention and norms of weights written out, in this thread: fused ones differentiate once."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -151,6 +151,9 @@ class PlainAttention(TorchFunctionMode):
         if func is functional.multi_head_attention_forward:
             with sdpa_kernel(SDPBackend.MATH):  # what it calls passes by this mode
                 return func(*args, **(kwargs or {}))
+        if func is torch._weight_norm:
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         named = dict(zip(_ATTENTION, args, strict=False)) | (kwargs or {})

@@ -36,7 +36,6 @@ class Differentiator:
         named = dict(module.named_parameters())
         for parameter in named.values():
             parameter.requires_grad_(False)
-        self.own_buffers = list(floating_buffers(module).values())
         self.norms = [
             part
             for part in module.modules()
@@ -58,10 +57,10 @@ class Differentiator:
         batch = Batch(step, inputs, targets, parameters, shares)
         if not self.tried:
             self.tried = True
+            self._load(buffers)
+            self._check_buffers(batch, buffers)
             self.chain = self._checked_chain(batch)
-        # after the trial, whose forwards write to them
-        for own, value in zip(self.own_buffers, buffers, strict=True):
-            own.copy_(value)
+        self._load(buffers)
         if self.chain is None:
             return self._twice(batch)
         with drawing(step.stream):
@@ -109,8 +108,35 @@ class Differentiator:
             list(gradients), sources, statistics, self._places(), len(leaves), self.one_by_one
         )
 
+    def _load(self, buffers: Sequence[Tensor]) -> None:
+        # forwards write to them, or put others in their place
+        for own, value in zip(floating_buffers(self.module).values(), buffers, strict=True):
+            own.copy_(value)
+
+    def _check_buffers(self, batch: Batch, buffers: Sequence[Tensor]) -> None:
+        """Refuse buffers that follow the weights: what goes back through them is not known."""
+        known = {id(b) for norm in self.norms for b in norm.buffers()}
+        names = [n for n, b in floating_buffers(self.module).items() if id(b) not in known]
+        generator, after = torch.Generator().manual_seed(0), []
+        for by in (0.0, 1e-3) if names else ():
+            near = [
+                p + by * torch.randn(p.shape, generator=generator).to(p) for p in batch.parameters
+            ]
+            self._load(buffers)
+            named = dict(zip(self.run.names, near, strict=True))
+            with drawing(batch.step.stream), substituted(self.module, named):
+                self.run.compute(self.module, batch.inputs)
+            after.append([self.module.get_buffer(name).clone() for name in names])
+        for name, own, other in zip(names, *after, strict=True) if names else ():
+            if not torch.equal(own, other):
+                raise ValueError(
+                    f"buffer {name!r} follows the weights while the network trains: of such, a run "
+                    "can be gone back through the running statistics of batch normalisation only."
+                )
+
     def _places(self) -> list[tuple[int, int]]:
-        where = {id(buffer): i for i, buffer in enumerate(self.own_buffers)}
+        owned = floating_buffers(self.module).values()
+        where = {id(buffer): i for i, buffer in enumerate(owned)}
         return [(where[id(n.running_mean)], where[id(n.running_var)]) for n in self.norms]
 
     def _checked_chain(self, batch: Batch) -> "Chain | None":

@@ -73,7 +73,7 @@ def _gradient(total: Callable[..., Tensor], leaves: list[Tensor], rows: Rows, y:
 def _at_end(run: Run, end: Tensor) -> nn.Module:
     module = own_copy(run.module)
     state = split_state(run, module, end)
-    for own, value in zip(_floating(module), state.buffers, strict=True):
+    for own, value in zip(floating_buffers(module).values(), state.buffers, strict=True):
         own.copy_(value)
     return module.requires_grad_(False).eval()
 
@@ -81,7 +81,8 @@ def _at_end(run: Run, end: Tensor) -> nn.Module:
 @contextmanager
 def _with_statistics(module: nn.Module, buffers: Sequence[Tensor]) -> Iterator[None]:
     """Let batch normalisation in evaluation mode be differentiable by its running statistics."""
-    where = {id(own): value for own, value in zip(_floating(module), buffers, strict=True)}
+    owned = floating_buffers(module).values()
+    where = {id(own): value for own, value in zip(owned, buffers, strict=True)}
 
     def normalised(part: Any, args: Any, output: Tensor) -> Tensor:
         shape = (1, -1, *[1] * (output.ndim - 2))
@@ -101,10 +102,6 @@ def _with_statistics(module: nn.Module, buffers: Sequence[Tensor]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _floating(module: nn.Module) -> list[Tensor]:
-    return list(floating_buffers(module).values())
 
 
 @dataclass(frozen=True)

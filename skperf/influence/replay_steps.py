@@ -118,19 +118,21 @@ def back_through_adam(
     sign = -1.0 if settings["maximize"] else 1.0
     rate = lr / (1 - beta1**moment.count)
     root_of_correction = (1 - beta2**moment.count) ** 0.5
-    scale, towards, along = (1 - beta1) / beta1, [], []
+    scale, towards, along = 1 - beta1, [], []
     for i in which:
         own = adjoint.parameters[i]
         first, second = adjoint.slots[0][i], adjoint.slots[1][i]
         value = moment.before.parameters[i]
         by_first, by_second = moment.slopes(i, rate, root_of_correction, settings["eps"])
-        first.addcmul_(own, by_first).mul_(beta1)
-        second.addcmul_(own, by_second).mul_(beta2)
+        first.addcmul_(own, by_first)
+        second.addcmul_(own, by_second)
         gradient = moment.gradients[i] * sign
         if decay and not decoupled:
             gradient = gradient + decay * value
-        share = gradient * (2 * (1 - beta2) / (beta2 * scale))
+        share = gradient * (2 * (1 - beta2) / scale)
         toward = torch.addcmul(first, second, share, out=adjoint.room(i))
+        first.mul_(beta1)
+        second.mul_(beta2)
         if by_decay:
             along.append(-lr * dot([own], [value]) if decoupled else scale * dot([toward], [value]))
         if decay and decoupled:

@@ -14,7 +14,7 @@ from skperf import MLP, Net, TrainingRun
 from skperf.backbone._training import data_of
 from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from skperf.backbone.rows import Rows
-from skperf.backbone.training_run import Data, Run, Step, Trainer, train_again
+from skperf.backbone.training_run import Data, Run, Step, Trainer, floating_buffers, train_again
 from skperf.influence import replay, replay_store
 from skperf.influence.replay import Budget, losses_at, replayed, smoothness
 from skperf.influence.replay_queries import basis_of
@@ -296,7 +296,9 @@ def test_chains_of_layers_are_found(module, quick):
 
 def _start(run):
     trainer = Trainer(run)
-    return [p.detach() for p in trainer.parameters], [b.clone() for b in trainer.buffers]
+    return [p.detach() for p in trainer.parameters], [
+        b.clone() for b in floating_buffers(trainer.module).values()
+    ]
 
 
 # Memory ----------------------------------------------------------------------------------------

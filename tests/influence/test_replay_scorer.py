@@ -9,7 +9,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.frozen import FrozenEstimator
 from skorch import NeuralNetClassifier
-from skorch.callbacks import Callback
+from skorch.callbacks import Callback, GradientNormClipping
 from torch import nn
 
 from skperf import InfluenceScorer, Net, TrainingRun
@@ -219,3 +219,122 @@ def test_layers_that_a_callback_freezes_do_not_train_in_the_run():
 def test_a_training_that_is_more_than_its_steps_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         _fit_replay(**kwargs)
+
+
+# Whole runs in double precision ---------------------------------------------------------------
+
+
+class _Inputs(nn.Module):
+    """Takes off a mean of past inputs, in a buffer that is replaced by another at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.last(torch.tanh(self.first(x - self.mean)))
+
+
+class _Activations(_Inputs):
+    """Takes off a mean of past activations."""
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))[:, :4]
+        if self.training:
+            self.mean.mul_(0.9).add_(hidden.mean(0).detach(), alpha=0.1)
+        return self.last(torch.cat([hidden - self.mean, hidden[:, :2]], 1))
+
+
+class _Noisy(_Inputs):
+    """Adds noise, drops rows and uses its first layer's weights twice."""
+
+    def forward(self, x):
+        if self.training:
+            x = x + 0.1 * torch.randn_like(x) * (torch.rand(len(x), 1) < 0.7)
+        again = torch.tanh(self.first(x))[:, :4]
+        return {"logits": self.last(torch.tanh(self.first(again)))}
+
+
+def _plain(layer):
+    return layer
+
+
+def _normed(norm):
+    return nn.Sequential(norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3))
+
+
+PARAMETRIZATIONS = nn.utils.parametrizations
+DOUBLE = {
+    "weight norm": (lambda: _normed(PARAMETRIZATIONS.weight_norm), {}),
+    "buffers that follow inputs": (_Inputs, {"batch_size": 11}),
+    "noise and shared weights": (_Noisy, {"optimizer__momentum": 0.9}),
+    "Adam without a mean": (
+        lambda: _normed(_plain),
+        {"optimizer": torch.optim.Adam, "lr": 0.01, "optimizer__betas": (0.0, 0.9)},
+    ),
+    "AdamW without a mean square": (
+        lambda: _normed(_plain),
+        {
+            "optimizer": torch.optim.AdamW,
+            "lr": 0.001,
+            "optimizer__betas": (0.5, 0.0),
+            "optimizer__eps": 0.1,
+        },
+    ),
+}
+
+
+def _double(build, **params):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        own = build().double()
+    settings = {"optimizer": torch.optim.SGD, "lr": 0.1, "max_epochs": 3, "batch_size": 8}
+    return Net(own, random_state=0, **settings | params)
+
+
+@pytest.mark.parametrize("kind", DOUBLE)
+def test_scores_are_derivatives_of_whole_runs(kind):
+    build, params = DOUBLE[kind]
+    rows, labels = X[::7].astype(float), y[::7]
+    fitted = scorer(_double(build, **params), Replay(tolerance=0)).fit(rows, labels)
+    found = fitted.influence(X[QUERY].astype(float), y[QUERY])
+
+    def refit(j, by):
+        weights = np.ones(len(rows))
+        weights[j] += by
+        again = clone(fitted.estimator_).fit(rows, labels, sample_weight=weights)
+        outputs = again.module_.eval()(torch.tensor(X[QUERY], dtype=torch.float64))
+        outputs = outputs["logits"] if isinstance(outputs, dict) else outputs
+        return nn.functional.cross_entropy(outputs, torch.tensor(y[QUERY]), reduction="none")
+
+    for j in (0, 9, 21):
+        wide, near = ((refit(j, -h) - refit(j, h)) / (2 * h) for h in (1e-3, 5e-4))
+        slope = ((4 * near - wide) / 3).detach().numpy()
+        np.testing.assert_allclose(found[:, j], slope, atol=1e-6 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize(
+    ("build", "params", "message"),
+    [
+        (_Activations, {}, "buffer 'mean' follows the weights"),
+        (lambda: _normed(PARAMETRIZATIONS.spectral_norm), {}, "_u' follows the weights"),
+        (lambda: _normed(_plain), {"optimizer": torch.optim.RMSprop}, "run of RMSprop"),
+        (
+            lambda: _normed(_plain),
+            {"optimizer": torch.optim.Adam, "optimizer__amsgrad": True},
+            "amsgrad=True can't be gone back through",
+        ),
+        (
+            lambda: _normed(_plain),
+            {"callbacks": [("clip", GradientNormClipping(0.3, float("inf")))]},
+            "one callback of the 2-norm",
+        ),
+    ],
+)
+def test_what_cannot_be_gone_back_through_is_refused(build, params, message):
+    asked = scorer(_double(build, **params))
+    with pytest.raises(ValueError, match=message):
+        asked.fit(X[::7].astype(float), y[::7]).influence(X[QUERY].astype(float), y[QUERY])
