@@ -221,13 +221,9 @@ class Trainer:
     def load(self, state: Tensor, taken: int) -> None:
         """Go to another step: state (n_values,)."""
         parts = split_state(self.run, self.module, state)
+        own = [*self.parameters, *floating_buffers(self.module).values()]
         with torch.no_grad():
-            for own, value in zip(self.parameters, parts.parameters, strict=True):
-                own.copy_(value)
-            for own, value in zip(
-                floating_buffers(self.module).values(), parts.buffers, strict=True
-            ):
-                own.copy_(value)
+            torch._foreach_copy_(own, [*parts.parameters, *parts.buffers])
         self.optimizer.state.clear()
         self.taken = taken
         if not taken:
@@ -263,18 +259,19 @@ class State:
     buffers: list[Tensor]
 
 
-def split_state(run: Run, module: nn.Module, state: Tensor) -> State:
+def split_state(run: Run, module: nn.Module, state: Tensor, *, n_slots: int | None = None) -> State:
     """Cut states into tensors, as views: state (..., n_values)."""
+    n_slots = len(run.slots) if n_slots is None else n_slots
     named = dict(module.named_parameters())
     own = [named[name] for name in run.names]
     buffers = list(floating_buffers(module).values())
-    like = [*own * (1 + len(run.slots)), *buffers]
+    like = [*own * (1 + n_slots), *buffers]
     pieces = state.split([tensor.numel() for tensor in like], -1)
     shaped = [
         piece.view([*state.shape[:-1], *tensor.shape])
         for piece, tensor in zip(pieces, like, strict=True)
     ]
-    n, n_slots = len(own), len(run.slots)
+    n = len(own)
     slots = [shaped[n * (k + 1) : n * (k + 2)] for k in range(n_slots)]
     return State(shaped[:n], slots, shaped[n * (1 + n_slots) :])
 

@@ -121,7 +121,7 @@ class Learned:
             candidates = Candidates(near.k, np.asarray(self.y) if near.per_class else None)
         made: Any = Ensemble
         if isinstance(self.method, Replay):
-            made = partial(ReplayEnsemble, replay=self._replayed(networks[0]))
+            made = partial(ReplayEnsemble, run=self._replayed(networks[0]))
         ensemble: Ensemble = made(
             members,
             output,
@@ -398,7 +398,7 @@ def _stages(learned: Learned, networks: list[Network]) -> list[Stage]:
             raise ValueError("method='replay' takes one network, whose run it goes back through.")
         rows = (learned.X, learned.y, learned.weights)
         run: Any = replay_of(learned.estimators[0], networks[0], method, rows, learned.choices)
-        fit = Fitted([], run, 1.0, run.unit, {"n_steps": len(run.run.steps)})
+        fit = Fitted([], run, 1.0, LOSS_UNIT, {"n_steps": len(run.run.steps)})
         return [Stage(0, None, 1.0, {}, learned.planned(networks[0]), fit)]
     if isinstance(method, Source):
         return [_unrolled(learned, method, networks, i) for i in range(len(networks))]

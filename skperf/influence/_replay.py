@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from skperf.backbone._training import data_of
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
-from skperf.backbone.training_run import Data, split_state, train_again
+from skperf.backbone.training_run import Data, split_state
 from skperf.influence._methods import Replay
-from skperf.influence.replay import Budget, Replayed, losses_at, replayed, smoothness
+from skperf.influence.replay import Budget, Replayed, replayed, retrained, smoothness
 from skperf.influence.scoring import Ensemble, Tile
 from skperf.influence.tiles import budget_in_bytes
 
@@ -88,13 +87,7 @@ def _same(one: Data, other: Data) -> bool:
 class ReplayEnsemble(Ensemble):
     """The scorer's questions, answered by going back through the run."""
 
-    replay: Replayed | None = None
-
-    @property
-    def run(self) -> Replayed:
-        """The run, with its rows."""
-        assert self.replay is not None
-        return self.replay
+    run: Replayed = None  # type: ignore[assignment]  # always given, by keyword
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Give what is asked to rise: (q, ...) outputs of the module, targets (q, ...) -> (q,)."""
@@ -194,8 +187,6 @@ class ReplayEnsemble(Ensemble):
         for row in weights:
             row[torch.randperm(n, generator=generator)[: max(1, round(drop * n))]] = 0
         predicted = (1 - weights / base.clamp_min(1e-30)).numpy() @ self.matrix(X, targets).T
-        inputs, at = self.asked(X), partial(losses_at, run)
-        losses = [at(train_again(run, w).module, inputs, targets).numpy() for w in weights]
-        actual = np.stack(losses)
+        actual = torch.stack([*retrained(run, weights, self.asked(X), targets)]).numpy()
         moved = np.flatnonzero(actual.std(0) > 1e-7)
         return float(np.mean([spearmanr(predicted[:, q], actual[:, q])[0] for q in moved]))

@@ -1,6 +1,6 @@
 """Influence through a training run: the derivative of the whole run, by going back through it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from skperf.backbone.training_run import (
     State,
     Step,
     Trainer,
-    floating_buffers,
     split_state,
     states_between,
     train_again,
@@ -259,18 +258,10 @@ def _segment(n_steps: int, n_slots: int, *, on_disk: bool) -> tuple[int, int]:
 
 def adjoint_of(run: Run, directions: Tensor) -> Adjoint:
     """Start the way back from gradients by the last weights and buffers: (m, p)."""
-    module = run.module
-    named = dict(module.named_parameters())
-    own = [named[name] for name in run.names]
-    like = [*own, *floating_buffers(module).values()]
-    pieces = directions.split([tensor.numel() for tensor in like], 1)
-    shaped = [
-        piece.reshape(len(directions), *tensor.shape).clone()
-        for piece, tensor in zip(pieces, like, strict=True)
-    ]
-    parameters, buffers = shaped[: len(own)], shaped[len(own) :]
+    parts = split_state(run, run.module, directions, n_slots=0)
+    parameters = [part.clone() for part in parts.parameters]
     slots = [[torch.zeros_like(p) for p in parameters] for _ in run.slots]
-    return Adjoint(parameters, slots, buffers)
+    return Adjoint(parameters, slots, [part.clone() for part in parts.buffers])
 
 
 # The fitted record --------------------------------------------------------------------------------
@@ -283,13 +274,6 @@ class Replayed:
     run: Run
     end: Tensor  # the last state (n_values,)
     budget: Budget = Budget()
-    unit: str = "loss"
-
-    @property
-    def n_train(self) -> int:
-        """Number of training rows."""
-        assert self.run.data is not None
-        return len(self.run.data)
 
     def influence(
         self, inputs: Rows, targets: Tensor, *, value: Value | None = None, aggregate: bool = False
@@ -450,13 +434,17 @@ def smoothness(
     moves = torch.zeros(n_directions, n).scatter_(1, order[:, : max(1, round(share * n))], 1.0)
     moves = moves.to(weights) * weights
     predicted = -fitted.derivative(inputs, targets).rows @ moves.T
-    base = losses_at(run, train_again(run, weights).module, inputs, targets)
-    again = [
-        losses_at(run, train_again(run, weights - move).module, inputs, targets) for move in moves
-    ]
+    base, *again = retrained(run, [weights, *(weights - moves)], inputs, targets)
     actual = torch.stack(again, 1) - base[:, None]
     # every query counts alike, also one whose loss hardly moves
     return float(torch.nn.functional.cosine_similarity(predicted, actual, 1, 1e-30).mean())
+
+
+def retrained(
+    run: Run, weights: Iterable[Tensor], inputs: Rows, targets: Tensor
+) -> Iterator[Tensor]:
+    """Train again with each of some weights of rows (n,), and give the losses of queries (q,)."""
+    return (losses_at(run, train_again(run, w).module, inputs, targets) for w in weights)
 
 
 def losses_at(run: Run, module: nn.Module, inputs: Rows, targets: Tensor) -> Tensor:
