@@ -23,7 +23,7 @@ from skperf.backbone._sklearn import check_sample_weight
 from skperf.backbone._training import TrainingRun
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.backbone.architectures import MLP
-from skperf.backbone.losses import Loss, Own, resolve_loss
+from skperf.backbone.losses import Loss, Own, of_two_classes, resolve_loss
 from skperf.backbone.network import (
     Network,
     chained,
@@ -513,12 +513,13 @@ class Net(OfLogits, NeuralNetClassifier):
     def _to_network(self) -> Network:
         """Open the trained module as a private view."""
         self.check_is_fitted()
+        binary, weight = self._takes_numbers(), getattr(self.criterion_, "pos_weight", None)
         return Network(
             view(self.module_),
             self.classes_,
             batch_size=max(256, self.batch_size),
             readout=chained(tensor_of if self.returns_record_ else None, self._readout()),
-            loss=resolve_loss(self.criterion_),
+            loss=of_two_classes(weight) if binary else resolve_loss(self.criterion_),
         )
 
     def _readout(self) -> Any:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from skperf.backbone._sklearn import check_sample_weight
 from skperf.backbone.losses import resolve_loss
+from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
 from skperf.backbone.training_run import Data, Recording, Run, outputs_of, train_again
 
@@ -181,6 +182,12 @@ class TrainingRun:
 
 def data_of(run: TrainingRun, X: Any, y: Any, sample_weight: Any = None) -> Data:
     """Bring rows (n, ...), labels (n,) and weights (n,) into the form that a run trains on."""
+    if not run._learned:  # a loop on targets that are no labels
+        network = Network(run.recorded.module, None, loss=run.recorded.loss)
+        rows, weights = network.inputs(Rows.of(X)), sample_weight
+        if weights is not None:
+            weights = torch.as_tensor(check_sample_weight(weights, rows)).to(network.dtype)
+        return Data(rows, network.targets(y), weights)
     net = clone(run._like)
     net._adopt(run.recorded.module, run._learned)
     data: Data = net._training_data(X, y, sample_weight)
@@ -233,7 +240,9 @@ class _Loop:
             )
         data = self._table()
         steps = [_without_copy(step, data) for step in recording.steps]
-        recording.steps = steps
+        if all(step.batch is None for step in steps):
+            recording.steps = steps
+        # else rows were augmented, and those of the table are none that anybody else has
         return recording.finish(loss, data, max_norm)
 
     def _table(self) -> Data:
@@ -263,7 +272,6 @@ def _without_copy(step: Any, data: Data) -> Any:
         torch.equal(torch.as_tensor(a), torch.as_tensor(b))
         for a, b in zip(data.inputs[rows].leaves, step.batch[0].leaves, strict=True)
     )
-    # what was augmented differs at every visit, and stays with its step
     return replace(step, batch=None) if same else step
 
 
@@ -272,10 +280,11 @@ def _fitted_like(run: Run, loss: Any, classes: ArrayLike | None) -> tuple[Any, d
 
     assert run.data is not None
     criterion = loss if isinstance(loss, nn.Module | type) else nn.CrossEntropyLoss
-    if classes is None:
+    targets, device = run.data.targets, next(run.module.parameters()).device
+    if classes is None and targets.ndim == 1 and not targets.is_floating_point():
         with torch.no_grad():
             module = train_again(replace(run, steps=run.steps[:1])).module.eval()
             outputs = outputs_of(module, run.data.inputs[slice(0, 1)].load())
         classes = np.arange(outputs.shape[1] if outputs.ndim > 1 else 2)
-    learned = {"classes_inferred_": np.asarray(classes)}
-    return Net(run.module, criterion=criterion, device=None, random_state=0), learned
+    learned = {} if classes is None else {"classes_inferred_": np.asarray(classes)}
+    return Net(run.module, criterion=criterion, device=str(device), random_state=0), learned

@@ -117,7 +117,9 @@ def go_back(run: Run, state: Pass, visited: Iterator[Visited]) -> Iterator[int]:
     """Go back step by step, adding each one's share; gives the step's number once it is done."""
     assert run.data is not None
     module = own_copy(run.module)
-    differentiator = Differentiator(run, module, labels=state.labels is not None)
+    differentiator = Differentiator(
+        run, module, labels=0 if state.labels is None else state.labels.shape[2]
+    )
     masks = [run.masks.get(name) for name in run.names]
     reads_gradients = run.optimizer is not torch.optim.SGD or run.max_norm is not None
     known: tuple[Tensor, State] | None = None

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 class Differentiator:
     """Differentiates the steps of a run in a copy of its network that is ours alone."""
 
-    def __init__(self, run: Run, module: nn.Module, *, labels: bool = False) -> None:
+    def __init__(self, run: Run, module: nn.Module, *, labels: int = 0) -> None:
         self.run, self.module, self.labels = run, module, labels
         named = dict(module.named_parameters())
         for parameter in named.values():
@@ -90,7 +90,7 @@ class Differentiator:
                 losses = weighted_losses(run.loss, outputs, batch.targets)
                 relabelled = None
                 if self.labels:
-                    relabelled = losses.new_zeros(*outputs.shape).requires_grad_()
+                    relabelled = losses.new_zeros(len(losses), self.labels).requires_grad_()
                     losses = losses + _of_other_labels(run.loss, outputs, losses, relabelled)
                 total = (losses * shares).mean()
                 gradients = torch.autograd.grad(
@@ -150,7 +150,7 @@ class Differentiator:
             links = find_chain(self.module, batch.inputs, self.run)
         if links is None:
             return None
-        chain = Chain(links, loss, labels=self.labels)
+        chain = Chain(links, loss, labels=self.labels > 0)
         with drawing(batch.step.stream):
             chain.take(batch.inputs.array, batch.targets, like, batch.shares)
         generator = torch.Generator().manual_seed(0)
@@ -236,8 +236,8 @@ def _batch_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_other_labels(loss: Loss, outputs: Tensor, losses: Tensor, relabelled: Tensor) -> Tensor:
-    """Say what shares of other labels would add: outputs (n, K), relabelled (n, K) -> (n,)."""
-    n, k = outputs.shape
+    """Say what shares of other labels would add: outputs (n, ...), relabelled (n, K) -> (n,)."""
+    n, k = relabelled.shape
     every = [
         weighted_losses(loss, outputs, torch.full((n,), label, device=outputs.device))
         for label in range(k)

@@ -1,6 +1,8 @@
 """The scorer with method="replay", against the run itself and against refits."""
 
 import pickle
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from skorch import NeuralNetClassifier
 from skorch.callbacks import Callback, GradientNormClipping
 from torch import nn
 
-from skperf import InfluenceScorer, Net, TrainingRun
+from skperf import InfluenceScorer, Net, TrainingRun, from_module
 from skperf.influence import Replay
 
 X, y = load_iris(return_X_y=True)
@@ -314,6 +316,110 @@ def test_scores_are_derivatives_of_whole_runs(kind):
         wide, near = ((refit(j, -h) - refit(j, h)) / (2 * h) for h in (1e-3, 5e-4))
         slope = ((4 * near - wide) / 3).detach().numpy()
         np.testing.assert_allclose(found[:, j], slope, atol=1e-6 * np.abs(slope).max())
+
+
+LOGITS = nn.functional.binary_cross_entropy_with_logits
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([3.0], dtype=torch.float64)])
+def test_binary_nets_are_gone_back_through(weight):
+    rows, labels, asked = X[::7].astype(float), y[::7] > 0, torch.tensor(X[QUERY]).double()
+    params = {} if weight is None else {"criterion__pos_weight": weight}
+    net = _double(lambda: nn.Linear(4, 1), criterion=nn.BCEWithLogitsLoss, **params)
+    fitted = scorer(net, Replay(tolerance=0)).fit(rows, labels)
+    found = fitted.influence(asked.numpy(), y[QUERY] > 0)
+    relabelled = fitted.influence(asked.numpy(), y[QUERY] > 0, change="label")
+
+    def train(weights, targets):
+        run = fitted.estimator_.run_.recorded
+        own = nn.Linear(4, 1).double()
+        own.load_state_dict(run.module.state_dict())
+        optimizer, inputs = torch.optim.SGD(own.parameters(), lr=0.1), torch.tensor(rows)
+        for step in run.steps:
+            some = step.rows.long()
+            optimizer.zero_grad()
+            outputs = own(inputs[some])[:, 0]
+            loss = LOGITS(outputs, targets[some], pos_weight=weight, reduction="none")
+            (loss * weights[some]).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            return LOGITS(own(asked)[:, 0], torch.tensor(y[QUERY] > 0).double(), reduction="none")
+
+    ones, targets, h = torch.ones(22).double(), torch.tensor(labels).double(), 1e-4
+    for j in (0, 20):
+        one = torch.eye(22)[j].double() * h
+        slope = ((train(ones - one, targets) - train(ones + one, targets)) / (2 * h)).numpy()
+        np.testing.assert_allclose(found[:, j], slope, atol=1e-6 * np.abs(slope).max())
+        other = one * (1 - 2 * targets)  # towards the other label
+        up, down = train(ones, targets + other), train(ones, targets - other)
+        slope = ((up - down) / (2 * h)).numpy()
+        new = relabelled[:, j, int(1 - targets[j])]
+        np.testing.assert_allclose(new, slope, atol=1e-6 * np.abs(slope).max())
+
+
+def _numbers(k):
+    return torch.tensor(X[::7, :k]).double() / 5 + 0.1
+
+
+LOOPS = {
+    "values": (1, "squared_error", nn.MSELoss(reduction="none"), _numbers(1)),
+    "several values": (2, nn.SmoothL1Loss(), nn.SmoothL1Loss(reduction="none"), _numbers(2)),
+    "labels": (
+        3,
+        nn.BCEWithLogitsLoss(),
+        nn.BCEWithLogitsLoss(reduction="none"),
+        (torch.tensor(X[::7, :3]) > 3).double(),
+    ),
+    "shares": (
+        3,
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(reduction="none"),
+        (lambda some: some / some.sum(1, keepdim=True))(_numbers(3)),
+    ),
+    "augmented": (3, "cross_entropy", nn.CrossEntropyLoss(reduction="none"), torch.tensor(y[::7])),
+}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_loops_on_other_targets_and_augmented_rows(kind):
+    k, loss, value, targets = LOOPS[kind]
+    inputs, generator = torch.tensor(X[::7]).double(), torch.Generator().manual_seed(0)
+    batches = []
+    for rows in torch.randperm(22, generator=generator).split(8) * 3:
+        noise = torch.randn(len(rows), 4, generator=generator) * (kind == "augmented")
+        batches.append((rows, (inputs[rows] + noise, targets[rows])))
+    asked = inputs[:5] + 0.1
+
+    def train(own, watched, weights):
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1, momentum=0.9)
+        with watched(own, optimizer, batches) as run:
+            for rows, (some, wanted) in run:
+                optimizer.zero_grad()
+                losses = value(own(some), wanted).reshape(len(rows), -1).mean(1)
+                (losses * weights[rows]).mean().backward()
+                optimizer.step()
+        with torch.no_grad():
+            return run, value(own(asked), targets[:5]).reshape(5, -1).mean(1)
+
+    def own():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, k)).double()
+
+    module, ones, h = own(), torch.ones(22).double(), 1e-4
+    run, _ = train(module, partial(TrainingRun.record, loss=loss), ones)
+    wrapped = from_module(module, loss=loss)
+    fitted = scorer(wrapped, Replay(run=pickle.loads(pickle.dumps(run)), tolerance=0))
+    found = fitted.fit(inputs.numpy(), targets.numpy()).influence(asked, targets[:5].numpy())
+    for j in (0, 20):
+        one = torch.eye(22)[j].double() * h
+        down, up = (
+            train(own(), lambda a, b, c: nullcontext(c), w)[1] for w in (ones - one, ones + one)
+        )
+        slope = ((down - up) / (2 * h)).numpy()
+        np.testing.assert_allclose(found[:, j], slope, atol=1e-6 * np.abs(slope).max())
+    again = run.reweighted(np.ones(22)).module_.state_dict()
+    assert all(torch.equal(again[name], own) for name, own in module.state_dict().items())
 
 
 @pytest.mark.parametrize(
