@@ -6,9 +6,11 @@ from torch import nn
 
 from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._opening import source_of
+from skperf.backbone.interrupts import undisturbed
 from skperf.backbone.network import Network
 
 
+@undisturbed
 class EditedClassifier(ModuleClassifier):
     """A fitted classifier whose network was edited, whatever method made the edit.
 

@@ -13,6 +13,7 @@ from sklearn.utils.metaestimators import available_if
 from torch import Tensor, nn
 
 from skperf.backbone._validation import as_labels, check_rows
+from skperf.backbone.interrupts import undisturbed
 from skperf.backbone.looking import Seen, look
 from skperf.backbone.losses import BinaryCrossEntropy, Loss, describes, of_two_classes, resolve_loss
 from skperf.backbone.network import Forward, Network, Readout, check_device
@@ -20,6 +21,7 @@ from skperf.backbone.rows import Rows
 from skperf.backbone.views import original, own_copy, view
 
 
+@undisturbed
 class OfLogits:
     """What a fitted classifier answers by the outputs of its network."""
 
@@ -101,6 +103,7 @@ class OfLogits:
         return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 
+@undisturbed
 class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
     """A trained torch module that predicts like a scikit-learn estimator.
 

@@ -23,6 +23,7 @@ from skperf.backbone._sklearn import check_sample_weight
 from skperf.backbone._training import TrainingRun
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.backbone.architectures import MLP
+from skperf.backbone.interrupts import undisturbed
 from skperf.backbone.losses import Loss, Own, of_two_classes, resolve_loss
 from skperf.backbone.network import (
     Network,
@@ -91,6 +92,7 @@ class OfProbabilities:
         return losses
 
 
+@undisturbed
 class Net(OfLogits, NeuralNetClassifier):
     """Skorch classifier for ordinary training of a logits-producing module.
 

@@ -176,10 +176,7 @@ class CrossEntropy(Loss):
         return own * (targets != self.ignore_index)
 
     def sizes(self, targets: Tensor) -> Tensor:
-        """Size of the Hessian at each place, in covariances of its predicted label.
-
-        Shapes: targets (n, ...), or shares (n, K, ...) -> (n, ...).
-        """
+        """Hessian size at each place, in covariances of its label: (n, [K,] ...) -> (n, ...)."""
         smooth, shared = self.label_smoothing, targets.is_floating_point()
         if self.weight is None:
             # shares of labels need not sum to one

@@ -126,10 +126,7 @@ def slots_of(optimizer: type[Optimizer], settings: Sequence[Settings]) -> tuple[
 def mean_loss(
     loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Weighted sum over the number of rows, which a row of weight 0 still counts in.
-
-    Shapes: outputs (n, ...), targets (n, ...), weights (n,) -> ().
-    """
+    """Weighted sum of losses (n, ...) over the number of rows, those of weight 0 counted."""
     losses = weighted_losses(loss, outputs, targets)
     return (losses if weights is None else losses * weights).mean()
 

@@ -26,6 +26,7 @@ from skperf.backbone._sklearn import (
 )
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_labelled_rows, check_rows, check_targets
+from skperf.backbone.interrupts import undisturbed
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import checksum
 from skperf.backbone.rows import Rows
@@ -49,6 +50,7 @@ from skperf.components.measures import Measure, checked_output
 from skperf.metrics import counterfactual_correlation
 
 
+@undisturbed
 class ComponentAttributor(
     CallbackSupportMixin, TransformerMixin, MetaEstimatorMixin, BaseEstimator
 ):

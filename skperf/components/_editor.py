@@ -18,10 +18,12 @@ from skperf.backbone._opening import fit_estimator
 from skperf.backbone._sklearn import DOC_LINK, Interval, StrOptions, fit_context
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_labelled_rows, check_rows
+from skperf.backbone.interrupts import undisturbed
 from skperf.backbone.rows import Rows
 from skperf.components._attributor import ComponentAttributor
 
 
+@undisturbed
 class ComponentEditor(
     OfLogits, CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin, BaseEstimator
 ):

@@ -23,6 +23,7 @@ from skperf.backbone._sklearn import (
 )
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_rows, check_targets
+from skperf.backbone.interrupts import undisturbed
 from skperf.backbone.losses import resolve_loss
 from skperf.influence import _actions, _rows, _trust
 from skperf.influence._asked import checked, pair, steps_of
@@ -35,6 +36,7 @@ from skperf.influence.tiles import budget_in_bytes
 _STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
+@undisturbed
 class InfluenceScorer(
     CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 ):

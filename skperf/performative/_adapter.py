@@ -23,6 +23,7 @@ from skperf.backbone._sklearn import (
 )
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import check_rows
+from skperf.backbone.interrupts import undisturbed
 from skperf.backbone.parameters import checksum
 from skperf.performative import _inputs, _steps, learning
 from skperf.performative._inputs import encode
@@ -48,6 +49,7 @@ from skperf.performative.report import (
 from skperf.performative.trajectory import NAMED
 
 
+@undisturbed
 class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     """Correct a classifier for the change of label mix that its own deployment causes.
 

@@ -137,10 +137,7 @@ class Anticipation:
 
 
 def blend(answer: Array, log_base: Array, strength: float | Array, mix: float | Array) -> Array:
-    """Move from the base mix towards a map's answer.
-
-    Shapes: answer (n_classes,), log_base (n_classes,) -> (..., n_classes).
-    """
+    """Move from the base mix (n_classes,) towards a map's answer (n_classes,)."""
     # `log q = log pi_0 + strength (log((1 - mix) T(S) + mix pi_0) - log pi_0)`, normalised.
     with np.errstate(divide="ignore"):
         mixed = np.logaddexp(answer + np.log1p(-mix), log_base + np.log(mix))
@@ -157,10 +154,7 @@ def observe(
     rows: Rows | None = None,
     answers: Mapping[str, Array] | None = None,
 ) -> Anticipation:
-    """Learn from one round of a trajectory: score what each map expected of it, then refit.
-
-    Shapes: answers (1, n_classes) of each map, where they have been computed.
-    """
+    """Score what each map expected of a trajectory's round, (1, n_classes), then refit."""
     at = at % len(trajectory)
     counts = trajectory.counts[at]
     known = state.trajectory.rounds[-1:].tolist() == trajectory.rounds[-1:].tolist()

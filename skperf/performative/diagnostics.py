@@ -9,10 +9,7 @@ from skperf.performative.response import Inputs
 
 
 def identifiability(statistics: Array) -> dict[str, float]:
-    """Describe how widely the deployed models' statistics were spread.
-
-    Shapes: statistics (n_rounds, n_statistics).
-    """
+    """Say how widely statistics (n_rounds, n_statistics) of deployed models were spread."""
     centred = statistics - statistics.mean(axis=0)
     values = np.linalg.svd(centred, compute_uv=False)
     total = float((values**2).sum())
@@ -23,10 +20,7 @@ def identifiability(statistics: Array) -> dict[str, float]:
 
 
 def extrapolation(statistic: Array, seen: Array) -> float:
-    """Measure how far a statistic lies from the seen ones, against their own distances.
-
-    Shapes: statistic (n_statistics,), seen (n_rounds, n_statistics).
-    """
+    """Distance of a statistic (k,) from seen ones (n_rounds, k), against their own distances."""
     if len(seen) < 2:
         return 0.0
     among = cdist(seen, seen)
@@ -53,10 +47,7 @@ def cycling(counts: Array) -> dict[str, float]:
 
 
 def conditional_shift_p_value(counts: Array, hits: Array) -> float:
-    """Test whether the uncorrected classifier's recall changes from round to round.
-
-    Shapes: counts (n_rounds, n_classes), hits (n_rounds, n_classes).
-    """
+    """Test whether raw recalls, hits over counts (n_rounds, n_classes), change by round."""
     # A fixed rule keeps its recall under a pure change of label mix, so a small value says that
     # the classes themselves look different now.
     known = np.isfinite(hits) & (counts > 0)

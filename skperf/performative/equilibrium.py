@@ -22,10 +22,7 @@ def stable_prior(
     tol: float = 1e-3,
     max_iter: int = 500,
 ) -> dict[str, Any]:
-    """Find a label mix that answers itself: ``q = M(S(model corrected for q))``.
-
-    Shapes: start (n_classes,).
-    """
+    """Find a mix (n_classes,) that answers itself: ``q = M(S(model corrected for q))``."""
     prior, mean, residual, step = start, start, np.inf, 0
     for step in range(1, max_iter + 1):
         following = answer(prior)
@@ -39,10 +36,7 @@ def stable_prior(
 
 
 def plain_gaps(answer: Callable[[Array], Array], start: Array) -> tuple[float, float]:
-    """Total variation between mixes one and two steps apart under full, undamped correction.
-
-    Shapes: start (n_classes,).
-    """
+    """Total variation of mixes one and two steps apart under full correction, from (n_classes,)."""
     path = [start]
     for _ in range(40):
         path.append(answer(path[-1]))

@@ -39,10 +39,7 @@ def log_softmax(scores: Array, axis: int = -1) -> Array:
 
 
 def log_loss(logits: Array, codes: Codes, weight: Array | None = None) -> float:
-    """Mean negative log probability of the labels.
-
-    Shapes: logits (n, n_classes), codes (n,), weight (n,).
-    """
+    """Mean negative log probability of labels: (n, n_classes), codes (n,), weight (n,) -> ()."""
     losses = -log_softmax(logits, axis=1)[np.arange(len(codes)), codes]
     return float(np.average(losses, weights=weight))
 
@@ -56,11 +53,7 @@ def em_prior(
     max_iter: int = 1000,
     tol: float = 1e-7,
 ) -> Array:
-    """Estimate the label mix of unlabelled rows by expectation maximisation.
-
-    Shapes: logits (n, n_classes), log_base (n_classes,), mean (n_classes,) ->
-    (n_classes,).
-    """
+    """Mix of unlabelled rows by expectation maximisation: logits (n, n_classes) -> (n_classes,)."""
     # The responsibilities of shape (n, n_classes) are never formed: with the fixed matrix `P =
     # softmax(logits) / base` an iteration is the two products `d = P q` and `P' (1 / d)`.
     # classes by rows: both products then run through memory in order
@@ -80,10 +73,7 @@ def em_prior(
 
 
 def soft_confusion(proba: Array, codes: Codes, weight: Array | None = None) -> Array:
-    """Sum predicted probabilities by true class.
-
-    Shapes: proba (n, n_classes), codes (n,), weight (n,) -> (n_classes, n_classes).
-    """
+    """Sum probabilities (n, n_classes) by true class: -> (n_classes, n_classes)."""
     members = np.zeros((proba.shape[1], len(codes)))
     members[codes, np.arange(len(codes))] = 1.0 if weight is None else weight
     sums: Array = members @ proba
@@ -91,10 +81,7 @@ def soft_confusion(proba: Array, codes: Codes, weight: Array | None = None) -> A
 
 
 def bbse_prior(proba: Array, confusion: Array, *, pseudo_count: float = 1.0) -> Array:
-    """Estimate the label mix of unlabelled rows by inverting the confusion matrix.
-
-    Shapes: proba (n, n_classes), confusion (n_classes, n_classes) -> (n_classes,).
-    """
+    """Mix of unlabelled rows by inverting a confusion matrix: (n, n_classes) -> (n_classes,)."""
     filled = confusion + pseudo_count * np.eye(len(confusion))
     rates = filled / filled.sum(axis=1, keepdims=True)
     # a heavy extra row makes the non-negative solution sum to one
@@ -125,10 +112,7 @@ def fit_calibration(
     l2: float = 1.0,
     weight: Array | None = None,
 ) -> Calibration:
-    """Fit a temperature, and biases for ``"bcts"``, by maximum likelihood.
-
-    Shapes: logits (n, n_classes), codes (n,), log_offset (n_classes,), weight (n,).
-    """
+    """Temperature, and biases for `bcts`, of scores (n, n_classes) by maximum likelihood."""
     n_classes = logits.shape[1]
     weights = np.ones(len(codes)) if weight is None else weight
     targets = np.eye(n_classes)[codes]
@@ -156,10 +140,7 @@ def estimate_base_prior(
     weight: Array | None = None,
     max_iter: int = 100,
 ) -> Array:
-    """Find the label mix at which a trained classifier's scores are right.
-
-    Shapes: logits (n, n_classes), codes (n,), weight (n,) -> (n_classes,).
-    """
+    """Find the mix at which scores (n, n_classes) of labels (n,) are right: -> (n_classes,)."""
     # Nobody need know what mix a network was trained on: `softmax(f + log pi - log pi_0)` gives
     # labelled rows of a known mix `pi` their largest likelihood at the true `pi_0`.
     n_classes = logits.shape[1]

@@ -27,10 +27,7 @@ class QueryBudgetSpentError(Exception):
 
 
 class ProgramNet(Net):
-    """A :class:`~skperf.backbone._nets.Net` over a ProgrammedEncoder.
-
-    Its rows are the numbers of pictures, which are read batch by batch.
-    """
+    """A `Net` over a ProgrammedEncoder; its rows are numbers of pictures, read batch by batch."""
 
     module_: Any
 

@@ -22,6 +22,7 @@ from skperf.backbone._nets import seed_of
 from skperf.backbone._sklearn import DOC_LINK, check_sample_weight, fit_context
 from skperf.backbone._state import unchanged_on_error
 from skperf.backbone._validation import as_array, check_labels, check_rows
+from skperf.backbone.interrupts import undisturbed
 from skperf.reprogramming._options import (
     ALPHA_GRID,
     CONSTRAINTS,
@@ -53,6 +54,7 @@ _SHARED = ("encoder", "processor", "tokenizer")
 _PRIVATE = ("_task", "_fitted", "_settings", "_n_features_out")
 
 
+@undisturbed
 class Reprogrammer(
     CallbackSupportMixin,
     ClassNamePrefixFeaturesOutMixin,

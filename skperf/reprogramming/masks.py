@@ -21,10 +21,7 @@ _WIDTHS = (8, 16)
 
 @dataclass(frozen=True)
 class MaskProgram(InputProgram):
-    """``clip(x + bound(pattern) * mask(x))`` with a small convolutional mask.
-
-    The weights are one vector: the pattern, then the layers of the mask.
-    """
+    """``clip(x + bound(pattern) * mask(x))``: weights of a pattern, then of a small mask."""
 
     channels: int
     canvas: tuple[int, int]
