@@ -19,10 +19,7 @@ def select_parameters(
     trainable: Sequence[str] | None = None,
     last: str | None = None,
 ) -> Parameters:
-    """Parameters of a network by name, those that train unless globs name others.
-
-    Aliases in the network's own order; a tied tensor once, under its first name.
-    """
+    """Parameters that train, or those of globs, in order; tied ones once, by their first name."""
     refuse_scripted(module)
     named = {name: parameter.detach() for name, parameter in module.named_parameters()}
     if not named:

@@ -429,10 +429,7 @@ class Recording:
 
 
 class Streams:
-    """Numbers that a module draws while it trains, a stream of its own for every step.
-
-    Only what draws is wrapped, since the wrapping costs time at every operator inside.
-    """
+    """Numbers that a module draws in training, a stream a step; only what draws is wrapped."""
 
     def __init__(self, module: nn.Module, seed: int) -> None:
         self.seed = seed

@@ -89,10 +89,7 @@ def second_order(ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any
 
 
 def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any] | None:
-    """One exact Newton step of leaving out each row, where a single linear layer trains.
-
-    Shapes: X (n_query, ...), y (n_query, ...) -> (n_query, n_train), None for other networks.
-    """
+    """Exact Newton steps of leaving out each row of a linear head: (n_query, n_train) or None."""
     network = learned.networks()[member]
     problem = learned.problem(network, learned.stages[0].plan)
     head: Any = problem.layers[0]

@@ -64,10 +64,7 @@ def features_and_outputs(network: Network, last: nn.Module, X: Rows) -> tuple[Te
 def nearest(
     train: Tensor, queries: Tensor, k: int, *, groups: NDArray[Any] | None = None, chunk: int = 256
 ) -> NDArray[np.intp]:
-    """Find the k nearest rows by Euclidean distance, of every group if there are any.
-
-    Shapes: train (n, d), queries (q, d), groups (n,) -> (q, k) or (q, k * n_groups).
-    """
+    """Find the k nearest rows of (n, d) to queries (q, d), of every group (n,) if there are any."""
     if groups is not None:
         found = []
         for group in np.unique(groups):

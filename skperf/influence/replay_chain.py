@@ -54,10 +54,7 @@ class Link:
         return moving
 
     def pulled(self, back: Tensor, towards: Tensors, into: Tensors, scale: float) -> Moved:
-        """Go back from how the slope moved, adding to the layer's own share.
-
-        The directions `towards` are read before `into` changes, which may be the same memory.
-        """
+        """Go back from how the slope moved; `towards` is read before `into` changes."""
         return back
 
 

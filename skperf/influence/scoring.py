@@ -180,10 +180,7 @@ class Ensemble:
         return total
 
     def by_token(self, X: Rows, targets: Tensor, of: str) -> NDArray[Any]:
-        """Leave out the sum over the tokens of queries or of rows.
-
-        Shapes: X (n_query, ...) -> (n_query, length, n_train) or (n_query, n_train, length).
-        """
+        """Keep tokens of queries or rows: (n_query, length, n_train) or (.., n_train, length)."""
         total: Any = 0.0
         for member in self.members:
             problem, fit = member.problem, member.fit

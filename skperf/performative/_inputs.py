@@ -48,10 +48,7 @@ def check_own_rows(X, name):
 
 
 def check_rounds(rounds, n_rows):
-    """Turn rounds, numbers, dates or strings in order, into an array; a scalar holds for all rows.
-
-    Shapes: rounds (n_rows,) -> (n_rows,) of int64, datetime64, timedelta64 or str.
-    """
+    """Turn rounds (numbers, dates, strings in order) into an array (n_rows,); one does for all."""
     dtype = getattr(rounds, "dtype", None)
     if getattr(dtype, "ordered", False):  # pandas categories in an order of their own
         codes = np.asarray(getattr(rounds, "cat", rounds).codes)

@@ -139,10 +139,7 @@ class Record:
     def prior(
         self, statistic: Array | None = None, covariates: Array | None = None
     ) -> tuple[Array, float]:
-        """Anticipate the log mix of the next round, and the strength it was blended with.
-
-        Shapes: statistic (n_statistics,), covariates (n_covariates,) -> (n_classes,).
-        """
+        """Anticipate the next round: its log mix (n_classes,), and how strongly it was blended."""
         state = self.anticipation
         if statistic is None and covariates is None:
             return self.applied(state.mixture(state.ahead[1])[0])
