@@ -4,6 +4,7 @@ import inspect
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from dis import opmap
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +12,13 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.utils import check_random_state
 from skorch import NeuralNetClassifier
-from skorch.callbacks import EpochTimer, GradientNormClipping, PassthroughScoring, PrintLog
+from skorch.callbacks import (
+    Callback,
+    EpochTimer,
+    GradientNormClipping,
+    PassthroughScoring,
+    PrintLog,
+)
 from skorch.callbacks.scoring import ScoringBase
 from skorch.dataset import Dataset
 from torch import Tensor, nn
@@ -339,8 +346,8 @@ class Net(OfLogits, NeuralNetClassifier):
         with Streams(self.module_, self.seed_) as self.streams_:
             self.recording_ = recording
             try:
-                self.notify("on_train_begin", X=data, y=labels)
                 with suppress(_StopTraining):
+                    self.notify("on_train_begin", X=data, y=labels)
                     self.fit_loop(data)
                 self.notify("on_train_end", X=data, y=labels)
             except (RuntimeError, ValueError) as error:
@@ -385,9 +392,10 @@ class Net(OfLogits, NeuralNetClassifier):
             cb_kwargs["batch"] = inputs, self.classes_[codes.cpu().long().numpy()]
         try:
             super().notify(method_name, **cb_kwargs)
-        except KeyboardInterrupt:
-            # skorch's way for a callback to end training; anywhere else it is the user
-            raise _StopTraining from None
+        except KeyboardInterrupt as error:
+            if _raised_by_callback(error):  # skorch's way to end training; else it is the user
+                raise _StopTraining from None
+            raise
 
     def _scores(self) -> bool:
         return any(isinstance(callback, ScoringBase) for _, callback in self.callbacks_)
@@ -636,6 +644,16 @@ class Net(OfLogits, NeuralNetClassifier):
         # while it trains, its callbacks ask about rows that were validated already
         fitting = "streams_" in vars(self)
         return network.logits(Rows.of(X) if fitting else check_rows(self, _parts(X, None)[0]))
+
+
+def _raised_by_callback(error: BaseException) -> bool:
+    """Whether a statement of a callback raised an error, and no signal that fell into it."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not isinstance(last.tb_frame.f_locals.get("self"), Callback):
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def _parts(X: Any, y: Any) -> tuple[Any, Any]:

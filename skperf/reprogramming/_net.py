@@ -84,8 +84,8 @@ class ProgramNet(Net):
         self.held_out = held_out
         # what Net.partial_fit does, with several inputs for each row
         with drawing_from(self.generator_) if draws else nullcontext():
-            self.notify("on_train_begin", X=inputs, y=targets)
             with suppress(QueryBudgetSpentError, _StopTraining):
+                self.notify("on_train_begin", X=inputs, y=targets)
                 self.fit_loop(inputs, targets)
             self.notify("on_train_end", X=inputs, y=targets)
         self.held_out = self.source = None

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -527,3 +528,22 @@ def test_decision_function_is_the_log_odds_of_predict_proba():
         expected = np.log(proba[:, 1:] / proba[:, :1])
         found = scores[:, None] if n_classes == 2 else scores[:, 1:] - scores[:, :1]
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("moment", ["on_train_begin", "on_epoch_end", "on_batch_end"])
+def test_ctrl_c_that_falls_into_a_callback_is_the_users(moment):
+    class Stopping(Callback):
+        def stop(self, *_, **__):
+            raise KeyboardInterrupt
+
+    class Interrupted(Callback):
+        def stop(self, *_, **__):
+            signal.raise_signal(signal.SIGINT)
+
+    for kind in (Stopping, Interrupted):
+        setattr(kind, moment, kind.stop)
+    X, y = np.eye(8, dtype=np.float32), np.arange(8) % 2
+    stopped = Net(MLP, max_epochs=3, callbacks=[Stopping()]).fit(X, y)
+    assert len(stopped.history) == (0 if moment == "on_train_begin" else 1)
+    with pytest.raises(KeyboardInterrupt):
+        Net(MLP, max_epochs=3, callbacks=[Interrupted()]).fit(X, y)
