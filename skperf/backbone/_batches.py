@@ -12,10 +12,7 @@ from skperf.backbone.rows import Rows
 
 
 class LabelledRows(Dataset):
-    """Rows as a network takes them, with the labels that people read and the targets it trains on.
-
-    Shapes: rows (n, ...), labels (n,), targets (n,) or a pair of targets and weights.
-    """
+    """Rows (n, ...), the labels that people read, and targets (n,) or (targets, weights)."""
 
     def __init__(
         self, rows: Rows, labels: np.ndarray, targets: Any, convert: Callable[[Rows], Rows]

@@ -12,14 +12,8 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.utils import check_random_state
 from skorch import NeuralNetClassifier
-from skorch.callbacks import (
-    Callback,
-    EpochTimer,
-    GradientNormClipping,
-    PassthroughScoring,
-    PrintLog,
-)
-from skorch.callbacks.scoring import ScoringBase
+from skorch.callbacks import Callback, EpochTimer, GradientNormClipping, PrintLog
+from skorch.callbacks.scoring import PassthroughScoring, ScoringBase
 from skorch.dataset import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

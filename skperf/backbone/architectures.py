@@ -231,10 +231,7 @@ class TextImageEncoder(nn.Module):
         return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the unit embeddings of images and of texts, and the scale of their cosines.
-
-        Shapes: pixels (n, 3, image_size, image_size), ids (k, length).
-        """
+        """Return unit embeddings of images (n, 3, size, size), texts (k, length), and a scale."""
         images = self.encode_image(pixels, normalize=True)
         texts = self.encode_text(ids, normalize=True)
         return images, texts, self.logit_scale.exp()

@@ -1,5 +1,6 @@
 """What a second Ctrl-C may leave behind in torch, put back at the end of every public method."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
@@ -11,13 +12,12 @@ import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.overrides import _pop_mode
-from torch.utils import _python_dispatch
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Owner = TypeVar("Owner", bound=type)
 _C: Any = torch._C
-_dispatch: Any = _python_dispatch
+_dispatch: Any = torch.utils._python_dispatch
 
 
 def undisturbed(owner: Owner) -> Owner:
@@ -33,7 +33,7 @@ def _undisturbed(method: Callable[Arguments, Result]) -> Callable[Arguments, Res
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         # its end is no Python code, where a second interrupt could fall before the first line
         with _C._InferenceMode(torch.is_inference_mode_enabled()):
-            before = _levels()
+            before, filters = _levels(), warnings.filters
             try:
                 return method(*args, **kwargs)
             except BaseException as error:
@@ -45,6 +45,8 @@ def _undisturbed(method: Callable[Arguments, Result]) -> Callable[Arguments, Res
                             clear_frames(error.__traceback__)
                             clear_frames(getattr(error.__context__, "__traceback__", None))
                             _put_back(before)
+                        if isinstance(error, KeyboardInterrupt):  # else they may be others'
+                            warnings.filters = filters
                         restored = True
                 raise
 

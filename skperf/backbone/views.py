@@ -21,10 +21,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def view(module: nn.Module) -> nn.Module:
-    """Copy a module's structure in evaluation mode around aliases of its own weights.
-
-    Half-precision weights become float32 copies.
-    """
+    """Copy a module in evaluation mode around aliases of its weights; halves become float32."""
 
     # Restoring a borrowed module can't be made safe against threads and Ctrl-C; a view need not.
     def parameter(own: Tensor) -> Tensor:

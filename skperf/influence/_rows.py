@@ -139,11 +139,7 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
 def _of_balance(
     train: Tensor, slope: Tensor, targets: Tensor, given: Tensor | None, matrix: Tensor
 ) -> Tensor:
-    """Add what follows from class weights that are balanced anew without each row.
-
-    Shapes: train (n, d), slope (n, K), targets (n,), given (n,), matrix (K * d, K * d) -> (n, K,
-    d).
-    """
+    """Add what follows from class weights balanced anew without each row: -> (n, K, d)."""
     # weights are total / (K n_class): without a row its own class gains, and all lose a little
     n, (codes, where) = len(train), targets.unique(return_inverse=True)
     weights = train.new_ones(n) if given is None else given.to(train)

@@ -94,11 +94,7 @@ def _second_moments(rotated: Factor, shape: tuple[int, int] | None) -> Tensor:
 def separable(
     values: Tensor, inverse: Tensor, *, tolerance: float, max_rank: int
 ) -> tuple[Tensor, Tensor]:
-    """Approximate filtered curvature by a short sum of products.
-
-    Shapes: values (n_outputs, n_inputs), inverse (n_outputs, n_inputs) -> outputs (rank,
-    n_outputs), inputs (rank, n_inputs).
-    """
+    """Approximate filtered curvature (o, i) by products: -> outputs (rank, o), inputs (rank, i)."""
     # Weighted by the energy that gradients have along each direction, so that a few terms
     # reproduce the scores.
     tiny = torch.finfo(values.dtype).tiny ** 0.5

@@ -302,10 +302,7 @@ def missing_rounds(seen, first):
 
 
 def check_later(trajectory, numbers, n_labels):
-    """Refuse rounds neither later than all seen nor in want of as many labels; find the latter.
-
-    Shapes: numbers (n_rounds,), n_labels (n_rounds,) -> positions of the rounds seen before.
-    """
+    """Refuse rounds not later than all seen, but for labels they lack: -> where those are."""
     if not len(trajectory):
         return set()
     last, late = trajectory.rounds[-1], set()

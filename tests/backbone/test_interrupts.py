@@ -1,5 +1,7 @@
 """What contexts leave behind that never came to their end is put back by public methods."""
 
+import warnings
+
 import pytest
 import torch
 from torch._functorch import eager_transforms
@@ -49,6 +51,11 @@ class Leaving:
         forward_ad.enter_dual_level()
         raise KeyboardInterrupt
 
+    def silence(self):
+        warnings.catch_warnings().__enter__()
+        warnings.simplefilter("ignore")
+        raise KeyboardInterrupt
+
     def twice(self, rows):
         return 2 * rows
 
@@ -84,6 +91,13 @@ def test_levels_of_torchs_function_transforms_are_left():
     assert modes() == before
     moved = torch.func.jvp(torch.sin, (torch.zeros(2),), (torch.tensor([1.0, 3.0]),))[1]
     assert moved.tolist() == [1.0, 3.0]
+
+
+def test_filters_of_warnings_are_those_of_before():
+    before = list(warnings.filters)
+    with pytest.raises(KeyboardInterrupt):
+        Leaving().silence()
+    assert list(warnings.filters) == before
 
 
 def test_modes_of_the_user_stay_and_answers_pass():
