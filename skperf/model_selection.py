@@ -168,10 +168,7 @@ class OneStepScorer(MetadataRequester):
         return asking
 
     def __call__(self, estimator: Any, X: Any, y: Any, rounds: Any = None) -> float:
-        """Compute the mean log likelihood of labels, higher is better.
-
-        Shapes: X (n, ...), y (n,), rounds (n,).
-        """
+        """Compute the mean log likelihood of labels (n,) of rows (n, ...), higher is better."""
         if hasattr(estimator, "best_estimator_"):
             estimator = estimator.best_estimator_
         if hasattr(estimator, "steps"):

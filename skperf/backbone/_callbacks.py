@@ -1,8 +1,11 @@
-"""Scikit-learn's fit callbacks, where the installed version has them."""
+"""Callbacks of scikit-learn, where the installed version has them, and the ends of skorch's."""
 
 from collections.abc import Callable
+from dis import opmap
 from functools import wraps
 from typing import Any
+
+from skorch.callbacks import Callback
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -12,7 +15,7 @@ except ImportError:  # scikit-learn 1.8
         """Stands in for scikit-learn's mixin: no callbacks can be set."""
 
 
-__all__ = ["CallbackSupportMixin", "tells_callbacks"]
+__all__ = ["CallbackSupportMixin", "StopTraining", "raised_by_callback", "tells_callbacks"]
 
 
 def tells_callbacks(fit: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,3 +34,17 @@ def tells_callbacks(fit: Callable[..., Any]) -> Callable[..., Any]:
         return fitted
 
     return told
+
+
+class StopTraining(Exception):
+    """A callback asks for the end of training."""
+
+
+def raised_by_callback(error: BaseException) -> bool:
+    """Whether a statement of a callback raised an error, and no signal that fell into it."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not isinstance(last.tb_frame.f_locals.get("self"), Callback):
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]

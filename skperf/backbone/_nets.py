@@ -4,7 +4,6 @@ import inspect
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from dis import opmap
 from typing import Any, Self
 
 import numpy as np
@@ -12,13 +11,14 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.utils import check_random_state
 from skorch import NeuralNetClassifier
-from skorch.callbacks import Callback, EpochTimer, GradientNormClipping, PrintLog
+from skorch.callbacks import EpochTimer, GradientNormClipping, PrintLog
 from skorch.callbacks.scoring import PassthroughScoring, ScoringBase
 from skorch.dataset import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from skperf.backbone._batches import LabelledRows, TensorBatches
+from skperf.backbone._callbacks import StopTraining, raised_by_callback
 from skperf.backbone._modules import OfLogits
 from skperf.backbone._sklearn import check_sample_weight
 from skperf.backbone._training import TrainingRun
@@ -61,10 +61,6 @@ _LEARNED = (
     "drawn_state_",
     "returns_record_",
 )
-
-
-class _StopTraining(Exception):
-    """A callback asks for the end of training."""
 
 
 def seed_of(random_state: Any) -> int:
@@ -340,7 +336,7 @@ class Net(OfLogits, NeuralNetClassifier):
         with Streams(self.module_, self.seed_) as self.streams_:
             self.recording_ = recording
             try:
-                with suppress(_StopTraining):
+                with suppress(StopTraining):
                     self.notify("on_train_begin", X=data, y=labels)
                     self.fit_loop(data)
                 self.notify("on_train_end", X=data, y=labels)
@@ -387,8 +383,8 @@ class Net(OfLogits, NeuralNetClassifier):
         try:
             super().notify(method_name, **cb_kwargs)
         except KeyboardInterrupt as error:
-            if _raised_by_callback(error):  # skorch's way to end training; else it is the user
-                raise _StopTraining from None
+            if raised_by_callback(error):  # skorch's way to end training; else it is the user
+                raise StopTraining from None
             raise
 
     def _scores(self) -> bool:
@@ -638,16 +634,6 @@ class Net(OfLogits, NeuralNetClassifier):
         # while it trains, its callbacks ask about rows that were validated already
         fitting = "streams_" in vars(self)
         return network.logits(Rows.of(X) if fitting else check_rows(self, _parts(X, None)[0]))
-
-
-def _raised_by_callback(error: BaseException) -> bool:
-    """Whether a statement of a callback raised an error, and no signal that fell into it."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or not isinstance(last.tb_frame.f_locals.get("self"), Callback):
-        return False
-    return last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def _parts(X: Any, y: Any) -> tuple[Any, Any]:

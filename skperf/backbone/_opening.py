@@ -54,11 +54,7 @@ def fit_estimator(
     random_state: Any = None,
     loss: Loss | None = None,
 ) -> Any:
-    """Fit an estimator given in any of the accepted forms: X (n, ...), y (n, ...).
-
-    A classifier is cloned and fitted; what is frozen, a module, or has to_module() is used as
-    it is; None means :func:`default_net`.
-    """
+    """Clone and fit a classifier; what is frozen, a module or has to_module() is used as it is."""
     inner = estimator.estimator if isinstance(estimator, FrozenEstimator) else estimator
     if isinstance(inner, nn.Module):
         inner = ModuleClassifier(inner)
@@ -97,11 +93,7 @@ def fit_estimator(
 
 
 def open_network(fitted: Any, loss: Loss | None = None) -> Network:
-    """Open the torch network inside a fitted classifier, as a view of our own each time.
-
-    Scikit-learn's linear models and multi-layer perceptrons are converted exactly, in their own
-    precision.
-    """
+    """Open the network of a fitted classifier as a view, linear models and perceptrons exactly."""
     inner, before = _inner(fitted)
     network = _opened(inner)
     own = getattr(inner, "predict_nonlinearity", None)
@@ -131,11 +123,7 @@ def source_of(fitted: Any) -> nn.Module | None:
 
 
 def class_logits(fitted: Any, X: Any) -> np.ndarray:
-    """Log scores of every class by any fitted classifier: X (n, ...) -> (n, n_classes).
-
-    Float64, up to one constant in each row: raw logits of networks, else the logarithm of
-    predict_proba, or decision_function.
-    """
+    """Log scores (n, n_classes) by any fitted classifier, float64, up to a constant in each row."""
     if has_network(fitted):
         network = open_network(fitted)
         logits, own = network.logits(X), network.probabilities

@@ -18,11 +18,7 @@ ARRAYS = ("statistics", *BY_CLASS, "confusions", "covariates", "unlabelled")
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """Rounds in order of time; the statistic of a round answers in the counts `lag` rows later.
-
-    What is not known is NaN: hits of a record without rows, mixes and statistics of rounds
-    without labels. `mixes` are centred log shares, of labels or else as estimated from rows.
-    """
+    """Rounds by time; a statistic answers in counts `lag` rows later; NaN is what is not known."""
 
     rounds: NDArray[Any]  # (n_rounds,)
     statistics: Array  # (n_rounds, n_statistics)

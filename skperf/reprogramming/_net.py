@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from skorch.dataset import Dataset, unpack_data
 
-from skperf.backbone._nets import Net, _StopTraining, seed_of
+from skperf.backbone._callbacks import StopTraining
+from skperf.backbone._nets import Net, seed_of
 from skperf.backbone.modes import differentiating
 from skperf.backbone.randomness import drawing_from
 from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, estimated_gradient
@@ -84,7 +85,7 @@ class ProgramNet(Net):
         self.held_out = held_out
         # what Net.partial_fit does, with several inputs for each row
         with drawing_from(self.generator_) if draws else nullcontext():
-            with suppress(QueryBudgetSpentError, _StopTraining):
+            with suppress(QueryBudgetSpentError, StopTraining):
                 self.notify("on_train_begin", X=inputs, y=targets)
                 self.fit_loop(inputs, targets)
             self.notify("on_train_end", X=inputs, y=targets)
