@@ -475,7 +475,7 @@ def memory() -> None:
 
 def memory_of(share: float) -> None:
     """Train, go back once, and print what that took: half of the budget is for states."""
-    config = Configuration("MLP 64-512-512-10", digits, (512, 512), nn.GELU, lr=0.1, max_epochs=45)
+    config = Configuration("MLP 64-512-512-10", digits, (512, 512), nn.GELU, lr=0.1, max_epochs=50)
     warm, asked, _ = trained(replace(config, max_epochs=1), 0)
     replayed(warm.run_.recorded).influence(asked.inputs, asked.targets, aggregate=True)
     n_steps = len(warm.run_.recorded.steps) * config.max_epochs
