@@ -12,8 +12,10 @@ Seeds 0, 1 and 2 served to choose what ``fading`` does, so that it is reported o
 import argparse
 import json
 import time
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +37,9 @@ from benchmarks.influence_tasks import (
     tanh_net,
     untuned,
 )
-from skperf import from_module
+from skperf import TrainingRun, from_module
 from skperf.datasets import load_email_vectors
-from skperf.influence import InfluenceScorer
+from skperf.influence import InfluenceScorer, Replay
 from skperf.influence.horizon import agreement, usable_horizon
 from skperf.influence.methods import redamped
 from skperf.influence.repair import harmonic_mean
@@ -112,7 +114,24 @@ def _ways_to_predict(scorer, model, rows):
         "GGN, damping tied to the horizon": lambda step: damped("horizon", horizon=step),
         "GGN, filter where training starts": lambda step: _started(scorer, step),
         "GGN, filter of the horizon": lambda step: damped("flow", horizon=step),
+        "replay of these steps": lambda step: _gone_back(scorer, model, rows, step),
     }
+
+
+def _gone_back(scorer, model, rows, step):
+    """Train on for as many steps as `fading` does, in its batches, and go back through them."""
+    own, (X, codes) = deepcopy(model), map(torch.from_numpy, rows)
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.03, weight_decay=1e-3)
+    generator = torch.Generator().manual_seed(scorer._learned.settings.seed + 7919)
+    epochs = (torch.randperm(len(X), generator=generator).split(64) for _ in range(step))
+    order = islice(chain.from_iterable(epochs), step)
+    batches = ((batch, (X[batch].double(), codes[batch])) for batch in order)
+    with TrainingRun.record(own, optimizer, batches) as run:
+        for _, (inputs, targets) in run:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(own(inputs), targets).backward()
+            optimizer.step()
+    return InfluenceScorer(own, method=Replay(run=run)).fit(*rows)
 
 
 def _started(scorer, step):

@@ -4,6 +4,7 @@
     python -m benchmarks.replay quality        # every fixed configuration, three seeds
     python -m benchmarks.replay quality CNN 1  # some configurations by name, some seeds
     python -m benchmarks.replay speed          # over bare loops of the same steps
+    python -m benchmarks.replay speed CNN      # of one network, beside what is saved
     python -m benchmarks.replay basis          # what few directions leave out
     python -m benchmarks.replay memory         # with checkpoints over storing all
     python -m benchmarks.replay bergson PYTHON # the same run in Bergson's environment
@@ -369,15 +370,17 @@ def product_rate() -> float:
     return 20 * 1024**3 / (time.process_time() - started)
 
 
-def speed() -> None:
-    rows = []
+def speed(wanted: str = "") -> None:
+    path = runner.RESULTS / "replay_speed.json"
+    rows = runner.load(path) if path.exists() else []
     cases = [
         Configuration(f"MLP 64-{width}-10, {kind.__name__}", digits, (width,), nn.Tanh, kind, lr)
         for width in (32, 512)
         for kind, lr in ((torch.optim.SGD, 0.1), (torch.optim.Adam, 0.002))
     ]
     cases += [Configuration("CNN, SGD", fashion, lr=0.1, batch_size=100, max_epochs=2)]
-    for config in cases:
+    for config in (config for config in cases if wanted in config.name):
+        rows = [row for row in rows if row["network"] != config.name]
         net, _, (X, y, X_query, y_query) = trained(config, 0)
         run = net.run_.recorded
         X_more, y_more = np.concatenate([X_query, X[:40]]), np.concatenate([y_query, y[:40]])
@@ -427,7 +430,7 @@ def speed() -> None:
                 row["times the arithmetic"] = middle / limit
             rows.append(row)
             print(*(f"{v:.2f}" if isinstance(v, float) else v for v in row.values()), flush=True)
-        runner.save(runner.RESULTS / "replay_speed.json", rows)
+        runner.save(path, rows)
 
 
 def fewer_directions() -> None:
@@ -461,7 +464,7 @@ def fewer_directions() -> None:
 def memory() -> None:
     """In a process of its own each: what fit and one aggregate take above the base before fit."""
     rows: list[dict[str, Any]] = []
-    for states, share in (("all", None), ("checkpoints", 0.12)):
+    for states, share in (("all", None), ("checkpoints", 0.06)):
         command = [sys.executable, "-m", "benchmarks.replay", "memory-of", str(share or 0)]
         found = subprocess.run(command, check=True, capture_output=True, text=True)
         row = {"states": states, **json.loads(found.stdout.splitlines()[-1])}
@@ -563,7 +566,7 @@ def main() -> None:
         seeds = [int(seed) for seed in sys.argv[3:]] or SEEDS
         quality(chosen, seeds, "quality", singles=True, others=(*OTHERS, *PEERS))
     elif part == "speed":
-        speed()
+        speed("".join(sys.argv[2:3]))
     elif part == "basis":
         fewer_directions()
     elif part == "bergson":
