@@ -157,6 +157,20 @@ WORKLOADS = (
             ("memory", "Memory of a training run, with checkpoints and without"),
         )
     ),
+    Workload(
+        "replay",
+        "Replay, ensembles and retraining at equal cost",
+        "replay_cost",
+        ("replay_cost.json", "replay_cost.png"),
+        "guide/replay",
+    ),
+    Workload(
+        "replay",
+        "What shortcuts leave out of a training run's scores",
+        "replay_shortcuts",
+        ("replay_shortcuts.json",),
+        "guide/replay",
+    ),
     *(
         Workload(
             "components",
