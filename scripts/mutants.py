@@ -10,7 +10,7 @@ A mutant is run in a copy of the tree that the list was drawn from: first the te
 after its file, then those of its folder and of properties that import it, then the contract; it may
 take 30 s of processor time. It is killed if a test fails that passes on the tree as it is, or if
 the tests no longer end. Run again, a mutant is made in the last commit, in the same statement of
-the same function, and runs the tests named after its file; it is "gone" where there is none.
+the same function; it is "gone" where there is none.
 """
 
 import argparse
@@ -355,7 +355,7 @@ def run(minutes, results):
 
 
 def again(minutes, results):
-    """Run what is not killed, and what has not been run, on the tests named after its file.
+    """Run what is not killed, and what has not been run, in the tree at hand.
 
     The tree at hand is imported once; a child exchanges the code of one function, which takes a
     second where a fresh process takes ten.
@@ -376,7 +376,7 @@ def again(minutes, results):
             place = carried(old, file.read_text() if file.exists() else "", mutant["place"])
             mutant |= {"since": commit, "outcome": "gone", "by": ""}
             if place is not None:
-                tests = tests_of(ROOT, mutant["file"])[:1]
+                tests = tests_of(ROOT, mutant["file"])
                 started, change = time.time(), functools.partial(exchange, mutant["file"], place)
                 said = run_tests(ROOT, ["--assert=plain", *tests], change=change)
                 mutant["seconds"] = round(time.time() - started, 1)
