@@ -77,3 +77,9 @@ def test_atc_returns_the_source_accuracy_on_the_source():
     scores, correct = rng.random(1000), rng.random(1000) < 0.8
     assert atc_accuracy(scores, correct, scores) == pytest.approx(correct.mean())
     assert atc_accuracy(scores, np.zeros(1000, bool), scores) == 0
+
+
+def test_rows_as_sure_as_the_threshold_count_by_their_share():
+    # 3 of 5 are right, one lies above 2, so that two of the three at 2 are counted
+    found = atc_accuracy([3, 2, 2, 2, 1], [True, True, False, True, False], [3, 2, 2, 1, 0])
+    assert found == pytest.approx((1 + 2 * 2 / 3) / 5)

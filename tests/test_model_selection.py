@@ -187,3 +187,10 @@ def test_rounds_in_an_order_of_their_own_are_split_in_that_order():
     assert (set(days[train]), set(days[test])) == ({"mon", "tue", "wed"}, {"thu"})
     with pytest.raises(ValueError, match="order is not that of their numbers"):
         RoundForwardSplit().get_n_splits(groups=["r8", "r9", "r10", "r11"])
+
+
+def test_the_scorer_asks_for_rounds_under_the_name_it_is_told():
+    with config_context(enable_metadata_routing=True):
+        asking = one_step_scorer.set_score_request(rounds="groups")
+        assert asking._get_metadata_request().score.requests == {"rounds": "groups"}
+        assert one_step_scorer._get_metadata_request().score.requests.get("rounds") != "groups"

@@ -245,12 +245,12 @@ class Kronecker:
         return terms
 
 
-def ekfac(problem: Problem, *, rank: int | None = 8, curvature: str = "ggn") -> Fitted:
+def ekfac(problem: Problem, *, rank: int | None, curvature: str) -> Fitted:
     """Kronecker-factored eigenbasis, exact second moments in it."""
     return _kronecker(problem, rank, curvature, corrected=True)
 
 
-def kfac(problem: Problem, *, rank: int | None = 8, curvature: str = "ggn") -> Fitted:
+def kfac(problem: Problem, *, rank: int | None, curvature: str) -> Fitted:
     """Kronecker-factored curvature."""
     return _kronecker(problem, rank, curvature, corrected=False)
 
@@ -317,11 +317,9 @@ def arnoldi(
     top = slice(0, n_components)
     values, vectors = values[top].cpu(), (vectors[top] * longer).cpu()
     factors: Gradients = [*from_vectors(problem.layers, vectors, problem.parameters)]
-    negative = float((values < 0).double().mean())
-    report = {"damping": damping, "negative_share": negative, "n_components": len(values)}
     lift = Embedded(factors, 1 / (values.abs() + damping))
     train = lift.store(problem, problem.train_gradients())
-    return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, report)
+    return Fitted(train, lift, 1 / problem.n_train, LOSS_UNIT, {"damping": damping})
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from skperf import (
     from_module,
 )
 from skperf.backbone._opening import fit_estimator, open_network
+from skperf.backbone.looking import _last_operation
 from skperf.backbone.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from skperf.backbone.rows import Rows
 
@@ -560,3 +561,10 @@ def test_a_scripted_module_predicts_and_is_refused_where_its_weights_are_varied(
         pytest.raises(ValueError, match="the module that it was made from"),
     ):
         InfluenceScorer(scripted).fit(X, y)
+
+
+def test_the_last_operation_is_named_behind_changes_of_shape():
+    rows = torch.randn(4, 6, requires_grad=True)
+    assert _last_operation(rows.softmax(1).reshape(4, 2, 3)[:, 0].squeeze()) == "Softmax"
+    assert _last_operation((rows * 2).clamp(0, 1).unsqueeze(0)) == "Mul"
+    assert _last_operation(rows.detach()) is None

@@ -133,3 +133,10 @@ def test_other_things_are_refused_by_name(X, kind, message):
 def test_several_inputs_are_no_array():
     with pytest.raises(TypeError, match=r"several inputs \(\['a', 'b'\]\)"):
         _ = Rows.of({"a": A, "b": B}).array
+
+
+@pytest.mark.parametrize("row", [0, 4, 9])
+def test_the_key_tells_rows_apart_that_differ_in_one(row):
+    changed = A.copy()
+    changed[row, 1] += 1
+    assert Rows.of(A).key() == Rows.of(A.copy()).key() != Rows.of(changed).key()

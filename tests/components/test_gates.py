@@ -330,3 +330,12 @@ def test_what_comes_before_the_first_gate_is_computed_once():
         with_rows_zeroed(module, circuit.wiring.components, v, inputs, codes) for v in masks
     ]
     torch.testing.assert_close(actual, torch.stack(expected, 1), **EXACT)
+
+
+def test_rows_as_the_user_gave_them_become_the_networks_own_once():
+    module, X, _ = made(Tied)
+    asked = Asked(Rows(np.asarray(X)), None, raw=True)
+    ready = asked.ready(fresh(module))
+    assert not ready.raw
+    assert isinstance(ready.rows.tree, torch.Tensor)
+    assert ready.ready(fresh(module)) is ready

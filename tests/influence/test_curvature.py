@@ -10,6 +10,7 @@ from skperf.influence.curvature import (
     CurvatureProduct,
     Filtered,
     RowSpace,
+    _pushed,
     dense_curvature,
     gradient_flow,
 )
@@ -174,3 +175,28 @@ def test_certain_predictions_have_no_rows():
     assert len(rows.examples) == 0
     assert rows.kept_trace == 1
     assert np.isfinite(rows.cotangents.numpy()).all()
+
+
+class Cube(torch.autograd.Function):
+    """A function that has no rule for forward mode."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+def test_outputs_move_as_they_should_where_there_is_no_forward_mode():
+    at = {"w": torch.tensor([1.0, -2.0, 0.5])}
+    move = _pushed(lambda parameters: Cube.apply(parameters["w"]), at)
+    assert move.__name__ == "twice_backward"
+    moved = move({"w": torch.tensor([1.0, 0.5, 4.0])})
+    torch.testing.assert_close(moved, torch.tensor([3.0, 6.0, 3.0]))

@@ -7,12 +7,21 @@ from sklearn.datasets import load_digits
 
 from skperf import MLP, EditedClassifier, Net
 from skperf.backbone._opening import open_network
+from skperf.backbone.losses import SquaredError
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import fingerprint, select_parameters
+from skperf.backbone.rows import Rows
 from skperf.influence import GGN, InfluenceScorer, _actions, repair
 from skperf.influence._actions import natural, products
 from skperf.influence.captures import recording
-from skperf.influence.repair import Lesson, best_scale, distance, harmonic_mean, smallest_flip
+from skperf.influence.repair import (
+    Lesson,
+    accuracy,
+    best_scale,
+    distance,
+    harmonic_mean,
+    smallest_flip,
+)
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +228,15 @@ def test_natural_steps_are_those_of_the_damped_inverse(digits):
         InfluenceScorer(module, method="gradient_dot").fit(X, y).repair(
             X[:1], y[:1], precondition=True
         )
+
+
+def test_without_labels_accuracy_is_minus_the_mean_loss():
+    torch.manual_seed(0)
+    module = mlp(3, 4, 2)
+    network = Network(module, None, batch_size=2, loss=SquaredError())
+    inputs, targets = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    own = ((module(inputs) - targets) ** 2).mean(1)
+    found = accuracy(network, select_parameters(module), (Rows(inputs), targets))
+    assert found == pytest.approx(-network.loss.value(module(inputs), targets).mean().item())
+    ratio = network.loss.value(module(inputs), targets) / own
+    torch.testing.assert_close(ratio, ratio[0].expand(5))

@@ -97,3 +97,14 @@ def test_the_usual_optimizer_is_adam_with_a_step_of_a_hundredth():
     weight.grad = torch.tensor([1.0, -5.0, 0.1])
     optimizer.step()
     torch.testing.assert_close(weight.detach(), -0.01 * weight.grad.sign())
+
+
+def test_initial_weights_are_drawn_anew_for_each_seed_and_again_for_the_same():
+    torch.manual_seed(3)
+    network = Network(mlp(4, 6, 3), np.arange(3))
+    fresh = fresh_parameters(network, [7, 8, 7])
+    for name, parameter in network.module.named_parameters():
+        one, two, again = fresh[name]
+        assert torch.equal(one, again)
+        assert not torch.equal(one, two)
+        assert not torch.equal(one, parameter)

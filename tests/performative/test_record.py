@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+from scipy.stats import beta
 
 from skperf import PerformativeAdapter
 from skperf.performative.corrector import Option
-from skperf.performative.record import Memory, Round, counted, worst_share
+from skperf.performative.record import COVERED, Memory, Round, counted, worst_share
 from tests.performative.conftest import World
 
 
@@ -119,3 +120,15 @@ def test_an_inverted_confusion_gives_classes_that_are_not_there_a_millionth(live
     record = replace(lived[0].record_, confusion=1e6 * np.eye(4))
     prior = record.batch_prior(np.log(np.eye(4)[[0, 0, 1]] + 1e-12), record.log_base, "bbse")
     np.testing.assert_allclose(np.exp(prior), [2 / 3, 1 / 3, 1e-6, 1e-6], rtol=1e-3)
+
+
+def test_an_interval_holds_nine_in_ten_rounds_of_a_beta_distribution(lived):
+    record = lived[0].record_
+    prior, size = np.array([0.5, 0.3, 0.15, 0.05]), 200.0
+    worth = size / (record.anticipation.spread * record.width)
+    low, high = record.interval(prior, size)
+    for k, share in enumerate(prior):
+        own = beta(worth * share, worth * (1 - share)).ppf([(1 - COVERED) / 2, (1 + COVERED) / 2])
+        assert low[k] == pytest.approx(min(np.floor(own[0] * size) / size, share))
+        assert high[k] == pytest.approx(max(np.ceil(own[1] * size) / size, share))
+    assert (low < prior).any()

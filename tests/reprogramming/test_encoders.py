@@ -8,7 +8,15 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from skperf.reprogramming import Reprogrammer, open_encoder
-from skperf.reprogramming.encoders import CLIP_MEAN, _same, examined, projected
+from skperf.reprogramming.encoders import (
+    CLIP_MEAN,
+    FrozenEncoder,
+    _same,
+    _transformers_patches,
+    examined,
+    of_tokens,
+    projected,
+)
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 TOWER = SMALL | {"num_attention_heads": 2}
@@ -190,3 +198,33 @@ def test_fingerprints_tell_encoders_apart(clip, siglip):
     assert open_encoder(clip)._fingerprint() == open_encoder(clip)._fingerprint()
     assert open_encoder(clip)._fingerprint() != open_encoder(siglip)._fingerprint()
     assert open_encoder(np.sum)._fingerprint() != open_encoder(np.mean)._fingerprint()
+
+
+def test_patches_of_pictures_that_are_no_squares_stay_in_order():
+    class Model:
+        config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=2))
+
+        def get_image_features(self, pixel_values, pixel_attention_mask, spatial_shapes):
+            self.seen = pixel_values, pixel_attention_mask, spatial_shapes
+            return pixel_values.sum(1)
+
+    model, pixels = Model(), torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    _transformers_patches(model, pixels)
+    patches, mask, shapes = model.seen
+    assert shapes.tolist() == [[2, 3], [2, 3]]
+    assert mask.shape == (2, 6)
+    for place, (row, column) in enumerate([(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4)]):
+        own = pixels[:, :, row : row + 2, column : column + 2].permute(0, 2, 3, 1)
+        torch.testing.assert_close(patches[:, place], own.reshape(2, 12))
+
+
+def test_texts_are_opened_by_the_first_table_of_tokens_and_others_refused():
+    texts = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2))
+    opened = of_tokens(FrozenEncoder(texts, lambda model, ids: model(ids), "unknown"))
+    assert opened.token_embedding == "0"
+    ids, shift = torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 4)
+    rows = torch.cat([shift, ids[..., None].float()], 2)
+    by_hand = texts[2]((texts[0](ids) + shift).flatten(1))
+    torch.testing.assert_close(opened.image(texts, rows), by_hand)
+    with pytest.raises(TypeError, match="no token embedding"):
+        of_tokens(FrozenEncoder(nn.Linear(3, 2), lambda model, rows: model(rows), "unknown"))

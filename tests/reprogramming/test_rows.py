@@ -237,3 +237,9 @@ def test_the_range_of_a_spectrogram_is_chosen_by_256_signals():
     assert Spectrogram.of(louder) == Spectrogram.of(signals)
     louder[255] *= 100
     assert Spectrogram.of(louder).high > Spectrogram.of(signals).high + 1
+
+
+def test_a_column_that_was_constant_is_drawn_in_its_own_units():
+    picture = RowPicture(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 4.0]))
+    drawn = picture(torch.tensor([[1.25, 1.0], [0.5, 3.0]]))
+    torch.testing.assert_close(drawn.flatten(1)[:, :2], torch.tensor([[0.25, 0.25], [0, 0.75]]))

@@ -1,0 +1,13 @@
+"""Linear models of falls, by hand."""
+
+import numpy as np
+
+from skperf.components.recipes import exact
+
+
+def test_a_model_without_noise_gives_back_the_baseline_with_all_gates_open():
+    coefficients, baseline = np.array([[1.0, -2.0, 4.0], [0.5, 0.25, 8.0]]), np.array([7.0, -1.0])
+    fit = exact(coefficients, baseline)
+    np.testing.assert_array_equal(fit.coefficients, coefficients)
+    np.testing.assert_allclose(fit.intercept, [4.0, -9.75])
+    np.testing.assert_allclose(fit.intercept + coefficients @ np.ones(3), baseline)
