@@ -444,3 +444,36 @@ def test_what_cannot_be_gone_back_through_is_refused(build, params, message):
     asked = scorer(_double(build, **params))
     with pytest.raises(ValueError, match=message):
         asked.fit(X[::7].astype(float), y[::7]).influence(X[QUERY].astype(float), y[QUERY])
+
+
+class _Unseeded(_Inputs):
+    """Draws where no seed of the run reaches."""
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x))) * (1 + 0.1 * float(np.random.rand()))
+
+
+def test_layers_that_draw_unseeded_are_refused():
+    with pytest.raises(ValueError, match="or a layer is not deterministic"):
+        scorer(_double(_Unseeded)).fit(X[::7].astype(float), y[::7])
+
+
+def test_a_budget_below_four_states_is_refused_and_four_will_do():
+    module, rows = _normed(_plain).double(), torch.arange(22)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    inputs, targets = torch.tensor(X[::7]).double(), torch.tensor(y[::7])
+    with TrainingRun.record(module, optimizer, [(rows, (inputs, targets))] * 12) as run:
+        for _, (some, wanted) in run:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(some), wanted).backward()
+            optimizer.step()
+    size = 8 * sum(parameter.numel() for parameter in module.parameters())
+
+    def asked(budget):
+        method = Replay(run=run, tolerance=0)
+        return scorer(module, method, memory_budget=budget).fit(inputs.numpy(), targets.numpy())
+
+    with pytest.raises(ValueError, match=f"is too small: .* {size} bytes .* are {8 * size} bytes"):
+        asked(8 * size - 1).influence(inputs, targets)
+    few, many = (asked(b).influence(inputs, targets) for b in (8 * size, "1GB"))
+    np.testing.assert_allclose(few, many, rtol=1e-12)
