@@ -1,11 +1,16 @@
 """Where rows lie in a tensor, and when the first gate acts."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from skperf.components.units import Spot
-from skperf.components.wiring import Layout, Wiring, _layout, _Seen
+from skperf.backbone.network import Network
+from skperf.backbone.rows import Rows
+from skperf.backbone.views import view
+from skperf.components.finding import find, size_at
+from skperf.components.units import Spot, select
+from skperf.components.wiring import Layout, Wiring, _layout, _Seen, wire
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -60,3 +65,16 @@ def test_a_gate_on_a_parameter_acts_where_anyone_who_holds_it_begins():
     assert seen._first_gate(set(), module) == 0
     seen.n_calls["first"] = 2
     assert seen._first_gate({Spot("first", "output", 1)}, module) == 3
+
+
+def test_batch_normalisation_is_folded_where_that_changes_nothing():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(9, 2))
+    network = Network(view(module.eval()), np.arange(2))
+    rows = Rows(torch.randn(4, 2, 4))
+    found = find(network, rows[:1])
+    components, sites = select(
+        found, "conv_filters", module, lambda p: size_at(network, rows[:1], p)
+    )
+    wiring = wire(network, components, sites, rows, outputs_themselves=False)
+    assert wiring.followers == {"0": "1"}

@@ -9,7 +9,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import select_parameters
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import view
-from skperf.influence.captures import alone, record, recording
+from skperf.influence.captures import _is_short, alone, record, recording
 from skperf.influence.layers import find_layers, one_by_one, to_vectors
 from skperf.influence.placement import plan
 
@@ -208,3 +208,9 @@ def test_what_runs_in_inference_mode_has_no_gradient():
     ]
     np.testing.assert_allclose(*found, rtol=1e-6)
     assert np.ptp(found[0]) > 0
+
+
+def test_a_sequence_is_short_where_products_of_rows_are_fewer_than_weights():
+    assert _is_short(1, 8, 8)
+    assert not _is_short(2, 8, 8)  # 4 x 16 = 8 x 8
+    assert not _is_short(3, 8, 8)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from skperf import InfluenceScorer, from_module
+from skperf.influence import scoring
 
 N, LENGTH, K = 7, 3, 4
 SHARES = (0.25, 1.5)
@@ -133,3 +134,18 @@ def test_self_influence_of_a_margin_pairs_its_gradient_with_that_of_the_loss():
             pair.append(torch.cat([g.flatten() for g in found]))
         expected.append(-float(pair[0] @ pair[1]))
     np.testing.assert_allclose(scorer.self_influence(rows, codes), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("worth", [True, False])
+def test_workers_compute_gradients_anew_only_where_that_is_worth_it(ensemble, worth, monkeypatch):
+    began, anew = [], scoring.anew.tiles_anew
+
+    def begin(*given, **options):
+        began.append(given)
+        return anew(*given, **options)
+
+    monkeypatch.setattr(scoring.anew, "worth_it", lambda *_, **__: worth)
+    monkeypatch.setattr(scoring.anew, "tiles_anew", begin)
+    found = ensemble.matrix(*asked(ensemble))
+    assert bool(began) == worth
+    assert found.shape == (3, N)

@@ -11,6 +11,7 @@ from skperf.reprogramming import Reprogrammer, open_encoder
 from skperf.reprogramming.encoders import (
     CLIP_MEAN,
     FrozenEncoder,
+    _open_two_towers,
     _same,
     _transformers_patches,
     examined,
@@ -228,3 +229,18 @@ def test_texts_are_opened_by_the_first_table_of_tokens_and_others_refused():
     torch.testing.assert_close(opened.image(texts, rows), by_hand)
     with pytest.raises(TypeError, match="no token embedding"):
         of_tokens(FrozenEncoder(nn.Linear(3, 2), lambda model, rows: model(rows), "unknown"))
+
+
+class Told(nn.Module):
+    """A text tower that comes first and convolves, and a tower of grey pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixer = nn.Conv1d(7, 4, 1)
+        self.token_embedding = nn.Embedding(5, 4)
+        self.visual = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
+
+
+def test_channels_are_those_of_the_visual_tower():
+    opened = _open_two_towers(Told(), None, None)
+    assert (opened.channels, opened.token_embedding) == (1, "token_embedding")

@@ -1,5 +1,6 @@
 """Which scores a fitted program can compute."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,3 +22,15 @@ def test_disagreement_is_for_encoders_that_compare(towers, pictures, parameters)
     assert "disagreement" not in plain._record().score_names
     with pytest.raises(ValueError, match="disagreement"):
         plain.score_samples(X[:4], ood_score="disagreement")
+
+
+def test_inliers_are_told_by_plus_and_minus_one(towers, pictures, parameters):
+    X, y = pictures
+    fitted = Reprogrammer(towers, **parameters | {"max_epochs": 0}).fit(X, y)
+    record, noise = fitted._record(), np.random.default_rng(0).random(X.shape, np.float32)
+    rows = np.concatenate([X, noise])
+    name = record.known_score(None)
+    scores = fitted.score_samples(rows)
+    found = fitted.predict_inlier(rows)
+    assert {*found.tolist()} == {-1, 1}
+    np.testing.assert_array_equal(found > 0, scores >= record.choice.thresholds[name])

@@ -184,3 +184,9 @@ def test_distances_to_classes_are_those_of_their_shrunk_covariance():
     expected = -np.einsum("ncd,de,nce->nc", gaps, inverse, gaps).min(1)
     fitted = Gaussians.fit(torch.tensor(rows), torch.tensor(codes))
     np.testing.assert_allclose(fitted.score(torch.tensor(asked)), expected, rtol=1e-6)
+
+
+def test_a_row_near_the_centre_has_its_share_outside_too():
+    score = VirtualLogit(torch.zeros(2).double(), torch.tensor([[1.0], [0.0]]).double())
+    rows = torch.tensor([[0.0, 1.5e-12], [3.0, 4.0], [2.0, 0.0], [0.0, 0.0]]).double()
+    torch.testing.assert_close(score.score(rows), torch.tensor([-1, -0.8, 0, 0]).double())
