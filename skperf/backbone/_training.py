@@ -268,10 +268,11 @@ class _Loop:
 def _without_copy(step: Any, data: Data) -> Any:
     assert step.batch is not None
     rows, targets = step.rows.long(), step.batch[1]
-    same = torch.equal(data.targets[rows], targets) and all(
-        torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-        for a, b in zip(data.inputs[rows].leaves, step.batch[0].leaves, strict=True)
-    )
+    same = torch.equal(data.targets[rows], targets)
+    for own, seen in zip(data.inputs[rows].leaves, step.batch[0].leaves, strict=True):
+        # other places in memory lead to other kernels, which round otherwise
+        same &= seen.stride() == own.stride() and seen.data_ptr() % 64 == 0
+        same &= torch.equal(torch.as_tensor(own), torch.as_tensor(seen))
     return replace(step, batch=None) if same else step
 
 

@@ -380,8 +380,8 @@ def replayed(run: Run, budget: Budget | None = None, *, check: bool = True) -> R
         raise ValueError(
             f"run does not reproduce its end: trained again it arrives {worst:.3g} away from the "
             "fitted weights. Its rows, their order, the initial weights, the loss or the "
-            "optimizer differ from what was recorded, gradients were changed between backward "
-            "and step (clipping is given as max_norm=...), or a layer is not deterministic."
+            "optimizer differ from what was recorded, gradients were changed or added up between "
+            "backward and step (clip by max_norm=...), or a layer is not deterministic."
         )
     return Replayed(run, end, budget)
 

@@ -477,3 +477,22 @@ def test_a_budget_below_four_states_is_refused_and_four_will_do():
         asked(8 * size - 1).influence(inputs, targets)
     few, many = (asked(b).influence(inputs, targets) for b in (8 * size, "1GB"))
     np.testing.assert_allclose(few, many, rtol=1e-12)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_slices_of_rows_round_as_they_did(across):
+    # 64-bit rows of 4: slices begin where no kernel for aligned memory may read, or lie crosswise
+    module, inputs = _normed(_plain).double(), torch.tensor(X[::7]).double()
+    inputs = inputs.T.contiguous().T if across else inputs
+    optimizer, targets = torch.optim.SGD(module.parameters(), lr=0.1), torch.tensor(y[::7])
+    parts = [slice(0, 7), slice(7, 15), slice(15, 22)]
+    batches = [(torch.arange(22)[part], (inputs[part], targets[part])) for part in parts * 3]
+    with TrainingRun.record(module, optimizer, batches) as run:
+        for _, (some, wanted) in run:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(some), wanted).backward()
+            optimizer.step()
+    fitted = scorer(module, Replay(run=run)).fit(inputs.numpy(), targets.numpy())
+    assert np.isfinite(fitted.influence(inputs.numpy(), targets.numpy())).all()
+    again = run.reweighted(np.ones(22)).module_.state_dict()
+    assert all(torch.equal(again[name], own) for name, own in module.state_dict().items())
