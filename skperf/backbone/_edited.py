@@ -83,7 +83,7 @@ def edited(
             if name in originals:
                 parameter.data = parameter.data.to(originals[name].dtype)
                 parameter.requires_grad_(originals[name].requires_grad)
-    return EditedClassifier(
+    made = EditedClassifier(
         estimator,
         network.module,
         network.classes,
@@ -96,3 +96,5 @@ def edited(
         width=width,
         names=names,
     )
+    made.probabilities = network.probabilities
+    return made

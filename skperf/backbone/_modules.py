@@ -26,6 +26,7 @@ class OfLogits:
     """What a fitted classifier answers by the outputs of its network."""
 
     classes_: np.ndarray
+    probabilities: Any = None  # of outputs, where that is not their softmax
 
     def _outputs(self, X: Any) -> Tensor:
         """Compute the outputs of rows, on the CPU: X (n, ...) -> (n, n_classes) or (n, ...)."""
@@ -71,9 +72,11 @@ class OfLogits:
         Returns
         -------
         ndarray of shape (n, n_classes)
-            The softmax of the logits.
+            The softmax of the logits, or what the network's own nonlinearity makes of them.
         """
         outputs = self._outputs(X)
+        if self.probabilities is not None:
+            return np.asarray(self.probabilities(outputs).numpy())
         return np.asarray(outputs.softmax(self._class_axis(outputs)).numpy())
 
     def predict(self, X: Any) -> np.ndarray:

@@ -335,11 +335,14 @@ def test_probabilities_are_those_that_a_net_of_its_own_nonlinearity_predicts(kin
         p = net.predict_proba(X)[range(20), y]
         return p if output == "proba" else np.log(p / (1 - p))
 
-    before = answered()
+    before, edited = answered(), model.edit([0, 1, 2], k=1)
     np.testing.assert_allclose(model.baseline_output_, before, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         net.module_.hidden.weight[2] = 0
     np.testing.assert_allclose(model.attributions_[:, 2], before - answered(), atol=1e-5)
+    raw = edited.module(torch.as_tensor(X, dtype=torch.float32)).detach()
+    own = options["predict_nonlinearity"](raw)
+    np.testing.assert_allclose(edited.predict_proba(X), own.numpy(), atol=1e-6)
 
 
 def test_a_picture_keeps_kinds_of_a_module_apart():
