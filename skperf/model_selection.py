@@ -142,11 +142,7 @@ def _rounds(groups: Any) -> np.ndarray:
 
 
 class OneStepScorer(MetadataRequester):
-    """Scorer of log likelihood, each round predicted by the statistic of the one before.
-
-    Use the instance :func:`one_step_scorer`. With metadata routing, one column feeds it:
-    ``one_step_scorer.set_score_request(rounds="groups")``.
-    """
+    """Scorer of log likelihood, each round predicted by the statistic of the one before."""
 
     def set_score_request(self, *, rounds: str | bool | None) -> "OneStepScorer":
         """Ask for the rounds under metadata routing.

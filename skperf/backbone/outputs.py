@@ -34,6 +34,14 @@ def proba(logits: Tensor, codes: Tensor) -> Tensor:
     return logit(logits.softmax(1), codes)
 
 
+def of_probability(
+    name: str, probabilities: Callable[[Tensor], Tensor], outputs: Tensor, codes: Tensor
+) -> Tensor:
+    """Probability of the label or its log odds, by probabilities of a net's own: -> (n,)."""
+    chosen = logit(probabilities(outputs), codes)
+    return chosen if name == "proba" else chosen.logit()
+
+
 OUTPUTS: dict[str, Output] = {
     "margin": margin,
     "log_odds": log_odds,

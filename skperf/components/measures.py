@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skperf.backbone.losses import Loss
-from skperf.backbone.outputs import OUTPUTS
+from skperf.backbone.outputs import OUTPUTS, of_probability
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Measure:
             if self.output == "loss":
                 return self.loss.value(outputs, targets)
             if self.probabilities is not None and self.output in ("proba", "log_odds"):
-                chosen = OUTPUTS["logit"](self.probabilities(outputs), targets)
-                return chosen if self.output == "proba" else chosen.logit()
+                return of_probability(self.output, self.probabilities, outputs, targets)
             return OUTPUTS[self.output](outputs, targets)
         tree = asked.rows.tree
         if asked.single and isinstance(tree, dict):

@@ -18,7 +18,7 @@ from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator, open_network, source_of
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
-from skperf.backbone.outputs import resolve_output
+from skperf.backbone.outputs import of_probability, resolve_output
 from skperf.backbone.parameters import Parameters, checksum, select_parameters
 from skperf.backbone.rows import Rows
 from skperf.influence._methods import GGN, Exact, Method, Nearest, Replay, Source, TracIn
@@ -115,7 +115,7 @@ class Learned:
             problem = self.problem(self.staged(networks[stage.member], stage.state), stage.plan)
             members.append(Member(problem, stage.fit, stage.share))
         first, choices = members[0].problem.network, self.choices
-        output = first.loss if choices.output == "loss" else _output(choices.output, first.loss)
+        output = first.loss if choices.output == "loss" else _output(choices.output, first)
         near, candidates = choices.candidates, None
         if near is not None:
             candidates = Candidates(near.k, np.asarray(self.y) if near.per_class else None)
@@ -220,12 +220,14 @@ def with_weights(
     return replace(copy, module=copy.module.double()) if double else copy
 
 
-def _output(output: Any, loss: Loss) -> Any:
-    if loss.kind != "classes" and isinstance(output, str):
+def _output(output: Any, network: Network) -> Any:
+    if network.loss.kind != "classes" and isinstance(output, str):
         raise ValueError(
-            f"output={output!r} needs class labels, and the loss is {loss.name}: use "
+            f"output={output!r} needs class labels, and the loss is {network.loss.name}: use "
             "output='loss', or a function of (outputs, targets)."
         )
+    if network.probabilities is not None and output in ("proba", "log_odds"):
+        return partial(of_probability, output, network.probabilities)
     return resolve_output(output, argument="output", allowed=OUTPUTS)
 
 
@@ -283,7 +285,7 @@ def learn(
     parameters = _chosen(first, X, choices.parameters)
     method = choices.method or _automatic(first, parameters, choices)
     if choices.output != "loss":
-        _output(choices.output, first.loss)
+        _output(choices.output, first)
     learned = Learned(
         fitted,
         tuple(_checksum(one) for one in fitted),

@@ -24,12 +24,7 @@ GUESS = 10.0  # of the dispersion, worth two rounds
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What is known before each of some rounds; entries that are not known are NaN.
-
-    Shapes: statistics (R, L, S), mixes (R, L, K) centred log shares, newest first; shares (R, K)
-    predicted by the model deployed before and its confusions (R, K * K or 0); covariates (R, D) of
-    the round itself.
-    """
+    """What is known before each of R rounds, NaN where not: statistics, mixes and shares."""
 
     statistics: Array
     mixes: Array

@@ -149,11 +149,7 @@ def retention_threshold(scores: NDArray[np.floating], retention: float) -> float
 def left_out_aurocs(
     score: Callable[[NDArray[np.intp], NDArray[np.intp]], Tensor], codes: Tensor, n_tried: int
 ) -> NDArray[np.floating]:
-    """AUROC of telling each of some classes apart by a score that does not know of it.
-
-    ``score(known, asked)`` learns from rows ``known`` and scores rows ``asked``; a fifth of the
-    known classes' rows are asked beside those of the class that is left out: codes (n,).
-    """
+    """AUROC of telling each class apart by a ``score(known, asked)`` that lacks it: (k,)."""
     values, generator = [], np.random.RandomState(0)
     classes = codes.unique()
     for code in classes[:: -(-len(classes) // n_tried)]:

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPClassifier
+from skorch import NeuralNetClassifier
 from torch import nn
 
 from skperf import MLP, Net, from_module
@@ -618,3 +619,35 @@ def test_an_intercept_that_no_penalty_holds_is_not_damped(method):
     scores = scorer.influence(X[::9], y[::9])[:, rows]
     least = 0.97 if "fac" in method else 0.998
     assert np.corrcoef(scores.ravel(), np.ravel(np.transpose(moved)))[0, 1] > least
+
+
+def cooled(outputs):
+    return (outputs / 3).softmax(-1)
+
+
+@pytest.mark.parametrize("output", ["proba", "log_odds"])
+def test_probabilities_are_by_the_nonlinearity_of_the_net(output):
+    X, y = load_digits(n_class=3, return_X_y=True)
+    X = (X[:50] / 16).astype(np.float32)
+    net = NeuralNetClassifier(
+        nn.Sequential(nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 3)),
+        criterion=nn.CrossEntropyLoss,
+        predict_nonlinearity=cooled,
+        train_split=None,
+        verbose=0,
+    ).fit(X, y[:50])
+    scorer = InfluenceScorer(FrozenEstimator(net), method="gradient_dot", output=output)
+    found = scorer.fit(X[:40], y[:40]).influence(X[40:], y[40:50])
+    parameters = list(net.module_.parameters())
+
+    def gradient(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+
+    for i in range(10):
+        p = cooled(net.module_(torch.as_tensor(X[40 + i])))[y[40 + i]]
+        own = gradient(p if output == "proba" else p.logit())
+        for j in range(0, 40, 7):
+            logits = net.module_(torch.as_tensor(X[[j]]))
+            row = gradient(nn.functional.cross_entropy(logits, torch.as_tensor(y[[j]])))
+            # a row that helps raises the output where leaving it out would lower it
+            assert abs(found[i, j]) == pytest.approx(abs(float(own @ row)), rel=1e-4, abs=1e-6)
