@@ -168,6 +168,8 @@ class Net(OfLogits, NeuralNetClassifier):
     iterator_: Any = None
     n_steps_ = 0
     returns_record_ = False
+    # what `set_params` has changed since the fit
+    set_since_: Any = ()
 
     def __init__(
         self,
@@ -236,6 +238,13 @@ class Net(OfLogits, NeuralNetClassifier):
         if not self.initialized_ and "callbacks" in kwargs:
             # skorch would build, and so validate, them before fit
             self.callbacks = kwargs.pop("callbacks")
+        if "streams_" not in vars(self):
+            # skorch would build these anew at once, and forget what was fitted
+            parts = ("module", "criterion", "optimizer")
+            late = [n for n in kwargs if n in parts or n.startswith(("module__", "criterion__"))]
+            vars(self).update({name: kwargs.pop(name) for name in late})
+            self._params_to_validate.update(late)
+            self.set_since_ = sorted({*self.set_since_, *late})
         super().set_params(**kwargs)
         return self
 
@@ -257,8 +266,10 @@ class Net(OfLogits, NeuralNetClassifier):
         Net
             Itself.
         """
-        rows, labels = check_labelled_rows(self, *_parts(X, y), reset=True)
-        self._begin(rows, labels)
+        begun = self.warm_start and hasattr(self, "generator_") and not self.set_since_
+        rows, labels = check_labelled_rows(self, *_parts(X, y), reset=not begun)
+        if not begun:
+            self._begin(rows, labels)
         return self._learn(rows, labels, sample_weight, record=self.record_run)
 
     def partial_fit(
@@ -287,6 +298,11 @@ class Net(OfLogits, NeuralNetClassifier):
             Itself.
         """
         begun = self.initialized_ and hasattr(self, "generator_")
+        if begun and self.set_since_:
+            raise ValueError(
+                f"{self.set_since_} were set since the fit, and partial_fit goes on with the "
+                "module and criterion as they are: call fit."
+            )
         rows, labels = check_labelled_rows(self, *_parts(X, y), reset=not begun)
         if not begun:
             self._begin(rows, labels, classes)
@@ -304,8 +320,14 @@ class Net(OfLogits, NeuralNetClassifier):
         }
         self.generator_ = torch.Generator().manual_seed(self.seed_)
         self.n_steps_ = 0
-        for name in ("run_", "train_masks_", "train_initial_"):
+        for name in ("run_", "train_masks_", "train_initial_", "set_since_"):
             self.__dict__.pop(name, None)
+        for name in ("module", "criterion", "optimizer", "iterator_train", "train_split"):
+            value = getattr(self, name)
+            if not callable(value) and (value is not None or name != "train_split"):
+                raise TypeError(f"{name} must be a class or a function, got {value!r}.")
+        if isinstance(self.lr, str) or not float(self.lr) >= 0:
+            raise ValueError(f"lr must be a number from 0 on, got {self.lr!r}.")
         if not isinstance(self.batch_size, int) or (self.batch_size < 1 and self.batch_size != -1):
             raise ValueError(f"batch_size must be a positive number or -1, got {self.batch_size}.")
         if not isinstance(self.max_epochs, int | np.integer) or self.max_epochs < 0:

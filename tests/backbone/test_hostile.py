@@ -5,9 +5,17 @@ import pandas as pd
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from sklearn.base import clone
 from torch import nn
 
-from skperf import ComponentAttributor, InfluenceScorer, Net, PerformativeAdapter, from_module
+from skperf import (
+    MLP,
+    ComponentAttributor,
+    InfluenceScorer,
+    Net,
+    PerformativeAdapter,
+    from_module,
+)
 from skperf.backbone.batch_norm import prediction_time_batch_norm
 
 RNG = np.random.default_rng(0)
@@ -226,6 +234,8 @@ def test_half_precision_trains_in_float32(kind):
         ({"criterion": nn.BCEWithLogitsLoss}, y, None, "criterion=BCEWithLogitsLoss"),
         ({"train_only": []}, y, None, "train_only"),
         ({"batch_size": 0}, y, None, "batch_size"),
+        ({"lr": -1}, y, None, "lr must be a number from 0 on, got -1"),
+        ({"lr": "fast"}, y, None, "lr must be a number"),
         ({"batch_size": -5}, y, None, "batch_size"),
         ({"module": nn.Linear(4, 3).requires_grad_(False)}, y, None, "requires_grad"),
         ({}, np.array([1, "a", 2.5], dtype=object)[y], None, "y mixes texts"),
@@ -237,6 +247,56 @@ def test_net_names_the_argument(options, labels, weight, message):
     options = {"module": nn.Linear(4, 3)} | options
     with pytest.raises(ValueError, match=message):
         Net(**options, max_epochs=1).fit(X, labels, sample_weight=weight)
+
+
+@pytest.mark.parametrize(
+    "option", ["module", "criterion", "optimizer", "iterator_train", "train_split"]
+)
+def test_net_names_what_is_no_class(option):
+    options = {"module": nn.Linear(4, 3)} | {option: "adam"}
+    with pytest.raises(TypeError, match=f"{option} must be a class or a function, got 'adam'"):
+        Net(**options).fit(X, y)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"module": nn.Linear(4, 3)},
+        {"module__hidden": (3,)},
+        {"criterion": nn.NLLLoss, "criterion__reduction": "sum"},
+        {"optimizer": torch.optim.SGD, "lr": 0.5},
+        {"callbacks": None, "max_epochs": 1, "batch_size": 3},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_net_answers_as_fitted_until_it_is_fitted_anew(changed):
+    net = Net(MLP, module__hidden=(5,), max_epochs=2, random_state=0).fit(X, y)
+    before = net.predict_proba(X)
+    np.testing.assert_array_equal(net.set_params(**changed).predict_proba(X), before)
+    if "callbacks" not in changed:
+        with pytest.raises(ValueError, match="were set since the fit, and partial_fit goes on"):
+            net.partial_fit(X, y)
+    if "module" in changed:
+        net.set_params(module__hidden=None)
+        del net.module__hidden
+    again = clone(net).fit(X, y).predict_proba(X)
+    np.testing.assert_array_equal(net.fit(X, y).predict_proba(X), again)
+    assert np.abs(again - before).max() > 1e-4
+    net.partial_fit(X, y)
+
+
+def test_a_warm_start_goes_on_and_refits_what_has_changed():
+    shared = {"module__hidden": (5,), "batch_size": -1, "iterator_train__shuffle": False}
+    whole = Net(MLP, max_epochs=4, random_state=0, **shared).fit(X, y)
+    warm = Net(MLP, max_epochs=2, random_state=0, warm_start=True, **shared).fit(X, y)
+    first = warm.predict_proba(X)
+    np.testing.assert_allclose(warm.fit(X, y).predict_proba(X), whole.predict_proba(X), rtol=1e-5)
+    warm.set_params(module__hidden=(7,)).fit(X, y)
+    assert warm.module_.hidden[0].out_features == 7
+    warm.set_params(module__hidden=(5,)).fit(X, y)
+    np.testing.assert_array_equal(warm.predict_proba(X), first)
+    with pytest.raises(ValueError, match="labels that the estimator does not know"):
+        warm.fit(X, y + 1)
 
 
 @pytest.mark.parametrize("tracked", [True, False])
