@@ -3,7 +3,6 @@
 import inspect
 from contextlib import nullcontext, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -25,7 +24,13 @@ from skperf.backbone._training import TrainingRun
 from skperf.backbone._validation import check_labelled_rows, check_rows
 from skperf.backbone.architectures import MLP
 from skperf.backbone.interrupts import undisturbed
-from skperf.backbone.losses import Loss, Own, of_two_classes, resolve_loss
+from skperf.backbone.losses import (
+    Loss,
+    OfProbabilities,
+    Own,
+    of_two_classes,
+    resolve_loss,
+)
 from skperf.backbone.network import (
     Network,
     chained,
@@ -68,25 +73,6 @@ def seed_of(random_state: Any) -> int:
     if random_state is None:
         return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
     return int(check_random_state(random_state).randint(2**31 - 1))
-
-
-@dataclass(frozen=True)
-class OfProbabilities:
-    """A criterion that takes probabilities, row by row."""
-
-    criterion: nn.Module
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each row: outputs (n, K), targets (n,) -> (n,)."""
-        each = deepcopy(self.criterion)
-        each.reduction = "none"  # type: ignore[assignment]
-        if isinstance(each, nn.NLLLoss):
-            # as skorch does
-            outputs = (outputs + torch.finfo(outputs.dtype).eps).log()
-        else:
-            targets = targets.to(outputs.dtype).reshape(outputs.shape)
-        losses: Tensor = each(outputs, targets)
-        return losses
 
 
 @undisturbed
@@ -242,7 +228,7 @@ class Net(OfLogits, NeuralNetClassifier):
             # skorch would build these anew at once, and forget what was fitted
             parts = ("module", "criterion", "optimizer")
             late = [n for n in kwargs if n in parts or n.startswith(("module__", "criterion__"))]
-            vars(self).update({name: kwargs.pop(name) for name in late})
+            self.__dict__.update({name: kwargs.pop(name) for name in late})
             self._params_to_validate.update(late)
             self.set_since_ = sorted({*self.set_since_, *late})
         super().set_params(**kwargs)
@@ -397,7 +383,8 @@ class Net(OfLogits, NeuralNetClassifier):
 
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:
         """Call a method of the callbacks."""
-        if method_name == "on_batch_end" and self._scores():
+        scored = any(isinstance(callback, ScoringBase) for _, callback in self.callbacks_)
+        if method_name == "on_batch_end" and scored:
             # scorers hold predictions against labels, not against codes and weights
             inputs, targets = cb_kwargs["batch"]
             codes = targets[0] if isinstance(targets, tuple | list) else targets
@@ -408,9 +395,6 @@ class Net(OfLogits, NeuralNetClassifier):
             if raised_by_callback(error):  # skorch's way to end training; else it is the user
                 raise StopTraining from None
             raise
-
-    def _scores(self) -> bool:
-        return any(isinstance(callback, ScoringBase) for _, callback in self.callbacks_)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Tensor]:
         """Differentiate the loss of a batch."""

@@ -128,17 +128,14 @@ def _entry(
                 f"it returns, {_HINT}"
             )
         return None, returned
+    entries: dict[Any, Any] = getattr(returned, "__dict__", {})
     if isinstance(returned, Mapping) or hasattr(returned, "keys"):
-        named = {key: returned[key] for key in returned if isinstance(returned[key], Tensor)}
-        if "logits" in named:
-            return Field("logits"), named["logits"]
+        entries = {key: returned[key] for key in returned}
     elif isinstance(returned, tuple | list):
-        named = {i: entry for i, entry in enumerate(returned) if isinstance(entry, Tensor)}
-    else:
-        fields = vars(returned) if hasattr(returned, "__dict__") else {}
-        named = {key: entry for key, entry in fields.items() if isinstance(entry, Tensor)}
-        if "logits" in named:
-            return Field("logits"), named["logits"]
+        entries = dict(enumerate(returned))
+    named = {key: entry for key, entry in entries.items() if isinstance(entry, Tensor)}
+    if "logits" in named:
+        return Field("logits"), named["logits"]
     fitting = {key: entry for key, entry in named.items() if entry.ndim and len(entry) == n}
     if len(fitting) > 1 and n_labels is not None:
         fitting = {

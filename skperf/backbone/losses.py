@@ -315,6 +315,25 @@ class Own(Loss):
         return values.flatten(1).sum(1) if self.summed else values.flatten(1).mean(1)
 
 
+@dataclass(frozen=True)
+class OfProbabilities:
+    """A criterion that takes probabilities, row by row."""
+
+    criterion: nn.Module
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each row: outputs (n, K), targets (n,) -> (n,)."""
+        each = copy.deepcopy(self.criterion)
+        each.reduction = "none"  # type: ignore[assignment]
+        if isinstance(each, nn.NLLLoss):
+            # as skorch does
+            outputs = (outputs + torch.finfo(outputs.dtype).eps).log()
+        else:
+            targets = targets.to(outputs.dtype).reshape(outputs.shape)
+        losses: Tensor = each(outputs, targets)
+        return losses
+
+
 LOSSES: dict[str, Loss] = {
     "cross_entropy": CrossEntropy(),
     "binary_cross_entropy": BinaryCrossEntropy(),

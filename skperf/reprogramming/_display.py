@@ -297,7 +297,6 @@ class ProgramDisplay:
             Itself.
         """
         plt = pyplot()
-
         if axes is None:
             _, axes = plt.subplots(1, 3, figsize=(7, 2.6))
         parts = (self.before, (self.program + 1) / 2, self.after)
@@ -395,7 +394,6 @@ class LabelMapDisplay:
 
 def _axes(ax):
     plt = pyplot()
-
     if ax is None:
         _, ax = plt.subplots(layout="constrained")
     return ax, ax.figure

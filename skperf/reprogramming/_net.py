@@ -117,6 +117,12 @@ class ProgramNet(Net):
             self._estimate_gradient(inputs, targets, loss.detach())
         return {"loss": loss, "y_pred": logits}
 
+    def notify(self, method_name, **kwargs):
+        """Call a method of the callbacks, which see the classes' logits alone."""
+        if getattr(kwargs.get("y_pred"), "ndim", 0) == 3:
+            kwargs["y_pred"] = kwargs["y_pred"][0, :, : len(self.classes_)]
+        super().notify(method_name, **kwargs)
+
     def get_loss(self, y_pred, y_true, X=None, training=False):
         """Compute the loss of a batch: y_pred (n, n_classes) or (2, n, n_classes)."""
         loss = self._mean_loss(y_pred, y_true)

@@ -24,7 +24,7 @@ from skperf.reprogramming.judging import Choice
 from skperf.reprogramming.pictures import Pictures
 from skperf.reprogramming.pixels import PixelPipeline
 from skperf.reprogramming.programs import TextProgram
-from skperf.reprogramming.rejection import FEATURE_SCORES
+from skperf.reprogramming.rejection import FEATURE_SCORES, SCORES
 
 FORMAT = 4
 #: Parameters that give a program its meaning; they travel with it.
@@ -76,17 +76,17 @@ def write_program(
         "format": FORMAT,
         "encoder": fitted.encoder._fingerprint(),
         "pipeline": asdict(fitted.encoder.pipeline),
-        "said": {name: _plain(getattr(settings.pixels, name)) for name in _SAID},
+        "said": {name: getattr(settings.pixels, name) for name in _SAID},
         "outputs": [fitted.encoder.outputs, fitted.encoder.probabilities],
-        "parameters": {name: _plain(_value(settings, name)) for name in _PARAMETERS},
+        "parameters": {name: _value(settings, name) for name in _PARAMETERS},
         "class_names": task.names,
         "texts": task.texts,
-        "prompts": _plain(settings.prompts) if _is_text(settings.prompts) else None,
+        "prompts": settings.prompts if _is_text(settings.prompts) else None,
         "module_head": module.head_kind,
         "head_kind": settings.head,
         "text_kind": settings.text,
         "text": None if text is None else [text.n_positions, text.width, text.first],
-        "set_canvas": None if isinstance(canvas, str) else _plain(np.broadcast_to(canvas, 2)),
+        "set_canvas": None if isinstance(canvas, str) else np.broadcast_to(canvas, 2),
         "input_shape": task.image_shape,
         "canvas": task.program.canvas,
         "choice": {name: getattr(choice, name) for name in _CHOSEN},
@@ -101,11 +101,11 @@ def write_program(
         scorer = vars(fitted.scorers[choice.score])
         description["scorer"] = {n: v for n, v in scorer.items() if not torch.is_tensor(v)}
         tensors |= {f"scorer.{n}": v for n, v in scorer.items() if torch.is_tensor(v)}
-    kept = {*_LOGIT_THRESHOLDS, choice.score}
+    kept = {*SCORES, "disagreement", choice.score}
     thresholds = description["choice"]["thresholds"]
     description["choice"]["thresholds"] = {n: t for n, t in thresholds.items() if n in kept}
     tensors = {n: tensor.detach().cpu().contiguous().clone() for n, tensor in tensors.items()}
-    description = json.loads(json.dumps(description))
+    description = json.loads(json.dumps(description, default=lambda v: v.tolist()))
     description["checksum"] = _checksum(description, tensors)
     with whole(Path(path)) as unfinished:
         save_file(tensors, unfinished, metadata={"skperf_program": json.dumps(description)})
@@ -121,7 +121,6 @@ def _checksum(known: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 
 _CHOSEN = ("alpha", "logit_scale", "score", "thresholds", "head")
-_LOGIT_THRESHOLDS = ("mcm", "max_logit", "energy", "entropy", "disagreement")
 
 
 def read_program(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
@@ -263,9 +262,3 @@ def _same(value: Any, default: Any) -> bool:
 def _value(settings: Settings, name: str) -> Any:
     record = RECORD_OF.get(name)
     return getattr(settings if record is None else getattr(settings, record), name)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value

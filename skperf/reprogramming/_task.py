@@ -282,6 +282,8 @@ def _program(
         return TokenProgram((first.shape[1],), encoder.token_width)
     front = None
     if pixels.rows != "pictures":
+        if settings.layout == "mask":
+            raise ValueError(f"layout='mask' is for pictures; rows={pixels.rows!r} takes a border.")
         some = torch.cat(pictures.tensors(np.arange(len(pictures))))
         if encoder.axes == 1 and pixels.rows != "spectrogram":
             return _signal_program(settings, encoder, some)
@@ -314,8 +316,6 @@ def _program(
                     "does not say what size it takes; set canvas."
                 )
     options = {"bound": pixels.bound, "clip": pixels.clip, "pipeline": pipeline}
-    if front is not None and settings.layout == "mask":
-        raise ValueError(f"layout='mask' is for pictures; rows={pixels.rows!r} takes a border.")
     if settings.layout == "mask":
         return MaskProgram(n_channels, canvas, **options)
     border = int(settings.border)
@@ -324,8 +324,6 @@ def _program(
 
 def _signal_program(settings: Settings, encoder: FrozenEncoder, some: Tensor) -> SignalProgram:
     pixels = settings.pixels
-    if settings.layout == "mask":
-        raise ValueError(f"layout='mask' is for pictures; rows={pixels.rows!r} takes a border.")
     n_channels = 1 if some.ndim == 2 else some.shape[1]
     if n_channels not in (1, encoder.channels):
         raise ValueError(f"X has {n_channels} channels; the encoder takes {encoder.channels}.")

@@ -267,15 +267,17 @@ def _agreeing(source: Any, read: PixelPipeline) -> PixelPipeline:
             return read
         for i, one in enumerate(readings):
             ours = one.normalise(one.place(image)).numpy()
-            if ours.shape == own.shape:  # else the encoder takes no such picture
-                levels = np.abs(ours - own).mean((0, 2, 3)) * 255 * np.array(one.std or 1.0)
-                errors[i] = max(errors[i], levels.mean())
+            if ours.shape != own.shape:
+                errors[i] = 255
+                continue
+            levels = np.abs(ours - own).mean((0, 2, 3)) * 255 * np.array(one.std or 1.0)
+            errors[i] = max(errors[i], levels.mean())
     best = int((errors * (errors > _MOST_LEVELS)).argmin())
     if errors[best] > _MOST_LEVELS:
         raise ValueError(
             f"processor {type(source).__name__} does more to a picture than its settings say: "
-            f"as read they differ from its own output by {errors[best]:.0f} grey levels. Give "
-            "processor={'size': ..., 'mean': ..., 'std': ...} and pictures prepared till there."
+            f"as read they differ from its own output by {errors[best]:.0f} grey levels, or in "
+            "size. Give processor={'size': ..., 'mean': ..., 'std': ...} and pictures so prepared."
         )
     return readings[best]
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
+from skorch.callbacks import EpochScoring
 from torch import nn
 
 from skperf.backbone import prediction_time_batch_norm
@@ -466,3 +467,27 @@ def test_thresholds_of_flat_rows_keep_fresh_ones():
         model = Reprogrammer(max_epochs=3, random_state=0).fit(X[:40], y[:40])
         kept.append((model.predict_inlier(X[40:]) > 0).mean())
     assert abs(np.mean(kept) - 0.95) < 0.04
+
+
+@pytest.mark.parametrize("on_train", [True, False])
+def test_scorers_among_the_callbacks_see_the_classes(towers, pictures, parameters, on_train):
+    X, y = pictures
+    scorer = EpochScoring("accuracy", name="right", on_train=on_train, lower_is_better=False)
+    shared = parameters | {"max_epochs": 2, "early_stopping": True, "validation_fraction": 0.3}
+    model = Reprogrammer(towers, net_params={"callbacks": scorer}, **shared).fit(X, y)
+    plain = Reprogrammer(towers, **shared).fit(X, y)
+    right = np.array(model.history_[:, "right"])
+    assert len(right) == 2
+    assert ((right >= 0) & (right <= 1)).all()
+    np.testing.assert_array_equal(model.predict_proba(X), plain.predict_proba(X))
+
+
+def test_a_processor_of_another_size_is_refused_by_name(pictures):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.PerceiverImageProcessorPil(
+        size={"height": 12, "width": 12}, crop_size={"height": 14, "width": 14}
+    )
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+    net(torch.zeros(1, 3, 12, 12))
+    with pytest.raises(ValueError, match=r"processor Perceiver.* does more .* or in size"):
+        Reprogrammer(net, processor=processor, border=2, max_epochs=0).fit(*pictures)
