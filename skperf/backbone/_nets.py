@@ -2,7 +2,6 @@
 
 import inspect
 from contextlib import nullcontext, suppress
-from copy import deepcopy
 from typing import Any, Self
 
 import numpy as np
@@ -21,16 +20,10 @@ from skperf.backbone._callbacks import StopTraining, raised_by_callback
 from skperf.backbone._modules import OfLogits
 from skperf.backbone._sklearn import check_sample_weight
 from skperf.backbone._training import TrainingRun
-from skperf.backbone._validation import check_labelled_rows, check_rows
+from skperf.backbone._validation import check_labelled_rows, check_rows, check_training
 from skperf.backbone.architectures import MLP
 from skperf.backbone.interrupts import undisturbed
-from skperf.backbone.losses import (
-    Loss,
-    OfProbabilities,
-    Own,
-    of_two_classes,
-    resolve_loss,
-)
+from skperf.backbone.losses import Loss, Own, of_rows, of_two_classes, resolve_loss
 from skperf.backbone.network import (
     Network,
     chained,
@@ -58,13 +51,8 @@ from skperf.backbone.views import own_copy, view
 _KEPT = 2**28  # bytes of states that a recorded run keeps, to be gone back through at once
 # what a net that takes over trained weights must know besides
 _LEARNED = (
-    "classes_inferred_",
-    "module_widths_",
-    "n_features_in_",
-    "feature_names_in_",
-    "seed_",
-    "drawn_state_",
-    "returns_record_",
+    *("classes_inferred_", "module_widths_", "n_features_in_", "feature_names_in_"),
+    *("seed_", "drawn_state_", "returns_record_"),
 )
 
 
@@ -308,16 +296,16 @@ class Net(OfLogits, NeuralNetClassifier):
         self.n_steps_ = 0
         for name in ("run_", "train_masks_", "train_initial_", "set_since_"):
             self.__dict__.pop(name, None)
-        for name in ("module", "criterion", "optimizer", "iterator_train", "train_split"):
-            value = getattr(self, name)
-            if not callable(value) and (value is not None or name != "train_split"):
-                raise TypeError(f"{name} must be a class or a function, got {value!r}.")
-        if isinstance(self.lr, str) or not float(self.lr) >= 0:
-            raise ValueError(f"lr must be a number from 0 on, got {self.lr!r}.")
-        if not isinstance(self.batch_size, int) or (self.batch_size < 1 and self.batch_size != -1):
-            raise ValueError(f"batch_size must be a positive number or -1, got {self.batch_size}.")
-        if not isinstance(self.max_epochs, int | np.integer) or self.max_epochs < 0:
-            raise ValueError(f"max_epochs must be a whole number from 0, got {self.max_epochs!r}.")
+        names = (
+            "batch_size",
+            "max_epochs",
+            "lr",
+            "train_split",
+            "module",
+            "criterion",
+            "optimizer",
+        )
+        check_training(**{name: getattr(self, name) for name in (*names, "iterator_train")})
         check_device(self.device)
         with drawing_from(torch.Generator().manual_seed(self.seed_)):
             self.initialize()
@@ -355,8 +343,7 @@ class Net(OfLogits, NeuralNetClassifier):
                         f"on: choose another batch_size than {self.batch_size} for {len(rows)} "
                         "rows, or iterator_train__drop_last=True."
                     ) from error
-                unknown = isinstance(error, torch.OutOfMemoryError | ValueError)
-                if self.n_steps_ or unknown:
+                if self.n_steps_ or isinstance(error, torch.OutOfMemoryError | ValueError):
                     raise
                 raise ValueError(
                     f"{type(self.module_).__name__} does not train on the first rows of X, of "
@@ -566,10 +553,7 @@ class Net(OfLogits, NeuralNetClassifier):
         """Build the criterion, and the loss of single rows that goes with it."""
         super().initialize_criterion()
         criterion = self.criterion_
-        if isinstance(criterion, nn.NLLLoss | nn.BCELoss):
-            self.loss_: Loss = Own(OfProbabilities(deepcopy(criterion)), type(criterion).__name__)
-        else:
-            self.loss_ = resolve_loss(criterion)
+        self.loss_: Loss = of_rows(criterion)
         # a criterion of the user's own may know the mean of a batch only
         self.per_row_: bool | None = None if isinstance(self.loss_, Own) else True
         return self

@@ -12,13 +12,8 @@ from skperf.backbone._nets import Net
 
 # of a DataLoader, what changes neither which rows a batch holds nor their order
 _WITHOUT_EFFECT = {
-    "num_workers",
-    "pin_memory",
-    "persistent_workers",
-    "prefetch_factor",
-    "timeout",
-    "multiprocessing_context",
-    "pin_memory_device",
+    *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "timeout"),
+    *("multiprocessing_context", "pin_memory_device"),
 }
 _CARRIED = {"batch_size", "shuffle", "drop_last", "generator"}
 

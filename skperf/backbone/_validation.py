@@ -99,6 +99,23 @@ def check_labels(y: Any) -> np.ndarray:
     return labels
 
 
+def check_training(
+    *, batch_size: Any, max_epochs: Any, lr: Any, train_split: Any, **functions: Any
+) -> None:
+    """Refuse settings of a training that can't be meant."""
+    if not isinstance(batch_size, int) or (batch_size < 1 and batch_size != -1):
+        raise ValueError(f"batch_size must be a positive number or -1, got {batch_size}.")
+    if not isinstance(max_epochs, int | np.integer) or max_epochs < 0:
+        raise ValueError(f"max_epochs must be a whole number from 0, got {max_epochs!r}.")
+    if isinstance(lr, str) or not float(lr) >= 0:
+        raise ValueError(f"lr must be a number from 0 on, got {lr!r}.")
+    if train_split is not None:
+        functions["train_split"] = train_split
+    for name, value in functions.items():
+        if not callable(value):
+            raise TypeError(f"{name} must be a class or a function, got {value!r}.")
+
+
 def check_targets(
     estimator: Any, X: Any, y: Any, *, reset: bool = False
 ) -> tuple[Rows, np.ndarray]:

@@ -400,6 +400,13 @@ def _of_module(module: nn.Module) -> Loss:
     return Own(each, kind.__name__, summed=module.reduction in ("sum", "batchmean"))
 
 
+def of_rows(criterion: nn.Module) -> Loss:
+    """Find the loss of single rows by a criterion that takes probabilities where skorch's does."""
+    if isinstance(criterion, nn.NLLLoss | nn.BCELoss):
+        return Own(OfProbabilities(copy.deepcopy(criterion)), type(criterion).__name__)
+    return resolve_loss(criterion)
+
+
 def of_two_classes(pos_weight: Tensor | None) -> CrossEntropy:
     """Give binary cross-entropy as one over the logits (0, z): pos_weight (1,) or None."""
     if pos_weight is None:

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial, reduce
 from itertools import chain
 from typing import Any
 
@@ -407,21 +407,11 @@ class AsRows:
         return outputs.reshape(-1, *self.shape)
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A readout made of several."""
-
-    steps: tuple[Readout, ...]
-
-    def __call__(self, returned: Any) -> Tensor:
-        """Apply one after the other: -> (n, K)."""
-        for step in self.steps:
-            returned = step(returned)
-        result: Tensor = returned
-        return result
-
-
 def chained(*steps: Readout | None) -> Readout | None:
     """Join readouts, None where there is nothing to do."""
     kept = tuple(step for step in steps if step is not None)
-    return None if not kept else kept[0] if len(kept) == 1 else Chain(kept)
+    return None if not kept else kept[0] if len(kept) == 1 else partial(reduce, _applied, kept)
+
+
+def _applied(value: Any, step: Readout) -> Any:
+    return step(value)

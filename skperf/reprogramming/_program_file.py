@@ -29,17 +29,8 @@ from skperf.reprogramming.rejection import FEATURE_SCORES, SCORES
 FORMAT = 4
 #: Parameters that give a program its meaning; they travel with it.
 _PARAMETERS = (
-    "image_shape",
-    "channels",
-    "input_range",
-    "layout",
-    "border",
-    "bound",
-    "clip",
-    "shrink",
-    "renormalize",
-    "ood_temperature",
-    "ood_retention",
+    *("image_shape", "channels", "input_range", "layout", "border", "bound", "clip", "shrink"),
+    *("renormalize", "ood_temperature", "ood_retention"),
 )
 #: What `pixels` may say of the encoder's own preparation of images.
 _SAID = {"normalize": "auto", "resize": "auto", "interpolation": "auto", "shrink": None}

@@ -403,12 +403,8 @@ def folds_of(codes: NDArray[np.intp], n_folds: int, generator: np.random.RandomS
         fold[rows] = (start + np.arange(len(rows))) % n_folds
         start += len(rows)
     rows = np.arange(len(codes))
-    # a single row can only stand for itself
-    return [
-        (rows[(fold != k) | (n_folds == 1)], rows[fold == k])
-        for k in range(n_folds)
-        if (fold == k).any()
-    ]
+    parts = [(rows[fold != k], rows[fold == k]) for k in range(n_folds) if (fold == k).any()]
+    return parts if len(rows) > 1 else [(rows, rows)]  # it can only stand for itself
 
 
 def rebuilt(description: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
