@@ -1,6 +1,7 @@
 """One number for each example, read from a classifier's logits."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,39 +53,40 @@ OUTPUTS: dict[str, Output] = {
 
 
 def resolve_output(
-    output: str | Output, *, argument: str = "output", allowed: Collection[str] = tuple(OUTPUTS)
+    output: str | Output,
+    allowed: Collection[str] = tuple(OUTPUTS),
+    own: Callable[[Tensor], Tensor] | None = None,
 ) -> Output:
-    """Find an output by name, or guard one given as a function."""
+    """Find an output by name, of a net's `own` probabilities if any, or guard a function."""
     if isinstance(output, str):
         if output not in allowed:
             raise ValueError(
-                f"{argument}={output!r} is unknown; use one of {sorted(allowed)} or a function "
+                f"output={output!r} is unknown; use one of {sorted(allowed)} or a function "
                 "of (logits, codes)."
             )
+        if own is not None and output in ("proba", "log_odds"):
+            return partial(of_probability, output, own)
         return OUTPUTS[output]
-    return _Guarded(output, argument)
+    return _Guarded(output)
 
 
 class _Guarded:
     """An output function of the user, its answers checked."""
 
-    def __init__(self, function: Output, argument: str) -> None:
+    def __init__(self, function: Output) -> None:
         self.function = function
-        self.argument = argument
 
     def __call__(self, logits: Tensor, codes: Tensor) -> Tensor:
         values = self.function(logits, codes)
         if not isinstance(values, Tensor) or values.shape != codes.shape:
             seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"{self.argument} must return one number for each example, a tensor of shape "
+                f"output must return one number for each example, a tensor of shape "
                 f"{tuple(codes.shape)}; it returned {seen}."
             )
         if not torch.isfinite(values).all():
             row = int((~torch.isfinite(values)).nonzero()[0, 0])
-            raise ValueError(
-                f"{self.argument} returned a value that is not finite, first at row {row}."
-            )
+            raise ValueError(f"output returned a value that is not finite, first at row {row}.")
         return values
 
 

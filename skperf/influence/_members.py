@@ -18,7 +18,7 @@ from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import fit_estimator, open_network, source_of
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
-from skperf.backbone.outputs import of_probability, resolve_output
+from skperf.backbone.outputs import resolve_output
 from skperf.backbone.parameters import Parameters, checksum, select_parameters
 from skperf.backbone.rows import Rows
 from skperf.influence._methods import GGN, Exact, Method, Nearest, Replay, Source, TracIn
@@ -226,9 +226,7 @@ def _output(output: Any, network: Network) -> Any:
             f"output={output!r} needs class labels, and the loss is {network.loss.name}: use "
             "output='loss', or a function of (outputs, targets)."
         )
-    if network.probabilities is not None and output in ("proba", "log_odds"):
-        return partial(of_probability, output, network.probabilities)
-    return resolve_output(output, argument="output", allowed=OUTPUTS)
+    return resolve_output(output, OUTPUTS, network.probabilities)
 
 
 def fitted_members(

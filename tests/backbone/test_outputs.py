@@ -23,7 +23,7 @@ def test_outputs_follow_their_definitions():
 
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"target='hinge' is unknown; use one of \['loss'\]"):
-        resolve_output("hinge", argument="target", allowed=["loss"])
+        resolve_output("hinge", ["loss"])
 
 
 def test_a_function_of_the_user_is_guarded():
