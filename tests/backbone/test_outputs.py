@@ -22,7 +22,7 @@ def test_outputs_follow_their_definitions():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"target='hinge' is unknown; use one of \['loss'\]"):
+    with pytest.raises(ValueError, match=r"output='hinge' is unknown; use one of \['loss'\]"):
         resolve_output("hinge", ["loss"])
 
 
