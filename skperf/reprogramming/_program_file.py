@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from skperf.reprogramming.pixels import PixelPipeline
 from skperf.reprogramming.programs import TextProgram
 from skperf.reprogramming.rejection import FEATURE_SCORES, SCORES
 
-FORMAT = 4
+FORMAT = 3
 #: Parameters that give a program its meaning; they travel with it.
 _PARAMETERS = (
     *("image_shape", "channels", "input_range", "layout", "border", "bound", "clip", "shrink"),
@@ -105,9 +105,8 @@ def write_program(
 def _checksum(known: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     own = {name: value for name, value in known.items() if name != "checksum"}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -135,13 +134,11 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
         metadata = file.metadata() or {}
         if "skperf_program" not in metadata:
             raise ValueError(f"{path} holds no program of a Reprogrammer.")
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         known = json.loads(metadata["skperf_program"])
-        if known["format"] != FORMAT:
-            raise ValueError(
-                f"{path} is of another version: its format is {known['format']}, expected "
-                f"{FORMAT}; save the program anew."
-            )
-        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        _check(known, shapes, path)
+        tensors = {name: file.get_tensor(name) for name in names}
         if known["checksum"] != _checksum(known, tensors):
             raise ValueError(f"{path} is damaged: it is not what was written, by its checksum.")
         encoder, told = _opened(settings, known)
@@ -160,16 +157,76 @@ def _read(settings: Settings, path: Any) -> tuple[dict[str, Any], ReadProgram]:
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part if part in parts else ""][rest if part in parts else name] = tensor
-    net.module_.load_state_dict(parts[""], strict=False)
+    module = net.module_
+    _load(module, parts[""], path)
     choice = Choice(**known["choice"], curve=None)
     head, scorers = None, {}
-    if known["class_head"] is not None:
-        head = rebuilt(known["class_head"], parts["class_head"])
-    if "scorer" in known:
-        kind = FEATURE_SCORES[choice.score]
-        scorers = {choice.score: kind(**parts["scorer"], **known["scorer"])}
+    try:
+        if known["class_head"] is None and parts["class_head"]:
+            raise KeyError("class_head")
+        if known["class_head"] is not None:
+            head = rebuilt(known["class_head"], parts["class_head"])
+            if head(torch.zeros(1, task.n_outputs)).shape != (1, task.n_classes):
+                raise KeyError("class_head")
+        if known.get("scorer") is not None:
+            values = parts["scorer"] | known["scorer"]
+            kind = FEATURE_SCORES[choice.score]
+            if set(values) != {part.name for part in fields(kind)}:
+                raise ValueError(
+                    f"{path} holds its score {choice.score!r} as an earlier version wrote it "
+                    f"({sorted(values)}); fit and save the program anew."
+                )
+            scorer = kind(**values)
+            scorer.score(torch.zeros(2, task.n_outputs))
+            scorers = {choice.score: scorer}
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its head or score does not fit: {error}.") from error
     fitted = record_of(reader, task, net, choice, head, scorers, form, 1)
     return params, ReadProgram(task, fitted, net, classes, known["n_features"])
+
+
+def _check(known: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Any) -> None:
+    """Refuse what no program can be, before anything of its size is made."""
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"{path} is damaged: {what}.")
+
+    if known["format"] != FORMAT:
+        refuse(f"its format is {known['format']}, expected {FORMAT}; save the program anew")
+    classes, canvas, inputs = known["classes"], known["canvas"], known["input_shape"]
+    if len(classes) < 2 or len({*map(str, classes)}) != len(classes):
+        refuse(f"its classes {classes[:20]} are fewer than two or not all different")
+    if len(known["class_names"]) != len(classes):
+        refuse(f"it names {len(known['class_names'])} of {len(classes)} classes")
+    if known["texts"] is not None and len(known["texts"]) != len(classes):
+        refuse(f"it has prompts for {len(known['texts'])} of {len(classes)} classes")
+    sides = [*canvas, *inputs]
+    if len(canvas) != 2 or len(inputs) != 3 or not all(0 < int(side) <= 8192 for side in sides):
+        refuse(f"its canvas {canvas} or the shape of its pictures {inputs} is none")
+    chosen = known["choice"]
+    numbers = [chosen["alpha"], chosen["logit_scale"], *chosen["thresholds"].values()]
+    if not np.isfinite(np.asarray(numbers, dtype=float)).all() or not 0 <= chosen["alpha"] <= 1:
+        refuse("alpha, scale or thresholds are not finite, or alpha is not in [0, 1]")
+    missing = {"image", "mapping", "shift", "stretch", "none_level"} - set(shapes)
+    if missing:
+        refuse(f"it lacks the tensors {sorted(missing)}")
+    if known["text"] is not None:
+        n_positions, width, _ = known["text"]
+        n_rows = shapes["used_tokens"][0] + abs(n_positions)
+        if shapes["text"] != (n_rows, width):
+            refuse(f"its text program is of another shape than {(n_rows, width)}")
+    (height, width), border = canvas, int(known["parameters"]["border"])
+    inner = max(0, height - 2 * border) * max(0, width - 2 * border)
+    pixels = height * width - inner if known["parameters"]["layout"] != "mask" else None
+    if pixels is None and shapes["image"][-1] < height * width:
+        refuse(f"a pattern and a mask on {canvas} have more weights than {shapes['image']}")
+    if pixels is not None and shapes["image"][-1:] != (pixels,):
+        refuse(f"a border of {border} on {canvas} has {pixels} pixels, its own {shapes['image']}")
+    told = known["set_canvas"]
+    if told is not None and (told if isinstance(told, list) else [told] * 2) != list(canvas):
+        refuse(f"its canvas {told} is another than {canvas}")
+    if len(shapes["mapping"]) != 2 or shapes["mapping"][1] != len(classes):
+        refuse(f"its {len(classes)} classes do not go with tensors of shape {shapes['mapping']}")
 
 
 def _opened(settings: Settings, known: dict[str, Any]) -> tuple[FrozenEncoder, dict[str, Any]]:
@@ -239,6 +296,28 @@ def _reader(
     changed["text"] = "none" if texts is not None else "auto"
     changed["prompts"] = {} if texts is None else dict(zip(known["classes"], texts, strict=True))
     return settings.but(**changed)
+
+
+def _load(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Any) -> None:
+    wanted = {n: t for n, t in module.state_dict().items() if n != "zero_shot"}
+    wrong = {
+        "missing": sorted(set(wanted) - set(tensors)),
+        "unknown": sorted(set(tensors) - set(wanted)),
+        "of another shape": [
+            f"{n} {tuple(tensors[n].shape)} for {tuple(wanted[n].shape)}"
+            for n in sorted(set(wanted) & set(tensors))
+            if tensors[n].shape != wanted[n].shape
+        ],
+    }
+    found = {what: names for what, names in wrong.items() if names}
+    if found:
+        raise ValueError(f"{path} is damaged, or made with other parameters: tensors {found}.")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path} is damaged: tensor {name!r} holds values that are not finite."
+            )
+    module.load_state_dict(tensors, strict=False)
 
 
 def _is_text(prompts: Any) -> bool:

@@ -16,7 +16,7 @@ from skorch.callbacks import EpochScoring
 from torch import nn
 
 from skperf.backbone import prediction_time_batch_norm
-from skperf.reprogramming import Pixels, Reprogrammer, Training
+from skperf.reprogramming import Pixels, Reprogrammer, Training, _program_file
 from skperf.reprogramming._training import hold_out
 from tests.reprogramming.conftest import assert_same_state, state_of
 
@@ -377,6 +377,19 @@ def test_what_the_writer_said_beside_its_processor_travels(towers, pictures, tmp
         ).load_program(path)
 
 
+def test_a_score_of_an_earlier_version_is_told(towers, pictures, parameters, tmp_path):
+    path = tmp_path / "program.safetensors"
+    model = Reprogrammer(towers, ood_score="mahalanobis", **parameters).fit(*pictures)
+    model.save_program(path)
+
+    def older(known, tensors):
+        tensors["scorer.whitening"] = tensors.pop("scorer.directions")
+
+    damaged(path, older)
+    with pytest.raises(ValueError, match="'mahalanobis' as an earlier version wrote it"):
+        Reprogrammer(towers, tokenizer=model.tokenizer).load_program(path)
+
+
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [(LogisticRegression(), "encoder is a LogisticRegression"), (nn.Linear, "class Linear; give")],
@@ -393,26 +406,39 @@ def damaged(path, change):
         known = json.loads(file.metadata()["skperf_program"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(known, tensors)
+    known["checksum"] = _program_file._checksum(known, tensors)
     save_file(tensors, path, metadata={"skperf_program": json.dumps(known)})
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda k, t: t.pop("image"), "by its checksum"),
-        (lambda k, t: t.update(picture=t.pop("image")), "by its checksum"),
-        (lambda k, t: t.update(more=torch.zeros(3)), "by its checksum"),
-        (lambda k, t: t.update(text=t["text"].T.contiguous()), "by its checksum"),
-        (lambda k, t: t.update(image=t["image"].view(torch.int32)), "by its checksum"),
-        (lambda k, t: t["image"].view(torch.int32).bitwise_xor_(1), "by its checksum"),
-        (lambda k, t: k.update(classes=["cat", "dog"]), "by its checksum"),
-        (lambda k, t: k.update(canvas=[10**6, 10**6]), "by its checksum"),
-        (lambda k, t: k["choice"]["thresholds"].update(mcm=float("nan")), "by its checksum"),
-        (lambda k, t: k.pop("checksum"), "lacks or garbles 'checksum'"),
-        (lambda k, t: k.pop("format"), "lacks or garbles 'format'"),
+        (lambda k, t: t.pop("image"), r"lacks the tensors \['image'\]"),
+        (lambda k, t: t.update(picture=t.pop("image")), "lacks the tensors"),
+        (lambda k, t: t.update(more=torch.zeros(3)), r"'unknown': \['more'\]"),
+        (lambda k, t: t.update(text=t["text"][:-1].clone()), "of another shape"),
+        (lambda k, t: k.update(classes=["cat", "cat", "dog"]), "not all different"),
+        (lambda k, t: k.update(classes=["cat", "dog"]), "names 3 of 2 classes"),
+        (lambda k, t: k.update(canvas=[10**6, 10**6]), "its canvas"),
+        (lambda k, t: k.update(canvas=[13, 12]), "has 84 pixels"),
+        (lambda k, t: k.update(text=[10**6, 10**6, 0]), "of another shape"),
+        (lambda k, t: t.pop("used_tokens"), "lacks or garbles 'used_tokens'"),
+        (
+            lambda k, t: (k["parameters"].update(layout="mask"), k.update(canvas=[8192, 8192])),
+            "have more weights than",
+        ),
+        (lambda k, t: k["choice"].update(alpha=2.0), "alpha is not in"),
+        (lambda k, t: k["choice"]["thresholds"].update(mcm=float("nan")), "not finite"),
+        (lambda k, t: t["image"].fill_(float("nan")), "'image' holds values that are not finite"),
+        (lambda k, t: k.pop("canvas"), "lacks or garbles 'canvas'"),
         (lambda k, t: k.update(format=1), "save the program anew"),
+        (lambda k, t: k.update(pipeline=[]), "lacks or garbles"),
+        (lambda k, t: k.update(classes="abc"), "program.safetensors"),
+        (lambda k, t: k.update(module_head={}), "program.safetensors"),
+        (lambda k, t: k.update(outputs=[]), "program.safetensors: not enough values"),
+        (lambda k, t: k.update(set_canvas=10**9), "its canvas 1000000000 is another"),
     ],
-    ids=range(12),
+    ids=range(21),
 )
 def test_damaged_files_are_refused(towers, pictures, parameters, tmp_path, change, match):
     X, y = pictures
