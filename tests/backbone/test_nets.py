@@ -531,7 +531,11 @@ def test_decision_function_is_the_log_odds_of_predict_proba():
 
 
 @pytest.mark.parametrize("moment", ["on_train_begin", "on_epoch_end", "on_batch_end"])
-def test_ctrl_c_that_falls_into_a_callback_is_the_users(moment):
+def test_ctrl_c_that_falls_into_a_callback_is_the_users(moment, request):
+    # a process that was started in the background ignores it
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
+
     class Stopping(Callback):
         def stop(self, *_, **__):
             raise KeyboardInterrupt

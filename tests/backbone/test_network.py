@@ -81,23 +81,24 @@ class Adds(nn.Module):
 
 
 def test_names_of_inputs_are_those_by_position():
-    assert _names_of(lambda self, a, b=None, *, c: 0) == (("a", "b"), ("a", "b", "c"))
-    assert _names_of(lambda self, *parts, c: 0) == (None, ("parts", "c"))
-    assert _names_of(lambda self, a, **more: 0) == (None, ("a", "more"))
+    assert _names_of(lambda self, a, b=None, *, c: 0, True) == (("a", "b"), ("a", "b", "c"))
+    assert _names_of(lambda a, b=None, *, c: 0, False) == (("a", "b"), ("a", "b", "c"))
+    assert _names_of(lambda self, *parts, c: 0, True) == (None, ("parts", "c"))
+    assert _names_of(lambda me, a, **more: 0, True) == (None, ("a", "more"))
     assert Network(Adds(), None).inputs((np.ones((2, 3)), np.ones((2, 3)))).tree[1].shape == (2, 3)
 
 
 def test_inputs_that_a_forward_does_not_take_are_refused_by_name():
     one = torch.ones(2, 3)
     rows = Rows({"a": one, "c": one})
-    assert _only_inputs(rows, ("a", "b", "c")) is rows
-    assert _only_inputs(rows, None) is rows
+    assert _only_inputs(rows, (("a", "b"), ("a", "b", "c"))) is rows  # c by keyword
+    assert _only_inputs(rows, (None, ())) is rows
     with pytest.raises(ValueError, match=r"inputs named \['c'\]"):
-        _only_inputs(rows, ("a", "b"))
+        _only_inputs(rows, (("a", "b"), ("a", "b")))
     pair = Rows((one, one))
-    assert _only_inputs(pair, ("a", "b")) is pair
+    assert _only_inputs(pair, (("a", "b"), ("a", "b"))) is pair
     with pytest.raises(ValueError, match="takes 1"):
-        _only_inputs(pair, ("a",))
+        _only_inputs(pair, (("a",), ("a", "b")))
 
 
 def test_rows_beyond_the_type_are_refused_and_infinite_ones_are_not_blamed_on_it():
