@@ -17,7 +17,7 @@ from skperf.influence.curvature import (
 from skperf.influence.gradients import inner
 from skperf.influence.layers import find_layers
 from skperf.influence.methods import RowForm
-from skperf.influence.output_rows import representatives, softmax_rows
+from skperf.influence.output_rows import prepare_forward_mode, representatives, softmax_rows
 from skperf.influence.tiles import gather
 
 NETWORK, INPUTS = cases()["mlp"]
@@ -195,6 +195,7 @@ class Cube(torch.autograd.Function):
 
 
 def test_outputs_move_as_they_should_where_there_is_no_forward_mode():
+    prepare_forward_mode()
     at = {"w": torch.tensor([1.0, -2.0, 0.5])}
     move = _pushed(lambda parameters: Cube.apply(parameters["w"]), at)
     assert move.__name__ == "twice_backward"
