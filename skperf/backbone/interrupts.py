@@ -55,7 +55,7 @@ def _undisturbed(method: Callable[Arguments, Result]) -> Callable[Arguments, Res
 
 def _levels() -> tuple[Any, ...]:
     return (
-        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),  # ended by those who ask
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),  # the guard puts them back
         _C._autograd._top_saved_tensors_default_hooks(True),
         _C._len_torch_function_stack(),
         _dispatch._len_torch_dispatch_stack(),
