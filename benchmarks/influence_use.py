@@ -2,7 +2,7 @@
 
     python -m benchmarks.influence_use            # all parts
     python -m benchmarks.influence_use fading --seeds 3 4 5 6 7
-    python -m benchmarks.influence_use repair --pieces repair.jsonl --minutes 14  # goes on there
+    python -m benchmarks.influence_use removal --pieces removal.jsonl --minutes 14  # goes on there
 
 Parts: ``mislabels`` (10 % flipped labels), ``fading`` (how long estimates stay true),
 ``repair`` (mis-predictions), ``removal`` (forget a class). Writes results/influence_PART.json.
@@ -47,19 +47,19 @@ from skperf.influence.repair import harmonic_mean
 RESULTS = Path(__file__).parent / "results"
 
 
-def mislabels(seed):
-    for name, model, (X, y) in _mislabel_tasks(seed):
-        labels, wrong = flipped(y, seed)
-        scorer = InfluenceScorer(model, random_state=seed).fit(X, labels)
-        first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
-        scores = {
-            "leave-one-out loss": scorer.detect_mislabels(),
-            "self-influence": scorer.self_influence_,
-            "class-aware": scorer.detect_mislabels(class_aware=True),
-            "gradient norm": first.fit(X, labels).detect_mislabels(),
-            "plain loss": scorer.loss_,
-        }
-        yield {"way": name} | {way: roc_auc_score(wrong, score) for way, score in scores.items()}
+def mislabels(seed, name, model, rows):
+    X, y = rows
+    labels, wrong = flipped(y, seed)
+    scorer = InfluenceScorer(model, random_state=seed).fit(X, labels)
+    first = InfluenceScorer(FrozenEstimator(scorer.estimator_), method="gradient_dot")
+    scores = {
+        "leave-one-out loss": scorer.detect_mislabels(),
+        "self-influence": scorer.self_influence_,
+        "class-aware": scorer.detect_mislabels(class_aware=True),
+        "gradient norm": first.fit(X, labels).detect_mislabels(),
+        "plain loss": scorer.loss_,
+    }
+    yield {"way": name} | {way: roc_auc_score(wrong, score) for way, score in scores.items()}
 
 
 def _mislabel_tasks(seed):
@@ -74,23 +74,22 @@ def _mislabel_tasks(seed):
 STEPS = (1, 10, 50, 200, 500)
 
 
-def fading(seed):
-    for name, model, rows, queries in _fading_tasks(seed):
-        scorer = InfluenceScorer(model, learning_rate=0.03, random_state=seed).fit(*rows)
-        truth = scorer.fading(*queries, steps=STEPS, n_train=64, weight_decay=1e-3)
-        for way, at in _ways_to_predict(scorer, model, rows).items():
-            figures = {}
-            for step, actual in zip(STEPS, truth.actual, strict=True):
-                predicted = at(step).influence(*queries)[:, truth.rows]
-                figures[step] = agreement(torch.as_tensor(predicted), torch.as_tensor(actual))
-            pearson = [figures[step][0] for step in STEPS]
-            yield {
-                "task": name,
-                "way": way,
-                **{f"{step} steps": value for step, value in zip(STEPS, pearson, strict=True)},
-                "slope at 500": figures[500][2],
-                "usable horizon": usable_horizon(STEPS, pearson),
-            }
+def fading(seed, name, model, rows, queries):
+    scorer = InfluenceScorer(model, learning_rate=0.03, random_state=seed).fit(*rows)
+    truth = scorer.fading(*queries, steps=STEPS, n_train=64, weight_decay=1e-3)
+    for way, at in _ways_to_predict(scorer, model, rows).items():
+        figures = {}
+        for step, actual in zip(STEPS, truth.actual, strict=True):
+            predicted = at(step).influence(*queries)[:, truth.rows]
+            figures[step] = agreement(torch.as_tensor(predicted), torch.as_tensor(actual))
+        pearson = [figures[step][0] for step in STEPS]
+        yield {
+            "task": name,
+            "way": way,
+            **{f"{step} steps": value for step, value in zip(STEPS, pearson, strict=True)},
+            "slope at 500": figures[500][2],
+            "usable horizon": usable_horizon(STEPS, pearson),
+        }
 
 
 def _fading_tasks(seed):
@@ -146,10 +145,9 @@ def _started(scorer, step):
     return there
 
 
-def repair(seed, pieces=None, deadline=float("inf"), most=50, only=""):
+def repair(seed, known, deadline=float("inf"), most=50, only=""):
     """Correct mis-predictions of networks that nobody tuned, each on its own."""
     # those of the last three chose how much the rows at rest count
-    known = _Pieces(pieces)
     for name, chose, net, (X, y), n in untuned(seed, only):
         scorer = InfluenceScorer(from_module(net), method="ggn", random_state=seed)
         predicted = from_module(net).predict(X)
@@ -221,29 +219,31 @@ def _outcome(report):
 CLASSES = (0, 3, 8)
 
 
-def removal(seed):
+def removal(seed, name, net, rows, selects):
     """Forget a class with 5 % of the parameters; the scale is chosen on held-out rows."""
+    train, test = rows
+    ways = {
+        f"{select}, {how}": {"select": select, "how": how}
+        for select in selects
+        for how in ("gif", "freeze", "project", "ascent")
+    } | {"all parameters, plain": {"how": "plain"}}
+    guard, rest = halves(test, seed)
+    scorer = InfluenceScorer(net, random_state=seed).fit(*train)
+    before = [_forgotten(scorer.estimator_, rest, class_) for class_ in CLASSES]
+    yield {"task": name, "way": "before", **_mean(before)}
+    for way, asked in ways.items():
+        found = []
+        for class_ in CLASSES:
+            edited = scorer.remove(class_=class_, guard=guard, baseline=False, **asked)
+            found.append(_forgotten(edited, rest, class_))
+        yield {"task": name, "way": way, **_mean(found)}
+
+
+def _removal_tasks(seed):
     few = ("output", "gradient", "random")
-    for name, net, (train, test), selects in (
-        ("digits, MLP 64-32-10", mlp(32, 30, seed), digits(seed), (*few, "sam")),
-        ("Fashion-MNIST, CNN 17k", cnn(seed), fashion(seed), few),
-        ("20 Newsgroups, MLP 256-32-20", mlp(32, 30, seed), news(seed), few),
-    ):
-        ways = {
-            f"{select}, {how}": {"select": select, "how": how}
-            for select in selects
-            for how in ("gif", "freeze", "project", "ascent")
-        } | {"all parameters, plain": {"how": "plain"}}
-        guard, rest = halves(test, seed)
-        scorer = InfluenceScorer(net, random_state=seed).fit(*train)
-        before = [_forgotten(scorer.estimator_, rest, class_) for class_ in CLASSES]
-        yield {"task": name, "way": "before", **_mean(before)}
-        for way, asked in ways.items():
-            found = []
-            for class_ in CLASSES:
-                edited = scorer.remove(class_=class_, guard=guard, baseline=False, **asked)
-                found.append(_forgotten(edited, rest, class_))
-            yield {"task": name, "way": way, **_mean(found)}
+    yield "digits, MLP 64-32-10", mlp(32, 30, seed), digits(seed), (*few, "sam")
+    yield "Fashion-MNIST, CNN 17k", cnn(seed), fashion(seed), few
+    yield "20 Newsgroups, MLP 256-32-20", mlp(32, 30, seed), news(seed), few
 
 
 def _forgotten(edited, rows, class_):
@@ -260,11 +260,34 @@ def _mean(records):
 
 
 PARTS = {
-    "mislabels": (mislabels, (0, 1, 2)),
-    "fading": (fading, (3, 4, 5, 6, 7)),
-    "repair": (repair, (0, 1, 2)),
-    "removal": (removal, (0, 1, 2)),
+    "mislabels": (0, 1, 2),
+    "fading": (3, 4, 5, 6, 7),
+    "repair": (0, 1, 2),
+    "removal": (0, 1, 2),
 }
+TASKS = {
+    "mislabels": (mislabels, _mislabel_tasks),
+    "fading": (fading, _fading_tasks),
+    "removal": (removal, _removal_tasks),
+}
+
+
+def by_task(part, seed, known, deadline=float("inf"), only=""):
+    """Give the records of a seed, task by task, each kept as soon as it is known."""
+    run, tasks = TASKS[part]
+    for name, *given in tasks(seed):
+        key = [part, seed, name]
+        if only in name and key not in known and time.monotonic() < deadline:
+            records = list(run(seed, name, *given))
+            known.add(key, [{k: _plain(value) for k, value in one.items()} for one in records])
+        if key in known:
+            yield from known[key]
+        elif only in name:
+            raise SystemExit(f"{part}: {name!r} of seed {seed} waits; run it again.")
+
+
+def _plain(value):
+    return value if isinstance(value, str) else float(value)
 
 
 def summarised(runs):
@@ -288,23 +311,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--pieces", type=Path, help="file of what `repair` has found so far")
+    parser.add_argument("--pieces", type=Path, help="file of what has been found so far")
     parser.add_argument("--only", default="", help="part of the name of a network")
     parser.add_argument("--most", type=int, default=50, help="mis-predictions of a network")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no repair later")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no task later")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for part in arguments.parts:
         start = time.process_time()
-        run, seeds = PARTS[part]
-        if part == "repair":
-            until = time.monotonic() + 60 * arguments.minutes
-            limits = {"deadline": until, "most": arguments.most, "only": arguments.only}
-            run = partial(repair, pieces=arguments.pieces, **limits)
-        seeds = arguments.seeds or seeds
+        seeds = arguments.seeds or PARTS[part]
+        limits = {
+            "known": _Pieces(arguments.pieces),
+            "deadline": time.monotonic() + 60 * arguments.minutes,
+            "only": arguments.only,
+        }
+        run = partial(repair, most=arguments.most) if part == "repair" else partial(by_task, part)
         runs = []
         for seed in seeds:
-            runs.append(list(run(seed)))
+            runs.append(list(run(seed, **limits)))
             print(f"{part}, seed {seed}: {time.process_time() - start:.0f} CPU s", flush=True)
         rows = summarised(runs)
         RESULTS.mkdir(exist_ok=True)
