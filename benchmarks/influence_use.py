@@ -183,7 +183,7 @@ def repair(seed, known, deadline=float("inf"), most=50, only=""):
             }
 
 
-class _Pieces:
+class Pieces:
     """Outcomes by key, each kept in a file as soon as it is known."""
 
     def __init__(self, path):
@@ -202,6 +202,7 @@ class _Pieces:
         return self.found[tuple(key)]
 
     def add(self, key, outcomes):
+        """Hold what was found, and write it down."""
         self._hold(key, outcomes)
         if self.path:
             with self.path.open("a") as file:
@@ -321,7 +322,7 @@ def main():
         start = time.process_time()
         seeds = arguments.seeds or PARTS[part]
         limits = {
-            "known": _Pieces(arguments.pieces),
+            "known": Pieces(arguments.pieces),
             "deadline": time.monotonic() + 60 * arguments.minutes,
             "only": arguments.only,
         }

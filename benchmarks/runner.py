@@ -140,6 +140,13 @@ WORKLOADS = (
         tuple(f"influence_{use}.json" for use in ("mislabels", "fading", "repair", "removal")),
         "guide/influence",
     ),
+    Workload(
+        "influence",
+        "A tenth of R8 chosen by LESS",
+        "influence_selection",
+        ("influence_selection.json",),
+        "guide/influence",
+    ),
     *(
         Workload(
             "replay",
