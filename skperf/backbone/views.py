@@ -39,6 +39,8 @@ def view(module: nn.Module) -> nn.Module:
         if isinstance(part, nn.RNNBase) and next(part.parameters()).is_cuda:
             part.training, part.dropout = True, 0.0  # cuDNN goes back in training mode only
         _switch_off_fast_paths(part)
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            part.sparse = False  # sums and reshapes of gradients want them dense
         if bounds_its_norms(part):
             part.weight.data = part.weight.data.clone()
     return copied

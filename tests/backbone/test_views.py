@@ -242,3 +242,17 @@ def test_a_scripted_part_asks_for_no_gradients_either():
     copied = view(nn.Sequential(scripted))
     assert not any(parameter.requires_grad for parameter in copied.parameters())
     assert all(parameter.requires_grad for parameter in scripted.parameters())
+
+
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+def test_tables_with_sparse_gradients_have_dense_ones_in_the_view(table):
+    words = table(7, 4, sparse=True)
+    opened = view(words)
+    weight = next(opened.parameters()).requires_grad_()
+    rows = torch.tensor([[1, 1, 5], [2, 5, 5]])
+    found = torch.autograd.grad(opened(rows).pow(2).sum(), weight)[0]
+    dense = table(7, 4)
+    dense.load_state_dict(words.state_dict())
+    dense(rows).pow(2).sum().backward()
+    torch.testing.assert_close(found, dense.weight.grad)
+    assert words.sparse
