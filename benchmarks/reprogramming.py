@@ -150,6 +150,18 @@ def best_tuned(plain, task, seed, size, margin=None):
     return max(tried, key=lambda pair: pair[1])[0], seconds
 
 
+def halfway(plain, tuned):
+    """Mix the weights of two modules, as WiSE-FT does."""
+    mixed, state = deepcopy(tuned), plain.state_dict()
+    mixed.load_state_dict(
+        {
+            k: (v + state[k]) / 2 if v.is_floating_point() else v
+            for k, v in tuned.state_dict().items()
+        }
+    )
+    return mixed
+
+
 def baselines(encoder, tokenizer, task, seed, size):
     """Zero-shot, linear probe, full fine-tuning and the mix of its weights with the first."""
     X, y = task.train
@@ -170,14 +182,7 @@ def baselines(encoder, tokenizer, task, seed, size):
     tuned, seconds = best_tuned(plain, task, seed, size)
     yield "full fine-tuning", figures(lambda images: similarities(tuned, images))(task), seconds
 
-    mixed = deepcopy(tuned)
-    state = plain.state_dict()
-    mixed.load_state_dict(
-        {
-            k: (v + state[k]) / 2 if v.is_floating_point() else v
-            for k, v in tuned.state_dict().items()
-        }
-    )
+    mixed = halfway(plain, tuned)
     yield "WiSE-FT 0.5", figures(lambda images: similarities(mixed, images))(task), seconds
 
 
