@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Size = tuple[int, int]
@@ -210,16 +211,22 @@ def read_processor(processor: Any, guess: PixelPipeline) -> PixelPipeline:
     """Read a processor of transformers, a torchvision composition or a configuration."""
     source = getattr(processor, "image_processor", processor)
     if hasattr(source, "transforms"):
-        return _read_composition(source.transforms, guess)
+        return _agreeing(source, _read_composition(source.transforms, guess))
     if isinstance(source, Mapping) or not hasattr(source, "image_mean"):
-        return read_configuration(source, guess)
+        read = read_configuration(source, guess)
+        if read == guess and callable(source):
+            raise ValueError(
+                f"processor is a {type(source).__name__} that says nothing of size, mean and std. "
+                "Give processor={'size': ..., 'mean': ..., 'std': ...}, or what it composes."
+            )
+        return read
     size, crop = _get(source, "size"), _get(source, "crop_size")
     known: dict[str, Any] = {"rounded_crop": False}
     if not getattr(source, "do_resize", size is not None):
         known["resize"] = "none"
     elif _get(size, "shortest_edge"):
-        known |= {"resize": "cover", "scaled": (int(_get(size, "shortest_edge")),) * 2}
-        known["size"] = (int(_get(size, "shortest_edge")),) * 2
+        known["scaled"] = known["size"] = (int(_get(size, "shortest_edge")),) * 2
+        known["resize"] = "cover"
     elif _get(size, "height"):
         known |= {
             "resize": "squash",
@@ -229,7 +236,7 @@ def read_processor(processor: Any, guess: PixelPipeline) -> PixelPipeline:
     elif isinstance(size, int):
         known |= {"resize": "squash", "scaled": (size, size), "size": (size, size)}
     if _get(source, "do_center_crop") and crop is not None:
-        height = _get(crop, "height", crop)
+        height = _get(crop, "height", _get(crop, "shortest_edge", crop))
         known["size"] = (int(height), int(_get(crop, "width", height)))
     if _get(source, "max_num_patches") is not None:
         known |= {"resize": "patches", "max_patches": int(source.max_num_patches)}
@@ -244,12 +251,18 @@ def read_processor(processor: Any, guess: PixelPipeline) -> PixelPipeline:
 
 #: Mean difference to a processor's own pictures, in grey levels, above which a reading is wrong.
 _MOST_LEVELS = 2.5
+#: Longest side that a processor is believed.
+_MOST_PIXELS = 3000
 
 
 def _agreeing(source: Any, read: PixelPipeline) -> PixelPipeline:
     """Choose the reading that does what the processor does to two pictures, or refuse it."""
-    if not callable(source) or read.size is None or read.resize == "patches":
+    if not callable(source) or read.resize == "patches":
         return read
+    name, size = type(source).__name__, read.size or (224, 224)
+    asked = "Give processor={'size': ..., 'mean': ..., 'std': ...} and pictures so prepared."
+    if max(size) > _MOST_PIXELS:  # some say an area where others say an edge
+        raise ValueError(f"processor {name} says {size[0]} x {size[1]} pixels. {asked}")
     readings = [read, replace(read, resize="squash")]
     if read.scaled is not None:
         # some processors enlarge `size` before they crop, in code and not in a setting
@@ -257,14 +270,18 @@ def _agreeing(source: Any, read: PixelPipeline) -> PixelPipeline:
         readings.append(replace(read, resize="cover", scaled=(larger, larger)))
     errors = np.zeros(len(readings))
     for sides in ((1.05, 1.4), (4.0, 0.8)):
-        lines = (np.linspace(0, 255, round(a * b)) for a, b in zip(sides, read.size, strict=True))
+        lines = (
+            np.linspace(0, 255, round(a * min(b, 512))) for a, b in zip(sides, size, strict=True)
+        )
         down, across = np.meshgrid(*lines, indexing="ij")
         probe = np.stack([down, across, 255 - down * across / 255], -1).astype(np.uint8)
         image = torch.from_numpy(probe).permute(2, 0, 1)[None].float() / 255
         try:
-            own = np.asarray(source(images=probe, return_tensors="np")["pixel_values"])
-        except Exception:  # what cannot be asked is believed
-            return read
+            own = _asked(source, probe)
+        except Exception as error:  # of any class
+            raise ValueError(
+                f"processor {name} fails on a picture ({type(error).__name__}: {error}). {asked}"
+            ) from error
         for i, one in enumerate(readings):
             ours = one.normalise(one.place(image)).numpy()
             if ours.shape != own.shape:
@@ -275,11 +292,19 @@ def _agreeing(source: Any, read: PixelPipeline) -> PixelPipeline:
     best = int((errors * (errors > _MOST_LEVELS)).argmin())
     if errors[best] > _MOST_LEVELS:
         raise ValueError(
-            f"processor {type(source).__name__} does more to a picture than its settings say: "
-            f"as read they differ from its own output by {errors[best]:.0f} grey levels, or in "
-            "size. Give processor={'size': ..., 'mean': ..., 'std': ...} and pictures so prepared."
+            f"processor {name} does more to a picture than its settings say: as read they differ "
+            f"from its own output by {errors[best]:.0f} grey levels, or in size. {asked}"
         )
     return readings[best]
+
+
+def _asked(source: Any, picture: NDArray[np.uint8]) -> NDArray[Any]:
+    """Run a processor: picture (height, width, 3) -> (1, 3, height, width)."""
+    if not hasattr(source, "transforms"):
+        return np.asarray(source(images=picture, return_tensors="np")["pixel_values"])
+    from PIL import Image  # comes with whatever composes such steps
+
+    return np.asarray(source(Image.fromarray(picture)))[None]
 
 
 def _affine(source: Any) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

@@ -13,6 +13,8 @@ from transformers import (
     LevitImageProcessor,
     MobileViTImageProcessor,
     PoolFormerImageProcessor,
+    Qwen2VLImageProcessor,
+    SamImageProcessor,
     SiglipImageProcessor,
     ViTImageProcessor,
 )
@@ -87,6 +89,59 @@ def test_a_processor_that_does_more_than_its_settings_say_is_refused():
     processor = CLIPImageProcessor(size=both, crop_size={"height": 32, "width": 32})
     with pytest.raises(ValueError, match=r"CLIPImageProcessor.* does more to a picture"):
         read_processor(processor, PLAIN)
+
+
+def test_a_processor_that_tells_nothing_or_fails_is_refused():
+    with pytest.raises(ValueError, match=r"processor is a function that says nothing of size"):
+        read_processor(lambda image: image, PLAIN)
+    # says no size, and brings every picture to 1,024 pixels
+    with pytest.raises(ValueError, match=r"SamImageProcessor.* does more to a picture"):
+        read_processor(SamImageProcessor(), PLAIN)
+    # an area, where others say an edge
+    with pytest.raises(ValueError, match=r"says 3136 x 3136 pixels"):
+        read_processor(Qwen2VLImageProcessor(), PLAIN)
+    processor = SiglipImageProcessor(size={"height": 8, "width": 8})
+    processor.preprocess = None
+    with pytest.raises(ValueError, match=r"SiglipImageProcessor\w* fails on a picture \(TypeError"):
+        read_processor(processor, PLAIN)
+
+
+class Composed:
+    """Steps one after the other, as torchvision composes them."""
+
+    def __init__(self, *transforms):
+        self.transforms = transforms
+
+    def __call__(self, image):
+        for step in self.transforms:
+            image = step(image)
+        return image
+
+
+class Resized:
+    size, interpolation = (40, 36), SimpleNamespace(value="bicubic")
+
+    def __call__(self, image):
+        return image.resize(self.size[::-1], Image.BICUBIC)
+
+
+class Normalised:
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+    def __call__(self, image):
+        levels = (np.asarray(image) / 255 - self.mean) / self.std
+        return torch.tensor(levels.transpose(2, 0, 1))
+
+
+def test_a_composition_is_run_and_a_step_that_is_not_known_refused():
+    read = read_processor(Composed(Resized(), Normalised()), PLAIN)
+    assert (read.size, read.resize, read.std) == ((40, 36), "squash", Normalised.std)
+
+    def grey(image):
+        return image.convert("L").convert("RGB")
+
+    with pytest.raises(ValueError, match=r"Composed does more to a picture"):
+        read_processor(Composed(Resized(), grey, Normalised()), PLAIN)
 
 
 def test_configurations_of_open_clip_timm_and_openai():
