@@ -9,6 +9,7 @@ an encoder runs a private view of it.
 import hashlib
 import inspect
 import operator
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,8 @@ Hook = Callable[..., Tensor | None]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# families whose processor is that of CLIP or SigLIP
+_LIKE_CLIP = ("clip", "metaclip_2", "altclip", "siglip", "siglip2")
 _CLIP = PixelPipeline(mean=CLIP_MEAN, std=CLIP_STD)
 
 
@@ -346,6 +349,13 @@ def _open_transformers(model: Any, processor: Any, tokenizer: Any) -> FrozenEnco
     half = ((0.5,) * 3,) * 2
     guess = PixelPipeline(mean=half[0], std=half[1], resize="squash") if siglip else _CLIP
     guess = replace(guess, size=pair(getattr(vision, "image_size", None)))
+    if processor is None and config.model_type not in _LIKE_CLIP:
+        warnings.warn(
+            f"{type(model).__name__} does not say how it wants its pictures: they are resized, "
+            "cropped and normalised as CLIP's. Give its own processor=.",
+            UserWarning,
+            stacklevel=2,
+        )
     if hasattr(vision, "num_patches") and guess.size is None:
         patches = {"patch": vision.patch_size, "max_patches": vision.num_patches}
         guess = replace(guess, resize="patches", interpolation="bilinear", **patches)

@@ -1,7 +1,7 @@
 """Tokenizers of every kind as functions from texts to ids and masks; too long a text is refused."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +57,20 @@ class PlainTokens:
 
     def __call__(self, texts: list[str]) -> Tokens:
         """Tokenize: -> (n_texts, n_tokens)."""
-        ids = torch.as_tensor(self.tokenizer(texts)).long()
+        returned = self.tokenizer(texts)
+        named = returned if isinstance(returned, Mapping) else {"input_ids": returned}
+        try:
+            ids = torch.as_tensor(named["input_ids"]).long()
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"tokenizer returned a {type(returned).__name__}; expected ids (n_texts, length), "
+                "or a dict with such 'input_ids'. Does it pad?"
+            ) from error
+        mask = named.get("attention_mask")
+        if mask is not None:
+            mask = torch.as_tensor(mask)
         if self.length is None:
-            return Tokens(ids)
+            return Tokens(ids, mask)
         if ids.shape[1] > self.length:
             raise _too_long(max(texts, key=len), ids.shape[1], self.length)
         if "context_length" in inspect.signature(self.tokenizer).parameters:
@@ -69,7 +80,7 @@ class PlainTokens:
             if bool(cut.any()):
                 text = texts[int(cut.int().argmax())]
                 raise _too_long(text, ids.shape[1] + 1, self.length)
-        return Tokens(ids)
+        return Tokens(ids, mask)
 
 
 def tokens_for(

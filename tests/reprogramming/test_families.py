@@ -136,5 +136,6 @@ def test_towers_of_different_widths_are_refused(tokenizer, photos):
         warnings.simplefilter("ignore")
         model, _, _ = built("ALIGN", len(WORDS) + 5)
     model.text_projection = nn.Linear(32, 64)
-    with pytest.raises(ValueError, match="images in 80 dimensions and texts in 64"):
+    asked = pytest.warns(UserWarning, match="AlignModel does not say how it wants its pictures")
+    with asked, pytest.raises(ValueError, match="images in 80 dimensions and texts in 64"):
         Reprogrammer(model, tokenizer=tokenizer, class_names=NAMES, border=4).fit(photos)
