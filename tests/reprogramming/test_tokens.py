@@ -12,9 +12,11 @@ MASK = [[1, 1, 1, 0], [1, 1, 1, 1]]
 @pytest.mark.parametrize("length", [None, 7])
 def test_a_function_may_return_ids_or_a_dict_with_their_mask(length):
     plain = tokens_for(lambda texts: IDS, length)(["a", "b"])
-    assert plain.ids.tolist() == IDS and plain.mask is None
+    assert plain.ids.tolist() == IDS
+    assert plain.mask is None
     named = tokens_for(lambda texts: {"input_ids": IDS, "attention_mask": MASK}, length)(["a", "b"])
-    assert named.ids.tolist() == IDS and named.mask.tolist() == MASK
+    assert named.ids.tolist() == IDS
+    assert named.mask.tolist() == MASK
     assert named.mask.dtype == torch.int64
 
 
