@@ -204,6 +204,20 @@ def some_nan(outputs):
     return torch.where(outputs[:, :1] > outputs[:, :1].median(), torch.nan, outputs)
 
 
+class Sloping(nn.Module):
+    """Differentiates in its forward, as energies and physics do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = base()
+
+    def forward(self, rows):
+        with torch.enable_grad():
+            rows = rows.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(rows).sum(), rows)
+        return self.net(rows) + 0 * slope.sum()
+
+
 def wide():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -263,6 +277,13 @@ NETWORKS = {
     "holds a weight twice": (Held, None),
     "writes its weights": (Clamping, None),
     "on no device": (lambda: base().to("meta"), None),
+    "quantised": (
+        lambda: torch.ao.quantization.quantize_dynamic(base(), {nn.Linear}, torch.qint8),
+        None,
+    ),
+    "graph module": (lambda: torch.fx.symbolic_trace(base()), base),
+    "draws in evaluation": (lambda: Around(after=lambda z: z + 0 * torch.randn(len(z), 1)), base),
+    "takes gradients itself": (Sloping, base),
 }
 REFUSED = {"lazy, not run", "all NaN", "integer outputs", "complex outputs", "writes its weights"}
 REFUSED |= {"on no device"}
@@ -386,6 +407,8 @@ def in_make_test(cell):
 def test_cell(cell):
     said = outcome(cell)
     assert said in ("same", "refused", "runs")
+    if cell == ("ComponentAttributor", "takes gradients itself"):
+        assert said == "refused"
     asks_gradients = cell[0] in ("InfluenceScorer", "gradients row by row")
     if cell[1] in REFUSED or (cell[1] in NO_GRADIENT and asks_gradients):
         assert said == "refused"

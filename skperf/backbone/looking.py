@@ -62,7 +62,11 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
         plain = replace(network, readout=None, draws=False)
         (inputs,) = next(plain.batches(few))
         try:
-            returned = plain(inputs, own or None)
+            try:
+                returned = plain(inputs, own or None)
+            except RuntimeError:  # as of a forward that takes gradients itself, and keeps for them
+                with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                    returned = plain(inputs, own or None)
             outputs = returned if network.readout is None else network.readout(returned)
         except Exception as error:
             raise ValueError(

@@ -140,7 +140,7 @@ class Network:
         rows, size = Rows.of(X), batch_size or self.batch_size
         plain = self.readout is None and self.forward is None and not self.draws
         parts: list[Tensor] = []
-        with torch.inference_mode():
+        with torch.no_grad():
             for brought in self._brought(rows, size):
                 if plain and brought.single:  # a bare loop, for small networks
                     parts += [self.module(part) for part in brought.tree.split(size)]

@@ -19,8 +19,14 @@ def find(network: Network, row: Any, others: Any = None) -> Found:
     """Run one row through a view of ours and say what it is made of: row (1, ...)."""
     refuse_scripted(network.module)
     watcher = Watcher(network.module)
-    with torch.enable_grad(), watcher.hooks(), watcher:
-        outputs = network(row)
+    try:
+        with torch.enable_grad(), watcher.hooks(), watcher:
+            outputs = network(row)
+    except RuntimeError as error:  # runs as it is, or it would have been refused before
+        raise ValueError(
+            f"components can't be found in {type(network.module).__name__}, whose forward does not "
+            f"bear to be watched ({error}). Does it take gradients itself?"
+        ) from error
     readout = watcher.readout(outputs)
     parts = dict(network.module.named_modules())
     fans_in = {name: shape[2] for name, part in parts.items() if (shape := row_layer(part))}

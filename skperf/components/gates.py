@@ -276,9 +276,7 @@ class Circuit:
                 filled = torch.cat([part, part[:1].expand(together - len(part), -1)])
                 numbers = range(first + start, first + start + together)
                 self.replace_by(stacked, numbers)
-                # tensors made in inference mode don't say whether they were changed
-                mode = torch.no_grad if recall is not None and not start else torch.inference_mode
-                with mode(), self.gated(filled, stacked):
+                with torch.no_grad(), self.gated(filled, stacked):
                     result = measure(self.network(stacked.rows), stacked)
                 if recall is not None and not start:
                     recall()

@@ -51,7 +51,7 @@ def features_and_outputs(network: Network, last: nn.Module, X: Rows) -> tuple[Te
         seen.append(args[0].detach().cpu())
 
     features, outputs = [], []
-    with torch.inference_mode(), forward_hooks({last: keep}, before=True):
+    with torch.no_grad(), forward_hooks({last: keep}, before=True):
         for (inputs,) in network.batches(X):
             seen.clear()
             outputs.append(network(inputs).cpu())

@@ -108,7 +108,7 @@ class Problem:
     def losses(self, X: Rows, targets: Tensor) -> NDArray[Any]:
         """Loss of rows: X (n, ...), targets (n, ...) -> (n,)."""
         parts = []
-        with torch.inference_mode():
+        with torch.no_grad():
             for inputs, own in self.network.batches(X, targets):
                 parts.append(self.loss.value(self.network(inputs), own).cpu())
         losses: NDArray[Any] = torch.cat(parts).numpy()

@@ -39,7 +39,7 @@ class NeuralMap:
         """Log label mix (n, n_classes) answering the statistics in force."""
         statistics = (inputs.statistics[:, 0] - self.centre) / self.scale
         self.module.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             change = self.module(torch.as_tensor(statistics, dtype=torch.float32))
         change = change.double().cpu().numpy()
         logits = torch.as_tensor(self.log_base + change)

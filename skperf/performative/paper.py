@@ -35,7 +35,7 @@ class PaperMap:
     def log_prior(self, inputs: Inputs) -> Array:
         """Log label mix (n, n_classes) answering the statistics in force."""
         statistics = torch.as_tensor(inputs.statistics[:, 0], dtype=torch.float32)
-        with torch.inference_mode():
+        with torch.no_grad():
             return np.asarray(self.module(statistics).double().log_softmax(1).numpy())
 
 

@@ -1,6 +1,6 @@
 """The skorch net that trains programs, and nothing but programs."""
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from skorch.dataset import Dataset, unpack_data
 from skperf.backbone._callbacks import StopTraining
 from skperf.backbone._nets import Net, seed_of
 from skperf.backbone.modes import differentiating
-from skperf.backbone.randomness import drawing_from
 from skperf.reprogramming.black_box import CALLS_PER_DIRECTION, estimated_gradient
 from skperf.reprogramming.label_mapping import (
     REFRESHED,
@@ -70,7 +69,7 @@ class ProgramNet(Net):
         self.initialize()
         return self
 
-    def learn(self, source, codes, weight, rows, held_out=None, draws=False):
+    def learn(self, source, codes, weight, rows, held_out=None):
         """Train until it is over: codes (n,), weight (n,) of all, rows (m,), held_out (k,)."""
         module = self.module_
         self.source = source
@@ -84,11 +83,10 @@ class ProgramNet(Net):
             held_out = Dataset(self._inputs(held_out), torch.as_tensor(codes)[held_out])
         self.held_out = held_out
         # what Net.partial_fit does, with several inputs for each row
-        with drawing_from(self.generator_) if draws else nullcontext():
-            with suppress(QueryBudgetSpentError, StopTraining):
-                self.notify("on_train_begin", X=inputs, y=targets)
-                self.fit_loop(inputs, targets)
-            self.notify("on_train_end", X=inputs, y=targets)
+        with suppress(QueryBudgetSpentError, StopTraining):
+            self.notify("on_train_begin", X=inputs, y=targets)
+            self.fit_loop(inputs, targets)
+        self.notify("on_train_end", X=inputs, y=targets)
         self.held_out = self.source = None
 
     def infer(self, x, classes=None, **fit_params):

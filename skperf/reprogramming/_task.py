@@ -54,7 +54,6 @@ class Task:
     prompts: Prompts | None
     text: TextProgram | None
     zero_shot: Tensor | None  # (n_classes, n_outputs)
-    draws: bool  # whether a forward of the encoder draws random numbers
     texts: list[list[str]] | None
     keeps_outputs: bool  # whether the plain outputs of all rows are computed
     n_queries: int = 1
@@ -84,7 +83,7 @@ def settle(settings: Settings, pictures: Pictures, classes: np.ndarray) -> Task:
     names = class_texts(settings.class_names, classes)
     first = pictures.tensors([0])[0]
     program = _program(settings, encoder, pictures, first)
-    encoder, own, draws = _tried(encoder, program, first)
+    encoder, own = _tried(encoder, program, first)
     n_outputs = own.width
     head = _head(settings, encoder)
     text, prompts, texts = _texts(settings, encoder, names, classes)
@@ -122,7 +121,6 @@ def settle(settings: Settings, pictures: Pictures, classes: np.ndarray) -> Task:
         prompts,
         text,
         zero_shot,
-        draws,
         texts,
         settings.gradient == "exact" or zero_shot is not None,
     )
@@ -227,7 +225,8 @@ def _tried(encoder: FrozenEncoder, program: InputProgram, first: Tensor):
             f"the encoder does not take images of shape {tuple(placed.shape[1:])}; set canvas "
             f"to the size it takes. It says: {error}"
         ) from error
-    return replace(encoder, model=model, mine=False), encoder, drawing.drawn
+    encoder = replace(encoder, draws=drawing.drawn)
+    return replace(encoder, model=model, mine=False), encoder
 
 
 def _head(settings: Settings, encoder: FrozenEncoder) -> str:

@@ -159,9 +159,7 @@ def trained(settings, labelled, train, held_out, seed, max_epochs=None) -> Progr
             "are trained on; let them watch 'train_loss', or give more rows."
         )
     prepare_head(net, settings, labelled, train)
-    net.learn(
-        labelled, labelled.codes, labelled.weight, train, held_out if stop else None, task.draws
-    )
+    net.learn(labelled, labelled.codes, labelled.weight, train, held_out if stop else None)
     return net
 
 
@@ -169,7 +167,7 @@ def embed(task: Task, pictures: Pictures, batch_size: int, module=None) -> Tenso
     """Encode all pictures, with the program of a module or plain: -> (n, d)."""
     encoder, program = task.own, task.program
     pieces = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for placed in pictures.batches(batch_size, program.place):
             placed = placed.to(encoder.device, encoder.dtype)
             if module is not None:
@@ -358,7 +356,7 @@ def train_further(settings, task, labelled, net, first: bool):
     judged = judge(settings, labelled, [(rows, rows)], [net])
     choice = choose(settings, task, judged, {}, alphas=task.alphas[:1] if first else None)
     net.set_params(max_epochs=1, callbacks=[])
-    net.learn(labelled, labelled.codes, labelled.weight, rows, draws=task.draws)
+    net.learn(labelled, labelled.codes, labelled.weight, rows)
     return assemble(settings, labelled, net, choice, None, net.module_.n_queries + 1), net
 
 

@@ -11,6 +11,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from skperf.backbone.batch_norm import OtherBatchNorm
 from skperf.backbone.modes import forward_hooks
 from skperf.backbone.parameters import checksum, fingerprint
+from skperf.backbone.randomness import drawing_from
 from skperf.backbone.views import view
 from skperf.reprogramming.batch_norm import affine_batch_norm
 from skperf.reprogramming.pixels import (
@@ -79,6 +81,8 @@ class FrozenEncoder:
         Whether it returns probabilities, which are read by their logarithm.
     width : int, default=0
         Length of a row of outputs; 0 as long as no image was run.
+    draws : bool, default=False
+        Whether a forward draws random numbers: the same at every call, then.
     mine : bool, default=False
         Whether `model` is a private view; where it is not, every call opens one.
     """
@@ -96,6 +100,7 @@ class FrozenEncoder:
     logit_bias: float = 0.0
     probabilities: bool = False
     width: int = 0
+    draws: bool = False
     mine: bool = False
 
     @property
@@ -164,7 +169,8 @@ class FrozenEncoder:
         ValueError
             If the model returns something else than one row for each image.
         """
-        with OtherBatchNorm(affine_batch_norm):
+        own = drawing_from(torch.Generator().manual_seed(0)) if self.draws else nullcontext()
+        with OtherBatchNorm(affine_batch_norm), own:
             returned = self.image(self._used(model), self._pixels(images))
         outputs = _read(returned)[0]
         self._check(outputs, len(images))

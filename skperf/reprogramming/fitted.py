@@ -255,7 +255,7 @@ class FittedProgram:
         context = batch_statistics(opened) if by_batch else nullcontext()
         like, pieces = self.programmed.image, []
         place = self.programmed.program.place
-        with context, torch.inference_mode():
+        with context, torch.no_grad():
             for placed in pictures.batches(self.batch_size, place):
                 pieces.append(function(opened, placed.to(like)).cpu())
         return torch.cat(pieces).numpy()
