@@ -244,11 +244,11 @@ def _given(X: Any, estimator: Any) -> Any:
 def log_probabilities(proba: Any, name: str, least: float = TINY) -> np.ndarray:
     """Logarithms of predicted probabilities (n, n_classes), none below `least`; checked."""
     proba = np.asarray(proba, dtype=np.float64)
-    if not np.isfinite(proba).all() or (proba < 0).any() or np.abs(proba.sum(1) - 1).max() > 1e-3:
+    if not np.isfinite(proba).all() or (proba < 0).any() or np.abs(proba.sum(-1) - 1).max() > 1e-3:
         raise ValueError(
             f"{name}.predict_proba must return probabilities: finite, not negative, each row "
             f"summing to 1; saw values from {np.nanmin(proba):.4g} to {np.nanmax(proba):.4g} and "
-            f"row sums from {np.nanmin(proba.sum(1)):.4g} to {np.nanmax(proba.sum(1)):.4g}. "
+            f"row sums from {np.nanmin(proba.sum(-1)):.4g} to {np.nanmax(proba.sum(-1)):.4g}. "
             "A classifier with decision_function or a torch net gives logits directly."
         )
     return np.asarray(np.log(np.clip(proba, least, None)))

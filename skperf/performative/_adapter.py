@@ -437,14 +437,15 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
                     "objective='log_loss' needs rows: fit_trajectory has label counts only."
                 )
             recall = isinstance(self.statistic, str) and self.statistic == "recall"
+            fitted, labels = trajectory_classes(self.estimator, classes, label_counts)
             statistics, counts = _inputs.check_trajectory(
-                statistics, label_counts, is_recall=recall
+                *(_inputs.by_label(given, labels.tolist()) for given in (statistics, label_counts)),
+                is_recall=recall,
             )
-            n_rounds, n_classes = counts.shape
+            n_rounds = len(counts)
             numbers = np.arange(n_rounds) if rounds is None else rounds
             numbers = _inputs.check_rounds(numbers, n_rounds)
             seed, params = seed_of(self.random_state), self.get_params(deep=False)
-            fitted, labels = trajectory_classes(self.estimator, classes, n_classes)
             base = trajectory_base(params, fitted, labels, counts)
             finds_base = fitted is not None and given_base(params, labels) is None
             options = options_of(params, seed, refines_base=finds_base)
@@ -490,11 +491,9 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         with unchanged_on_error(self):
             self.estimator = estimator
             X = None if X is None else self._rows(X, reset=True)
-            finds_base = given_base(self.get_params(deep=False), self.classes_) is None
-            self.estimator_, record = _steps.replaced(
-                self.record_, estimator, X, y, finds_base=finds_base
-            )
-            self._frozen_params = self.get_params(deep=False)
+            params = self.get_params(deep=False)
+            self.estimator_, record = _steps.replaced(self.record_, estimator, X, y, params)
+            self._frozen_params = params
             self._weights = _weights_of(self.estimator_)
             self._publish(record)
         return self

@@ -1,5 +1,6 @@
 """What users hand to the adapter, checked and encoded."""
 
+import calendar
 import datetime
 import re
 import warnings
@@ -13,6 +14,12 @@ from skperf.backbone._validation import as_array
 from skperf.performative.label_shift import smooth_shares
 
 ROUNDED = 0.005  # what shares may miss of 1
+YEAR_LAST = re.compile(r"^(.*?\d{1,2}.*\D)((?:19|20)\d\d)$")
+DAY_FIRST = re.compile(r"^\d{1,2}\D\d{1,2}\D(?:19|20)\d\d\b")
+NAMES = (calendar.month_name, calendar.month_abbr, calendar.day_name, calendar.day_abbr)
+CALENDAR = re.compile(
+    rf"(?<![a-z])({'|'.join(n for names in NAMES for n in names if n)})(?![a-z])", re.I
+)
 
 
 class PerformativeWarning(UserWarning):
@@ -74,27 +81,33 @@ def check_rounds(rounds, n_rows):
     if values.dtype.kind in "mM":
         return values
     if values.dtype.kind in "UT":
-        names = np.unique(values.astype(str)).tolist()
-        by_number = [re.sub(r"\d+", lambda found: found[0].zfill(20), name) for name in names]
-        if by_number != sorted(by_number):  # "r10" comes before "r9"
-            raise ValueError(
-                f"rounds are strings whose order is not that of their numbers: {names[:3]}...; "
-                "fill the numbers up with zeros, or give integers or dates."
-            )
+        _check_order(np.unique(values.astype(str)).tolist())
         return values.astype(str)
     try:
         numbers = values.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"rounds must be integers, dates or strings, got {values[0]!r}."
-        ) from error
+    except (TypeError, ValueError):
+        numbers = np.full(n_rows, np.nan)
     bad = np.flatnonzero(~np.isfinite(numbers) | (numbers != np.round(numbers)))
     if len(bad):
         raise ValueError(
             f"rounds must be integers, dates or strings; the first that is not: "
-            f"{numbers[bad[0]]} in row {bad[0]}."
+            f"{values.tolist()[bad[0]]!r} in row {bad[0]}."
         )
     return numbers.astype(np.int64)
+
+
+def _check_order(names):
+    """Refuse names of rounds, sorted as strings, whose order in time is another or not known."""
+    # "r10" comes before "r9", and "Q1 2025" before "Q4 2024"
+    keys = [YEAR_LAST.sub(r"\2 \1", name) for name in names]
+    by_number = [re.sub(r"\d+", lambda found: found[0].zfill(20), key) for key in keys]
+    named = {found[0].lower() for name in names for found in CALENDAR.finditer(name)}
+    days = len(names) > 1 and any(DAY_FIRST.search(name) for name in names)
+    if by_number != sorted(by_number) or len(named) > 1 or days:
+        raise ValueError(
+            f"rounds are strings whose order is not that of their numbers or of time: {names[:3]}"
+            "...; put the year first, fill numbers up with zeros, or give integers or dates."
+        )
 
 
 def _typed(values):
@@ -206,13 +219,13 @@ def check_covariates(covariates, n_rounds, n_known):
     return values
 
 
-def encode(y, classes, *, known_to="the estimator"):
+def encode(y, classes, *, known_to="the estimator", name="y"):
     """Find the columns of labels: y (n,), classes (n_classes,) -> (n,)."""
     order = np.argsort(classes)
     unknown = np.setdiff1d(y, classes)
     if len(unknown):
         raise ValueError(
-            f"y contains labels unknown to {known_to}: {unknown.tolist()}; it knows "
+            f"{name} contains labels unknown to {known_to}: {unknown.tolist()}; it knows "
             f"{np.asarray(classes).tolist()}."
         )
     return order[np.searchsorted(classes, y, sorter=order)].astype(np.int64)
@@ -221,7 +234,7 @@ def encode(y, classes, *, known_to="the estimator"):
 def deployed_codes(values, classes):
     """Turn logged predictions, labels (n,) or probabilities (n, n_classes), into columns."""
     if values.ndim == 1:
-        return encode(values, classes, known_to="classes_ (in deployed_pred)")
+        return encode(values, classes, known_to="classes_", name="deployed_pred")
     if values.shape[1] != len(classes):
         raise ValueError(
             f"deployed_pred has {values.shape[1]} columns of probabilities for {len(classes)} "
@@ -237,6 +250,12 @@ def check_by_row(values, n_rows, name):
     values = np.asarray(as_array(values))
     if values.shape[:1] != (n_rows,):
         raise ValueError(f"{name} has {values.shape} entries, but X has {n_rows} rows.")
+    missing = values != values  # as NaN is
+    if values.dtype == object:
+        missing = np.vectorize(_is_missing, otypes=[bool])(values)
+    if missing.any():
+        row = int(np.argwhere(missing)[0][0])
+        raise ValueError(f"{name} has a missing value in row {row}: every row needs its own.")
     return values
 
 
@@ -257,6 +276,14 @@ def check_statistic(values, n_statistics, *, is_recall):
     return array
 
 
+def by_label(frame, labels):
+    """Put the columns of a table, named by labels in any order, into the order of labels."""
+    names = list(getattr(frame, "columns", ()))
+    if names != labels and len(names) == len(labels) and set(names) == set(labels):
+        return frame[labels]
+    return frame
+
+
 def check_trajectory(statistics, label_counts, *, is_recall):
     """Validate arrays (R, S) and (R, K); impute statistics of classes without rows."""
     statistics = np.array(statistics, dtype=np.float64)
@@ -272,6 +299,11 @@ def check_trajectory(statistics, label_counts, *, is_recall):
         )
     if not np.isfinite(counts).all() or (counts < 0).any():
         raise ValueError("label_counts must be finite and not negative.")
+    if (counts % 1).any() and np.allclose(counts.sum(axis=1), 1, atol=ROUNDED):
+        raise ValueError(
+            "label_counts hold shares, each round's sum to 1: how far they can be trusted depends "
+            "on how many labels there were. Multiply them by the number of labels of each round."
+        )
     if np.isnan(statistics).any():
         statistics = _imputed(statistics, counts)
     recall = is_recall and statistics.shape[1] == counts.shape[1]
@@ -367,7 +399,10 @@ def check_prior(given, classes, name="prior", *, positive=False):
                 f"{name} has keys of {labels}; missing are {missing}, not known {unknown}."
             )
         given = [given.get(label, 0.0) for label in labels]
-    prior = np.asarray(given, dtype=np.float64)
+    try:
+        prior = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number for every class, got {given!r}.") from error
     if prior.shape != (len(classes),):
         raise ValueError(f"{name} has shape {prior.shape}, but there are {len(classes)} classes.")
     least = "positive for every class" if positive else "shares, none negative"

@@ -87,7 +87,7 @@ def corrector_of(params: dict[str, Any], options: Options) -> Corrector:
 
 
 def settings_of(
-    params: dict[str, Any], seed: int, *, n_statistics: int, n_classes: int, n_covariates: int
+    params: dict[str, Any], seed: int, n_statistics: int, n_classes: int, n_covariates: int
 ) -> Settings:
     """List the maps in competition."""
     entry_a_class = n_statistics == n_classes and params["statistic"] not in (
@@ -106,14 +106,8 @@ def settings_of(
     allowed = set(_inputs(params["inputs"], alone))
     allowed -= set() if n_covariates else {"covariates"}
     allowed -= set() if n_classes <= MOST_CONFUSED and entry_a_class else {"confusion"}
-    found = _candidates(
-        kinds,
-        allowed,
-        entry_a_class=entry_a_class,
-        n_parameters=n_statistics * n_classes,
-        decay=None if isinstance(decay, str) else float(decay),
-        alone=alone,
-    )
+    faded, size = None if isinstance(decay, str) else float(decay), n_statistics * n_classes
+    found = _candidates(kinds, allowed, entry_a_class, size, faded, alone)
     for name in names:
         if name not in KINDS:
             found[_name_of(name)] = _trained(name, params, seed, alone)
@@ -167,16 +161,9 @@ def _trained(kind: Any, params: dict[str, Any], seed: int, alone: bool) -> Candi
     name = _name_of(kind)
     if name == "paper":
         return Candidate(OF_STATISTIC, fit=partial(fit_paper, seed=seed), weigh=False, kind="paper")
-    given = {} if isinstance(kind, str) else {"module": kind}
-    fit = partial(
-        fit_neural,
-        **given,
-        seed=seed,
-        hidden=params["hidden_layer_sizes"],
-        lr=params["lr"],
-        max_epochs=params["max_epochs"],
-        weight_decay=params["weight_decay"],
-    )
+    given: dict[str, Any] = {} if isinstance(kind, str) else {"module": kind}
+    given |= {name: params[name] for name in ("lr", "max_epochs", "weight_decay")}
+    fit = partial(fit_neural, **given, seed=seed, hidden=params["hidden_layer_sizes"])
     # among others a network only enters once it has something to learn from
     first, growth = (1, 1.1) if alone else (20, 1.25)
     decay = params["decay"]
@@ -189,7 +176,6 @@ def _trained(kind: Any, params: dict[str, Any], seed: int, alone: bool) -> Candi
 def _candidates(
     kinds: Iterable[str],
     inputs: Iterable[str],
-    *,
     entry_a_class: bool,
     n_parameters: int,
     decay: float | None = None,

@@ -21,7 +21,7 @@ from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._nets import seed_of
 from skperf.backbone._opening import class_logits, fit_estimator, log_probabilities, warn_if_fitted
 from skperf.backbone._sklearn import safe_indexing
-from skperf.performative._inputs import count_rows, encode
+from skperf.performative._inputs import PerformativeWarning, count_rows, encode
 
 FOLDS = 3
 FEWEST = 30  # rows below which nothing is set apart for measuring
@@ -127,7 +127,7 @@ def scores_of(fitted: Any, X: Any) -> np.ndarray:
             return log_probabilities(fitted.predict_proba(X), type(last).__name__, LEAST)
         if hasattr(fitted, "decision_function"):
             scores = np.asarray(fitted.decision_function(X), dtype=np.float64)
-            return scores if scores.ndim == 2 else np.stack([np.zeros_like(scores), scores], 1)
+            return np.stack([np.zeros_like(scores), scores], 1) if scores.ndim == 1 else scores
     raise TypeError(
         "estimator must have predict_proba or decision_function; "
         f"{type(last).__name__} has neither."
@@ -136,13 +136,13 @@ def scores_of(fitted: Any, X: Any) -> np.ndarray:
 
 def check_scores(scores: np.ndarray, fitted: Any, X: Any) -> None:
     """Refuse scores (n, k) that are not one a class, such as those of pairs of classes."""
-    last, n_classes = innermost(fitted), len(fitted.classes_)
+    last, n_rows, n_classes = innermost(fitted), count_rows(X), len(fitted.classes_)
     pairs = n_classes > 2 and getattr(last, "decision_function_shape", None) == "ovo"
-    if scores.shape[1] != n_classes or (pairs and not hasattr(fitted, "predict_proba")):
+    if scores.shape != (n_rows, n_classes) or (pairs and not hasattr(fitted, "predict_proba")):
         raise ValueError(
-            f"estimator {type(last).__name__} gives {scores.shape[1]} scores a row for {n_classes} "
-            "classes, not one for each: one-vs-one scores are of pairs of classes. Set "
-            "decision_function_shape='ovr', or wrap it in CalibratedClassifierCV."
+            f"estimator {type(last).__name__} gives scores of shape {scores.shape}, not one for "
+            f"each of {n_classes} classes in each of {n_rows} rows: one-vs-one scores are of "
+            "pairs of classes. Set decision_function_shape='ovr', or use CalibratedClassifierCV."
         )
     if not np.isfinite(scores).all():
         row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
@@ -153,14 +153,17 @@ def check_scores(scores: np.ndarray, fitted: Any, X: Any) -> None:
 
 def check_agreement(opened: Opened, X: Any, logits: np.ndarray) -> None:
     """Refuse scores (n, n_classes) whose largest is hardly ever what the classifier predicts."""
-    if hasattr(opened.fitted, "predict_proba") or len(opened.classes) < 3:
+    if len(opened.classes) < 3:
         return
     agreeing = np.mean(opened.own(X, logits) == logits.argmax(axis=1))
     if agreeing < AGREEING:
-        raise ValueError(
-            f"the largest score of {type(innermost(opened.fitted)).__name__} is its prediction in "
-            f"only {agreeing:.0%} of the rows: its decision_function does not score classes."
-        )
+        name = type(innermost(opened.fitted)).__name__
+        told = f"the largest score of {name} is its prediction in only {agreeing:.0%} of the rows: "
+        if not hasattr(opened.fitted, "predict_proba"):
+            raise ValueError(told + "its decision_function does not score classes.")
+        # a rule of costs may be meant so
+        told += "are the columns of predict_proba in the order of classes_?"
+        warnings.warn(told, PerformativeWarning, stacklevel=4)
 
 
 def fit_classifier(estimator: Any, X: Any, y: np.ndarray, weight: Any, seed: int) -> Any:

@@ -26,6 +26,7 @@ from skperf.performative._scores import (
 from skperf.performative.anticipation import Anticipation
 from skperf.performative.label_shift import (
     estimate_base_prior,
+    fit_calibration,
     log_loss,
     probabilities,
     smooth_shares,
@@ -79,10 +80,10 @@ class Measured:
     own: np.ndarray  # (m,)
 
 
-def begin(
-    estimator: Any, params: dict[str, Any], data: Data, seed: int, classes: Any = None
-) -> tuple[Any, Record, Measured]:
-    """Fit or take the classifier and start its record."""
+def taken(
+    estimator: Any, params: dict[str, Any], data: Data, seed: int, classes: Any, known: Any = None
+) -> tuple[Any, np.ndarray, Measured, np.ndarray]:
+    """Fit or take the classifier: it, the labels, its scores and its base mix (n_classes,)."""
     first = np.ones(len(data.y), bool)
     if data.rounds is not None:
         first = data.rounds == np.unique(data.rounds)[0]
@@ -98,7 +99,7 @@ def begin(
     if estimator is None:
         # in double precision a row's scores do not depend on the rows around it
         fitted.module_.double()
-    labels = _classes_of(fitted, data.y[data.known], classes, frozen)
+    labels = _classes_of(fitted, data.y[data.known], classes, frozen) if known is None else known
     codes = _inputs.encode(y, labels)
     given = given_base(params, labels)
     shares = _inputs.shares_of(codes, data.weight[trained], labels, warn=given is None)
@@ -113,22 +114,25 @@ def begin(
         if len(rows):
             check_agreement(opened, part, logits)
     measured = Measured(rows, *found)
-    codes = _inputs.encode(data.y[rows], labels)
-    options = options_of(params, seed, refines_base=frozen and given is None)
     if given is None:
-        weight = effective(data.weight[rows])
+        codes, weight = _inputs.encode(data.y[rows], labels), effective(data.weight[rows])
         given = _found_base(measured.logits, codes, weight, None if frozen else shares)
+    return fitted, labels, measured, given
+
+
+def begin(
+    estimator: Any, params: dict[str, Any], data: Data, seed: int, classes: Any = None
+) -> tuple[Any, Record, Measured]:
+    """Fit or take the classifier and start its record."""
+    fitted, labels, measured, base = taken(estimator, params, data, seed, classes)
+    rows = measured.rows
+    codes = _inputs.encode(data.y[rows], labels)
+    refines = is_frozen(estimator) and given_base(params, labels) is None
+    options = options_of(params, seed, refines_base=refines)
     strata = None if data.strata is None else np.unique(data.strata)
-    record = start_record(
-        params,
-        options,
-        labels,
-        given,
-        n_statistics=_width(options, labels, measured, codes, data, strata),
-        n_covariates=0 if data.covariates is None else data.covariates.shape[1],
-        strata=strata,
-        base_rows=len(rows),
-    )
+    width = _width(options, labels, measured, codes, data, strata)
+    covariates = 0 if data.covariates is None else data.covariates.shape[1]
+    record = start_record(params, options, labels, base, width, covariates, strata, len(rows))
     if data.rounds is None and len(codes):
         record = remembering(record, measured.logits, codes, data.weight[rows])
         record = with_calibrations(record) if all(options.calibrations) else record
@@ -140,7 +144,6 @@ def start_record(
     options: Options,
     labels: np.ndarray,
     base: np.ndarray,
-    *,
     n_statistics: int,
     n_covariates: int = 0,
     strata: np.ndarray | None = None,
@@ -149,13 +152,7 @@ def start_record(
     """Start a record that knows the base mix (n_classes,)."""
     n_classes = len(labels)
     # refuses maps that there are not, also where no round will ask for one
-    settings = settings_of(
-        params,
-        options.seed,
-        n_statistics=n_statistics,
-        n_classes=n_classes,
-        n_covariates=n_covariates,
-    )
+    settings = settings_of(params, options.seed, n_statistics, n_classes, n_covariates)
     if "paper" in settings.candidates:
         base = base + BASE_PSEUDO_SHARE  # as released
     trajectory = Trajectory.empty(
@@ -183,18 +180,22 @@ def given_base(params: dict[str, Any], labels: np.ndarray) -> np.ndarray | None:
     return np.full(len(labels), 1 / len(labels)) if given == "uniform" else None
 
 
-def trajectory_classes(estimator: Any, classes: Any, n_classes: int) -> tuple[Any, np.ndarray]:
+def trajectory_classes(estimator: Any, classes: Any, counts: Any) -> tuple[Any, np.ndarray]:
     """Give labels of a record without rows, and the classifier where it is frozen, else None."""
+    n_classes = (np.shape(counts) or (0,))[-1]
     if isinstance(estimator, nn.Module):
         estimator = from_module(estimator, np.arange(n_classes) if classes is None else classes)
     fitted = None
     if is_frozen(estimator):
         inner = estimator.estimator if isinstance(estimator, FrozenEstimator) else estimator
         fitted = inner if isinstance(inner, ModuleClassifier) else estimator
+        if classes is not None and not np.array_equal(classes, inner.classes_):
+            raise ValueError(f"classes must be the frozen estimator's: {inner.classes_.tolist()}.")
         classes = inner.classes_
     labels = np.arange(n_classes) if classes is None else np.asarray(classes)
-    if len(labels) != n_classes:
-        raise ValueError(f"label_counts has {n_classes} columns for {len(labels)} classes.")
+    if len(labels) != n_classes or len(np.unique(labels)) != n_classes:
+        told = f"label_counts has {n_classes} columns for the classes {labels.tolist()}"
+        raise ValueError(f"{told}: each needs its own.")
     return fitted, labels
 
 
@@ -258,11 +259,14 @@ def _found_base(
     if shares is None:
         return found
     # weights of classes and of rows move the mix that a classifier is right for away from its
-    # rows' own; without strong evidence that mix is kept
-    scores = logits + np.log(np.maximum(np.bincount(codes, weight, n_classes), 1e-12))
-    gained = log_loss(scores - np.log(shares), codes, weight)
-    gained -= log_loss(scores - np.log(found), codes, weight)
-    sure = 2 * weight.sum() * gained > chi2.isf(SURE, n_classes - 1)
+    # rows' own; without strong evidence, beyond what a temperature explains, that mix is kept
+    mix = np.log(np.maximum(np.bincount(codes, weight, n_classes), 1e-12))
+    losses = []
+    for base in (shares, found):
+        offset = mix - np.log(base)
+        scores = fit_calibration(logits, codes, offset, weight=weight)(logits) + offset
+        losses.append(log_loss(scores, codes, weight))
+    sure = 2 * weight.sum() * (losses[0] - losses[1]) > chi2.isf(SURE, n_classes - 1)
     return found if sure else shares
 
 

@@ -11,16 +11,18 @@ from sklearn.utils import Bunch
 from skperf.backbone.progress import track
 from skperf.performative import _inputs, learning
 from skperf.performative._inputs import PerformativeWarning
-from skperf.performative._scores import Opened, fit_classifier, is_frozen, open_candidate, take
-from skperf.performative._start import Data, Measured
-from skperf.performative.corrector import HARM
+from skperf.performative._scores import Opened, is_frozen, open_candidate, take
+from skperf.performative._start import Data, Measured, given_base, taken
+from skperf.performative.corrector import FAST
 from skperf.performative.diagnostics import extrapolation
-from skperf.performative.label_shift import estimate_base_prior, probabilities
+from skperf.performative.label_shift import probabilities
 from skperf.performative.ranking import Candidate, answers_the_model, predict_scores, score_under
 from skperf.performative.record import Record, Round
 from skperf.performative.report import quick_diagnostics
 from skperf.performative.response import Answering
 
+SPOKEN_OF = 300  # rows below which a loss may be chance
+HARM = 0.01  # nats a row that a withdrawn correction has to have cost to be spoken of
 FAR = 3.0  # times the largest distance between neighbours on record
 SEEN = 200  # rounds that a statistic may be far from
 
@@ -46,27 +48,29 @@ def learn(
             continue
         opened = Opened(fitted, record.classes, record.log_base)
         logits, own, honest = _scored(opened, data.X, rows, measured if i == 0 else None)
-        taken = Round(
-            number,
-            logits,
-            own,
-            codes[rows],
-            data.weight[rows],
-            deployed=None if deployed is None else deployed[rows],
-            honest=honest,
-            covariates=None if data.covariates is None else data.covariates[i],
-            strata=None if strata is None else strata[rows],
-        )
+        sent, groups = (None if each is None else each[rows] for each in (deployed, strata))
+        told = None if data.covariates is None else data.covariates[i]
+        weight = data.weight[rows]
+        now = Round(number, logits, own, codes[rows], weight, sent, honest, told, groups)
         before = record.corrector.choice.strength
-        record = (learning.labelled_later if i in late else learning.learned)(record, taken)
-        if before > 0.0 and record.corrector.harm > HARM:
-            warnings.warn(
-                f"the correction is withdrawn after round {number}: over the latest rounds it "
-                f"cost {record.corrector.harm:.3f} nats a row more than it saved.",
-                PerformativeWarning,
-                stacklevel=4,
-            )
+        record = (learning.labelled_later if i in late else learning.learned)(record, now)
+        if before > 0.0 and record.corrector.choice.strength == 0.0:
+            _warn_of_harm(record, number)
     return record
+
+
+def _warn_of_harm(record: Record, number: Any) -> None:
+    """Say that a correction was withdrawn, where what was applied has cost more than chance."""
+    latest = [one["adapter"] - one["none"] for one in record.losses[-10:]]
+    fading = FAST ** np.arange(len(latest))[::-1] * np.isfinite(latest)
+    harm = float(fading @ np.nan_to_num(latest)) / max(float(fading.sum()), 1e-9)
+    if harm > HARM and record.corrector.n_rows > SPOKEN_OF:
+        warnings.warn(
+            f"the correction is withdrawn after round {number}: over the latest rounds it cost "
+            f"{harm:.3f} nats a row more than it saved.",
+            PerformativeWarning,
+            stacklevel=5,
+        )
 
 
 def _scored(opened: Opened, X: Any, rows: np.ndarray, measured: Measured | None) -> tuple:
@@ -88,23 +92,26 @@ def strata_codes(record: Record, strata: Any) -> Any:
     """Find the numbers of strata (n,), None where the record knows of none."""
     if strata is None or record.strata is None:
         return None
-    return _inputs.encode(np.asarray(strata), record.strata, known_to="the first call's strata")
+    return _inputs.encode(
+        np.asarray(strata), record.strata, known_to="the first call", name="strata"
+    )
 
 
-def replaced(record: Record, estimator: Any, X: Any, y: Any, *, finds_base: bool) -> tuple:
+def replaced(
+    record: Record, estimator: Any, X: Any, y: Any, params: dict[str, Any]
+) -> tuple[Any, Record]:
     """Fit or take another classifier; give it and the record that goes on with it."""
-    frozen, rows, base, fitted = is_frozen(estimator), None, None, estimator
+    fitted, classes, rows, base = estimator, record.classes, None, None
+    finds_base = given_base(params, classes) is None
     if X is not None:
-        codes = _inputs.check_all_labels(y, record.classes, _inputs.count_rows(X))
-        fitted = fit_classifier(estimator, X, record.classes[codes], None, record.options.seed)
-        logits = Opened(fitted, record.classes, record.log_base).logits(X)
-        # rows that the classifier was fitted on are no measure of it
-        rows = (logits, codes) if frozen else None
-        if finds_base:
-            shares = _inputs.shares_of(codes, np.ones(len(codes)), record.classes)
-            base = estimate_base_prior(logits, codes) if frozen else shares
-    options = replace(record.options, refines_base=frozen and finds_base)
-    return fitted, replace(learning.replaced(record, rows, base), options=options)
+        codes = _inputs.check_all_labels(y, classes, _inputs.count_rows(X))
+        every = np.ones(len(codes))
+        data = Data(X, classes[codes], every > 0, 0 * codes, every)
+        fitted, _, found, base = taken(estimator, params, data, record.options.seed, None, classes)
+        rows = found.logits, codes[found.rows]
+    options = replace(record.options, refines_base=is_frozen(estimator) and finds_base)
+    record = learning.replaced(record, rows, base if finds_base else None)
+    return fitted, replace(record, options=options)
 
 
 def anticipated(record: Record, statistic: Any, covariates: Any, said: set[str]) -> np.ndarray:

@@ -265,21 +265,12 @@ def _fitted(
 
     def fit(start: Any) -> ResponseMap:
         targets = weights * _targets(state, start, inputs, counts)
+        shared: Any = {"log_base": state.log_base, "l2": settings.l2, "start": start}
         if candidate.fit is not None:
-            return candidate.fit(
-                inputs, targets, log_base=state.log_base, l2=settings.l2, start=start
-            )
+            return candidate.fit(inputs, targets, **shared)
         # a map that was fitted one round ago is a Newton step or two from its next fit
         steps = 100 if start is None or state.n_pairs < 20 else 2
-        return fit_map(
-            inputs,
-            targets,
-            form=candidate.form,
-            log_base=state.log_base,
-            l2=settings.l2,
-            start=start,
-            max_iter=steps,
-        )
+        return fit_map(inputs, targets, form=candidate.form, max_iter=steps, **shared)
 
     response = fit(start)
     # pseudo-counts depend on the map that they are for

@@ -20,8 +20,6 @@ SLOW, FAST = 0.97, 0.7  # memories: about thirty and three rounds
 CHANGED = 0.1  # share of predictions that a correction may change, for chance in accuracies
 SURE = 0.5  # standard errors
 CALIBRATION_GAIN = 0.01  # of the log loss that a calibration has to save to be used
-SPOKEN_OF = 300  # rows below which a loss may be chance
-HARM = 0.01  # nats a row that a withdrawn correction has to have cost to be spoken of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +47,6 @@ class Corrector:
     n_rounds: int = 0
     n_rows: float = 0.0  # judged, older ones fading
     choice: Option = Option()
-    harm: float = 0.0  # nats a row that the withdrawn choice has cost lately
 
     def calibrated(self, logits: Array, option: Option | None = None) -> Array:
         """Scores (n, n_classes) as an option calibrates them."""
@@ -129,9 +126,9 @@ class Corrector:
         free = 0.0 in self.strengths
         nothing = Option() if free else Option(0, float(self.strengths[-1]), float(self.mixes[0]))
         if n_rounds < min_rounds:
-            return replace(self, choice=Option(), harm=0.0)
+            return replace(self, choice=Option())
         if self.weight == 0.0:
-            return replace(self, choice=nothing, harm=0.0)
+            return replace(self, choice=nothing)
         allowed = np.ones(self.slow.shape, bool)
         if free:
             chance = np.sqrt(CHANGED / max(self.n_rows, 1.0))
@@ -152,13 +149,7 @@ class Corrector:
         if free and cost > np.sqrt(self.noise[best]):
             best = self._best(self.fast, allowed)
         option = Option(best[0], float(self.strengths[best[1]]), float(self.mixes[best[2]]))
-        harm, before = 0.0, self.choice
-        if option.strength == 0.0 and before.strength > 0.0 and self.n_rows > SPOKEN_OF:
-            j = int(np.abs(self.strengths - before.strength).argmin())
-            at = before.calibration, j, int(np.abs(self.mixes - before.mix).argmin())
-            memory = (1 - FAST**self.n_rounds) / (1 - FAST)
-            harm = float(self.fast[at] - self.fast[0, 0, 0]) / memory
-        return replace(self, choice=option, harm=harm)
+        return replace(self, choice=option)
 
     def _best(self, losses: Array, allowed: NDArray[np.bool_]) -> tuple[int, ...]:
         flat = np.where(allowed, losses, np.inf).argmin()

@@ -152,16 +152,22 @@ def estimate_base_prior(
     among = np.cumsum(seen) - 1
 
     def penalised(theta: Array) -> tuple[float, Array]:
-        scores = logits[:, seen] + log_mix[seen] - theta[seen]
+        scaled = logits[:, seen] * np.exp(-theta[-1])
+        scores = scaled + log_mix[seen] - theta[:-1][seen]
         log_proba = log_softmax(scores, axis=1)
         loss = -np.sum(weights * log_proba[np.arange(len(codes)), among[codes]])
-        distance = theta - centre
+        distance = theta - start
         gradient = l2 * distance
-        gradient[seen] += counts[seen] - weights @ np.exp(log_proba)
+        proba = np.exp(log_proba)
+        gradient[:-1][seen] += counts[seen] - weights @ proba
+        # of the expected less the labels' own scores
+        told = scaled[np.arange(len(codes)), among[codes]] - (proba * scaled).sum(axis=1)
+        gradient[-1] += weights @ told
         return loss + 0.5 * l2 * float(distance @ distance), gradient
 
-    result = minimize(penalised, centre, jac=True, method="L-BFGS-B", options={"maxiter": max_iter})
-    theta = log_softmax(result.x)
+    start = np.append(centre, 0.0)
+    result = minimize(penalised, start, jac=True, method="L-BFGS-B", options={"maxiter": max_iter})
+    theta = log_softmax(result.x[:-1])
     if not seen.all():
         # a class without rows may be as common as any other for all that is known
         theta[~seen] = np.log(np.exp(theta[seen]).mean())

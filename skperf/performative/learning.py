@@ -134,14 +134,8 @@ def labelled_later(record: Record, data: Round) -> Record:
         statistic = part * statistic + (1 - part) * state.trajectory.statistics[i]
     if before and confusion is not None:
         confusion = merged(state.trajectory.confusions[i], seen, confusion, new, smoothing)
-    trajectory = state.trajectory.labelled_later(
-        i,
-        statistic,
-        new,
-        counted(data.codes, (data.own == data.codes) * data.weight, n_classes),
-        len(data.codes),
-        confusion,
-    )
+    hits = counted(data.codes, (data.own == data.codes) * data.weight, n_classes)
+    trajectory = state.trajectory.labelled_later(i, statistic, new, hits, len(scores), confusion)
     anticipation = replace(state, trajectory=trajectory)
     if not before and i >= trajectory.lag:
         # maps have not seen these labels: they are judged as they would have been in time

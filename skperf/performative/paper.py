@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skperf.backbone.architectures import MLP
 from skperf.backbone.randomness import drawing_from
 from skperf.performative.label_shift import Array
 from skperf.performative.response import Inputs
@@ -75,12 +76,6 @@ def fit_paper(
 def new_map(n_statistics: int, n_classes: int, seed: int) -> PaperMap:
     """Start with torch's own initial weights, drawn from a generator of our own."""
     with drawing_from(torch.Generator().manual_seed(seed)):
-        module = nn.Sequential(
-            nn.Linear(n_statistics, WIDTH),
-            nn.ReLU(),
-            nn.Linear(WIDTH, WIDTH),
-            nn.ReLU(),
-            nn.Linear(WIDTH, n_classes),
-        )
+        module = MLP(n_statistics, n_classes, (WIDTH, WIDTH))
     optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
     return PaperMap(module, optimizer, torch.ones(0))

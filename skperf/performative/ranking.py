@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,8 @@ def resampled_maps(
     inputs, counts = inputs[-candidate.window :], counts[-candidate.window :]
     ages = candidate.decay ** np.arange(len(counts) - 1, -1, -1)[:, None]
     costly = bool(candidate.form.free) and inputs.statistics.shape[2] * counts.shape[1] > COSTLY
+    how: Any = {"form": candidate.form, "log_base": state.log_base, "l2": settings.l2}
+    how |= {"max_iter": 10}
     maps: list[ResponseMap] = []
     for _ in range(min(n_bootstrap, 5 if costly else 50)):
         if others and generator.random() < OTHER_MAPS:
@@ -82,17 +85,7 @@ def resampled_maps(
         elif isinstance(contender.response, LogLinearMap):
             drawn = generator.integers(len(counts), size=len(counts))
             scaled = (ages * counts)[drawn] / contender.dispersion
-            maps.append(
-                fit_map(
-                    inputs[drawn],
-                    scaled,
-                    form=candidate.form,
-                    log_base=state.log_base,
-                    l2=settings.l2,
-                    start=contender.response,
-                    max_iter=10,
-                )
-            )
+            maps.append(fit_map(inputs[drawn], scaled, start=contender.response, **how))
         else:
             maps.append(contender.response)
     return maps

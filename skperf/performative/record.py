@@ -272,6 +272,7 @@ class Record:
     ) -> Array:
         """Compute the statistic (n_statistics,) of predictions (n,) with labels (n,)."""
         name, n_strata = self.options.statistic, 0 if self.strata is None else len(self.strata)
+        weight = None if weight is None else effective(weight)
         if isinstance(name, str):
             given = weight, self.options.smoothing, strata, n_strata
             return measure_by_name(name, codes, predicted, scores, *given)

@@ -185,9 +185,7 @@ def _answer(record: Record, last: int) -> dict[str, Any]:
         f"the map that leads reads: {leader}; {choice.strength:.0%} of the correction is applied",
         f"it saved {np.nanmean(saved) if np.isfinite(saved).any() else 0.0:.4f} nats a row over "
         "the last ten rounds",
-        "the mix answers the deployed model"
-        if answers
-        else "no evidence that the mix answers the deployed model",
+        f"{'' if answers else 'no evidence that '}the mix answers the deployed model",
     ]
     if np.isfinite(worst):
         notes.append(f"worst recall of a class in the last round: {worst:.2f}")

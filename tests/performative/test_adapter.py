@@ -316,6 +316,35 @@ def test_a_record_serves_a_frozen_estimator(frozen, lived):
     assert from_record.predict_proba(X[:5].astype(np.float32)).shape == (5, K)
 
 
+def test_tables_of_counts_are_read_by_label(lived):
+    trajectory, labels = lived[0].trajectory_, lived[0].classes_.tolist()
+    tables = [pd.DataFrame(a, columns=labels) for a in (trajectory.statistics, trajectory.counts)]
+    turned = [table[labels[::-1]] for table in tables]
+    found = [
+        PerformativeAdapter(lived[0].estimator, adapter="tied").fit_trajectory(*given)
+        for given in (tables, turned)
+    ]
+    np.testing.assert_array_equal(found[0].predict_prior(), found[1].predict_prior())
+
+
+@pytest.mark.parametrize(
+    ("classes", "divided", "message"),
+    [
+        ([4, 5, 6, 7], 1, "classes must be the frozen"),
+        (None, 400, "label_counts hold shares"),
+    ],
+)
+def test_counts_that_are_none(lived, classes, divided, message):
+    trajectory = lived[0].trajectory_
+    adapter = PerformativeAdapter(lived[0].estimator)
+    with pytest.raises(ValueError, match=message):
+        adapter.fit_trajectory(trajectory.statistics, trajectory.counts / divided, classes=classes)
+    with pytest.raises(ValueError, match="each needs its own"):
+        PerformativeAdapter().fit_trajectory(
+            trajectory.statistics, trajectory.counts, classes=[1, 1, 2, 3]
+        )
+
+
 def test_records_are_checked():
     adapter, good = PerformativeAdapter(), np.full((5, K), 0.5)
     counts = np.full((5, K), 10.0)

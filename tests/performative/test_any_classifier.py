@@ -1,5 +1,6 @@
 """Any classifier on rows as they are, honest measurement, and a correction that may be nothing."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -23,7 +24,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import FixedThresholdClassifier, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
-from sklearn.svm import SVC
+from sklearn.svm import SVC, LinearSVC
+from sklearn.tree import DecisionTreeClassifier
 
 from skperf import PerformativeAdapter, PerformativeWarning
 from skperf.model_selection import RoundForwardSplit
@@ -122,6 +124,43 @@ def test_scores_of_pairs_are_refused(world, n_classes):
         PerformativeAdapter(FrozenEstimator(svc)).fit(X[kept], y[kept])
 
 
+class _Shaped(LinearSVC):
+    """Scores of another shape or order than one a row and class."""
+
+    how = staticmethod(lambda scores: scores)
+
+    def decision_function(self, X):
+        return self.how(super().decision_function(X))
+
+    def predict(self, X):
+        return self.classes_[super().decision_function(X).argmax(axis=1)]
+
+
+class _Permuted(_Shaped):
+    def predict_proba(self, X):
+        return softmax(super().decision_function(X), axis=1)[:, ::-1]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [lambda s: s[:, :, None], lambda s: s[:, 0], lambda s: s[:-1], lambda s: s.T],
+    ids=["more dimensions", "fewer", "fewer rows", "transposed"],
+)
+def test_scores_of_another_shape_are_refused_by_name(world, how):
+    X, y = world.draw(200)
+    model = _Shaped().fit(X, y)
+    model.how = how
+    with pytest.raises(ValueError, match=r"_Shaped gives scores of shape .* 200 rows"):
+        PerformativeAdapter(FrozenEstimator(model)).fit(X, y, rounds=0)
+
+
+def test_probabilities_in_an_order_of_their_own_are_warned_of(world):
+    X, y = world.draw(200)
+    adapter = PerformativeAdapter(FrozenEstimator(_Permuted().fit(X, y)))
+    with pytest.warns(PerformativeWarning, match="in the order of classes_"):
+        adapter.fit(X, y)
+
+
 def test_an_estimator_fitted_inside_is_measured_on_rows_it_did_not_see(world):
     forest = RandomForestClassifier(20, min_samples_leaf=1, random_state=0)
     adapter = PerformativeAdapter(forest, calibration="none", **QUICK)
@@ -155,26 +194,36 @@ def test_timid_scores_keep_their_accuracy():
     assert adapter.calibrator_.temperature < 0.9
 
 
-def test_a_correction_that_hurts_is_withdrawn_and_says_so(frozen):
-    """Mixes answer the model until round 20; then rows of every class look like the last one's."""
-    adapter, world, statistic = PerformativeAdapter(frozen, **QUICK), World(), None
-    for number in range(20):
-        X, y = world.next_round(statistic)
-        statistic = adapter.partial_fit(X, y, rounds=number).statistic_
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_correction_that_hurts_is_withdrawn_and_says_so(frozen, seed):
+    """Mixes answer the model until round 20; then the least expected class fills every round."""
+    adapter, world = PerformativeAdapter(frozen, **QUICK), World(seed)
+    live(adapter, world, 20)
     assert adapter.strength_ > 0
-    rng = np.random.default_rng(0)
 
     def mislead():
         for number in range(20, 30):
-            mix = rng.permutation([0.91, 0.03, 0.03, 0.03])
-            X, _ = world.draw(400, prior=mix)
-            # labels are told of other rows than those the model meets
-            adapter.partial_fit(X, rng.choice(K, 400, p=mix), rounds=number)
+            mix = np.full(K, 0.03)
+            mix[adapter.predict_prior().argmin()] = 0.91
+            adapter.partial_fit(*world.draw(400, prior=mix), rounds=number)
 
     with pytest.warns(PerformativeWarning, match="the correction is withdrawn after round"):
         mislead()
     record, late = adapter.prequential_, slice(24, None)
     assert record.adapter[late].mean() < record.none[late].mean() + 0.1
+
+
+def test_certain_scores_do_not_bend_the_base_mix(world):
+    """A full tree is sure of everything: its scores deny any base mix, a temperature does not."""
+    X, y = world.draw(1500, prior=[0.7, 0.1, 0.1, 0.1])
+    tree = DecisionTreeClassifier(random_state=0)
+    inside = PerformativeAdapter(tree, **QUICK).partial_fit(X, y, rounds=0)
+    assert inside.base_prior_.argmax() == 0
+    assert inside.base_prior_.min() > 0.05
+    frozen = PerformativeAdapter(FrozenEstimator(tree.fit(X, y)), **QUICK)
+    frozen.partial_fit(*world.draw(3000), rounds=0)
+    assert frozen.base_prior_.argmax() == 0
+    assert frozen.base_prior_.min() > 0.02
 
 
 # ---- rounds without labels, labels that come late
@@ -295,6 +344,15 @@ def test_another_classifier_goes_on_with_the_record(lived, classifier):
     assert adapter.n_rounds_ == 13
     with pytest.raises(ValueError, match="give X and y"):
         adapter.replace_estimator(LogisticRegression())
+
+
+def test_the_mix_that_a_balanced_successor_is_right_for(lived, world):
+    adapter = copy.deepcopy(lived[0])
+    X, y = world.draw(1500, prior=[0.82, 0.06, 0.06, 0.06])
+    adapter.replace_estimator(LogisticRegression(class_weight="balanced"), X, y)
+    np.testing.assert_allclose(adapter.base_prior_, 0.25, atol=0.06)
+    adapter.replace_estimator(LogisticRegression(), X, y)
+    np.testing.assert_allclose(adapter.base_prior_, np.bincount(y) / 1500)
 
 
 def test_a_mix_that_is_known(frozen, lived):
@@ -449,6 +507,63 @@ def test_rounds_named_by_numbers_that_do_not_sort_are_refused():
         np.testing.assert_array_equal(check_rounds(good, 12), good)
     with pytest.raises(ValueError, match="order is not that of their numbers"):
         check_rounds(np.array([f"r{number}" for number in numbers]), 12)
+
+
+_NOT_SORTED = [
+    ["Jan", "Feb", "Mar"],
+    ["2024 October", "2024 November", "2024 December"],
+    ["Mon", "Tue", "Wed"],
+    ["Q4 2024", "Q1 2025", "Q2 2025"],
+    ["31/12/2024", "01/01/2025", "02/01/2025"],
+    ["01/02/2024", "02/02/2024", "03/02/2024"],
+]
+
+
+@pytest.mark.parametrize("names", _NOT_SORTED, ids=" ".join)
+def test_rounds_whose_names_do_not_sort_by_time_are_refused(frozen, world, names):
+    X, y = world.draw(90)
+    rounds = np.repeat(names, 30)
+    with pytest.raises(ValueError, match="order is not that of their numbers or of time"):
+        PerformativeAdapter(frozen).fit(X, y, rounds=rounds)
+    with pytest.raises(ValueError, match="order is not that of their numbers or of time"):
+        next(RoundForwardSplit(1).split(X, groups=rounds))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["2024-Q4", "2025-Q1"], ["w 09", "w 10"], ["2024-12-31", "2025-01-01"], ["may", "q"]],
+    ids=" ".join,
+)
+def test_rounds_whose_names_sort_by_time(frozen, world, names):
+    X, y = world.draw(60)
+    adapter = PerformativeAdapter(frozen, **QUICK, min_rounds=1)
+    assert adapter.fit(X, y, rounds=np.repeat(names, 30)).trajectory_.rounds.tolist() == names
+
+
+@pytest.mark.parametrize("name", ["deployed_pred", "strata"])
+@pytest.mark.parametrize("missing", [np.nan, None])
+def test_what_is_told_by_row_is_told_of_every_row(frozen, world, name, missing):
+    X, y = world.draw(40)
+    told = y.astype(object)
+    told[7] = missing
+    with pytest.raises(ValueError, match=f"{name} has a missing value in row 7"):
+        PerformativeAdapter(frozen).fit(X, y, rounds=0, **{name: told})
+    proba = np.full((40, K), 1 / K)
+    proba[3, 1] = np.nan
+    with pytest.raises(ValueError, match="deployed_pred has a missing value in row 3"):
+        PerformativeAdapter(frozen).fit(X, y, rounds=0, deployed_pred=proba)
+
+
+def test_a_statistic_does_not_depend_on_the_scale_of_weights(lived, world):
+    adapter, classifier = lived[0], lived[0].estimator_
+    X, y = world.draw(60)
+    w = np.random.default_rng(0).uniform(0.1, 3, 60)
+    found = adapter.statistic_of(classifier, X, y, w)
+    w = w * w.sum() / (w @ w)  # worth that many rows
+    right = classifier.predict(X) == y
+    hits, rows = np.bincount(y, w * right, K), np.bincount(y, w, K)
+    np.testing.assert_allclose(found, (hits + 2 * hits.sum() / rows.sum()) / (rows + 2))
+    np.testing.assert_allclose(adapter.statistic_of(classifier, X, y, 100 * w), found)
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])

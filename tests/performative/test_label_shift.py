@@ -169,6 +169,14 @@ def test_log_loss_with_weights():
     )
 
 
+@pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
+def test_scores_too_bold_or_too_timid_do_not_bend_the_base_mix(gaussians, scale):
+    base = np.array([0.7, 0.2, 0.1])
+    logits, codes = gaussians([0.1, 0.3, 0.6], 5000, 3)
+    found = estimate_base_prior(scale * (logits + np.log(base)), codes)
+    np.testing.assert_allclose(found, base, atol=0.06)
+
+
 @pytest.mark.parametrize("l2", [0.5, 20.0])
 def test_the_base_mix_minimises_its_penalised_loss(gaussians, l2):
     logits, codes = gaussians([0.2, 0.5, 0.3], 60, 3)
@@ -178,13 +186,14 @@ def test_the_base_mix_minimises_its_penalised_loss(gaussians, l2):
     centre = np.log((counts + 1 / 3) / (counts.sum() + 1))
 
     def loss(theta):
-        proba = softmax(logits + np.log(counts / counts.sum()) - theta, axis=1)
-        told = -(weights * np.log(proba[np.arange(60), codes])).sum()
-        return told + l2 / 2 * ((theta - centre) ** 2).sum()
+        *base, heat = theta  # the logarithm of a temperature
+        scores = logits * np.exp(-heat) + np.log(counts / counts.sum()) - base
+        told = -(weights * np.log(softmax(scores, axis=1)[np.arange(60), codes])).sum()
+        return told + l2 / 2 * (((base - centre) ** 2).sum() + heat**2)
 
-    best = minimize(loss, np.zeros(3), method="BFGS").x
+    best = minimize(loss, np.zeros(4), method="BFGS").x
     found = estimate_base_prior(logits, codes, l2=l2, weight=weights)
-    np.testing.assert_allclose(found, softmax(best), atol=2e-4)
+    np.testing.assert_allclose(found, softmax(best[:3]), atol=2e-4)
     # the penalty matters here
     plain = estimate_base_prior(logits, codes, l2=1e-6, weight=weights)
     assert np.abs(plain - found).max() > 0.005

@@ -36,7 +36,8 @@ def test_the_statistic_of_a_round_is_the_recall_of_what_went_out(lived):
     scores = np.zeros((7, 4))
     part = Round(0, scores, PREDICTED[::-1], CODES, WEIGHT, deployed=PREDICTED)
     hits, totals = np.zeros(4), np.zeros(4)
-    for code, predicted, weight in zip(CODES, PREDICTED, WEIGHT, strict=True):
+    worth = WEIGHT * WEIGHT.sum() / (WEIGHT**2).sum()  # whatever the scale
+    for code, predicted, weight in zip(CODES, PREDICTED, worth, strict=True):
         totals[code] += weight
         hits[code] += weight * (code == predicted)
     pooled = hits.sum() / totals.sum()
