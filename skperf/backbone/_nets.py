@@ -307,6 +307,10 @@ class Net(OfLogits, NeuralNetClassifier):
         )
         check_training(**{name: getattr(self, name) for name in (*names, "iterator_train")})
         check_device(self.device)
+        for entry in self.callbacks if isinstance(self.callbacks, list | tuple) else ():
+            callback = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+            if not hasattr(callback, "on_train_begin"):
+                raise TypeError(f"callbacks holds {callback!r}, which is no callback of skorch.")
         with drawing_from(torch.Generator().manual_seed(self.seed_)):
             self.initialize()
         for name, callback in self.callbacks_:
@@ -376,8 +380,14 @@ class Net(OfLogits, NeuralNetClassifier):
             inputs, targets = cb_kwargs["batch"]
             codes = targets[0] if isinstance(targets, tuple | list) else targets
             cb_kwargs["batch"] = inputs, self.classes_[codes.cpu().long().numpy()]
+        data, begins = cb_kwargs.get("X"), method_name.endswith("_begin") and self.callbacks
+        if method_name == "on_train_begin" and isinstance(data, LabelledRows):
+            # what was given, whose shape a callback may want to know
+            cb_kwargs |= {"X": data.X, "y": data.y}
         try:
-            super().notify(method_name, **cb_kwargs)
+            # callbacks may draw weights, or build the module anew
+            with drawing_from(self.generator_) if begins else nullcontext():
+                super().notify(method_name, **cb_kwargs)
         except KeyboardInterrupt as error:
             if raised_by_callback(error):  # skorch's way to end training; else it is the user
                 raise StopTraining from None

@@ -11,7 +11,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.model_selection import GridSearchCV
 from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier
-from skorch.callbacks import Callback, EarlyStopping, EpochScoring
+from skorch.callbacks import Callback, EarlyStopping, EpochScoring, Initializer
 from skorch.dataset import Dataset as SkorchDataset
 from skorch.dataset import ValidSplit
 from skorch.helper import predefined_split
@@ -551,3 +551,41 @@ def test_ctrl_c_that_falls_into_a_callback_is_the_users(moment, request):
     assert len(stopped.history) == (0 if moment == "on_train_begin" else 1)
     with pytest.raises(KeyboardInterrupt):
         Net(MLP, max_epochs=3, callbacks=[Interrupted()]).fit(X, y)
+
+
+class Wide(nn.Module):
+    def __init__(self, n_inputs=2, n_classes=3):
+        super().__init__()
+        self.linear = nn.Linear(n_inputs, n_classes)
+
+    def forward(self, X):
+        return self.linear(X)
+
+
+class ToTheWidth(Callback):
+    """skorch's recipe for a module that fits the rows."""
+
+    def on_train_begin(self, net, X=None, y=None, **kwargs):
+        self.labels_ = y
+        net.set_params(module__n_inputs=X.shape[-1])
+
+
+def test_a_callback_may_build_the_module_for_the_rows_it_sees():
+    rows = np.random.RandomState(0).randn(30, 7).astype(np.float32)
+    labels = np.array(["a", "b", "c"])[np.arange(30) % 3]
+    before = torch.get_rng_state()
+    nets = [
+        Net(Wide, max_epochs=2, callbacks=[ToTheWidth(), draws], random_state=0).fit(rows, labels)
+        for draws in [Initializer("*.bias", fn=nn.init.normal_)] * 2
+    ]
+    assert nets[0].module_.linear.weight.shape == (3, 7)
+    callback = next(c for _, c in nets[0].callbacks_ if isinstance(c, ToTheWidth))
+    np.testing.assert_array_equal(callback.labels_, labels)
+    np.testing.assert_array_equal(*(net.predict_proba(rows) for net in nets))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("entry", ["nonsense", 3, ("stops", None)])
+def test_what_is_no_callback_is_named(entry):
+    with pytest.raises(TypeError, match=r"callbacks holds .* is no callback of skorch"):
+        Net(Wide, callbacks=[entry]).fit(np.zeros((4, 2), np.float32), [0, 1, 2, 0])
