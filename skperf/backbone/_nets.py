@@ -296,16 +296,8 @@ class Net(OfLogits, NeuralNetClassifier):
         self.n_steps_ = 0
         for name in ("run_", "train_masks_", "train_initial_", "set_since_"):
             self.__dict__.pop(name, None)
-        names = (
-            "batch_size",
-            "max_epochs",
-            "lr",
-            "train_split",
-            "module",
-            "criterion",
-            "optimizer",
-        )
-        check_training(**{name: getattr(self, name) for name in (*names, "iterator_train")})
+        names = "batch_size max_epochs lr train_split module criterion optimizer iterator_train"
+        check_training(**{name: getattr(self, name) for name in names.split()})
         check_device(self.device)
         for entry in self.callbacks if isinstance(self.callbacks, list | tuple) else ():
             callback = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
