@@ -179,7 +179,11 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
         return loss
 
     def _declared(self) -> Loss:
-        return resolve_loss("cross_entropy" if self.loss is None else self.loss)
+        # Hugging Face keeps what a model was trained on in its config
+        told = getattr(getattr(self.module, "config", None), "problem_type", None)
+        return resolve_loss(
+            _PROBLEMS.get(told, "cross_entropy") if self.loss is None else self.loss
+        )
 
     def fit(self, X: Any = None, y: Any = None) -> "ModuleClassifier":
         """Do nothing: the module is trained.
@@ -334,6 +338,9 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         loss = "" if self.loss is None else f", loss={describes(self.loss_)}"
         return f"{type(self).__name__}({type(self.module).__name__}{loss})"
+
+
+_PROBLEMS = {"regression": "squared_error", "multi_label_classification": "binary_cross_entropy"}
 
 
 def trained_names(module: nn.Module) -> tuple[str, ...] | None:

@@ -99,6 +99,7 @@ class CrossEntropy(Loss):
     label_smoothing: float = 0.0
     ignore_index: int = -100
     balanced: bool = False  # scikit-learn's class_weight="balanced": known once all targets are
+    summed: bool = False  # over the outputs of a row, where torch's reduction is no mean of them
 
     def __post_init__(self) -> None:
         if self.label_smoothing and self.weight is not None and not bool(self.weight.all()):
@@ -109,6 +110,16 @@ class CrossEntropy(Loss):
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Nats of each row: outputs (n, K, ...) or (n, L, K), targets (n, ...) -> (n,)."""
+        means = self._means(outputs, targets)
+        return means * self._counts(targets).to(means) if self.summed else means
+
+    def _counts(self, targets: Tensor) -> Tensor:
+        """Count the outputs of each row that have a label: -> (n,)."""
+        if targets.is_floating_point():
+            return targets.new_full((len(targets),), targets[0, 0].numel())
+        return (targets != self.ignore_index).view(len(targets), -1).sum(1)
+
+    def _means(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.ndim == 2 and targets.ndim == 1 and not self.label_smoothing:
             return functional.cross_entropy(
                 outputs, targets, reduction="none", ignore_index=self.ignore_index
@@ -135,21 +146,6 @@ class CrossEntropy(Loss):
         counted = (targets != self.ignore_index).flatten(1)
         return losses.flatten(1).sum(1) / counted.sum(1).clamp_min(1)
 
-    def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Softmax minus the (smoothed) label: outputs (n, K), targets (n,) -> (n, K)."""
-        inside = self.weight is not None and self.label_smoothing > 0
-        if outputs.ndim != 2 or targets.ndim != 1 or inside:
-            return super().slope(outputs, targets)
-        k = outputs.shape[1]
-        slope = outputs.softmax(1)
-        full = 1 - self.label_smoothing
-        counted = targets != self.ignore_index
-        codes = targets.clamp_min(0)
-        slope = slope.scatter_add(1, codes[:, None], slope.new_full((len(codes), 1), -full))
-        if self.label_smoothing:
-            slope = slope - self.label_smoothing / k
-        return slope if bool(counted.all()) else slope * counted[:, None]
-
     def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Covariance of the predicted label: outputs (n, K) -> (n, K, K)."""
         if outputs.ndim != 2:
@@ -168,7 +164,10 @@ class CrossEntropy(Loss):
         if targets.is_floating_point():
             return None  # torch's mean is over rows then, whatever their shares weigh
         own = self._of_labels(targets)
-        return own if own.ndim == 1 else own.flatten(1).mean(1)
+        if own.ndim == 1:
+            return own
+        counts = self._counts(targets) if self.summed else own[0].numel()
+        return own.flatten(1).sum(1) / counts
 
     def _of_labels(self, targets: Tensor) -> Tensor:
         assert self.weight is not None
@@ -238,11 +237,6 @@ class SquaredError(Loss):
         """Squared error of each row: outputs (n, ...), targets (n, ...) -> (n,)."""
         squares = self.factor * (outputs - targets.to(outputs.dtype).reshape(outputs.shape)) ** 2
         return squares.flatten(1).mean(1) if squares.ndim > 1 else squares
-
-    def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Differentiate: outputs (n, ...), targets (n, ...) -> (n, ...)."""
-        difference = outputs - targets.to(outputs.dtype).reshape(outputs.shape)
-        return 2 * self.factor * difference * (len(outputs) / max(outputs.numel(), 1))
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Twice the identity over the number of outputs: (n, K) -> (n, K, K)."""
@@ -370,11 +364,12 @@ def _of_module(module: nn.Module) -> Loss:
     weight = None if weight is None else weight.detach()
     if kind is nn.CrossEntropyLoss:
         assert isinstance(module, nn.CrossEntropyLoss)
-        return CrossEntropy(weight, module.label_smoothing, module.ignore_index)
+        summed = module.reduction == "sum"
+        return CrossEntropy(weight, module.label_smoothing, module.ignore_index, summed=summed)
     if kind is nn.NLLLoss:
         # its outputs are log-probabilities, which are logits too
         assert isinstance(module, nn.NLLLoss)
-        return CrossEntropy(weight, 0.0, module.ignore_index)
+        return CrossEntropy(weight, 0.0, module.ignore_index, summed=module.reduction == "sum")
     if kind is nn.BCEWithLogitsLoss:
         pos_weight: Any = getattr(module, "pos_weight", None)
         return BinaryCrossEntropy(pos_weight, weight, module.reduction == "sum")
@@ -439,9 +434,15 @@ def _class_axis_second(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs
     if targets.is_floating_point():
         return outputs  # shares (n, K, ...) are as torch takes them
-    if targets.shape[1:] == outputs.shape[1:-1] and targets.shape[1:] != outputs.shape[2:]:
+    last, second = targets.shape[1:] == outputs.shape[1:-1], targets.shape[1:] == outputs.shape[2:]
+    if last and second and outputs.ndim == 3:
+        raise ValueError(
+            f"outputs of shape {tuple(outputs.shape)} have as many classes as places, and either "
+            "axis may hold the classes: give loss= a function of (outputs, targets)."
+        )
+    if last and not second:
         return outputs.movedim(-1, 1)
-    if targets.shape[1:] == outputs.shape[2:]:
+    if second:
         return outputs
     raise ValueError(
         f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)} do "

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 
 from skperf.backbone._sklearn import Interval, Options, StrOptions, validate_parameter_constraints
-from skperf.influence._methods import SELECTIONS
+from skperf.influence._methods import _COUNT, SELECTIONS
 from skperf.influence.generalized import REMOVALS
 from skperf.influence.retraining import Recipe
 
-_COUNT = [Interval(Integral, 1, None, closed="left")]
 _POSITIVE = Interval(Real, 0, None, closed="neither")
 _INSIDE = Interval(Real, 0, 1, closed="neither")
 _ALLOWED: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """What fit learned, as a record, and the networks of it opened for one call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from skperf.backbone.rows import Rows
 from skperf.influence._methods import GGN, Exact, Method, Nearest, Replay, Source, TracIn
 from skperf.influence._replay import ReplayEnsemble, replay_of
 from skperf.influence._stages import moments_of, state_of
-from skperf.influence.captures import record
+from skperf.influence.captures import Unusual, record
 from skperf.influence.curvature import RowSpace
 from skperf.influence.damping import horizon_time
 from skperf.influence.horizon import FurtherTraining, further_trained
@@ -178,9 +178,10 @@ class Learned:
         planned = stage.plan if same else self.planned(network)
         return self.problem(network, planned)
 
-    def planned(self, network: Network) -> Plan:
+    def planned(self, network: Network, without: Collection[str] = ()) -> Plan:
         """Choose how to differentiate a network."""
-        return plan(network, self.X, _selected(network, self.names), self.choices.gradients)
+        parameters, how = _selected(network, self.names), self.choices.gradients
+        return plan(network, self.X, parameters, how, without)
 
 
 def row_weights(loss: Loss, targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -414,10 +415,23 @@ def _stages(learned: Learned, networks: list[Network]) -> list[Stage]:
         network = learned.staged(networks[i], state)
         if i not in plans:
             plans[i] = learned.planned(network)
-        problem = at_last_layer(learned.problem(network, plans[i]))
-        fit = METHODS[method.name](problem, **options)
+        plans[i], fit = _fitted(learned, network, plans[i], options)
         stages.append(Stage(i, state, share, options, plans[i], fit))
     return stages
+
+
+def _fitted(
+    learned: Learned, network: Network, planned: Plan, options: dict[str, Any]
+) -> tuple[Plan, Fitted]:
+    """Fit the method; what keeps its rows elsewhere than where some were tried goes row by row."""
+    without: set[str] = set()
+    while True:
+        problem = at_last_layer(learned.problem(network, planned))
+        try:
+            return planned, METHODS[learned.method.name](problem, **options)
+        except Unusual as error:
+            without.add(error.layer.name)
+            planned = learned.planned(network, without)
 
 
 def _checkpoints(learned: Learned, method: TracIn, networks: list[Network]) -> list[Any]:

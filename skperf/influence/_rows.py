@@ -22,6 +22,8 @@ from skperf.influence.problem import LOSS_UNIT, Problem, curvature_rows, is_last
 from skperf.influence.scoring import Ensemble
 from skperf.influence.tiles import meet
 
+_MOST_PRODUCTS = 2e11  # of numbers, in every further step of leaving rows out
+
 
 class TopRows(Bunch):
     """Rows of largest influence: a Bunch whose ``values`` are not the dictionary's."""
@@ -89,7 +91,7 @@ def second_order(ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any
 
 
 def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any] | None:
-    """Exact Newton steps of leaving out each row of a linear head: (n_query, n_train) or None."""
+    """Newton steps of leaving out each row of a linear head: (n_query, n_train) or None."""
     network = learned.networks()[member]
     problem = learned.problem(network, learned.stages[0].plan)
     head: Any = problem.layers[0]
@@ -119,7 +121,27 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
     curvatures = (vectors * values.clamp_min(0)[:, None]) @ vectors.mT
     ridge = _ridge(problem, train.shape[1], head.bias)
     matrix = linear_head_hessian(train, curvatures, ridge)
-    steps = leave_one_out_steps(train, slope, curvatures, matrix)
+
+    def left(chunk: Tensor, own: Tensor, steps: Tensor) -> Tensor:
+        """Gradient at the weights that lack rows (m,), less that at the fitted ones: (m, K, d)."""
+        rows = chunk[own]
+        moved = (train @ (weight + steps).mT).flatten(0, 1).requires_grad_()
+        with torch.enable_grad():
+            again = targets.repeat(len(rows), *[1] * (targets.ndim - 1))
+            (found,) = torch.autograd.grad(loss.value(read(moved), _as_double(again)).sum(), moved)
+        found = found.view(len(rows), *slope.shape) * shares[:, None]
+        found[torch.arange(len(rows)), rows] = 0  # what is left out
+        return (found - slope).mT @ train + ridge * steps
+
+    exact = not problem.settings.balanced and slope.numel() * train.numel() <= _MOST_PRODUCTS
+    steps = leave_one_out_steps(
+        train,
+        slope,
+        curvatures,
+        matrix,
+        chunk=max(1, min(256, (1 << 22) // slope.numel())),
+        left=left if exact else None,
+    )
     if problem.settings.balanced:
         steps = steps + _of_balance(train, slope, targets, learned.weights, matrix)
     ensemble = learned.opened()

@@ -74,11 +74,11 @@ class InfluenceScorer(
         What is influenced. A function of (outputs, targets) returns one number a row, larger
         for better; whatever the output, positive means proponent.
     damping : float, "auto", "horizon" or "flow", default="auto"
-        Added to the eigenvalues of the mean loss's curvature. ``"auto"``: the penalty that a
-        linear model was trained with; else the weight decay that pulls half as hard again as
-        the mean gradient is uncertain. ``"horizon"``: ``1 / (learning_rate * horizon)``;
-        ``"flow"``, of ``"ggn"`` and ``"exact"``: instead the filter of `horizon` further
-        gradient steps, at the weights that half of them lead to.
+        Added to the eigenvalues of the mean loss's curvature, in place of any known penalty.
+        ``"auto"``: the penalty that a linear model was trained with; else the weight decay that
+        pulls half as hard again as the mean gradient is uncertain. ``"horizon"``:
+        ``1 / (learning_rate * horizon)``; ``"flow"``, of ``"ggn"`` and ``"exact"``: instead the
+        filter of `horizon` further gradient steps, at the weights that half of them lead to.
     horizon : int, optional
         Number of further training steps whose effect is predicted; ties ``damping="auto"``
         to it.
@@ -575,10 +575,10 @@ class InfluenceScorer(
         """Estimate how much the output's loss rises when single training rows are left out.
 
         Where the parameters that train are one linear layer, each row's own share of the
-        curvature is taken out of the inverse and the queries are evaluated at the resulting
-        weights: one exact Newton step of leave-one-out training, which for a squared error is
-        leave-one-out itself. With ``damping="auto"`` the penalty is then the one the model was
-        trained with, where it is known. Elsewhere this is :meth:`influence`.
+        curvature is taken out of the inverse, Newton steps lead to the weights without the row,
+        and the queries are evaluated there: leave-one-out itself. (One step is all for class
+        weights balanced anew and for very many rows.) With ``damping="auto"`` the penalty is then
+        the one the model was trained with, where it is known. Elsewhere this is :meth:`influence`.
 
         Parameters
         ----------
@@ -600,7 +600,8 @@ class InfluenceScorer(
         X, y = self._queries(X, y)
         effects = [_rows.head_effects(self._learned, i, X, y) for i in range(len(self.estimators_))]
         if all(effect is not None for effect in effects):
-            return np.mean(effects, axis=0, dtype=effects[0].dtype)
+            known = self._learned.opened().candidates_of(X)
+            return np.mean(effects, axis=0, dtype=effects[0].dtype) * known
         if self.unit_ != LOSS_UNIT:
             raise ValueError(
                 f"method={self.method_!r} has no unit of loss; use a curvature method such as "

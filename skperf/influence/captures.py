@@ -53,10 +53,13 @@ def recording(module: nn.Module) -> Iterator[None]:
     for name, part in module.named_modules():
         unfrozen = getattr(part, "track_running_stats", True) is False
         batch_norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
-        if isinstance(part, _BATCH_DEPENDENT) and (part.training or (batch_norm and unfrozen)):
+        depends = isinstance(part, _BATCH_DEPENDENT) and (
+            part.training or (batch_norm and unfrozen)
+        )
+        if depends or getattr(part, "scale_grad_by_freq", False):
             raise ValueError(
-                f"layer {name!r} ({type(part).__name__}) is in training mode or normalises by "
-                "the batch: a row's gradient would depend on the other rows or on chance."
+                f"layer {name!r} ({type(part).__name__}) is in training mode, or normalises by "
+                "the batch (or scales): a row's gradient would depend on other rows or on chance."
             )
     with differentiating():
         yield
@@ -228,7 +231,7 @@ def _whole(layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> D
             again, values = vmap(pull, chunk_size=64)(inputs, gradient)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # or what is called with more than its input
         message = str(error).splitlines()[0]
         raise Unusual(layer, f"cannot be differentiated row by row: {message}") from error
     if not torch.allclose(again, outputs, rtol=1e-3, atol=1e-3 * float(outputs.abs().max())):

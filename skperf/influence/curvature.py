@@ -26,6 +26,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters, flatten, unflatten
 from skperf.backbone.rows import Rows
 from skperf.influence.gradients import Dense, Factor, Gradients, combine, gram, inner, written_out
+from skperf.influence.layers import SUPPORTED, TABLES
 from skperf.influence.mapping import mapped
 from skperf.influence.output_rows import prepare_forward_mode
 
@@ -64,37 +65,44 @@ def gradient_flow(time: float, weight_decay: float = 0.0) -> Filter:
 
 @dataclass(frozen=True)
 class Filtered:
-    """A function of a row-space curvature, ``f(C) = f(0) (1 + A' middle A)``."""
+    """A falling function of a row-space curvature, ``f(C) = f(0) (1 - A' R' R A)``."""
 
     # damping is the function `1 / (x + damping)`: gradients meet directly, and by way of their
     # products with the curvature's rows
 
     curvature: RowSpace
     at_zero: float  # f(0)
-    middle: Tensor  # (n_rows, n_rows)
+    root: Tensor  # R (r, n_rows), in double precision: small damping takes many digits
 
     @classmethod
     def damped(cls, curvature: RowSpace, damping: float) -> "Filtered":
         """Make the damped inverse."""
         matrix = curvature.gram.to(torch.float64, copy=True)
         matrix.diagonal().add_(damping)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-        return cls(curvature, 1 / damping, -inverse.to(curvature.gram))
+        least = torch.finfo(curvature.gram.dtype).eps * float(matrix.norm())
+        if damping < least:
+            raise ValueError(
+                f"damping={damping:.3g} is lost in the rounding of a curvature of this size: raise "
+                f"it above {least:.1g}, use method='exact', or a float64 module."
+            )
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        root = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), identity, upper=False)
+        return cls(curvature, 1 / damping, root)
 
     @classmethod
     def of(cls, curvature: RowSpace, function: Filter) -> "Filtered":
-        """Make any function that is not zero at zero."""
+        """Make any function that falls, and is not zero at zero."""
         values, vectors = torch.linalg.eigh(curvature.gram.double())
         keep = values > values[-1:].clamp_min(0) * 1e-9
         values, vectors = values[keep], vectors[:, keep]
         at_zero = function(values.new_zeros(1))
-        weights = (function(values) / at_zero - 1) / values
-        middle = (vectors * weights) @ vectors.T
-        return cls(curvature, float(at_zero), middle.to(curvature.gram))
+        weights = (1 - function(values) / at_zero) / values
+        return cls(curvature, float(at_zero), (vectors * weights.clamp_min(0).sqrt()).T)
 
     def weights(self, vectors: Sequence[Factor]) -> Tensor:
         """Of the curvature's rows: -> (n, n_rows)."""
-        return inner(vectors, self.curvature.rows) @ self.middle
+        found = inner(vectors, self.curvature.rows)
+        return -(found.double() @ self.root.T @ self.root).to(found)
 
     def apply(self, vectors: Sequence[Factor]) -> Gradients:
         """Multiply vectors: (n, ...) each."""
@@ -128,12 +136,21 @@ class CurvatureProduct:
         everything = torch.arange(len(self.inputs)) if rows is None else rows
         share = 1.0 if rows is None else float(self.weights.sum() / self.weights[rows].sum())
         result = self.damping * vectors
+        vectors = vectors * self._moving().to(vectors)
         for part in torch.split(everything, self.batch_size):
             weights = self.weights[part] * share
             with _FORWARD_MODE, _named_layers(self.network), PlainAttention():
                 product = _PRODUCTS[self.kind](self, self.inputs[part], self.targets[part], weights)
                 result = result + mapped(product, vectors, chunk_size=32).detach()
         return result
+
+    def _moving(self) -> Tensor:
+        """Mark the weights with gradients, which a table's padding has not: (n_parameters,)."""
+        moving = {name: torch.ones_like(p) for name, p in self.parameters.items()}
+        for name, part in self.network.module.named_modules():
+            if isinstance(part, TABLES) and part.padding_idx is not None:
+                moving.get(f"{name}.weight", torch.ones_like(part.weight))[part.padding_idx] = 0
+        return flatten(moving)
 
     def _outputs(self, inputs: Rows) -> Callable[[Parameters], Tensor]:
         return lambda values: self.network(inputs, values)
@@ -174,7 +191,8 @@ def _named_layers(network: Network) -> Iterator[None]:
         unusual = [
             f"{name!r} ({type(part).__name__})"
             for name, part in network.module.named_modules()
-            if list(part.parameters(recurse=False)) and not isinstance(part, _DIFFERENTIABLE)
+            if list(part.parameters(recurse=False))
+            and (isinstance(part, nn.EmbeddingBag) or not isinstance(part, SUPPORTED))
         ]
         raise ValueError(
             "methods that multiply by the curvature ('cg', 'lissa', 'arnoldi', 'exact', 'gif') "
@@ -182,18 +200,6 @@ def _named_layers(network: Network) -> Iterator[None]:
             f"{str(error).splitlines()[0]} Use method='ggn' or 'ekfac', or leave the layer out "
             "with parameters=..."
         ) from error
-
-
-_DIFFERENTIABLE = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._NormBase,
-)
 
 
 Multiply = Callable[[Tensor], Tensor]
@@ -240,10 +246,6 @@ def _at_outputs(
 ) -> Multiply:
     """Multiply by the Hessian of the weighted loss at the outputs: (n, ...) -> (n, ...)."""
     loss = product.network.loss
-    if isinstance(loss, CrossEntropy) and outputs.ndim == 2 and targets.ndim == 1:
-        p = outputs.softmax(1)
-        counted = weights * loss.sizes(targets).to(weights)
-        return lambda moved: counted[:, None] * p * (moved - (p * moved).sum(1, keepdim=True))
     if outputs.ndim < 3 and not isinstance(loss, CrossEntropy | BinaryCrossEntropy | SquaredError):
         values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets))
         # a loss that is not convex in the outputs lends its positive part

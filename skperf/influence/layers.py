@@ -20,8 +20,8 @@ _NORMS = (
     nn.InstanceNorm2d,
     nn.RMSNorm,
 )
-_SUPPORTED = (nn.Linear, *CONVOLUTIONS, *TABLES, *_NORMS)
-_FORWARDS = {kind.forward for kind in _SUPPORTED}
+SUPPORTED = (nn.Linear, *CONVOLUTIONS, *TABLES, *_NORMS)
+_FORWARDS = {kind.forward for kind in SUPPORTED}
 _HELD_BY_OTHERS = (nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -114,7 +114,7 @@ def _fit_together(names: tuple[str, ...], members: list[tuple[str, nn.Module]]) 
 
 
 def _is_known(part: nn.Module) -> bool:
-    known = isinstance(part, _SUPPORTED) and type(part).forward in _FORWARDS
+    known = isinstance(part, SUPPORTED) and type(part).forward in _FORWARDS
     own = {name for name, _ in part.named_parameters(recurse=False)}
     return known and own <= {"weight", "bias"}
 

@@ -108,15 +108,15 @@ def _drawn(loss: Loss, outputs: Tensor, targets: Tensor, chances: Tensor) -> Ten
     """Draw a row of each example's curvature: outputs, targets, chances (m, ...) -> (m, ...)."""
     if isinstance(loss, CrossEntropy):
         # shares are as torch takes them, their classes second
-        last = not targets.is_floating_point() and targets.shape[1:] == outputs.shape[1:-1]
-        axis = -1 if last else 1
+        second = targets.is_floating_point() or targets.shape[1:] == outputs.shape[2:]
+        axis = 1 if second else -1
         reached = outputs.softmax(axis).cumsum(axis) <= chances.select(axis, 0).unsqueeze(axis)
         labels = reached.sum(axis).clamp_max(outputs.shape[axis] - 1)
         if not targets.is_floating_point():
             labels = labels.masked_fill(targets == loss.ignore_index, loss.ignore_index)
         slopes = CrossEntropy(ignore_index=loss.ignore_index).slope(outputs, labels)
         # the slope is that of a mean over the places, the curvature has one share of it for each
-        counts = (labels != loss.ignore_index).flatten(1).sum(1).sqrt()
+        counts = (labels != loss.ignore_index).flatten(1).sum(1) ** (1.0 if loss.summed else 0.5)
         if loss.weight is not None:
             slopes = slopes * loss.sizes(targets).to(slopes).sqrt().unsqueeze(axis)
         return slopes * counts.to(slopes).view(-1, *[1] * (slopes.ndim - 1))

@@ -2,11 +2,10 @@
 
 Nothing is taken from names or from the kind of a layer: what differs between a batch of six and
 one of five is where the rows are, and what a row's gradient comes out as alone is what it must
-be in a batch. Layers that fail the comparison are differentiated row by row. Chains of the
-plainest layers need no such run.
+be in a batch. Layers that fail the comparison are differentiated row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +22,6 @@ from skperf.influence.layers import CONVOLUTIONS, Layer, Place, find_layers, one
 
 _TRIED = 6
 _RTOL = {torch.float64: 1e-8}
-_PLAIN = {nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d}
-_PLAIN |= {nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Flatten}
-_PLAIN |= {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d}
-_DIMENSIONS = {nn.Conv1d: 3, nn.Conv2d: 4}
 
 Places = dict[tuple[str, ...], tuple[Place, ...]]
 
@@ -51,15 +46,16 @@ class Plan:
         return [*found, one_by_one(rest, parameters, looped=self.looped)] if rest else found
 
 
-def plan(network: Network, X: Rows, parameters: Parameters, how: str) -> Plan:
+def plan(
+    network: Network, X: Rows, parameters: Parameters, how: str, without: Collection[str] = ()
+) -> Plan:
     """Choose how to differentiate: X (n, ...), how "auto", "factorised" or "reference"."""
     with recording(network.module):
-        layers = [layer for layer in find_layers(network.module, parameters) if layer.sites]
+        found = find_layers(network.module, parameters)
+        layers = [layer for layer in found if layer.sites and layer.name not in without]
         places: Places = {}
         size = _at_once(network, network.inputs(X[:1]))
         if how != "reference":
-            if _is_plain_chain(network, network.inputs(X[:1])):
-                return Plan({layer.names: (Place(0),) for layer in layers}, at_once=size)
             rows = network.inputs(X[np.linspace(0, len(X) - 1, _TRIED).astype(int)])
             places = _places(network, rows, layers)
         else:
@@ -87,24 +83,6 @@ def _at_once(network: Network, row: Rows) -> int:
     with torch.no_grad(), forward_hooks(dict.fromkeys(leaves, count)):
         network(row)
     return (1 << 29) // sum(sizes) + 1
-
-
-def _is_plain_chain(network: Network, row: Rows) -> bool:
-    """Say whether every layer runs once, on rows that lie along its first dimension."""
-    if network.forward is not None or network.readout is not None or not row.single:
-        return False
-    parts = [part for _, part in network.module.named_modules(remove_duplicate=False)]
-    owned = [name for name, _ in network.module.named_parameters(remove_duplicate=False)]
-    return (
-        len(parts) == len(set(parts))
-        and len(owned) == len(list(network.module.parameters()))
-        and all(type(part) in _PLAIN for part in parts)
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        and not any("forward" in vars(part) for part in parts)
-        and all(part.start_dim == 1 for part in parts if isinstance(part, nn.Flatten))
-        and all(row.array.ndim == _DIMENSIONS.get(type(part), row.array.ndim) for part in parts)
-        and bool(torch.isfinite(network(row)).all())
-    )
 
 
 def _places(network: Network, rows: Rows, layers: Sequence[Layer]) -> Places:

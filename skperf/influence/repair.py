@@ -1,6 +1,6 @@
 """Change a network a little: to correct predictions, or to forget rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from skperf.backbone.parameters import Parameters
 from skperf.backbone.rows import Rows
 
 Labelled = tuple[Rows, Tensor]
+Batches = Iterator[tuple[Tensor, Tensor]]
 Precondition = Callable[[Parameters], Parameters]
 
 
@@ -25,18 +26,24 @@ class Displacement:
     flipped: Tensor
 
 
+def _outputs(network: Network, parameters: Parameters, rows: Labelled) -> Batches:
+    """Run rows batch by batch, beside their targets: (m, ...) each."""
+    inputs, targets = rows
+    for start in range(0, len(inputs), network.batch_size):
+        part = slice(start, start + network.batch_size)
+        with torch.no_grad():
+            outputs = network(inputs[part], parameters)
+        yield outputs, targets[part]
+
+
 def predicted_as(network: Network, parameters: Parameters, rows: Labelled) -> Tensor:
     """Tell which rows are predicted as labelled."""
-    inputs, targets = rows
-    size, right = network.batch_size, []
-    with torch.no_grad():
-        for start in range(0, len(inputs), size):
-            part = slice(start, start + size)
-            outputs = network(inputs[part], parameters)
-            if targets.ndim == 1:
-                right.append(outputs.argmax(1) == targets[part])
-            else:
-                right.append(((outputs > 0) == (targets[part] > 0.5)).flatten(1).all(1))
+    right = [
+        outputs.argmax(1) == targets
+        if targets.ndim == 1
+        else ((outputs > 0) == (targets > 0.5)).flatten(1).all(1)
+        for outputs, targets in _outputs(network, parameters, rows)
+    ]
     return torch.cat(right)
 
 
@@ -44,13 +51,8 @@ def accuracy(network: Network, parameters: Parameters, rows: Labelled) -> float:
     """Share of rows predicted as labelled; minus the mean loss where there are no labels."""
     if network.loss.kind in ("classes", "labels"):
         return float(predicted_as(network, parameters, rows).double().mean())
-    total, (inputs, targets) = 0.0, rows
-    with torch.no_grad():
-        for start in range(0, len(inputs), network.batch_size):
-            part = slice(start, start + network.batch_size)
-            outputs = network(inputs[part], parameters)
-            total += float(network.loss.value(outputs, targets[part]).sum())
-    return -total / len(inputs)
+    value, pairs = network.loss.value, _outputs(network, parameters, rows)
+    return -sum(float(value(*pair).sum()) for pair in pairs) / len(rows[0])
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,15 @@ class Ensemble:
             terms = fit.lift(problem, self.query_gradients(problem, X, targets))
             scores = meet(terms, take(fit.train, rows))
             total = total + scores * (fit.scale * member.share)
-        return total
+        return total * torch.as_tensor(self.candidates_of(X))[:, rows]
+
+    def candidates_of(self, X: Rows) -> NDArray[Any]:
+        """Mark the training rows that are scored: X (n_query, ...) -> (n_query, n_train)."""
+        close = self._close(X)
+        marked = np.full((len(X), self.n_train), close is None)
+        if close is not None:
+            np.put_along_axis(marked, close, True, 1)
+        return marked
 
     def _close(self, X: Rows) -> NDArray[np.intp] | None:
         if self.candidates is None:

@@ -116,6 +116,25 @@ def test_woodbury_is_the_damped_inverse(row_space, gradients):
     torch.testing.assert_close(scores, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "damping", "rtol"), [("float64", 1e-8, 1e-5), ("float32", 1e-5, 1e-2)]
+)
+def test_small_damping_keeps_its_digits_or_is_refused(row_space, gradients, dtype, damping, rtol):
+    factors, matrix = gradients
+    expected = matrix @ torch.linalg.solve(EXACT + damping * torch.eye(len(EXACT)), matrix.T)
+    cast = [
+        [f.with_tensors(*(t.to(getattr(torch, dtype)) for t in f.tensors)) for f in some]
+        for some in (row_space.rows, factors)
+    ]
+    space = RowSpace.of(cast[0])
+    lift = RowForm(Filtered.damped(space, damping))
+    terms, stored = lift(None, cast[1]), lift.store(None, cast[1])
+    scores = inner([factor for _, factor in terms], [stored[i] for i, _ in terms]) / damping
+    assert float((scores - expected).norm() / expected.norm()) < rtol
+    with pytest.raises(ValueError, match="lost in the rounding"):
+        Filtered.damped(space, damping * 1e-9)
+
+
 def test_spectral_filter_is_the_matrix_function(row_space, gradients):
     factors, matrix = gradients
     time, decay = 7.0, 0.01

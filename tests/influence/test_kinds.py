@@ -413,6 +413,7 @@ def test_losses(name):
 
 @pytest.mark.parametrize("kind", ["labels", "numbers"])
 def test_a_reduction_by_sums_sums_over_the_outputs_of_a_row(kind):
+    prepare_forward_mode()
     given = {"labels": nn.BCEWithLogitsLoss, "numbers": nn.MSELoss}[kind](reduction="sum")
     y, targets = targets_of(kind), torch.as_tensor(targets_of(kind))
     torch.manual_seed(0)
@@ -647,3 +648,153 @@ def test_torchs_own_transformer_trains_on_without_its_rows():
     flow = InfluenceScorer(module, damping="flow", horizon=6, learning_rate=0.03).fit(tokens, y)
     assert np.isfinite(flow.influence(tokens[:3], y[:3])).all()
     assert np.isfinite(scorer.score(tokens[:4], y[:4], n_subsets=3))
+
+
+class _Words(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.last = nn.Embedding(12, 4, **options), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.last(self.table(tokens).tanh().sum(1))
+
+
+class _Unpadded(_Words):
+    """Runs the words that are there as one long row."""
+
+    def forward(self, tokens):
+        there = tokens > 0
+        found = self.table.weight.new_zeros(*tokens.shape, 4)
+        found[there] = self.table(tokens[there]).tanh()
+        return self.last(found.sum(1))
+
+
+class _Told(nn.Module):
+    """A part that is called with more than its input, as adapters call theirs."""
+
+    class Part(nn.Linear):
+        def forward(self, x, *, scale):
+            return super().forward(x) * scale
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.last = self.Part(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.part(x.mean(1), scale=0.5).tanh())
+
+
+def exactly(module, X, y, loss, damping=0.05):
+    """Influence with every matrix written out, rows run alone."""
+    inputs, own, gradients, curvature = torch.as_tensor(X), list(module.parameters()), [], 0
+    for i in range(len(X)):
+        output = module(inputs[i : i + 1])
+        jacobian = [
+            torch.cat(
+                [
+                    part.to_dense().flatten()
+                    for part in torch.autograd.grad(entry, own, retain_graph=True)
+                ]
+            )
+            for entry in output.flatten()
+        ]
+        jacobian, at = torch.stack(jacobian), output.detach()
+        value = lambda z, i=i, at=at: loss(z.view_as(at), i)  # noqa: E731
+        slope, hessian = (
+            f(value, at.flatten())
+            for f in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian)
+        )
+        gradients.append(slope @ jacobian)
+        curvature = curvature + jacobian.T @ hessian @ jacobian / len(X)
+    gradients = torch.stack(gradients)
+    damped = curvature + damping * torch.eye(len(curvature))
+    return gradients @ torch.linalg.solve(damped, gradients.T)
+
+
+def spread_over(n, tried=4):
+    """Lengths of rows that are all the same where some are tried, and not elsewhere."""
+    lengths = np.where(np.isin(np.arange(n), np.linspace(0, n - 1, 6).astype(int)), tried, 3)
+    lengths[1] = 5
+    return lengths
+
+
+@pytest.mark.parametrize("kind", ["padded", "sparse", "unpadded", "told"])
+def test_more_networks_with_their_curvature(kind):
+    made = {
+        "padded": lambda: _Words(padding_idx=0),
+        "sparse": lambda: _Words(sparse=True),
+        "unpadded": _Unpadded,
+        "told": _Told,
+    }
+    torch.manual_seed(0)
+    module = made[kind]().double()
+    rng = np.random.default_rng(0)
+    X, y = rng.integers(1, 12, (N, 5)), rng.integers(0, 3, N)
+    X = X * (np.arange(5) < spread_over(N)[:, None]) if kind != "told" else rows()[0]
+    codes = torch.as_tensor(y)
+    expected = exactly(module, X, y, lambda z, i: cross_entropy(z, codes[i : i + 1])) / N
+    for method in ("exact", GGN(kept_trace=1.0, max_rows=None)):
+        scorer = InfluenceScorer(module, method=method, damping=0.05, batch_size=4).fit(X, y)
+        np.testing.assert_allclose(scorer.influence(X, y), expected.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_table_that_counts_the_words_of_a_batch_is_refused():
+    scorer = InfluenceScorer(_Words(scale_grad_by_freq=True), method="gradient_dot")
+    with pytest.raises(ValueError, match="scales"):
+        scorer.fit(np.ones((N, 3), int), np.arange(N) % 3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["map", "tokens"])
+def test_cross_entropy_of_many_outputs_by_sums(kind, weighted):
+    """With reduction="sum" a row is the sum over its places; ignored ones and weights too."""
+    weight = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64) if weighted else None
+    given, rng = nn.CrossEntropyLoss(weight=weight, reduction="sum"), np.random.default_rng(0)
+    torch.manual_seed(0)
+    if kind == "map":
+        module = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 3, 1))
+        X, y = rng.normal(size=(N, 1, 4, 3)), rng.integers(0, 3, (N, 4, 3))
+    else:
+        module = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3))
+        X, y = rng.normal(size=(N, 5, 4)), rng.integers(0, 3, (N, 5))
+    y[rng.random(y.shape) < 0.3] = -100
+    module, targets = module.double(), torch.as_tensor(y)
+
+    def one(z, i):
+        return given(z if kind == "map" else z.mT, targets[i : i + 1])
+
+    # a query's loss is plain: of the weights it has the mean of its own, which rows weigh by
+    counted = targets >= 0
+    shares = torch.ones(N, dtype=torch.float64)
+    if weighted:
+        own = weight[targets.clamp_min(0)] * counted
+        shares = own.flatten(1).sum(1) / counted.flatten(1).sum(1)
+    expected = exactly(module, X, y, one, damping=0.05 * float(shares.mean()))
+    expected = expected.detach() / shares[:, None] / N
+    for options in (GGN(kept_trace=1.0, max_rows=None), "exact"):
+        scorer = InfluenceScorer(module, method=options, loss=given, damping=0.05).fit(X, y)
+        np.testing.assert_allclose(scorer.influence(X, y), expected, rtol=1e-4, atol=1e-7)
+    sampled = InfluenceScorer(module, method=GGN(0.9, 600), loss=given, damping=0.05).fit(X, y)
+    slope = np.polyfit(expected.flatten(), sampled.influence(X, y).ravel(), 1)[0]
+    assert abs(slope - 1) < 0.15
+
+
+def test_as_many_classes_as_tokens_are_no_guess():
+    X, y = np.random.default_rng(0).normal(size=(N, 3, 4)), np.arange(3 * N).reshape(N, 3) % 3
+    with pytest.raises(ValueError, match="either axis may hold the classes"):
+        InfluenceScorer(nn.Linear(4, 3)).fit(X, y)
+
+
+def test_what_hugging_face_says_a_model_was_trained_on():
+    """Yes-or-no labels are no shares of classes, though their numbers would do."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    task = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    module = hf.BertForSequenceClassification(hf.BertConfig(**SIZES, **task)).eval()
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(1, 40, (N, 6)), rng.integers(0, 2, (N, 3)).astype(float)
+    scorer = InfluenceScorer(module, method="gradient_dot").fit(ids, y)
+    logits, targets = module(torch.as_tensor(ids)).logits.detach(), torch.as_tensor(y).float()
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    np.testing.assert_allclose(scorer.loss_, losses.mean(1), rtol=1e-5)

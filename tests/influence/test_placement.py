@@ -1,4 +1,4 @@
-"""Chains that need no run to know where their rows are."""
+"""Where layers keep their rows."""
 
 import pytest
 import torch
@@ -8,41 +8,10 @@ from skperf.backbone.network import Network
 from skperf.backbone.parameters import select_parameters
 from skperf.backbone.rows import Rows
 from skperf.influence.layers import find_layers
-from skperf.influence.placement import Place, _along, _is_plain_chain, _places
+from skperf.influence.placement import Place, _along, _places
 
 ROW = Rows(torch.randn(1, 4))
 SHARED = nn.Linear(4, 4)
-
-
-class Other(nn.Linear):
-    """Of a kind that nobody knows."""
-
-
-def hooked():
-    layer = nn.Linear(4, 2)
-    layer.register_forward_hook(lambda *_: None)
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("module", "row", "options", "expected"),
-    [
-        (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ROW, {}, True),
-        (nn.Linear(4, 2), Rows(torch.randn(1, 5, 4)), {}, True),
-        (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), ROW, {}, True),
-        (nn.Sequential(nn.Flatten(0), nn.Linear(4, 2)), ROW, {}, False),
-        (nn.Linear(4, 2), ROW, {"readout": lambda outputs: outputs}, False),
-        (nn.Linear(4, 2), ROW, {"forward": lambda module, rows: module(rows)}, False),
-        (nn.Sequential(Other(4, 2)), ROW, {}, False),
-        (nn.Sequential(SHARED, nn.Tanh(), SHARED), ROW, {}, False),
-        (hooked(), ROW, {}, False),
-        (nn.Sequential(nn.Conv1d(4, 2, 1)), Rows(torch.randn(1, 4, 3)), {}, True),
-        (nn.Linear(4, 2), Rows((ROW.array, ROW.array)), {}, False),
-        (nn.Linear(4, 2), Rows(torch.full((1, 4), torch.nan)), {}, False),
-    ],
-)
-def test_plain_chains(module, row, options, expected):
-    assert _is_plain_chain(Network(module, None, **options), row) is expected
 
 
 def test_rows_lie_along_the_axis_that_shrinks_with_them():

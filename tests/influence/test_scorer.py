@@ -234,6 +234,13 @@ def test_candidates_are_the_nearest_rows(data, net, scorer):
     assert [set(r) for r in nearest] == [set(np.flatnonzero(r)) for r in scores]
     top = limited.top_k(X[120:], y[120:], 5, kind="opponents")
     assert np.isfinite(top.values).all()
+    # rows that are no candidates have no score anywhere
+    curve = limited.fading(X[120:], y[120:], steps=(1,), n_train=40, learning_rate=1e-3)
+    np.testing.assert_allclose(curve.predicted[0], scores[:, curve.rows], rtol=1e-4, atol=1e-7)
+    head = FrozenEstimator(LogisticRegression(C=0.1).fit(X[:120], y[:120]))
+    of_head = InfluenceScorer(head, candidates=15).fit(X[:120], y[:120])
+    effects = of_head.loo_effect(X[120:], y[120:])
+    np.testing.assert_array_equal(effects != 0, of_head.influence(X[120:], y[120:]) != 0)
 
 
 def test_transform_uses_predicted_labels(data, net, scorer):
