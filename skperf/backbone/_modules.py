@@ -180,10 +180,9 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
 
     def _declared(self) -> Loss:
         # Hugging Face keeps what a model was trained on in its config
-        told = getattr(getattr(self.module, "config", None), "problem_type", None)
-        return resolve_loss(
-            _PROBLEMS.get(told, "cross_entropy") if self.loss is None else self.loss
-        )
+        told = str(getattr(getattr(self.module, "config", None), "problem_type", None))
+        told = _PROBLEMS.get(told, "cross_entropy")
+        return resolve_loss(told if self.loss is None else self.loss)
 
     def fit(self, X: Any = None, y: Any = None) -> "ModuleClassifier":
         """Do nothing: the module is trained.

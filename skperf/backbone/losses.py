@@ -166,8 +166,8 @@ class CrossEntropy(Loss):
         own = self._of_labels(targets)
         if own.ndim == 1:
             return own
-        counts = self._counts(targets) if self.summed else own[0].numel()
-        return own.flatten(1).sum(1) / counts
+        own = own.flatten(1)
+        return own.sum(1) / self._counts(targets) if self.summed else own.mean(1)
 
     def _of_labels(self, targets: Tensor) -> Tensor:
         assert self.weight is not None

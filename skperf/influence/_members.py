@@ -23,7 +23,7 @@ from skperf.backbone.parameters import Parameters, checksum, select_parameters
 from skperf.backbone.rows import Rows
 from skperf.influence._methods import GGN, Exact, Method, Nearest, Replay, Source, TracIn
 from skperf.influence._replay import ReplayEnsemble, replay_of
-from skperf.influence._stages import moments_of, state_of
+from skperf.influence._stages import moments_of, state_of, with_weights
 from skperf.influence.captures import Unusual, record
 from skperf.influence.curvature import RowSpace
 from skperf.influence.damping import horizon_time
@@ -204,21 +204,6 @@ def _checksum(fitted: Any) -> str:
 def _selected(network: Network, names: Sequence[str]) -> Parameters:
     own = dict(network.module.named_parameters())
     return {name: own[name].detach() for name in names}
-
-
-def with_weights(
-    network: Network, state: Mapping[str, Tensor] | None, *, double: bool = False
-) -> Network:
-    """Put other weights into a network of ours, or take it to double precision."""
-    if state is None and not (double and network.dtype != torch.float64):
-        return network
-    copy = network.copy()
-    own = dict(copy.module.state_dict())
-    with torch.no_grad():
-        for name, value in (state or {}).items():
-            if name in own:
-                own[name].copy_(value)
-    return replace(copy, module=copy.module.double()) if double else copy
 
 
 def _output(output: Any, network: Network) -> Any:

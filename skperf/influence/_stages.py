@@ -1,6 +1,7 @@
 """Weights and moments of the stages of a training, as a network of ours takes them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,3 +59,18 @@ def state_of(network: Network, checkpoint: Any, i: int) -> dict[str, Tensor]:
             )
     # own memory: the user may go on training the module that was given
     return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def with_weights(
+    network: Network, state: Mapping[str, Tensor] | None, *, double: bool = False
+) -> Network:
+    """Put other weights into a network of ours, or take it to double precision."""
+    if state is None and not (double and network.dtype != torch.float64):
+        return network
+    copy = network.copy()
+    own = dict(copy.module.state_dict())
+    with torch.no_grad():
+        for name, value in (state or {}).items():
+            if name in own:
+                own[name].copy_(value)
+    return replace(copy, module=copy.module.double()) if double else copy

@@ -20,7 +20,8 @@ from skperf.backbone._opening import fit_estimator, open_network
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
-from skperf.influence._members import Learned, learning_rate_of, with_damping, with_weights
+from skperf.influence._members import Learned, learning_rate_of, with_damping
+from skperf.influence._stages import with_weights
 from skperf.influence.captures import recording
 from skperf.influence.gradients import squared_norms
 from skperf.influence.horizon import (
