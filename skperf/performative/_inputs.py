@@ -250,9 +250,8 @@ def check_by_row(values, n_rows, name):
     values = np.asarray(as_array(values))
     if values.shape[:1] != (n_rows,):
         raise ValueError(f"{name} has {values.shape} entries, but X has {n_rows} rows.")
-    missing = values != values  # as NaN is
-    if values.dtype == object:
-        missing = np.vectorize(_is_missing, otypes=[bool])(values)
+    is_missing = np.vectorize(_is_missing, otypes=[bool])
+    missing = is_missing(values) if values.dtype == object else values != values
     if missing.any():
         row = int(np.argwhere(missing)[0][0])
         raise ValueError(f"{name} has a missing value in row {row}: every row needs its own.")
@@ -378,10 +377,8 @@ def check_candidates(candidates, scoring, n_bootstrap):
 
 def same(one, other):
     """Tell whether two values of a parameter are the same."""
-    if one is other:
-        return True
     try:
-        return bool(np.all(one == other))
+        return one is other or bool(np.all(one == other))
     except Exception:  # whatever has an equality of its own
         return False
 

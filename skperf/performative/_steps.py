@@ -21,7 +21,7 @@ from skperf.performative.record import Record, Round
 from skperf.performative.report import quick_diagnostics
 from skperf.performative.response import Answering
 
-SPOKEN_OF = 300  # rows below which a loss may be chance
+SPOKEN_OF, FEW = 300, 3  # rows and rounds below which a loss may be chance
 HARM = 0.01  # nats a row that a withdrawn correction has to have cost to be spoken of
 FAR = 3.0  # times the largest distance between neighbours on record
 SEEN = 200  # rounds that a statistic may be far from
@@ -61,9 +61,10 @@ def learn(
 
 def _warn_of_harm(record: Record, number: Any) -> None:
     """Say that a correction was withdrawn, where what was applied has cost more than chance."""
-    latest = [one["adapter"] - one["none"] for one in record.losses[-10:]]
-    fading = FAST ** np.arange(len(latest))[::-1] * np.isfinite(latest)
-    harm = float(fading @ np.nan_to_num(latest)) / max(float(fading.sum()), 1e-9)
+    applied = [one["adapter"] - one["none"] for one in record.losses[-10:] if one["strength"] > 0]
+    latest = [cost for cost in applied if np.isfinite(cost)]
+    fading = FAST ** np.arange(len(latest))[::-1]
+    harm = float(fading @ latest) / fading.sum() if len(latest) >= FEW else 0.0
     if harm > HARM and record.corrector.n_rows > SPOKEN_OF:
         warnings.warn(
             f"the correction is withdrawn after round {number}: over the latest rounds it cost "

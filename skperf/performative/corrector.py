@@ -47,6 +47,8 @@ class Corrector:
     n_rounds: int = 0
     n_rows: float = 0.0  # judged, older ones fading
     choice: Option = Option()
+    proposed: Option = Option()  # what would be the choice if proposals had kept the accuracy
+    proposed_right: float = 0.0  # of the proposals, each of the round after it
 
     def calibrated(self, logits: Array, option: Option | None = None) -> Array:
         """Scores (n, n_classes) as an option calibrates them."""
@@ -94,8 +96,10 @@ class Corrector:
                 hits[: len(self.mixes)] = own_right
             right.append(hits)
         judged = self._with(np.array(losses), np.array(right), np.array(noise))
-        rows = SLOW * self.n_rows + len(codes)
-        return replace(judged, own_right=SLOW * self.own_right + own_right, n_rows=rows)
+        rows, told = SLOW * self.n_rows + len(codes), SLOW * self.own_right + own_right
+        hits = np.reshape(right, self.slow.shape)[self._at(self.proposed)]
+        proposed = SLOW * self.proposed_right + float(hits)
+        return replace(judged, own_right=told, n_rows=rows, proposed_right=proposed)
 
     def judged_by_shares(self, counts: Array, answer: Array, log_base: Array) -> "Corrector":
         """Score all options on label counts (K,), where there are no rows."""
@@ -126,12 +130,11 @@ class Corrector:
         free = 0.0 in self.strengths
         nothing = Option() if free else Option(0, float(self.strengths[-1]), float(self.mixes[0]))
         if n_rounds < min_rounds:
-            return replace(self, choice=Option())
+            return replace(self, choice=Option(), proposed=Option())
         if self.weight == 0.0:
-            return replace(self, choice=nothing)
-        allowed = np.ones(self.slow.shape, bool)
+            return replace(self, choice=nothing, proposed=nothing)
+        allowed, chance = np.ones(self.slow.shape, bool), np.sqrt(CHANGED / max(self.n_rows, 1.0))
         if free:
-            chance = np.sqrt(CHANGED / max(self.n_rows, 1.0))
             allowed = self.right >= self.own_right - SURE * chance * self.weight
             allowed[0, 0] = True
         best = self._best(self.slow, allowed)
@@ -148,8 +151,20 @@ class Corrector:
         cost = self.fast[best] - self.fast[0, 0, 0]
         if free and cost > np.sqrt(self.noise[best]):
             best = self._best(self.fast, allowed)
-        option = Option(best[0], float(self.strengths[best[1]]), float(self.mixes[best[2]]))
-        return replace(self, choice=option)
+        proposed = option = self._option(best)
+        # what did best of many on past rows need not do so on those to come
+        lost = self.own_right - self.proposed_right
+        if free and lost > SURE * chance * self.weight:
+            kept = [i for i in range(len(self.calibrators)) if self.keeps_order(i)]
+            option = self._option((min(kept, key=lambda i: float(self.slow[i, 0, 0])), 0, 0))
+        return replace(self, choice=option, proposed=proposed)
+
+    def _option(self, at: tuple[int, ...]) -> Option:
+        return Option(at[0], float(self.strengths[at[1]]), float(self.mixes[at[2]]))
+
+    def _at(self, option: Option) -> tuple[int, ...]:
+        strength, mix = np.abs(self.strengths - option.strength), np.abs(self.mixes - option.mix)
+        return option.calibration, int(strength.argmin()), int(mix.argmin())
 
     def _best(self, losses: Array, allowed: NDArray[np.bool_]) -> tuple[int, ...]:
         flat = np.where(allowed, losses, np.inf).argmin()

@@ -301,21 +301,13 @@ def replaced(record: Record, rows: tuple[Array, Codes] | None, base: Array | Non
     state = record.anticipation
     hits = np.full(state.trajectory.hits.shape, np.nan)
     trajectory = replace(state.trajectory, hits=hits)
-    zeros = np.zeros_like(record.corrector.slow)
+    corrector, n = record.corrector, len(record.corrector.calibrators)
     # strengths keep their record, calibrations and accuracies were the old classifier's
-    slow, fast = (
-        np.repeat(a[:1], len(zeros), axis=0) for a in (record.corrector.slow, record.corrector.fast)
-    )
-    corrector = replace(
-        record.corrector,
-        calibrators=(None,) * len(record.corrector.calibrators),
-        slow=slow,
-        fast=fast,
-        right=zeros,
-        noise=zeros,
-        own_right=0.0,
-        choice=replace(record.corrector.choice, calibration=0),
-    )
+    told: Any = {k: np.repeat(getattr(corrector, k)[:1], n, axis=0) for k in ("slow", "fast")}
+    told |= {k: replace(getattr(corrector, k), calibration=0) for k in ("choice", "proposed")}
+    told |= dict.fromkeys(("right", "noise"), np.zeros_like(corrector.slow))
+    told |= dict.fromkeys(("own_right", "proposed_right"), 0.0)
+    corrector = replace(corrector, calibrators=(None,) * n, **told)
     record = replace(
         record,
         anticipation=replace(state, trajectory=trajectory),

@@ -22,6 +22,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import FixedThresholdClassifier, cross_validate
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import SVC, LinearSVC
@@ -682,3 +683,23 @@ def test_a_known_mix_without_a_class_never_predicts_it_and_is_read_by_label(clas
     assert found[:, 0].max() < 1e-200
     turned = pd.Series(prior[::-1], index=labels[::-1])
     np.testing.assert_array_equal(adapter.correct(X, turned), found)
+
+
+def test_a_correction_that_costs_accuracy_is_withheld():
+    """Classes move towards the one that is served best: no mix answers, but fifteen neighbours
+    look as if one did."""
+    rng = np.random.default_rng(2)
+    means = rng.normal(size=(K, 5)) * 1.3
+    y = rng.integers(K, size=1500)
+    model = KNeighborsClassifier(15).fit(means[y] + rng.normal(size=(1500, 5)), y)
+    adapter, moved = PerformativeAdapter(FrozenEstimator(model), **QUICK), np.zeros((K, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(30):
+            y = rng.integers(K, size=500)
+            X = (means + moved)[y] + rng.normal(size=(500, 5))
+            served = adapter.partial_fit(X, y, rounds=number).statistic_.argmax()
+            moved = 0.8 * moved + 0.1 * (means[served] - means)
+    record = adapter.prequential_
+    assert record.accuracy[4:].mean() > record.accuracy_none[4:].mean() - 0.005
+    assert record.adapter[4:].mean() < record.none[4:].mean()
