@@ -43,6 +43,7 @@ MAPS: tuple[tuple[str, str, tuple[str, ...], Form, tuple[float, ...]], ...] = (
     ("linear", ": statistic, covariates", ("covariates", S), Form((S,), ("covariates",)), ONE),
 )
 LADDER = (*KINDS, "mlp")
+BY_STRATUM = ("stratum", "class_stratum")
 SHARED = ("tied", "curve")  # these need one entry of the statistic for every class
 OF_STATISTIC = Form(free=("statistic",))
 
@@ -90,10 +91,7 @@ def settings_of(
     params: dict[str, Any], seed: int, n_statistics: int, n_classes: int, n_covariates: int
 ) -> Settings:
     """List the maps in competition."""
-    entry_a_class = n_statistics == n_classes and params["statistic"] not in (
-        "stratum",
-        "class_stratum",
-    )
+    entry_a_class = n_statistics == n_classes and params["statistic"] not in BY_STRATUM
     names = _names(params["adapter"], entry_a_class)
     kinds = [name for name in names if isinstance(name, str) and name in KINDS]
     alone = len(names) == 1

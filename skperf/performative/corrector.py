@@ -129,10 +129,9 @@ class Corrector:
         """Choose what to apply from now on."""
         free = 0.0 in self.strengths
         nothing = Option() if free else Option(0, float(self.strengths[-1]), float(self.mixes[0]))
-        if n_rounds < min_rounds:
-            return replace(self, choice=Option(), proposed=Option())
-        if self.weight == 0.0:
-            return replace(self, choice=nothing, proposed=nothing)
+        if n_rounds < min_rounds or self.weight == 0.0:
+            start = Option() if n_rounds < min_rounds else nothing
+            return replace(self, choice=start, proposed=start)
         allowed, chance = np.ones(self.slow.shape, bool), np.sqrt(CHANGED / max(self.n_rows, 1.0))
         if free:
             allowed = self.right >= self.own_right - SURE * chance * self.weight

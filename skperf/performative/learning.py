@@ -259,8 +259,7 @@ def _stepped_by(record: Record, log_prior: Array, counts: Array) -> float:
 def _confused(record: Record, part: Round) -> Array | None:
     if not len(part.codes) or not record.anticipation.trajectory.confusions.shape[1]:
         return None
-    smoothing = record.options.smoothing
-    n_classes = len(record.classes)
+    n_classes, smoothing = len(record.classes), record.options.smoothing
     return smoothed_confusion(part.codes, part.predicted, n_classes, part.weight, smoothing)
 
 
