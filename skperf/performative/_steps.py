@@ -93,9 +93,7 @@ def strata_codes(record: Record, strata: Any) -> Any:
     """Find the numbers of strata (n,), None where the record knows of none."""
     if strata is None or record.strata is None:
         return None
-    return _inputs.encode(
-        np.asarray(strata), record.strata, known_to="the first call", name="strata"
-    )
+    return _inputs.encode(np.asarray(strata), record.strata, known_to="the record", name="strata")
 
 
 def replaced(
