@@ -120,6 +120,13 @@ WORKLOADS = (
         "guide/performative",
     ),
     Workload(
+        "performative",
+        "Time and memory of ten thousand rounds",
+        "performative_rounds",
+        ("performative_rounds.json",),
+        "guide/performative",
+    ),
+    Workload(
         "influence",
         "Influence against captum, kronfluence and pyDVL",
         "influence --search --memory",
