@@ -93,6 +93,14 @@ def choose_units(
     return flatten(chosen)
 
 
+def choose_by_saliency(gradient: Tensor, curvature: Tensor, ratio: float) -> Tensor:
+    """Mark the parameters whose change pays most, gradient^2 / curvature: (n_parameters,) each."""
+    saliency = gradient.square() / curvature
+    chosen = torch.zeros_like(saliency, dtype=torch.bool)
+    chosen[saliency.argsort(descending=True)[: max(1, int(ratio * len(saliency)))]] = True
+    return chosen
+
+
 def row_product(
     layers: Sequence[Layer], like: Parameters, rows: Gradients, damping: float | Tensor
 ) -> Multiply:

@@ -14,6 +14,7 @@ from skperf.influence.captures import recording
 from skperf.influence.curvature import dense_curvature, gradient_flow
 from skperf.influence.damping import damping_of_each, horizon_time, resolve_damping
 from skperf.influence.generalized import (
+    choose_by_saliency,
     choose_units,
     generalized_query,
     unit_strengths,
@@ -206,11 +207,7 @@ def _by_saliency(problem: Problem, X: Rows, targets: Tensor, ratio: float) -> Te
     own = problem.gradients(problem.loss, problem.X[rows.numpy()], problem.targets[rows])
     curvature = to_vectors(problem.layers, own, problem.parameters).square().mean(0)
     damping = 0.1 * float(curvature.mean()) + 1e-12
-    # those whose change pays most
-    saliency = vectors.mean(0).square() / (curvature + damping)
-    chosen = torch.zeros_like(saliency, dtype=torch.bool)
-    chosen[saliency.argsort(descending=True)[: max(1, int(ratio * len(saliency)))]] = True
-    return chosen
+    return choose_by_saliency(vectors.mean(0), curvature + damping, ratio)
 
 
 def exact(problem: Problem, *, curvature: str = "ggn") -> Fitted:
