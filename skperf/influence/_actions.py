@@ -150,9 +150,9 @@ def _judges(
     # limited nor made it
     rng = np.random.default_rng(learned.settings.seed)
     rest = np.setdiff1d(np.arange(len(learned.X)), chosen)
-    # where nearly all rows are trained on, the others are too few to say anything
-    others = rest if len(rest) >= _FEWEST_GUARDS else np.arange(len(learned.X))
-    rows, judged = np.array_split(rng.permutation(others)[: 2 * _MOST_GUARDS], 2)
+    rows, judged = np.array_split(rng.permutation(rest)[: 2 * _MOST_GUARDS], 2)
+    if len(rest) < _FEWEST_GUARDS:  # nearly all are trained on: the others are too few to judge
+        rows, judged = rng.permutation(len(learned.X))[:_MOST_GUARDS], rest[:0]
     labels = np.asarray(learned.y)
     held = rng.permutation(np.setdiff1d(np.arange(len(labels)), judged))[:_MOST_KEPT]
     pairs = {

@@ -353,7 +353,6 @@ def _settings(
         weight_decay=strength,
         ridge=strength if linear and strength > 0 else None,
         ridge_on_biases=penalty is None or penalty.biases,
-        balanced=_params_of(fitted).get("class_weight") == "balanced",
         seed=choices.seed,
         verbose=choices.verbose,
     )
@@ -365,15 +364,10 @@ def learning_rate_of(fitted: Any, given: Any) -> float | None:
         raise ValueError("learning_rate must be one number where damping is tied to a horizon.")
     if given is not None:
         return float(given)
-    params = _params_of(fitted)
-    rate = params.get("lr", params.get("learning_rate_init"))
-    return None if rate is None else float(rate)
-
-
-def _params_of(fitted: Any) -> dict[str, Any]:
     inner = fitted.estimator if isinstance(fitted, FrozenEstimator) else fitted
     params: dict[str, Any] = inner.get_params(deep=False) if hasattr(inner, "get_params") else {}
-    return params
+    rate = params.get("lr", params.get("learning_rate_init"))
+    return None if rate is None else float(rate)
 
 
 def _stages(learned: Learned, networks: list[Network]) -> list[Stage]:

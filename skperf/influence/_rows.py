@@ -133,7 +133,8 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
         found[torch.arange(len(rows)), rows] = 0  # what is left out
         return (found - slope).mT @ train + ridge * steps
 
-    exact = not problem.settings.balanced and slope.numel() * train.numel() <= _MOST_PRODUCTS
+    balanced = getattr(loss, "balanced", False)
+    exact = not balanced and slope.numel() * train.numel() <= _MOST_PRODUCTS
     steps = leave_one_out_steps(
         train,
         slope,
@@ -142,7 +143,7 @@ def head_effects(learned: Learned, member: int, X: Rows, y: Any) -> NDArray[Any]
         chunk=max(1, min(256, (1 << 22) // slope.numel())),
         left=left if exact else None,
     )
-    if problem.settings.balanced:
+    if balanced:
         steps = steps + _of_balance(train, slope, targets, learned.weights, matrix)
     ensemble = learned.opened()
     output, sign = ensemble.output, 1.0 if ensemble.about_loss else -1.0

@@ -600,8 +600,8 @@ class InfluenceScorer(
         X, y = self._queries(X, y)
         effects = [_rows.head_effects(self._learned, i, X, y) for i in range(len(self.estimators_))]
         if all(effect is not None for effect in effects):
-            known = self._learned.opened().candidates_of(X)
-            return np.mean(effects, axis=0, dtype=effects[0].dtype) * known
+            mean = np.mean(effects, axis=0, dtype=effects[0].dtype)
+            return mean * self._learned.opened().candidates_of(X)
         if self.unit_ != LOSS_UNIT:
             raise ValueError(
                 f"method={self.method_!r} has no unit of loss; use a curvature method such as "
@@ -828,9 +828,9 @@ class InfluenceScorer(
         EditedClassifier
             ``edit_report_`` holds ``flipped`` (one a query), ``n_steps``, ``displacement``,
             ``guard_before``, ``guard_after`` (which the path was stopped by),
-            ``judged_before``, ``judged_after`` (training rows that served no choice),
-            ``indices`` (rows trained on), ``share_of_path`` (below 1 where the guard stopped
-            it) and ``baselines``.
+            ``judged_before``, ``judged_after`` (training rows that served no choice; NaN where
+            nearly all are trained on), ``indices`` (rows trained on), ``share_of_path`` (below
+            1 where the guard stopped it) and ``baselines``.
         """
         options = checked(
             "repair",

@@ -46,6 +46,11 @@ def loss_rows(
     values, vectors = torch.linalg.eigh(loss.hessian(outputs, targets).double())
     # a loss that is not convex in the outputs lends its positive part
     sizes = (values.clamp_min(0) * weights.double()[:, None]).flatten()
+    if not bool(sizes.any()) and not isinstance(loss, BinaryCrossEntropy):
+        raise ValueError(
+            f"the curvature of {loss.name} is zero at every row, so that methods that use it say "
+            "nothing: use method='gradient_dot', or GGN(curvature='empirical')."
+        )
     ranked, shares, share = _chosen(sizes, sizes.sum(), kept_trace, max_rows)
     which, number = ranked // values.shape[1], ranked % values.shape[1]
     rows = vectors[which, :, number] * shares[:, None].sqrt()

@@ -51,8 +51,8 @@ def plan(
 ) -> Plan:
     """Choose how to differentiate: X (n, ...), how "auto", "factorised" or "reference"."""
     with recording(network.module):
-        found = find_layers(network.module, parameters)
-        layers = [layer for layer in found if layer.sites and layer.name not in without]
+        found = (layer for layer in find_layers(network.module, parameters) if layer.sites)
+        layers = [layer for layer in found if layer.name not in without]
         places: Places = {}
         size = _at_once(network, network.inputs(X[:1]))
         if how != "reference":

@@ -38,7 +38,6 @@ class Settings:
     weight_decay: float = 0.0
     ridge: float | None = None  # known penalty of a linear model, on the mean loss
     ridge_on_biases: bool = True
-    balanced: bool = False  # whether class weights come from the labels themselves
     seed: int = 0
     verbose: int = 0
 

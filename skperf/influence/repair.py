@@ -49,6 +49,8 @@ def predicted_as(network: Network, parameters: Parameters, rows: Labelled) -> Te
 
 def accuracy(network: Network, parameters: Parameters, rows: Labelled) -> float:
     """Share of rows predicted as labelled; minus the mean loss where there are no labels."""
+    if len(rows[1]) == 0:
+        return float("nan")
     if network.loss.kind in ("classes", "labels"):
         return float(predicted_as(network, parameters, rows).double().mean())
     value, pairs = network.loss.value, _outputs(network, parameters, rows)

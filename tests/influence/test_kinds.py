@@ -798,3 +798,16 @@ def test_what_hugging_face_says_a_model_was_trained_on():
     logits, targets = module(torch.as_tensor(ids)).logits.detach(), torch.as_tensor(y).float()
     losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     np.testing.assert_allclose(scorer.loss_, losses.mean(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [nn.L1Loss(), nn.MultiMarginLoss()], ids=["absolute", "hinge"])
+def test_a_loss_without_curvature_is_no_matter_of_damping(loss):
+    """The least damping would make ten million of an influence of nothing."""
+    X, y = np.random.default_rng(0).normal(size=(N, 4)), np.arange(N) % 3
+    y = y if isinstance(loss, nn.MultiMarginLoss) else np.eye(3)[y]
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    for method in ("auto", "ekfac", "cg"):
+        with pytest.raises(ValueError, match="is zero at every row"):
+            InfluenceScorer(module, loss=loss, method=method).fit(X, y)
+    for method in ("gradient_dot", GGN(curvature="empirical")):
+        assert np.isfinite(InfluenceScorer(module, loss=loss, method=method).fit(X, y).loss_).all()

@@ -498,6 +498,16 @@ def test_removal_is_judged_by_rows_that_chose_nothing(digits, net):
     assert report["n_judged"] == others - others // 2
 
 
+@pytest.mark.parametrize("k", [20, 70])
+def test_repair_is_never_judged_by_the_rows_it_trained_on(digits, net, k):
+    X, y = digits
+    scorer = InfluenceScorer(FrozenEstimator(net), random_state=0).fit(X[:80], y[:80])
+    asked = (scorer.estimator_.predict(X[200:201]) + 1) % 4
+    report = scorer.repair(X[200:201], asked, k=k, max_steps=2, baselines=False).edit_report_
+    assert np.isnan(report["judged_after"]) == (k == 70)
+    assert np.isfinite(report["guard_after"])
+
+
 def test_gif_options_reach_removal(digits, net):
     X, y = digits
     scorer = InfluenceScorer(FrozenEstimator(net), method=GIF(ratio=0.3, curvature="ggn"))
