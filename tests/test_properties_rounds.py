@@ -1,11 +1,14 @@
 """What is applied after a round, and what is foretold, against loops over options and rows."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
 
+from skperf import PerformativeWarning
+from skperf.performative._steps import _warn_of_harm as warn_of_harm
 from skperf.performative.anticipation import Anticipation, Candidate, Contender, _with_entrants
 from skperf.performative.corrector import FAST, SLOW, Corrector, Option
 from skperf.performative.label_shift import Calibration
@@ -140,13 +143,22 @@ def test_what_has_cost_lately_gives_way_to_what_has_not():
 
 def test_a_correction_that_makes_fewer_predictions_right_is_not_applied():
     slow, right = [[[1.0], [0.8], [0.9]]], [[[0.7], [0.6], [0.699]]]
+    alone = {"own_right": 0.7, "proposed_right": 0.7}
     # given up may be half a standard error of 400 rows of which a tenth change
-    found = known(slow, right=right, own_right=0.7)
+    found = known(slow, right=right, **alone)
     assert found.chosen(9, 3).choice.strength == 1.0
-    few = known(slow, right=right, own_right=0.7, n_rows=2.0)
+    few = known(slow, right=right, **alone, n_rows=2.0)
     assert few.chosen(9, 3).choice.strength == 0.5
-    worse = known(slow, right=[[[0.5], [0.4], [0.5]]], own_right=0.7)
+    worse = known(slow, right=[[[0.5], [0.4], [0.5]]], **alone)
     assert worse.chosen(9, 3).choice.strength == 0.0
+
+
+def test_choices_that_made_fewer_predictions_right_a_round_later_are_withheld():
+    slow, right = [[[1.0], [0.8], [0.9]]], [[[0.7], [0.8], [0.7]]]
+    for before, strength in ((0.7, 0.5), (0.68, 0.0)):
+        found = known(slow, right=right, own_right=0.7, proposed_right=before).chosen(9, 3)
+        assert found.choice.strength == strength
+        assert found.proposed.strength == 0.5  # goes on being judged
 
 
 @pytest.mark.parametrize(("saved", "used"), [(0.009, 0), (0.011, 1)])
@@ -156,13 +168,17 @@ def test_a_calibration_has_to_save_a_hundredth(saved, used):
 
 
 def test_what_a_withdrawn_correction_has_cost_a_row_is_told():
-    slow, fast = [[[1.0], [0.8], [0.9]]], [[[0.5], [0.8], [0.9]]]
-    before = Option(0, 0.5, 0.0)
-    found = known(slow, fast, n_rounds=2, choice=before).chosen(9, 3)
-    assert found.choice.strength == 0.0
-    assert found.harm == pytest.approx(0.3 / (1 + FAST))
-    assert known(slow, fast, choice=before, n_rows=300.0).chosen(9, 3).harm == 0
-    assert known(slow, fast).chosen(9, 3).harm == 0
+    def record(costs, n_rows=301.0, strength=1.0):
+        told = [{"adapter": 1.0 + cost, "none": 1.0, "strength": strength} for cost in costs]
+        return SimpleNamespace(losses=told, corrector=SimpleNamespace(n_rows=n_rows))
+
+    costs = np.array([0.1, 0.0, 0.3])
+    cost = costs @ FAST ** np.arange(3)[::-1] / (1 + FAST + FAST**2)
+    with pytest.warns(PerformativeWarning, match=f"after round 7.* cost {cost:.3f} nats"):
+        warn_of_harm(record(costs), 7)
+    for silent in (record(costs, 300.0), record(costs[1:]), record(costs, strength=0.0)):
+        warn_of_harm(silent, 7)
+    warn_of_harm(record([0.0, 0.009, 0.009]), 7)
 
 
 def test_the_choice_is_applied_to_answers_and_scores():
