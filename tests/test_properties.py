@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.optimize import minimize_scalar
 from sklearn.covariance import ShrunkCovariance
 from sklearn.metrics import log_loss as sklearn_log_loss
 
@@ -126,12 +127,16 @@ def test_base_mix_minimises_its_penalised_loss(l2):
     counts = np.array([weight[codes == k].sum() for k in range(3)])
     shares = (counts + 1 / 3) / (counts.sum() + 1)
 
-    def objective(prior):
-        scores = logits + np.log(counts / counts.sum()) - np.log(prior)
+    def at(heat, prior):  # the logarithm of a temperature
+        scores = logits * np.exp(-heat) + np.log(counts / counts.sum()) - np.log(prior)
         chosen = scores[np.arange(60), codes] - np.log(np.exp(scores).sum(1))
         # the level of the log mix is free: the nearest to the centre
         distance = np.log(prior) - np.log(shares)
-        return -(weight * chosen).sum() + l2 / 2 * ((distance - distance.mean()) ** 2).sum()
+        penalty = ((distance - distance.mean()) ** 2).sum() + heat**2
+        return -(weight * chosen).sum() + l2 / 2 * penalty
+
+    def objective(prior):
+        return minimize_scalar(at, args=(prior,), bounds=(-8, 8), method="bounded").fun
 
     found = label_shift.estimate_base_prior(logits, codes, l2=l2, weight=weight, max_iter=500)
     best = objective(found)
