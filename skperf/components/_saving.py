@@ -26,9 +26,10 @@ class PairsBunch(Bunch):
 def write_attributions(path: Any, components: np.recarray, **arrays: np.ndarray) -> None:
     """Write arrays beside the table of components to a file ``.npz`` or ``.parquet``."""
     table: dict[str, Any] = {name: np.asarray(components[name]) for name in _COLUMNS}
+    both: dict[str, Any] = table | arrays
     with whole(_named(path)) as unfinished:
         if _named(path).suffix == ".npz":
-            np.savez_compressed(unfinished, **table, **arrays)
+            np.savez_compressed(unfinished, **both)
         else:
             _as_frame(table, arrays).to_parquet(unfinished)
 

@@ -81,7 +81,7 @@ class Still(nn.Module):
 
     def before(self, root: nn.Module, args: Any) -> None:
         """Lay the product over the parameter."""
-        product = root.get_submodule(self.module)._parameters[self.side]
+        product: Tensor | None = root.get_submodule(self.module)._parameters[self.side]
         assert product is not None
         if product.requires_grad and torch.is_grad_enabled():
             for dim, kept in zip(self.dims, self.buffers(), strict=True):
