@@ -435,7 +435,9 @@ def lead(task, runs):
         for rule in ("attribution", "released ranking")
     )
     gains = (ours - theirs) * ([-1, 1] if task.startswith("forget") else [1, 1])
-    spread = f" ± {gains[:, 0].std(ddof=1):.2f}" if len(runs) > 1 else ""
+    deviation = gains[:, 0].std(ddof=1) if len(runs) > 1 else 0
+    error = deviation / len(runs) ** 0.5
+    spread = f" ± {deviation:.2f} (error of the mean {error:.2f})" if len(runs) > 1 else ""
     won = f"({(gains[:, 0] > 0).sum()} of {len(runs)})"
     return f"{gains[:, 0].mean():+.2f}{spread} {won} / {gains[:, 1].mean():+.2f}"
 

@@ -183,8 +183,9 @@ def test_other_numbers_of_threads_change_rounding_only(kind):
         found = np.asarray(ask(make()))
     finally:
         torch.set_num_threads(before)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * scale)
+    # a whole run of training between the two makes more of rounding
+    scale = np.abs(expected).max() * (1e-3 if kind == "replay" else 1e-4)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=scale)
 
 
 # Many threads on one fitted estimator ----------------------------------------------------------

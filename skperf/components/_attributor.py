@@ -586,7 +586,8 @@ class ComponentAttributor(
         Parameters
         ----------
         path : str or Path
-            A file ``.npz``; :func:`load_attributions` reads it.
+            A file ``.npz``, or ``.parquet`` (needs pandas and pyarrow); :func:`load_attributions`
+            reads both.
         """
         check_is_fitted(self)
         write_attributions(
@@ -637,6 +638,11 @@ class ComponentAttributor(
         if y is None and (self.output == "value" or callable(self.output)):
             return check_rows(self, X, reset=reset), None
         by_class = isinstance(self.output, str) and self.output not in ("loss", "value")
+        if by_class and np.ndim(y) > 2:
+            raise ValueError(
+                f"output={self.output!r} is of one label a row, and y has shape {np.shape(y)}: use "
+                "'loss', or a function of (outputs, y) that returns one number a row or several."
+            )
         if by_class or self.estimator is None:
             return check_labelled_rows(self, X, y, reset=reset)
         return check_targets(self, X, y, reset=reset)

@@ -152,6 +152,7 @@ class Study:
         if wiring is not self.wiring:
             question = study.question(network)
             few = replace(question, asked=question.asked[:8])
+        study._warn_of_unused(few)
         baseline = measure_baseline(question)
         n_rows = len(self.rows)
         shape = (n_rows,) if len(baseline) == n_rows else (n_rows, len(baseline) // n_rows)
@@ -161,6 +162,19 @@ class Study:
             shape=shape,
             differentiable=len(shape) == 1 and _is_differentiable(few),
         )
+
+    def _warn_of_unused(self, few: Question) -> None:
+        places = [s for s in self.wiring.sites if not (s.weights or s.keeps_bias)]
+        for site in [] if self.rule.replaces else places:
+            mask = np.array([not site.holds(component) for component in self.wiring.components])
+            if np.array_equal(few.outcomes(mask[None])[0], measure_baseline(few)):
+                warnings.warn(
+                    f"ablating all of {site.kind!r} at {site.module!r} changes no output of the "
+                    f"first {few.n_rows} rows: of several tensors the first is meant, and the "
+                    "network may not use it.",
+                    UserWarning,
+                    stacklevel=7,
+                )
 
     def around(self, mask: NDArray[np.bool_]) -> "Study":
         """Put the same question to the network with some components gone: mask (n_components,)."""
@@ -416,11 +430,6 @@ def targets_of(network: Network, measure: Measure, y: Any) -> torch.Tensor | Non
             )
         return network.codes(values)
     if isinstance(measure.output, str):
-        if network.loss.kind == "classes" and values.ndim == 2 and values.dtype.kind in "biu":
-            raise ValueError(
-                f"y has shape {values.shape}, several labels a row, but the network is taken to be "
-                "trained on one: say so, from_module(module, loss='binary_cross_entropy')."
-            )
         return network.targets(values)
     if network.classes is not None and values.ndim == 1 and np.isin(values, network.classes).all():
         return network.codes(values)

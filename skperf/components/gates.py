@@ -220,6 +220,11 @@ class Circuit:
     def captured(self, inputs: Rows) -> dict[tuple[Spot, int], Tensor]:
         """Activations at all taps, by the number of the call."""
         made = captured(self.network, inputs, [tap.spot for tap in self.taps])
+        if within := [spot.module for spot, calls in made.items() for t in calls if not t.ndim]:
+            raise ValueError(
+                f"ablation={self.rule.kind!r} needs what {within[0]!r} makes, which lives within "
+                "torch.vmap alone; use 'zero'."
+            )
         return {(spot, n): tensor for spot, calls in made.items() for n, tensor in enumerate(calls)}
 
     def _acting(self, values: Tensor, asked: Asked) -> Iterator[Tap]:

@@ -25,12 +25,11 @@ class Gate(nn.Module):
         layouts: Sequence[Layout | None],
         rule: Rule,
         keeps_bias: bool,
+        stores: bool = True,
     ) -> None:
         super().__init__()
         self.dim, self.layouts, self.keeps_bias, self.calls = dim, list(layouts), keeps_bias, 0
         self.rule = Rule(rule.kind, positions=rule.positions)
-        # zeros are in the weights as well, means are nowhere else
-        stores = rule.kind in ("mean", "resample")
         self.register_buffer("kept", kept.clone(), persistent=stores)
         for call, tensor in enumerate(instead):
             copied = None if tensor is None else tensor.clone()
@@ -62,6 +61,47 @@ class Gate(nn.Module):
         return with_first((args, kwargs), self)
 
 
+class Still(nn.Module):
+    """Keeps slices of a parameter at zero: training reads a product that lets no gradient there."""
+
+    def __init__(self, module: str, side: str) -> None:
+        super().__init__()
+        self.module, self.side, self.dims = module, side, list[int]()
+
+    def watch(self, root: nn.Module) -> None:
+        """Act in every pass of a network."""
+        _add(root.get_submodule(self.module), self)
+        root.register_forward_pre_hook(self.before)
+        root.register_forward_hook(self.after, always_call=True)
+
+    def close(self, dim: int, kept: Tensor) -> None:
+        """Take in more slices, already at zero: kept (n_channels,)."""
+        self.register_buffer(f"kept_{len(self.dims)}", kept.clone(), persistent=False)
+        self.dims.append(dim)
+
+    def before(self, root: nn.Module, args: Any) -> None:
+        """Lay the product over the parameter."""
+        product: Tensor | None = root.get_submodule(self.module)._parameters[self.side]
+        assert product is not None
+        if product.requires_grad and torch.is_grad_enabled():
+            for dim, kept in zip(self.dims, self.buffers(), strict=True):
+                product = product * along(padded(kept, product.shape[dim]), dim, product.ndim)
+            self._lay(root, product)
+
+    def after(self, root: nn.Module, args: Any, output: Any) -> None:
+        """Take it away, also where the pass was broken off."""
+        self._lay(root, None)
+
+    def _lay(self, root: nn.Module, product: Tensor | None) -> None:
+        own = root.get_submodule(self.module)._parameters[self.side]
+        for part in root.modules():  # whoever shares it
+            for name in [name for name, tensor in part._parameters.items() if tensor is own]:
+                part.__dict__.pop(name, None)
+                part.__dict__.update({} if product is None else {name: product})
+                if isinstance(part, nn.RNNBase):  # it has a list of its own
+                    part._flat_weights = [getattr(part, n) for n in part._flat_weights_names]
+
+
 def make_lasting(module: nn.Module, circuit: Circuit, mask: Tensor) -> None:
     """Ablate components of a copy of the circuit's network for good: mask (n_components,)."""
     values = circuit.values(mask[None])[0].detach()
@@ -69,7 +109,8 @@ def make_lasting(module: nn.Module, circuit: Circuit, mask: Tensor) -> None:
     for site in circuit.wiring.sites:
         taps = [tap for tap in circuit.taps if tap.spot in site.spots]
         closed = [tap for tap in taps if bool((values[tap.channels] != 1).any())]
-        if closed and rule.scales and site.weights:
+        scaled = bool(closed and rule.scales and site.weights)
+        if scaled:
             # the site's other tensors carry the same gates
             for tap in [tap for tap in closed if tap.spot == closed[0].spot]:
                 for spot in site.weights:
@@ -78,9 +119,12 @@ def make_lasting(module: nn.Module, circuit: Circuit, mask: Tensor) -> None:
                 continue
         for tap in closed:
             if tap.spot.is_activation:
-                _stand(module, circuit, tap, values[tap.channels])
+                # zeros are in the weights as well, means are nowhere else
+                _stand(module, circuit, tap, values[tap.channels], stores=not scaled)
             else:
                 _scale(module, tap.spot, values[tap.channels])
+                if rule.kind == "zero":
+                    _still(module, tap.spot).close(tap.spot.dim, values[tap.channels])
 
 
 def _scale(module: nn.Module, spot: Spot, factors: Tensor) -> None:
@@ -90,18 +134,30 @@ def _scale(module: nn.Module, spot: Spot, factors: Tensor) -> None:
         own.mul_(along(padded(factors, own.shape[spot.dim]), spot.dim, own.ndim).to(own))
 
 
-def _stand(module: nn.Module, circuit: Circuit, tap: Tap, kept: Tensor) -> None:
+def _stand(module: nn.Module, circuit: Circuit, tap: Tap, kept: Tensor, *, stores: bool) -> None:
     part, wiring = module.get_submodule(tap.spot.module), circuit.wiring
     keys = [(tap.spot, call) for call in range(max(wiring.n_calls.get(tap.spot, 1), 1))]
     instead = [circuit.instead.get(key) for key in keys]
     layouts = [wiring.layouts.get(key) for key in keys]
-    gate = Gate(tap.spot.dim, kept, instead, layouts, circuit.rule, tap.bias is not None)
-    gate.train(part.training)
-    name = f"ablation_{sum(key.startswith('ablation_') for key in part._modules)}"
-    part.add_module(name, gate)
+    gate = Gate(tap.spot.dim, kept, instead, layouts, circuit.rule, tap.bias is not None, stores)
+    _add(part, gate)
     module.register_forward_pre_hook(gate.anew)
+    opened_attention(module)  # its projection must be called for the gate to be reached
     if tap.spot.side == "input":
-        opened_attention(module)  # its projection must be called for the gate to be reached
         part.register_forward_pre_hook(gate.before, with_kwargs=True)
     else:
         part.register_forward_hook(gate.after)
+
+
+def _still(root: nn.Module, spot: Spot) -> Still:
+    for known in root.get_submodule(spot.module)._modules.values():
+        if isinstance(known, Still) and known.side == spot.side:
+            return known
+    still = Still(spot.module, spot.side)
+    still.watch(root)
+    return still
+
+
+def _add(part: nn.Module, gate: nn.Module) -> None:
+    gate.train(part.training)
+    part.add_module(f"ablation_{sum(key.startswith('ablation_') for key in part._modules)}", gate)

@@ -38,7 +38,19 @@ class Measure:
                 return _guarded(_single(outputs), len(outputs))
             assert targets is not None
             if self.output == "loss":
+                several = outputs.ndim == targets.ndim == 2 and not targets.is_floating_point()
+                if several and self.loss.kind == "classes":
+                    raise ValueError(
+                        f"y has shape {tuple(targets.shape)}, several labels a row, but the "
+                        "network is taken to be trained on one: say so, from_module(module, "
+                        "loss='binary_cross_entropy')."
+                    )
                 return self.loss.value(outputs, targets)
+            if outputs.ndim != 2:
+                raise ValueError(
+                    f"output={self.output!r} is of one label a row, and the network returns "
+                    f"{tuple(outputs.shape[1:])} a row: use 'loss', or a function of (outputs, y)."
+                )
             if self.probabilities is not None and self.output in ("proba", "log_odds"):
                 return of_probability(self.output, self.probabilities, outputs, targets)
             return OUTPUTS[self.output](outputs, targets)

@@ -13,6 +13,7 @@ from skperf.components.units import Spot
 
 Tapping = Callable[[Tensor, int], Tensor | None]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+vmapped = torch._C._functorch.is_functorch_wrapped_tensor
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -62,10 +63,13 @@ def tapped(module: nn.Module, functions: Mapping[Spot, Sequence[Tapping]]) -> It
 
 def captured(network: Network, rows: Rows, spots: Iterable[Spot]) -> dict[Spot, list[Tensor]]:
     """Activations of a pass, one for each call, as they were before anybody wrote to them."""
+    # of what lives within torch.vmap alone, that there is one: a tensor without axes
     made: dict[Spot, list[Tensor]] = {spot: [] for spot in spots}
 
     def keep(spot: Spot) -> Tapping:
-        return lambda tensor, call: made[spot].append(tensor.detach().clone())
+        return lambda tensor, call: made[spot].append(
+            torch.empty(()) if vmapped(tensor) else tensor.detach().clone()
+        )
 
     with torch.no_grad(), tapped(network.module, {s: [keep(s)] for s in made if s.is_activation}):
         network(rows)

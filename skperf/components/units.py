@@ -181,6 +181,7 @@ def select(
         if isinstance(item, Place):
             site = site_of_place(item, module, sizes)
             if site not in sites:
+                site = _told_apart(site, item, sites)
                 sites.append(site)
             chosen += site.components()
         elif isinstance(item, str):
@@ -194,9 +195,12 @@ def select(
             )
     if not chosen:
         raise ValueError("components selects nothing: " + _listing(found.sites))
-    chosen = list(dict.fromkeys(chosen))
-    used = {site_of(sites, component): None for component in chosen}
-    return chosen, list(used)
+    # one unit may go by several names, and two gates on it would be one
+    used: dict[tuple[int, bool, int], tuple[Component, Site]] = {}
+    for component in chosen:
+        site = site_of(sites, component)
+        used.setdefault((id(site), component.kind == "layer", component.unit), (component, site))
+    return [c for c, _ in used.values()], list(dict.fromkeys(site for _, site in used.values()))
 
 
 def site_of(sites: Sequence[Site], component: Component) -> Site:
@@ -230,6 +234,17 @@ def site_of_place(place: Place, module: nn.Module, sizes: Callable[[Place], int]
         )
     kind = place.name or f"{place.module}:{place.side}"
     return Site(place.module, kind, n_units, (spot,), width, place.start)
+
+
+def _told_apart(site: Site, place: Place, sites: Sequence[Site]) -> Site:
+    if place.name is None and any(other.holds(site.components()[0]) for other in sites):
+        site = replace(site, kind=f"{site.kind}({place.dim}, {place.start})")
+    if any(other.holds(site.components()[0]) for other in sites):
+        raise ValueError(
+            f"{place!r}: {place.module!r} has other components called {site.kind!r}; tell them "
+            "apart by name=."
+        )
+    return site
 
 
 WORDS = {

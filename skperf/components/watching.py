@@ -22,6 +22,7 @@ from skperf.components.taps import (
     OpenAttention,
     first_tensor,
     row_layer,
+    vmapped,
     weight_columns,
     with_first,
 )
@@ -32,7 +33,6 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.b
 _FUSED: Any = functional.scaled_dot_product_attention
 _TORCHS_OWN: Any = functional.multi_head_attention_forward
 _READS_EXPERTS = ("bmm", "baddbmm", "_grouped_mm", "grouped_mm")
-_vmapped = torch._C._functorch.is_functorch_wrapped_tensor
 _REMEMBERED = 24
 """Layers back at which the values of an attention may have been made."""
 
@@ -96,7 +96,7 @@ class Watcher(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(value, Tensor) and _vmapped(value) for value in args):
+        if any(isinstance(value, Tensor) and vmapped(value) for value in args):
             return func(*args, **kwargs)
         if func is _FUSED:
             for tensor in (*args[:2], kwargs.get("query"), kwargs.get("key")):
@@ -276,7 +276,7 @@ class Watcher(TorchFunctionMode):
             self.called.add(name)
             described = row_layer(part)
             tensor = first_tensor((args, kwargs)) if described else None
-            if described is not None and tensor is not None and not _vmapped(tensor):
+            if described is not None and tensor is not None and not vmapped(tensor):
                 self.taken[part] = tensor.data_ptr()
                 self.kept.append(tensor)  # so that no other tensor gets its address
                 with torch.enable_grad():  # a model may run parts of itself without
@@ -294,7 +294,7 @@ class Watcher(TorchFunctionMode):
                 return None
 
             def cut(tensor: Tensor) -> Tensor:
-                if _vmapped(tensor) or not torch.is_grad_enabled():
+                if vmapped(tensor) or not torch.is_grad_enabled():
                     return tensor
                 value = tensor.detach() + tensor.new_zeros(()).requires_grad_()
                 edge = get_gradient_edge(value)
@@ -344,15 +344,15 @@ class Watcher(TorchFunctionMode):
     def _leads_back(self, name: str, fan_in: int, n_units: int, tensor: Tensor) -> None:
         """Note layers that are read entry by entry and led back to the width that they had."""
         recent = self.made[-_REMEMBERED:]
+        if not tensor._version and any(made.value() is tensor for made in recent):
+            self.leading_back.add(name)  # one map in two layers
+            return
         parts = {made.module: self.module.get_submodule(made.module) for made in recent}
         shapes = {other: row_layer(part) for other, part in parts.items()}
         wanted = {n for n, s in shapes.items() if s and (s[1], s[2], s[3]) == (fan_in, n_units, -1)}
         behind = self._behind(tensor) if wanted else []
         alike = {self.taken.get(parts[made.module]) for made in behind}
-        # entries with which nothing is done belong to one map in two layers
-        if len(alike) != 1 or (behind[0].value() is tensor and not tensor._version):
-            return
-        if not {made.module for made in behind} <= wanted:
+        if len(alike) != 1 or not {made.module for made in behind} <= wanted:
             return
         first = tensor[..., 0].sum()
         slopes = torch.autograd.grad(first, [made.edge for made in behind], retain_graph=True)

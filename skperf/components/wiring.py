@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
 from skperf.components.folding import folds_exactly, followers_of
-from skperf.components.taps import captured
+from skperf.components.taps import captured, vmapped
 from skperf.components.units import Component, Site, Spot
 
 _PROBED = 3
@@ -94,6 +94,11 @@ def wire(
         for call, tensor in enumerate(together[spot]):
             parts = [tensors[spot][call] for tensors in alone if len(tensors[spot]) > call]
             layout = _layout(tensor, parts) if len(parts) == len(few) else None
+            if layout is not None and spot.dim % tensor.ndim == layout.axis:
+                raise ValueError(
+                    f"dim={spot.dim} of the {spot.side} of {spot.module!r} runs over rows: they "
+                    "are no components, name another dimension."
+                )
             if layout is not None:
                 layouts[spot, call] = layout
     prefix, floats = seen.before(spots, network.module), seen.floats // len(few)
@@ -173,7 +178,7 @@ def _follow(network: Network, rows: Rows) -> _Seen:
             seen.n_calls[name] = seen.n_calls.get(name, 0) + 1
             if args and isinstance(args[0], Tensor) and args[0] in made:
                 seen.pairs[made[args[0]]] = name
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and not vmapped(output):
                 seen.returns_tensor.add(name)
                 if is_leaf:
                     made[output] = name

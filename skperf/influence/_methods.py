@@ -45,7 +45,13 @@ class Method(BaseEstimator):
     curvatures: ClassVar[tuple[str, ...]] = ("ggn", "hessian")
 
     def options(self) -> dict[str, Any]:
-        """Validate and state the options by name."""
+        """Validate and state the options.
+
+        Returns
+        -------
+        dict
+            Options by name.
+        """
         own: dict[str, Any] = self.get_params(deep=False)
         allowed = {**_ALLOWED, "curvature": [StrOptions(set(self.curvatures))]}
         validate_parameter_constraints(allowed, own, type(self).__name__)

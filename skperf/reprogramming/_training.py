@@ -255,7 +255,7 @@ def cached_rows(labelled: Labelled) -> Cached:
     unit = task.zero_shot is not None
     attributes = groups = None
     prompts = task.prompts
-    if prompts is not None and task.n_classes < len(prompts.tokens) <= MOST_ATTRIBUTES:
+    if prompts is not None and len(prompts.tokens) <= MOST_ATTRIBUTES:
         each = torch.arange(len(prompts.tokens), device=prompts.groups.device)
         with torch.no_grad():
             attributes = Prompts(prompts.tokens, each, len(each)).embeddings(encoder).cpu()

@@ -245,6 +245,8 @@ class Attributes(Head):
 
     def __init__(self, cached: Cached, nearest: int) -> None:
         super().__init__(cached)
+        if cached.attributes is None:
+            raise ValueError("head='attributes': there are too many prompts for one row each.")
         self.nearest = nearest
         self.register_buffer("attributes", cached.attributes)
         self.register_buffer("groups", cached.groups)

@@ -41,6 +41,7 @@ class Pictures:
             if not np.isfinite(rows).all():
                 raise ValueError("X contains NaN or infinity; give rows without.")
             return cls(rows, form)
+        X = list(X) if hasattr(X, "iloc") else X  # a column of pictures
         if not isinstance(X, np.ndarray) or (X.dtype == object and X.ndim == 1):
             return cls(list(X) if isinstance(X, np.ndarray) else X, form)
         if X.ndim == 2:
@@ -88,6 +89,8 @@ def is_table(X: Any) -> bool:
     """Whether rows are numbers in a table, which scikit-learn validates, and no pictures."""
     if isinstance(X, list | tuple):
         return not len(X) or not _is_picture(X[0])
+    if hasattr(X, "iloc") and X.ndim == 1 and len(X):
+        return not _is_picture(X.iloc[0])
     if hasattr(X, "iloc") or hasattr(X, "toarray"):
         return True
     if isinstance(X, np.ndarray) and X.dtype == object:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from skperf import from_module
-from skperf.components import Ablation, ComponentAttributor, Place, load_attributions
+from skperf.components import Ablation, Component, ComponentAttributor, Place, load_attributions
 from tests.components.networks import Residual, linear, made
 
 CLOSE = {"atol": 1e-5}
@@ -679,3 +679,230 @@ def test_experts_that_the_first_row_passes_by_are_found_and_differentiated():
     np.testing.assert_allclose(model.counterfactual(mask)[:, 0], label - logits.max(1), atol=1e-5)
     assert model.attributions_.any(0).reshape(3, 5).any(1).all()
     assert model.attribute(X[:1], y[:1]).shape == (1, 15)
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.up, self.down, self.head = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x + self.attend(x, x, x)[0]
+        return self.head((x + self.down(torch.tanh(self.up(x)))).mean(1))
+
+
+@pytest.mark.parametrize(
+    "words", [["neurons", "mlp_neurons"], ["mlp_neurons", "up"], ["up", "auto"]]
+)
+def test_a_unit_of_several_names_has_one_gate(words):
+    X, y, model = setting(Grouped(), (5, 6), n=7, components=words, method="loo")
+    model.fit(X, y)
+    names = [(c.module, c.unit) for c in model._study.wiring.components]
+    assert len(set(names)) == len(names)
+    assert (np.abs(model.attributions_).max(0) > 0).all()
+
+
+def test_two_places_of_a_module_are_two_rows_of_components():
+    module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Flatten(), nn.Linear(40, 3))
+    places = [Place("1", dim=-1), Place("1", dim=1), Place("1", dim=-1, start=2, width=3)]
+    X, y, model = setting(module, (5, 6), n=7, components=places)
+    model.fit(X, y)
+    assert model.n_components_ == 8 + 5 + 2
+    masks = np.random.default_rng(1).random((4, 15))
+
+    def cut(own, v):
+        own[1].register_forward_hook(
+            lambda m, a, out: (
+                out
+                * v[:8]
+                * v[8:13, None]
+                * torch.cat([torch.ones(2), v[13:].repeat_interleave(3)])
+            )
+        )
+
+    for mask, outputs in zip(masks, model.counterfactual(masks).T, strict=True):
+        own = copy.deepcopy(module)
+        cut(own, torch.as_tensor(mask, dtype=torch.float32))
+        with torch.no_grad():
+            expected = own(torch.as_tensor(X))[range(7), y].numpy()
+        np.testing.assert_allclose(outputs, expected, **CLOSE)
+    named = [Place("0", dim=2, name="neuron"), "neurons"]
+    with pytest.raises(ValueError, match="tell them apart by name="):
+        setting(module, (5, 6), components=named)[2].fit(X, y)
+    with pytest.raises(ValueError, match="runs over rows"):
+        setting(module, (5, 6), components=Place("1", dim=0))[2].fit(X, y)
+
+
+def test_a_place_that_the_network_does_not_use_is_warned_of():
+    class LastState(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.run, self.head = nn.LSTM(6, 9, batch_first=True), nn.Linear(9, 3)
+
+        def forward(self, x):
+            return self.head(self.run(x)[1][0][-1])
+
+    X, y, model = setting(LastState(), (5, 6), components=Place("run", dim=2))
+    with pytest.warns(UserWarning, match="changes no output of the first 8 rows"):
+        model.fit(X, y)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "zero_output", -0.4])
+def test_towers_by_vmap(ablation):
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Parameter(torch.randn(3, 6))
+            self.first, self.up, self.head = nn.Linear(6, 6), nn.Linear(6, 13), nn.Linear(13, 1)
+
+        def forward(self, x):
+            def tower(word):
+                return self.head(torch.tanh(self.up(torch.tanh(self.first(x * word)))))[:, 0]
+
+            return torch.vmap(tower)(self.words).T
+
+    module = Towers()
+    X, y, model = setting(module, (6,), n=7, components="up", ablation=ablation)
+    model.fit(X, y)
+    assert model.path_ == "gates"
+    scale = ablation if isinstance(ablation, float) else 0.0
+
+    def cut(own, mask):
+        own.up.weight[~mask] *= scale
+        if ablation == "zero_output":
+            own.up.bias[~mask] = 0
+
+    masks = some_masks(13)
+    expected = truth(module, X, y, cut, masks)
+    np.testing.assert_allclose(model.counterfactual(masks), expected, **CLOSE)
+    with pytest.raises(ValueError, match=r"lives within torch\.vmap"):
+        setting(module, (6,), components="up", ablation="mean")[2].fit(X, y)
+
+
+def test_the_second_layer_of_a_low_rank_map_is_no_feed_forward_layer():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(2, 6)
+
+        def forward(self, x):
+            return self.base(x) + self.b(self.a(x))
+
+    class Net(Grouped):
+        def __init__(self):
+            super().__init__()
+            self.adapted = Adapted()
+
+        def forward(self, x):
+            return super().forward(x + self.adapted(x))
+
+    X, y, model = setting(Net(), (5, 6), n=7)
+    assert set(model.fit(X, y).components_.module) == {"attend", "up"}
+
+
+class Running(Grouped):
+    def __init__(self):
+        super().__init__()
+        self.run = nn.GRU(6, 6, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(self.run(x)[0])
+
+
+@pytest.mark.parametrize(
+    "components",
+    [
+        Place("run", "weight_hh_l0", dim=1),
+        [Place("up", "weight", dim=1), Place("up", "weight", dim=0, name="rows")],
+        "layers",
+    ],
+)
+def test_no_parameter_that_was_cut_comes_back_in_training(components):
+    X, y, model = setting(Running(), (5, 6), components=components, fraction=0.4)
+    model.fit(X, y)
+    mask = np.ones(model.n_components_)
+    mask[::2] = 0
+    edited = model.ablate(mask)
+    expected = model.counterfactual(mask)[:, 0]
+    logits = edited.decision_function(X)[range(10), y]
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+    own = pickle.loads(pickle.dumps(copy.deepcopy(edited.to_module())))
+    optimizer = torch.optim.AdamW(own.parameters(), 0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        both = own(torch.as_tensor(X)).sum(0), own(torch.as_tensor(X[:3])).sum(0)
+        F.cross_entropy(torch.stack(both), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    with pytest.raises(RuntimeError):
+        own(torch.zeros(2, 3, 4))
+    assert not any("weight" in part.__dict__ for part in own.modules())
+    again = setting(own, (5, 6), components=components, fraction=0.4)[2].fit(X, y)
+    intact, closed = again.counterfactual(np.stack([np.ones(len(mask)), mask])).T
+    np.testing.assert_allclose(intact, closed, atol=1e-6)
+
+
+def test_what_is_cut_beside_the_weights_is_in_the_state():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.run, self.head = nn.GRU(6, 9, batch_first=True), nn.Linear(9, 3)
+
+        def forward(self, x):
+            return self.head(self.run(x)[0].mean(1))
+
+    X, y, model = setting(Net(), (5, 6), components=Place("run", dim=2))
+    state = model.fit(X, y).ablate(np.arange(9) > 2).to_module().state_dict()
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        Net().load_state_dict(state)
+
+
+def test_means_behind_torch_attention_stay_in_an_edit():
+    chosen = [Component("attend.out_proj", "neuron", unit) for unit in range(6)]
+    X, y, model = setting(Grouped(), (5, 6), components=chosen, ablation="mean")
+    mask = np.arange(6) > 2
+    logits = model.fit(X, y).ablate(mask).decision_function(X)[range(10), y]
+    np.testing.assert_allclose(logits, model.counterfactual(mask)[:, 0], **CLOSE)
+
+
+def test_losses_of_positions_are_of_their_labels():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.head = nn.Linear(6, 9), nn.Linear(9, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.up(x)))
+
+    X, _, model = setting(Tagger(), (5, 6), n=7, components="up", output="loss")
+    y = np.random.default_rng(0).integers(0, 4, (7, 5))
+    own = copy.deepcopy(model.estimator)
+    masks = some_masks(9)
+    model.set_params(estimator=from_module(model.estimator, range(4))).fit(X, y)
+    with torch.no_grad():
+        own.up.weight[~torch.as_tensor(masks[0])] = 0
+        losses = F.cross_entropy(
+            own(torch.as_tensor(X)).transpose(1, 2), torch.as_tensor(y), reduction="none"
+        )
+    fast = model.counterfactual(masks[:1])[:, 0]
+    np.testing.assert_allclose(fast, losses.mean(1).numpy(), **CLOSE)
+    with pytest.raises(ValueError, match="is of one label a row"):
+        model.set_params(output="logit").fit(X, y[:, 0])
+    with pytest.raises(ValueError, match="is of one label a row"):
+        model.fit(X, np.zeros((7, 5, 2), int))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("name", ["kept.npz", "kept.parquet", "run.1"])
+def test_attributions_of_every_shape_go_to_files_under_their_names(tmp_path, name, several):
+    X, y, model = setting(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)), (6,))
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    model.set_params(output=(lambda outputs: outputs) if several else "logit").fit(X, y)
+    model.save_attributions(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name if "kept" in name else "run.1.npz"]
+    back = load_attributions(tmp_path / name)
+    for key in ("attributions", "stderr", "intercept", "baseline_output"):
+        np.testing.assert_array_equal(back[key], getattr(model, f"{key}_"))
+    assert list(back.names) == list(model.get_feature_names_out())
+    np.testing.assert_array_equal(back.components, model.components_)

@@ -291,3 +291,12 @@ def test_a_head_is_rebuilt_from_what_it_tells_of_itself():
     votes = nn.functional.one_hot(cached.codes, 3) * (weight / weight.mean())[:, None]
     expected = 2.0 * asked @ texts.T + 0.5 + 0.7 * torch.exp(3.0 * (near - 1)) @ votes
     torch.testing.assert_close(head(asked), expected)
+
+
+def test_attributes_take_one_prompt_a_class_and_say_when_there_are_too_many():
+    texts = torch.eye(3, 5)
+    outputs, codes = torch.eye(3, 5)[[0, 1, 2, 0]] + 0.1, torch.tensor([0, 1, 2, 0])
+    cached = Cached(outputs, codes, torch.ones(4), 3, texts, texts, torch.arange(3), 2.0)
+    torch.testing.assert_close(Attributes(cached, 1)(outputs), 2.0 * outputs @ texts.T)
+    with pytest.raises(ValueError, match="head='attributes': there are too many prompts"):
+        Attributes(Cached(outputs, codes, torch.ones(4), 3, texts), 1)

@@ -94,6 +94,12 @@ def test_what_pictures_and_tables_are():
     assert is_table([])
     assert is_table(pd.DataFrame(np.zeros((2, 5))))
     assert not is_table([Image()])
+    column = pd.Series([np.zeros((2, 2), np.uint8), np.ones((2, 2), np.uint8)], index=[7, 0])
+    assert not is_table(column)
+    assert is_table(pd.Series([1.0, 2.0]))
+    (last,) = Pictures.of(column, PictureForm()).tensors([1])  # by place, not by its label
+    assert last.shape == (1, 1, 2, 2)
+    assert float(last.max()) == pytest.approx(1 / 255)
 
 
 def test_arrays_are_read_at_once_and_lists_one_by_one():
