@@ -43,7 +43,7 @@ def find(network: Network, row: Any, others: Any = None) -> Found:
     order = list(parts).index
     sites = sorted([*rows, *heads, *watcher.experts()], key=lambda site: order(site.module))
     kernels = {name: np.prod(getattr(part, "kernel_size", 1)) for name, part in parts.items()}
-    return Found(
+    found = Found(
         tuple(sites),
         frozenset(watcher.attention_layers),
         fans_in,
@@ -53,6 +53,9 @@ def find(network: Network, row: Any, others: Any = None) -> Found:
         tuple(watcher.unrecognised()),
         tuple(watcher.fused()),
     )
+    for seen in (watcher.made, watcher.mixings, watcher.kept):
+        seen.clear()  # a cycle would hold the whole graph until it is collected
+    return found
 
 
 def size_at(network: Network, row: Any, place: Place) -> int:
