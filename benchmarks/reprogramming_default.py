@@ -180,20 +180,32 @@ COLUMNS = ("accuracy", "ECE", "AUROC near", "AUROC far", "kept")
 
 
 def table(rows):
-    """Mean and standard error of every figure, by task and method."""
+    """Mean and standard error of every figure and of what the default is ahead by, draw by draw."""
     records = []
+    by_draw = {(row["task"], row["method"], row["seed"]): row for row in rows}
     for task in dict.fromkeys(row["task"] for row in rows):
         for method in dict.fromkeys(row["method"] for row in rows):
             some = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            if not some:
+                continue
             record = {"task": task, "method": method}
             for column in COLUMNS:
-                values = 100 * np.array([row[column] for row in some if column in row])
-                record[column] = f"{values.mean():.1f}" if len(values) else ""
-                if len(values) > 1:
-                    record[column] += f" ± {values.std(ddof=1) / len(values) ** 0.5:.1f}"
-            if some:
-                records.append(record | {"draws": len(some)})
+                record[column] = mean_and_error([row[column] for row in some if column in row])
+            leads = [
+                by_draw[task, "default", row["seed"]]["accuracy"] - row["accuracy"] for row in some
+            ]
+            record["default ahead"] = "" if method == "default" else mean_and_error(leads, "+")
+            records.append(record | {"draws": len(some)})
     return records
+
+
+def mean_and_error(values, sign=""):
+    """Write percents as a mean and its standard error."""
+    values = 100 * np.array(values)
+    if not len(values):
+        return ""
+    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.1f}" + error
 
 
 def main():

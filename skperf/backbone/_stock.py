@@ -54,7 +54,7 @@ def net_of(stock: NeuralNet) -> Net:
         if params.get(key, usual) != usual:
             raise ValueError(
                 f"{name}({key}={params[key]!r}) can't be turned into a skperf.Net, which knows "
-                f"{key}={usual!r} only."
+                f"{key}={usual!r} only. Fit it yourself and pass FrozenEstimator(net)."
             )
     params.pop("threshold", None)
     for part in ("iterator_train", "iterator_valid"):
