@@ -638,9 +638,9 @@ class ComponentAttributor(
         if y is None and (self.output == "value" or callable(self.output)):
             return check_rows(self, X, reset=reset), None
         by_class = isinstance(self.output, str) and self.output not in ("loss", "value")
-        if by_class and np.ndim(y) > 2:
+        if by_class and len(getattr(y, "shape", ())) > 2:
             raise ValueError(
-                f"output={self.output!r} is of one label a row, and y has shape {np.shape(y)}: use "
+                f"output={self.output!r} is of one label a row, and y has shape {y.shape}: use "
                 "'loss', or a function of (outputs, y) that returns one number a row or several."
             )
         if by_class or self.estimator is None:
