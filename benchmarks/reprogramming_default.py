@@ -229,7 +229,7 @@ def main():
                 rows.append(found | {"commit": commit})
                 print(rows[-1], flush=True)
             runner.save(ROWS, rows)
-    runner.save(TABLE, table(rows))
+    runner.save(TABLE, table(rows), seeds=sorted({row["seed"] for row in rows}))
 
 
 if __name__ == "__main__":
