@@ -139,14 +139,23 @@ class Network:
         """Compute outputs of many rows, on the CPU: X (n, ...) -> (n, n_classes) or (n, ...)."""
         rows, size = Rows.of(X), batch_size or self.batch_size
         plain = self.readout is None and self.forward is None and not self.draws
-        parts: list[Tensor] = []
-        with torch.no_grad():
+
+        def run() -> list[Tensor]:
+            parts: list[Tensor] = []
             for brought in self._brought(rows, size):
                 if plain and brought.single:  # a bare loop, for small networks
                     parts += [self.module(part) for part in brought.tree.split(size)]
                 else:
                     starts = range(0, len(brought), size)
                     parts += [self(brought[begin : begin + size]).cpu() for begin in starts]
+            return parts
+
+        try:
+            with torch.inference_mode():  # a little faster, for small networks
+                parts = run()
+        except RuntimeError:  # as of a forward that takes gradients itself
+            with torch.no_grad():
+                parts = run()
         if not parts:
             raise ValueError("X holds no rows.")
         logits = torch.cat(parts).cpu()
