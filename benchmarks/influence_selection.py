@@ -21,38 +21,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
 from benchmarks import runner
-from benchmarks.data import fetch_newsgroups, fetch_r8
-from benchmarks.influence_tasks import flipped
+from benchmarks.influence_tasks import flipped, texts
 from benchmarks.influence_use import Pieces, summarised
-from benchmarks.performative_retraining import LENGTH, WORDS, SmallTransformer
+from benchmarks.performative_retraining import SmallTransformer
 from skperf import from_module
 from skperf.influence import InfluenceScorer, TracIn
 
 RESULT = Path(__file__).parent / "results" / "influence_selection.json"
 N_CLASSES, N_HELD, RATE, EPOCHS = 8, 100, 5e-3, 8
 WRONG = {"as it is": 0.0, "40 % wrong labels": 0.4}
-
-
-def texts():
-    """Word numbers (n, LENGTH) and labels: of 20 Newsgroups, of R8 to train on and to test."""
-    r8, test = (fetch_r8(subset=part) for part in ("train", "test"))
-    news = fetch_newsgroups(subset="train")
-    words = CountVectorizer(max_features=WORDS, token_pattern=r"[a-z]{2,}").fit(r8.data)
-    known, cut = words.vocabulary_, words.build_analyzer()
-
-    def numbers(bunch):
-        tokens = np.zeros((len(bunch.data), LENGTH), np.int64)
-        for i, text in enumerate(bunch.data):
-            found = [known[word] + 2 for word in cut(text) if word in known][:LENGTH] or [1]
-            tokens[i, : len(found)] = found
-        return tokens, np.unique(bunch.target, return_inverse=True)[1]
-
-    return numbers(news), numbers(r8), numbers(test)
 
 
 def trained(net, rows, seed, epochs, rate=RATE, batch_size=16):

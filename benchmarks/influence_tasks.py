@@ -1,8 +1,11 @@
 """Real rows and networks on them, for what influence is good for."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -11,12 +14,16 @@ from benchmarks.data import (
     fetch_fashion_mnist,
     fetch_mnist,
     fetch_newsgroups,
+    fetch_r8,
     fetch_spam_assassin,
     fetch_wordllama,
 )
+from benchmarks.performative_retraining import LENGTH, WORDS, SmallTransformer
 from skperf import MLP, Net
 from skperf.backbone.architectures import SmallConvNet
 from skperf.datasets import load_email_vectors, load_fashion_mnist
+
+_ADAM = partial(torch.optim.Adam, lr=2e-3)
 
 
 def halves(rows, seed):
@@ -70,6 +77,23 @@ def news(seed):
     return tuple(parts)
 
 
+def texts():
+    """Word numbers (n, LENGTH) and labels: of 20 Newsgroups, of R8 to train on and to test."""
+    r8, test = (fetch_r8(subset=part) for part in ("train", "test"))
+    news = fetch_newsgroups(subset="train")
+    words = CountVectorizer(max_features=WORDS, token_pattern=r"[a-z]{2,}").fit(r8.data)
+    known, cut = words.vocabulary_, words.build_analyzer()
+
+    def numbers(bunch):
+        tokens = np.zeros((len(bunch.data), LENGTH), np.int64)
+        for i, text in enumerate(bunch.data):
+            found = [known[word] + 2 for word in cut(text) if word in known][:LENGTH] or [1]
+            tokens[i, : len(found)] = found
+        return tokens, np.unique(bunch.target, return_inverse=True)[1]
+
+    return numbers(news), numbers(r8), numbers(test)
+
+
 def _word_vectors(texts, order):
     vectors = fetch_wordllama().embed([texts.data[i] for i in order])
     return vectors.astype(np.float32)
@@ -98,6 +122,58 @@ def tanh_net(width, rows, seed):
             nn.functional.cross_entropy(module(X[batch]), codes[batch]).backward()
             optimizer.step()
     return module.double()
+
+
+def fine_tuned(seed):
+    """Train a transformer on 20 Newsgroups and then on 1,000 rows of R8, a tenth mislabelled."""
+    news, *r8 = texts()
+    rng = np.random.default_rng(seed)
+    (X, y), (asked, answers) = (_some(rng, rows, n) for rows, n in zip(r8, (1000, 20), strict=True))
+    y = flipped(y, seed)[0]
+    torch.manual_seed(seed)
+    net = _fitted(SmallTransformer(20), *_some(rng, news, 4000), n_epochs=3)
+    net.head = nn.Linear(net.head.in_features, 8)
+    return _fitted(net, X, y, n_epochs=8).double(), (X, y), (asked, answers)
+
+
+class Residual(nn.Module):
+    """Two residual blocks on images (n, 1, 14, 14)."""
+
+    def __init__(self, width=9):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                *(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(3, width), nn.ReLU()),
+                *(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(3, width)),
+            )
+            for _ in range(2)
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images):
+        """Return logits (n, 10)."""
+        found = self.stem(images)
+        for block in self.blocks:
+            found = torch.relu(found + block(found))
+        return self.head(found.mean((2, 3)))
+
+
+def residual(seed):
+    """Train a residual network on 1,000 small images of clothes, a tenth mislabelled."""
+    (X, y), (asked, answers) = fashion(seed)
+    X, asked = (nn.functional.avg_pool2d(torch.as_tensor(_pixels(p)), 2) for p in (X, asked))
+    rows = X[:1000].double().numpy(), flipped(y[:1000], seed)[0]
+    torch.manual_seed(seed)
+    net = _fitted(Residual(), X[:1000].numpy(), rows[1], n_epochs=20)
+    # Adam goes to where the plain steps that `fading` takes would be too long
+    net = _fitted(net, X[:1000].numpy(), rows[1], n_epochs=20, by=partial(torch.optim.SGD, lr=0.03))
+    return net.double(), rows, (asked[:20].double().numpy(), answers[:20])
+
+
+def _some(rng, rows, n):
+    order = rng.permutation(len(rows[1]))[:n]
+    return tuple(part[order] for part in rows)
 
 
 def untuned(seed, only=""):
@@ -156,7 +232,11 @@ def _trained(net, X, y, n_epochs, seed):
     for part in net:
         if hasattr(part, "reset_parameters"):
             part.reset_parameters()
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    return _fitted(net, X, y, n_epochs)
+
+
+def _fitted(net, X, y, n_epochs, by=_ADAM):
+    optimizer = by(net.train().parameters())
     X, y = torch.as_tensor(X), torch.as_tensor(y)
     for _ in range(n_epochs):
         for rows in torch.randperm(len(X)).split(64):

@@ -5,8 +5,9 @@
     python -m benchmarks.influence_use removal --pieces removal.jsonl --minutes 14  # goes on there
 
 Parts: ``mislabels`` (10 % flipped labels), ``fading`` (how long estimates stay true),
-``repair`` (mis-predictions), ``removal`` (forget a class). Writes results/influence_PART.json.
-Seeds 0, 1 and 2 served to choose what ``fading`` does, so that it is reported on others.
+``deeper`` (the same of a transformer and a residual network), ``repair`` (mis-predictions),
+``removal`` (forget a class). Writes results/influence_PART.json. Seeds 0, 1 and 2 served to choose
+what ``fading`` does, so that it is reported on others; the sizes of ``deeper`` come of seed 100.
 """
 
 import argparse
@@ -29,11 +30,13 @@ from benchmarks.influence_tasks import (
     cnn,
     digits,
     fashion,
+    fine_tuned,
     flipped,
     halves,
     mails,
     mlp,
     news,
+    residual,
     tanh_net,
     untuned,
 )
@@ -74,21 +77,21 @@ def _mislabel_tasks(seed):
 STEPS = (1, 10, 50, 200, 500)
 
 
-def fading(seed, name, model, rows, queries):
+def fading(seed, name, model, rows, queries, n_left_out, steps=STEPS):
     scorer = InfluenceScorer(model, learning_rate=0.03, random_state=seed).fit(*rows)
-    truth = scorer.fading(*queries, steps=STEPS, n_train=64, weight_decay=1e-3)
+    truth = scorer.fading(*queries, steps=steps, n_train=n_left_out, weight_decay=1e-3)
     for way, at in _ways_to_predict(scorer, model, rows).items():
         figures = {}
-        for step, actual in zip(STEPS, truth.actual, strict=True):
+        for step, actual in zip(steps, truth.actual, strict=True):
             predicted = at(step).influence(*queries)[:, truth.rows]
             figures[step] = agreement(torch.as_tensor(predicted), torch.as_tensor(actual))
-        pearson = [figures[step][0] for step in STEPS]
+        pearson = [figures[step][0] for step in steps]
         yield {
             "task": name,
             "way": way,
-            **{f"{step} steps": value for step, value in zip(STEPS, pearson, strict=True)},
-            "slope at 500": figures[500][2],
-            "usable horizon": usable_horizon(STEPS, pearson),
+            **{f"{step} steps": value for step, value in zip(steps, pearson, strict=True)},
+            f"slope at {steps[-1]}": figures[steps[-1]][2],
+            "usable horizon": usable_horizon(steps, pearson),
         }
 
 
@@ -99,7 +102,12 @@ def _fading_tasks(seed):
         ("SpamAssassin, tanh net 256-8-2", 8, mails(seed)),
     ):
         rows = train[0], flipped(train[1], seed)[0]
-        yield name, tanh_net(width, rows, seed), rows, (test[0][:60], test[1][:60])
+        yield name, tanh_net(width, rows, seed), rows, (test[0][:60], test[1][:60]), 64
+
+
+def _deeper_tasks(seed):
+    yield "R8, transformer fine-tuned", *fine_tuned(seed), 32, STEPS[:4]
+    yield "Fashion-MNIST, residual net", *residual(seed), 32, STEPS[:4]
 
 
 def _ways_to_predict(scorer, model, rows):
@@ -120,11 +128,12 @@ def _ways_to_predict(scorer, model, rows):
 def _gone_back(scorer, model, rows, step):
     """Train on for as many steps as `fading` does, in its batches, and go back through them."""
     own, (X, codes) = deepcopy(model), map(torch.from_numpy, rows)
+    X = X.double() if X.is_floating_point() else X
     optimizer = torch.optim.SGD(own.parameters(), lr=0.03, weight_decay=1e-3)
     generator = torch.Generator().manual_seed(scorer._learned.settings.seed + 7919)
     epochs = (torch.randperm(len(X), generator=generator).split(64) for _ in range(step))
     order = islice(chain.from_iterable(epochs), step)
-    batches = ((batch, (X[batch].double(), codes[batch])) for batch in order)
+    batches = ((batch, (X[batch], codes[batch])) for batch in order)
     with TrainingRun.record(own, optimizer, batches) as run:
         for _, (inputs, targets) in run:
             optimizer.zero_grad()
@@ -263,12 +272,14 @@ def _mean(records):
 PARTS = {
     "mislabels": (0, 1, 2),
     "fading": (3, 4, 5, 6, 7),
+    "deeper": (0, 1, 2),
     "repair": (0, 1, 2),
     "removal": (0, 1, 2),
 }
 TASKS = {
     "mislabels": (mislabels, _mislabel_tasks),
     "fading": (fading, _fading_tasks),
+    "deeper": (fading, _deeper_tasks),
     "removal": (removal, _removal_tasks),
 }
 
