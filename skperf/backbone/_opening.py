@@ -1,5 +1,6 @@
 """Every form that an `estimator` may take, fitted and opened."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -336,20 +337,29 @@ def _of_net(net: Any, labels: Any = None) -> Network:
 def _from_logistic_regression(fitted: Any) -> Network:
     linear = _linear(fitted.coef_, fitted.intercept_ if fitted.fit_intercept else None)
     readout = two_logits if len(fitted.coef_) == 1 else None
-    strengths = np.unique(getattr(fitted, "C_", fitted.C if hasattr(fitted, "C") else 1.0))
-    C = float(strengths[0]) if len(strengths) == 1 else np.nan
-    penalty: Penalty | None = Penalty(
-        0.0 if np.isinf(C) else 1 / C, per_total_weight=True, biases=False
-    )
-    if fitted.get_params(deep=False).get("l1_ratio") not in (None, 0, 0.0, (0.0,)):
-        penalty = None
+    strengths = 1 / np.unique(getattr(fitted, "C_", fitted.C if hasattr(fitted, "C") else 1.0))
+    shares: Any = getattr(fitted, "l1_ratio_", getattr(fitted, "l1_ratio", None))
+    absolute = fitted.penalty == "l1" or any(share not in (None, 0) for share in np.ravel(shares))
+    # liblinear takes the intercept for the weight of a constant column
+    liblinear = fitted.solver == "liblinear"
+    scaled = liblinear and fitted.fit_intercept and fitted.intercept_scaling != 1
+    if fitted.penalty is None:  # as older versions call it
+        strengths = np.zeros(1)
+    elif absolute or scaled:
+        strengths = np.array([])
     return Network(
         linear,
         fitted.classes_,
         readout=readout,
         loss=_weighted(fitted.class_weight, fitted.classes_),
-        penalty=None if np.isnan(C) else penalty,
+        penalty=_of_sum(strengths, biases=liblinear),
     )
+
+
+def _of_sum(strengths: Any, *, biases: bool = False) -> Penalty:
+    """Penalty beside the sum of the losses: nan unless it is one multiple of the squares."""
+    only = float(strengths[0]) if len(strengths) == 1 else math.nan
+    return Penalty(only, per_total_weight=True, biases=biases)
 
 
 def _weighted(class_weight: Any, classes: Any) -> CrossEntropy:
@@ -381,11 +391,11 @@ def _from_mlp(fitted: Any) -> Network:
 
 
 def _from_linear_regression(fitted: Any) -> Network:
-    alpha = fitted.alpha if isinstance(fitted, Ridge) else 0.0
+    alphas = np.unique(fitted.alpha if isinstance(fitted, Ridge) else 0.0)
     coefficients = np.atleast_2d(fitted.coef_)
     intercept = np.atleast_1d(fitted.intercept_) if fitted.fit_intercept else None
     # the mean over several outputs is a share of scikit-learn's sum of squares
-    penalty = Penalty(2 * float(alpha) / len(coefficients), per_total_weight=True, biases=False)
+    penalty = _of_sum([] if fitted.positive else 2 * alphas / len(coefficients))
     return Network(_linear(coefficients, intercept), None, loss=SquaredError(), penalty=penalty)
 
 

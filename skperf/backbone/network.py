@@ -192,7 +192,8 @@ class Network:
     def _brought(self, rows: Rows, size: int) -> Iterator[Rows]:
         """Bring rows to the device, small ones many batches at once: slices cost little then."""
         convert = self._converter()
-        at_once = size * max(1, _BROUGHT_OVER // max(1, size * rows[:1].nbytes))
+        row = rows.nbytes // max(1, len(rows))
+        at_once = size * max(1, _BROUGHT_OVER // max(1, size * row))
         for start in range(0, len(rows), at_once):
             yield convert(rows[start : start + at_once])
 
@@ -288,9 +289,9 @@ def _only_inputs(rows: Rows, known: tuple[tuple[str, ...] | None, tuple[str, ...
 
 def _mask_maker(module: nn.Module) -> Callable[[Rows], Rows] | None:
     """Say how to tell padding from tokens, for modules that take token ids and a mask."""
-    config = getattr(module, "config", None)
     names = _names(module)[1]
-    if config is None or "attention_mask" not in names or "input_ids" not in names:
+    config = getattr(module, "config", None) if "input_ids" in names else None
+    if config is None or "attention_mask" not in names:
         return None
     config = getattr(config, "text_config", config)
     pad, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos"))

@@ -204,10 +204,8 @@ def _ridge(problem: Problem, d: int, has_bias: bool) -> Tensor:
     settings = problem.settings
     ridge = torch.zeros(d, dtype=torch.float64)
     if settings.damping == "auto" and settings.horizon is None:
-        known = settings.ridge
-        if known is None and isinstance(settings.weight_decay, float):
-            known = settings.weight_decay or None
-        if known is not None:
+        known = settings.weight_decay
+        if known or settings.ridge == 0:
             spared = has_bias and not settings.ridge_on_biases
             ridge[: d - 1 if spared else d] = known
             return ridge

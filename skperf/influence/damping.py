@@ -30,9 +30,11 @@ def resolve_damping(problem: Problem, curvature: RowSpace | None = None) -> floa
         return float(settings.damping)
     if settings.damping == "horizon" or settings.horizon is not None:
         return 1 / horizon_time(settings)
-    if settings.ridge is not None:
-        return settings.ridge
+    if settings.ridge:
+        return settings.weight_decay
     trace = curvature_trace(problem) if curvature is None else curvature.trace
+    if settings.ridge == 0:
+        return _OF_NOTHING * trace / sum(p.numel() for p in problem.parameters.values())
     return _PULL * noise_damping(trace, problem.shares, problem.parameters.values())
 
 
@@ -98,8 +100,8 @@ def layer_damping(problem: Problem, which: int, trace: float) -> float:
         return float(settings.damping)
     if settings.damping != "auto" or settings.horizon is not None:
         return 1 / horizon_time(settings)
-    if settings.ridge is not None:
-        return settings.ridge
+    if settings.ridge:
+        return settings.weight_decay
     weights = [problem.parameters[name] for name in problem.layers[which].names]
     return _PULL_OF_LAYER * noise_damping(trace, problem.shares, weights)
 
@@ -108,6 +110,7 @@ def layer_damping(problem: Problem, which: int, trace: float) -> float:
 _PULL = 1.5
 _PULL_OF_LAYER = 0.2
 _LEAST_DAMPING = 1e-8
+_OF_NOTHING = 1e-6  # of the mean eigenvalue: a model that was trained without a penalty
 
 
 def noise_damping(trace: float, shares: Tensor, weights: Iterable[Tensor]) -> float:

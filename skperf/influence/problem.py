@@ -1,5 +1,6 @@
 """What an influence method is fitted on, and what it keeps."""
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -35,11 +36,22 @@ class Settings:
     damping: float | str = "auto"
     horizon: int | None = None
     learning_rate: float | None = None
-    weight_decay: float = 0.0
-    ridge: float | None = None  # known penalty of a linear model, on the mean loss
+    penalty: float = 0.0  # strength beside the mean loss; nan if it is none of the squares
+    ridge: float | None = None  # the same of a linear model that says it
     ridge_on_biases: bool = True
     seed: int = 0
     verbose: int = 0
+
+    @property
+    def weight_decay(self) -> float:
+        """Strength of the penalty that the network was trained with."""
+        if math.isnan(self.penalty):
+            raise ValueError(
+                "estimator was trained with a penalty that is no one multiple of the squared "
+                "weights (an l1 part, bounds, several strengths, an intercept_scaling): give "
+                "damping= (and weight_decay= to fading), or train with another."
+            )
+        return self.penalty
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from influence_nets import mlp
 from scipy.stats import pearsonr
 from sklearn.base import clone
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from sklearn.frozen import FrozenEstimator
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -121,6 +121,52 @@ def test_leaving_rows_out_of_other_heads(given, decay):
     assert pearsonr(found.ravel(), actual.ravel())[0] > 1 - 1e-5
     error = np.linalg.norm(found - actual) / np.linalg.norm(actual)
     assert error < (0.01 if classes else 1e-6)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        LogisticRegression(C=0.5, solver="liblinear", tol=1e-10, max_iter=5000),
+        LogisticRegression(C=np.inf, tol=1e-10, max_iter=9000),
+        LinearRegression(),
+        Ridge(alpha=[2.0, 2.0]),
+    ],
+    ids=["penalised intercept", "no penalty", "least squares", "strengths alike"],
+)
+def test_leaving_rows_out_of_what_scikit_learn_fits(model):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 5)) * [1, 1, 3, 1, 0.2]
+    y = X @ rng.normal(size=(5, 2)) + rng.normal(size=(60, 2)) * 2
+    y = (y[:, 0] > 0.5).astype(int) if hasattr(model, "C") else y
+
+    def losses(model):
+        if hasattr(model, "C"):
+            return -model.predict_log_proba(X[40:])[range(20), y[40:]]
+        return ((model.predict(X[40:]) - y[40:]) ** 2).reshape(20, -1).mean(1)
+
+    before = losses(clone(model).fit(X[:40], y[:40]))
+    kept = [np.delete(np.arange(40), j) for j in range(40)]
+    actual = np.stack([losses(clone(model).fit(X[k], y[k])) - before for k in kept], 1)
+    found = InfluenceScorer(model).fit(X[:40], y[:40]).loo_effect(X[40:], y[40:])
+    assert np.linalg.norm(found - actual) / np.linalg.norm(actual) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        LogisticRegression(l1_ratio=1.0, solver="saga", max_iter=9000),
+        LogisticRegression(solver="liblinear", intercept_scaling=3),
+        Ridge(alpha=[1.0, 2.0]),
+        LinearRegression(positive=True),
+    ],
+)
+def test_a_penalty_that_is_no_ridge_is_asked_for(model):
+    X, y = load_iris(return_X_y=True)
+    y = np.stack([y, y], 1) if isinstance(model, Ridge) else (y > 0).astype(int)
+    with pytest.raises(ValueError, match=r"no one multiple of the squared weights.*damping="):
+        InfluenceScorer(model).fit(X, y).influence(X[:3], y[:3])
+    scores = InfluenceScorer(model, damping=0.1).fit(X, y).influence(X[:3], y[:3])
+    assert np.isfinite(scores).all()
 
 
 @pytest.fixture(scope="module")
