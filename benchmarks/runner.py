@@ -144,8 +144,18 @@ WORKLOADS = (
         "influence",
         "Wrong labels, fading, repair and removal",
         "influence_use",
-        tuple(f"influence_{use}.json" for use in ("mislabels", "fading", "repair", "removal")),
+        tuple(
+            f"influence_{use}.json"
+            for use in ("mislabels", "fading", "deeper", "repair", "removal")
+        ),
         "guide/influence",
+    ),
+    Workload(
+        "influence",
+        "What each library of influence takes",
+        "influence_takes",
+        ("influence_takes.json",),
+        "guide/peers",
     ),
     Workload(
         "influence",
