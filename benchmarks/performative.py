@@ -1,9 +1,10 @@
 """How much of a known label mix's gain is had by anticipating it, in simulated worlds.
 
-Run with ``python -m benchmarks.performative [--seeds 5] [--columns ...] [--arms ...]``; writes
-``benchmarks/results/performative.json``. G is the log loss saved against no correction over that
-saved by an oracle, on the arm's own trajectory. The oracle knows the mix that the round is drawn
-from; "G realised" is against one that knows the shares which the drawn rows happen to have.
+Run with ``python -m benchmarks.performative [--seeds 5]``; writes
+``benchmarks/results/performative.json``, and goes on where the same code was broken off. G is the
+log loss saved against no correction over that saved by an oracle, on the arm's own trajectory. The
+oracle knows the mix that the round is drawn from; "G realised" is against one that knows the shares
+which the drawn rows happen to have.
 """
 
 import argparse
@@ -53,24 +54,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--columns", nargs="+", default=list(COLUMNS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    for column, arm in product(options.columns, options.arms):
+    records = runner.begun(RESULTS)
+    done = [(one["world"], one["arm"]) for one in records if one["seeds"] == options.seeds]
+    for column, arm in product(COLUMNS, ARMS):
         if arm == "auto + EM" and column.startswith("C100"):
             continue  # the batch is short for a hundred classes, and costs as much again
+        if (column, arm) in done:
+            continue
         runs = Parallel(n_jobs=options.jobs)(
             delayed(run)(column, seed, arm, n_rounds=options.rounds)
             for seed in range(options.seeds)
         )
         record = summarise(column, arm, runs)
         print(*(f"{name} {value}" for name, value in record.items()), sep="  ", flush=True)
-        records = runner.load(RESULTS) if RESULTS.exists() else []
         records = [r for r in records if (r["world"], r["arm"]) != (column, arm)] + [record]
         order = {pair: i for i, pair in enumerate(product(COLUMNS, ARMS))}
-        records.sort(key=lambda r: order.get((r["world"], r["arm"]), len(order)))
-        runner.save(RESULTS, records)
+        records.sort(key=lambda r: order[r["world"], r["arm"]])
+        runner.save(RESULTS, records, seeds=range(options.seeds))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Excess log loss over the true mix in worlds that answer, drift, change, or do nothing.
 
 Run with ``python -m benchmarks.performative_drift [--seeds 5]``; writes
-``benchmarks/results/performative_drift.json``. Five Gaussian classes, a frozen logistic
+``benchmarks/results/performative_drift.json``, and goes on where the same code was broken
+off. Five Gaussian classes, a frozen logistic
 regression, 70 rounds of 1,000 rows, judged from the fourth round on. "floor" is the excess of
 whoever is told the true mix of the round before. No default was chosen on the worlds marked
 "unseen"; horizons, the share dealt out anew and the costs of forms were chosen on worlds of the
@@ -150,12 +151,14 @@ def run(name, seed, arm):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--worlds", nargs="+", default=list(WORLDS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    for name in options.worlds:
-        for arm in options.arms:
+    records = runner.begun(RESULTS)
+    done = [(one["world"], one["arm"]) for one in records if one["seeds"] == options.seeds]
+    for name in WORLDS:
+        for arm in ARMS:
+            if (name, arm) in done:
+                continue
             runs = [run(name, seed, arm) for seed in range(options.seeds)]
             excess = np.array([(losses - losses[:, 3:]).mean(axis=0) for losses, _, _ in runs])
             worse = [int((x[TURN:, 1] > x[TURN:, 0] + 0.005).sum()) for x, _, _ in runs]
@@ -174,7 +177,6 @@ def main():
                 k: round(float(v), 4) if isinstance(v, float) else v for k, v in record.items()
             }
             print(*(f"{key} {value}" for key, value in record.items()), sep="  ", flush=True)
-            records = runner.load(RESULTS) if RESULTS.exists() else []
             records = [r for r in records if (r["world"], r["arm"]) != (name, arm)] + [record]
             order = [(w, a) for w in WORLDS for a in ARMS]
             records.sort(key=lambda r: order.index((r["world"], r["arm"])))

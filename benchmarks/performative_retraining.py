@@ -4,7 +4,7 @@ Run with ``python -m benchmarks.performative_retraining [--seeds 5] [--rounds 24
 ``python -m benchmarks.data fetch fashion_mnist r8``; writes
 ``benchmarks/results/performative_retraining.json`` (loss along the trajectory),
 ``performative_retraining_selection.json`` and ``performative_retraining.png``; runs that are in
-``performative_retraining_runs.json`` already are not made again.
+``performative_retraining_runs.json`` already, of the same code, are not made again.
 
 A small network is trained on 1,500 rows. In every round 800 rows are judged without their labels,
 which then arrive, with 400 further labelled rows of the same mix to train on. Arms: nothing; the
@@ -431,7 +431,7 @@ def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     kept = options.folder / "performative_retraining_runs.json"
-    runs, choices = runner.load(kept) if kept.exists() else ([], [])
+    runs, choices = runner.begun(kept) or ([], [])
     done = {(one["data"], one["world"], one["seed"]) for one in choices}
     for seed, data, world in itertools.product(range(options.seeds), DATA, WORLDS):
         if (data, world, seed) in done:

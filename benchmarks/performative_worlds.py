@@ -92,7 +92,7 @@ ARMS = {
     "auto": {},
     "tied": {"adapter": "tied"},
     "paper": {"adapter": "paper"},
-    "last round": None,
+    "last round": {"adapter": "fixed", "strength": 0.0, "calibration": "none"},
     "EM": {"adapter": "fixed", "strength": 0.0, "transductive": "em"},
     "BBSE": {"adapter": "fixed", "strength": 0.0, "transductive": "bbse"},
     "auto + EM": {"transductive": "map_em"},
@@ -119,7 +119,7 @@ def run(column, seed, arm, *, n_rounds=ROUNDS):
         FrozenEstimator(world.backbone),
         base_prior="uniform",
         random_state=seed,
-        **(ARMS[arm] or {}),
+        **ARMS[arm],
     )
     statistic, counts, losses = None, np.ones(n_classes), []
     for number in range(n_rounds):

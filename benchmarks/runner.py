@@ -330,6 +330,13 @@ def load(path: Path) -> Any:
     return kept["rows"] if isinstance(kept, dict) and "rows" in kept else kept
 
 
+def begun(path: Path) -> Any:
+    """Read rows that the code of this commit has written already; none of an older one's."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    ours = isinstance(kept, dict) and kept.get("provenance", {}).get("commit") == _commit()
+    return kept["rows"] if ours else []
+
+
 def provenance(seeds: Sequence[int] | None = None) -> dict[str, Any]:
     """Return what is needed to run a result again, and to doubt it."""
     import torch

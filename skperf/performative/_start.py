@@ -103,7 +103,7 @@ def taken(
     codes = _inputs.encode(y, labels)
     given = given_base(params, labels)
     shares = _inputs.shares_of(codes, data.weight[trained], labels, warn=given is None)
-    opened = Opened(fitted, labels, np.log(shares))
+    opened = Opened(fitted, labels, np.log(shares if given is None else given))
     rows, found = held_out if len(held_out) else labelled, None
     if not frozen and not is_network(estimator):
         found = cross_scores(estimator, take(data.X, trained), y, weight, opened, seed)
@@ -133,6 +133,7 @@ def begin(
     width = _width(options, labels, measured, codes, data, strata)
     covariates = 0 if data.covariates is None else data.covariates.shape[1]
     record = start_record(params, options, labels, base, width, covariates, strata, len(rows))
+    record = replace(record, shown=np.isin(labels, fitted.classes_))
     if data.rounds is None and len(codes):
         record = remembering(record, measured.logits, codes, data.weight[rows])
         record = with_calibrations(record) if all(options.calibrations) else record

@@ -110,7 +110,7 @@ def replaced(
         rows = found.logits, codes[found.rows]
     options = replace(record.options, refines_base=is_frozen(estimator) and finds_base)
     record = learning.replaced(record, rows, base if finds_base else None)
-    return fitted, replace(record, options=options)
+    return fitted, replace(record, options=options, shown=np.isin(classes, fitted.classes_))
 
 
 def anticipated(record: Record, statistic: Any, covariates: Any, said: set[str]) -> np.ndarray:

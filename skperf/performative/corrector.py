@@ -19,6 +19,7 @@ JUDGED = 500  # rows of a round that are enough to tell options apart
 SLOW, FAST = 0.97, 0.7  # memories: about thirty and three rounds
 CHANGED = 0.1  # share of predictions that a correction may change, for chance in accuracies
 SURE = 0.5  # standard errors
+BAD = 2.0  # root mean squares of what a proposal changes in a round
 CALIBRATION_GAIN = 0.01  # of the log loss that a calibration has to save to be used
 
 
@@ -49,6 +50,8 @@ class Corrector:
     choice: Option = Option()
     proposed: Option = Option()  # what would be the choice if proposals had kept the accuracy
     proposed_right: float = 0.0  # of the proposals, each of the round after it
+    swings: float = 0.0  # squares of what proposals gained, less those of chance
+    failed: bool = False  # whether the last one lost more than chance would
 
     def calibrated(self, logits: Array, option: Option | None = None) -> Array:
         """Scores (n, n_classes) as an option calibrates them."""
@@ -97,9 +100,17 @@ class Corrector:
             right.append(hits)
         judged = self._with(np.array(losses), np.array(right), np.array(noise))
         rows, told = SLOW * self.n_rows + len(codes), SLOW * self.own_right + own_right
-        hits = np.reshape(right, self.slow.shape)[self._at(self.proposed)]
-        proposed = SLOW * self.proposed_right + float(hits)
-        return replace(judged, own_right=told, n_rows=rows, proposed_right=proposed)
+        hits = float(np.reshape(right, self.slow.shape)[self._at(self.proposed)])
+        proposed = SLOW * self.proposed_right + hits
+        gain, by_chance = hits - own_right, CHANGED / len(codes)
+        return replace(
+            judged,
+            own_right=told,
+            n_rows=rows,
+            proposed_right=proposed,
+            swings=max(0.0, SLOW * self.swings + gain**2 - by_chance),
+            failed=gain < -np.sqrt(by_chance),
+        )
 
     def judged_by_shares(self, counts: Array, answer: Array, log_base: Array) -> "Corrector":
         """Score all options on label counts (K,), where there are no rows."""
@@ -125,8 +136,8 @@ class Corrector:
             n_rounds=self.n_rounds + 1,
         )
 
-    def chosen(self, n_rounds: int, min_rounds: int) -> "Corrector":
-        """Choose what to apply from now on."""
+    def chosen(self, n_rounds: int, min_rounds: int, moving: bool = False) -> "Corrector":
+        """Choose what to apply from now on; `moving` classes ask for more evidence."""
         free = 0.0 in self.strengths
         nothing = Option() if free else Option(0, float(self.strengths[-1]), float(self.mixes[0]))
         if n_rounds < min_rounds or self.weight == 0.0:
@@ -152,8 +163,13 @@ class Corrector:
             best = self._best(self.fast, allowed)
         proposed = option = self._option(best)
         # what did best of many on past rows need not do so on those to come
-        lost = self.own_right - self.proposed_right
-        if free and lost > SURE * chance * self.weight:
+        lost, allowance = self.own_right - self.proposed_right, SURE * chance * self.weight
+        if moving:
+            # past gains tell less of the next one: they have to cover a bad round, and what has
+            # begun to lose goes on
+            swing = np.inf if self.failed else np.sqrt(self.swings / self.weight)
+            allowance = -allowance - BAD * swing
+        if free and lost > allowance:
             kept = [i for i in range(len(self.calibrators)) if self.keeps_order(i)]
             option = self._option((min(kept, key=lambda i: float(self.slow[i, 0, 0])), 0, 0))
         return replace(self, choice=option, proposed=proposed)

@@ -97,10 +97,21 @@ class Calibration:
 
     temperature: float
     bias: Array  # (n_classes,)
+    shown: NDArray[np.bool_] | None = None  # (n_classes,) to the classifier; None is all
 
     def __call__(self, logits: Array) -> Array:
         """Calibrate logits of shape (n, n_classes)."""
-        return logits / self.temperature + self.bias
+        return _scaled(logits, 1.0 / self.temperature, self.bias, self.shown)
+
+
+def _scaled(logits: Array, factor: float, bias: Array, shown: NDArray[np.bool_] | None) -> Array:
+    """Scale and move logits (n, n_classes); rows tell nothing of classes that were not shown."""
+    scaled: Array = logits * factor + bias
+    if shown is not None and not shown.all():
+        # such a class keeps one share in every row, which a temperature would bend
+        after, before = (np.logaddexp.reduce(x[:, shown], axis=1) for x in (scaled, logits))
+        scaled[:, ~shown] = logits[:, ~shown] + bias[~shown] + (after - before)[:, None]
+    return scaled
 
 
 def fit_calibration(
@@ -111,25 +122,32 @@ def fit_calibration(
     kind: Literal["temperature", "bcts"] = "temperature",
     l2: float = 1.0,
     weight: Array | None = None,
+    shown: NDArray[np.bool_] | None = None,
 ) -> Calibration:
     """Temperature, and biases for `bcts`, of scores (n, n_classes) by maximum likelihood."""
     n_classes = logits.shape[1]
     weights = np.ones(len(codes)) if weight is None else weight
     targets = np.eye(n_classes)[codes]
+    among = np.ones(n_classes, bool) if shown is None else shown
 
     def penalised(theta: Array) -> tuple[float, Array]:
         bias = theta[1:] if kind == "bcts" else np.zeros(n_classes)
-        scaled = logits * np.exp(-theta[0])
-        log_proba = log_softmax(scaled + bias + log_offset, axis=1)
+        factor = float(np.exp(-theta[0]))
+        scaled = _scaled(logits, factor, bias, shown)
+        log_proba = log_softmax(scaled + log_offset, axis=1)
         residual = (np.exp(log_proba) - targets) * weights[:, None]
-        gradient = np.append(-np.sum(residual * scaled), residual.sum(axis=0))[: len(theta)]
+        if not among.all():  # scores of the others move with the mass of those shown
+            apart = residual[:, ~among].sum(axis=1, keepdims=True)
+            residual[:, among] += apart * probabilities(scaled[:, among])
+        slope = -factor * np.sum(residual[:, among] * logits[:, among])
+        gradient = np.append(slope, residual.sum(axis=0))[: len(theta)]
         loss = -np.sum(weights * log_proba[np.arange(len(codes)), codes])
         return loss + 0.5 * l2 * float(theta @ theta), gradient + l2 * theta
 
     start = np.zeros(1 + n_classes if kind == "bcts" else 1)
     theta = minimize(penalised, start, jac=True, method="L-BFGS-B").x
     bias = theta[1:] - theta[1:].mean() if kind == "bcts" else np.zeros(n_classes)
-    return Calibration(float(np.exp(theta[0])), bias)
+    return Calibration(float(np.exp(theta[0])), bias, shown)
 
 
 def estimate_base_prior(

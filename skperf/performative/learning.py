@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skperf.performative.anticipation import Rows, observe
-from skperf.performative.diagnostics import total_variation
+from skperf.performative.diagnostics import conditional_shift_p_value, total_variation
 from skperf.performative.label_shift import (
     Array,
     Calibration,
@@ -44,6 +44,7 @@ ROWS_A_ROUND = 256  # kept for the log-loss objective
 BATCH_MEMORY = 0.8  # about five rounds
 REFINED_AT = (2, 4, 8, 16)  # labelled rounds at which the base mix is found anew
 STEP = 0.5  # of an interval's width after a miss
+MOVING, MOVING_IN = 1e-3, 30  # level and latest rounds at which classes are held to move
 
 
 class Expected(NamedTuple):
@@ -329,15 +330,20 @@ def with_calibrations(record: Record) -> Record:
     counts = np.bincount(codes, minlength=len(record.log_base)).astype(float)
     offset = np.log(smooth_shares(counts)) - record.log_base
     found: list[Calibration | None] = [
-        None if kind is None else fit_calibration(logits, codes, offset, kind=kind)
+        None
+        if kind is None
+        else fit_calibration(logits, codes, offset, kind=kind, shown=record.shown)
         for kind in record.options.calibrations
     ]
     return replace(record, corrector=replace(record.corrector, calibrators=tuple(found)))
 
 
 def _settled(record: Record) -> Record:
-    rounds = record.anticipation.n_rounds
-    return replace(record, corrector=record.corrector.chosen(rounds, record.options.min_rounds))
+    state, latest = record.anticipation, slice(-MOVING_IN, None)
+    trajectory = state.trajectory
+    p_value = conditional_shift_p_value(trajectory.counts[latest], trajectory.hits[latest])
+    chosen = record.corrector.chosen(state.n_rounds, record.options.min_rounds, p_value < MOVING)
+    return replace(record, corrector=chosen)
 
 
 def _stepped(width: float, missed: NDArray[np.bool_]) -> float:

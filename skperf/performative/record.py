@@ -122,6 +122,7 @@ class Record:
     strata: NDArray[Any] | None = None
     calibrated_at: int = 0
     base_rows: int = 0  # that the base mix was found on
+    shown: NDArray[np.bool_] | None = None  # (n_classes,) classes the classifier was fitted on
 
     @property
     def log_base(self) -> Array:

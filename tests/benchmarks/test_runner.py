@@ -37,6 +37,15 @@ def test_older_results_are_read(tmp_path, older):
     assert runner.load(tmp_path / "older.json") == [{"a": 1}]
 
 
+def test_rows_of_another_commit_are_not_gone_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "found.json"
+    assert runner.begun(path) == []
+    runner.save(path, [{"a": 1}])
+    assert runner.begun(path) == [{"a": 1}]
+    monkeypatch.setattr(runner, "_commit", lambda: "another")
+    assert runner.begun(path) == []
+
+
 def test_every_table_of_the_pages_is_the_result_of_a_workload():
     made = {result for workload in runner.WORKLOADS for result in workload.results}
     shown = {

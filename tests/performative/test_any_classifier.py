@@ -685,10 +685,11 @@ def test_a_known_mix_without_a_class_never_predicts_it_and_is_read_by_label(clas
     np.testing.assert_array_equal(adapter.correct(X, turned), found)
 
 
-def test_a_correction_that_costs_accuracy_is_withheld():
+@pytest.mark.parametrize("seed", [0, 2, 9])
+def test_a_correction_that_costs_accuracy_is_withheld(seed):
     """Classes move towards the one that is served best: no mix answers, but fifteen neighbours
     look as if one did."""
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(seed)
     means = rng.normal(size=(K, 5)) * 1.3
     y = rng.integers(K, size=1500)
     model = KNeighborsClassifier(15).fit(means[y] + rng.normal(size=(1500, 5)), y)
@@ -703,3 +704,16 @@ def test_a_correction_that_costs_accuracy_is_withheld():
     record = adapter.prequential_
     assert record.accuracy[4:].mean() > record.accuracy_none[4:].mean() - 0.005
     assert record.adapter[4:].mean() < record.none[4:].mean()
+
+
+@pytest.mark.filterwarnings("ignore:no rows of the classes")
+@pytest.mark.parametrize("calibration", ["temperature", "bcts"])
+@pytest.mark.parametrize("classifier", [KNeighborsClassifier(15), DecisionTreeClassifier()])
+def test_rows_tell_nothing_of_a_class_that_the_first_round_lacked(world, classifier, calibration):
+    adapter = PerformativeAdapter(classifier, calibration=calibration, **QUICK)
+    for number, shares in enumerate([[0.4, 0.3, 0.3, 0.0], [0.3, 0.3, 0.2, 0.2]]):
+        X, y = world.draw(400, shares)
+        adapter.partial_fit(X, y, rounds=number, classes=np.arange(K))
+    assert adapter.calibrator_.temperature != 1.0
+    share = adapter.correct(X, adapter.base_prior_)[:, 3]
+    np.testing.assert_allclose(share, share[0], rtol=1e-9)

@@ -197,3 +197,27 @@ def test_the_base_mix_minimises_its_penalised_loss(gaussians, l2):
     # the penalty matters here
     plain = estimate_base_prior(logits, codes, l2=1e-6, weight=weights)
     assert np.abs(plain - found).max() > 0.005
+
+
+@pytest.mark.parametrize("kind", ["temperature", "bcts"])
+def test_a_class_that_was_never_shown_keeps_one_share_in_every_row(gaussians, kind):
+    logits, codes = gaussians([0.3, 0.3, 0.4], 3000, 8)
+    shown = np.array([True, True, False])
+    known = 3.0 * logits[:, :2]
+    within = np.logaddexp.reduce(known, axis=1)
+    given, offset = np.column_stack([known, within + np.log(0.25)]), np.log([1.0, 1.5, 2.0])
+    found = fit_calibration(given, codes, offset, kind=kind, shown=shown)
+    share = softmax(found(given), axis=1)[:, 2]
+    np.testing.assert_allclose(share, share[0], atol=1e-12)
+
+    def penalised(theta):  # the same model written as two classes and a share apart
+        bias = theta[1:] if kind == "bcts" else np.zeros(3)
+        two = log_softmax(known * np.exp(-theta[0]) + bias[:2], axis=1)
+        scores = np.column_stack([two, np.full(len(two), np.log(0.25) + bias[2])])
+        return len(codes) * log_loss(scores + offset, codes) + 0.5 * theta @ theta
+
+    best = minimize(penalised, np.zeros(4 if kind == "bcts" else 1), tol=1e-10).fun
+    theta = np.append(np.log(found.temperature), found.bias if kind == "bcts" else [])
+    moved = np.linspace(-2, 2, 401)  # biases are kept up to a constant
+    reached = min(penalised(theta + np.append(0.0, np.full(len(theta) - 1, m))) for m in moved)
+    assert reached == pytest.approx(best, abs=0.01)
