@@ -100,16 +100,15 @@ class Corrector:
             right.append(hits)
         judged = self._with(np.array(losses), np.array(right), np.array(noise))
         rows, told = SLOW * self.n_rows + len(codes), SLOW * self.own_right + own_right
-        hits = float(np.reshape(right, self.slow.shape)[self._at(self.proposed)])
-        proposed = SLOW * self.proposed_right + hits
-        gain, by_chance = hits - own_right, CHANGED / len(codes)
+        proposed_hits = float(np.reshape(right, self.slow.shape)[self._at(self.proposed)])
+        gain, by_chance = proposed_hits - own_right, CHANGED / len(codes)
         return replace(
             judged,
             own_right=told,
             n_rows=rows,
-            proposed_right=proposed,
+            proposed_right=SLOW * self.proposed_right + proposed_hits,
             swings=max(0.0, SLOW * self.swings + gain**2 - by_chance),
-            failed=gain < -np.sqrt(by_chance),
+            failed=bool(gain < -np.sqrt(by_chance)),
         )
 
     def judged_by_shares(self, counts: Array, answer: Array, log_base: Array) -> "Corrector":
