@@ -23,7 +23,7 @@ from skperf.backbone._training import TrainingRun
 from skperf.backbone._validation import check_labelled_rows, check_rows, check_training
 from skperf.backbone.architectures import MLP
 from skperf.backbone.interrupts import undisturbed
-from skperf.backbone.losses import Loss, Own, of_rows, of_two_classes, resolve_loss
+from skperf.backbone.losses import Loss, Own, Penalty, of_rows, of_two_classes, resolve_loss
 from skperf.backbone.network import (
     Network,
     chained,
@@ -515,6 +515,7 @@ class Net(OfLogits, NeuralNetClassifier):
             batch_size=max(256, self.batch_size),
             readout=chained(tensor_of if self.returns_record_ else None, self._readout()),
             loss=of_two_classes(weight) if binary else resolve_loss(self.criterion_),
+            penalty=Penalty.of(self.optimizer_, "rows"),
         )
 
     def _readout(self) -> Any:

@@ -3,7 +3,9 @@
 import math
 import warnings
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,13 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier
+from skorch.dataset import Dataset
 from torch import Tensor, nn
 
 from skperf.backbone._modules import ModuleClassifier, trained_names
 from skperf.backbone._nets import Net, default_net, seed_of
 from skperf.backbone._sklearn import BaseSearchCV
-from skperf.backbone._stock import net_of
+from skperf.backbone._stock import net_of, own_names
 from skperf.backbone.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -298,11 +301,48 @@ def _fit_other_net(net: Any, rows: Rows, y: Any, sample_weight: Any, seed: int) 
     )
 
 
+# methods of skorch by which a net's answers are more than what its module returns
+_ANSWERS = {"evaluation_step", "forward", "forward_iter", "get_dataset", "predict_proba"}
+
+
 def _of_net(net: Any, labels: Any = None) -> Network:
+    """Open a skorch net, whose class may have an `infer` of its own."""
+    own, name = own_names(net), type(net).__name__
+    options = sorted(
+        key
+        for key in net.get_params(deep=False)
+        if key.startswith("dataset__") or key == "iterator_valid__collate_fn"
+    )
+    lost = [*sorted(_ANSWERS & set(own)), *options]
+    if lost or net.dataset is not Dataset:
+        raise TypeError(
+            f"estimator is a {name} whose own {lost or ['dataset']} would be lost: pass "
+            "skperf.from_module(net.module_, classes=net.classes_, forward=..., readout=...), "
+            "which says what goes in and comes out, and rows as the module takes them."
+        )
+    network: Network = net._to_network() if isinstance(net, Net) else _of_stock(net, labels)
+    return replace(network, forward=partial(_inferred, net)) if "infer" in own else network
+
+
+def _inferred(net: Any, module: nn.Module, tree: Any) -> Any:
+    """Run a net's own `infer` on another module."""
+    other = copy(net)
+    other.__dict__["module_"] = module
+    return other.infer(tree)
+
+
+def check_loss(fitted: Any) -> None:
+    """Refuse a net whose loss is a method's, which says none for each row."""
+    inner, _ = _inner(fitted)
+    if isinstance(inner, NeuralNet) and "get_loss" in own_names(inner):
+        raise ValueError(
+            f"estimator is a {type(inner).__name__} whose own get_loss says no loss for each row: "
+            "give InfluenceScorer(loss=...), or skperf.from_module(net.module_, loss=...)."
+        )
+
+
+def _of_stock(net: Any, labels: Any = None) -> Network:
     """Open a skorch net: its nonlinearity and its criterion say what its module returns."""
-    if isinstance(net, Net):
-        network: Network = net._to_network()
-        return network
     criterion = net.criterion_
     loss = resolve_loss(criterion)
     classifies = isinstance(net, NeuralNetClassifier | NeuralNetBinaryClassifier)
@@ -322,14 +362,13 @@ def _of_net(net: Any, labels: Any = None) -> Network:
         )
     if classifies and isinstance(criterion, nn.BCEWithLogitsLoss | nn.BCELoss):
         loss = of_two_classes(getattr(criterion, "pos_weight", None))
-    decay = float(net.get_params(deep=False).get("optimizer__weight_decay", 0.0) or 0.0)
     return Network(
         view(net.module_),
         classes,
         max(256, net.batch_size),
         readout,
         loss=loss,
-        penalty=Penalty(decay) if decay else None,
+        penalty=Penalty.of(net.optimizer_, "mean") if hasattr(net, "optimizer_") else None,
         trainable=trained_names(net.module_),
     )
 
@@ -359,7 +398,7 @@ def _from_logistic_regression(fitted: Any) -> Network:
 def _of_sum(strengths: Any, *, biases: bool = False) -> Penalty:
     """Penalty beside the sum of the losses: nan unless it is one multiple of the squares."""
     only = float(strengths[0]) if len(strengths) == 1 else math.nan
-    return Penalty(only, per_total_weight=True, biases=biases)
+    return Penalty(only, "sum", biases)
 
 
 def _weighted(class_weight: Any, classes: Any) -> CrossEntropy:
@@ -379,7 +418,7 @@ def _from_mlp(fitted: Any) -> Network:
     for weight, bias in zip(fitted.coefs_, fitted.intercepts_, strict=True):
         layers += [_linear(weight.T, bias), _ACTIVATIONS[fitted.activation]()]
     module = nn.Sequential(*layers[:-1])
-    penalty = Penalty(float(fitted.alpha), per_total_weight=True, biases=False)
+    penalty = Penalty(float(fitted.alpha), "sum", biases=False)
     if isinstance(fitted, MLPRegressor):
         return Network(module, None, loss=SquaredError(0.5), penalty=penalty)
     if fitted.out_activation_ == "logistic" and fitted.n_outputs_ > 1:

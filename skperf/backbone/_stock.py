@@ -29,15 +29,7 @@ def net_of(stock: NeuralNet) -> Net:
             f"estimator is a {name}, which is no classifier of skorch's and can't be turned into "
             "a skperf.Net. Fit it yourself and pass FrozenEstimator(net)."
         )
-    bases = type(stock).__mro__[: type(stock).__mro__.index(NeuralNet)]
-    own = sorted(
-        key
-        for kind in bases
-        if kind not in plain and kind.__module__.partition(".")[0] not in ("skorch", "sklearn")
-        for key in vars(kind)
-        if not key.startswith("__") and not key.endswith("_request")
-    )
-    if own:
+    if own := own_names(stock):
         raise TypeError(
             f"estimator is a {name}, which can't be turned into a skperf.Net: its own {own} would "
             "be lost. Derive it from skperf.Net, or fit it yourself and pass FrozenEstimator(net)."
@@ -73,3 +65,15 @@ def net_of(stock: NeuralNet) -> Net:
         params["callbacks"] = deepcopy(params["callbacks"])
     # skorch's own scoring of accuracy, switched off
     return Net(**{k: v for k, v in params.items() if not k.startswith("callbacks__valid_acc")})
+
+
+def own_names(net: NeuralNet) -> list[str]:
+    """List what a class of the user has of its own beside skorch's and ours."""
+    bases = type(net).__mro__[: type(net).__mro__.index(NeuralNet)]
+    return sorted(
+        key
+        for kind in bases
+        if kind.__module__.partition(".")[0] not in ("skorch", "sklearn", "skperf")
+        for key in vars(kind)
+        if not key.startswith("__") and not key.endswith("_request")
+    )

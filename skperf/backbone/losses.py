@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,29 @@ class Penalty:
     """Weight decay that a network was trained with: strength / 2 times the squared weights."""
 
     strength: float = 0.0
-    # scikit-learn's penalties are added to the sum of the losses, torch's to their mean
-    per_total_weight: bool = False
+    # torch adds it to the weighted mean of the losses, scikit-learn to their sum, and our own nets
+    # to the sum over the number of rows
+    beside: Literal["mean", "sum", "rows"] = "mean"
     biases: bool = True
 
-    def on_mean_loss(self, total_weight: float) -> float:
-        """Strength beside the mean loss of rows of that total weight."""
-        return self.strength / total_weight if self.per_total_weight else self.strength
+    def on_mean_loss(self, total_weight: float, n: int) -> float:
+        """Strength beside the weighted mean of the losses of n rows."""
+        over = {"mean": 1.0, "sum": total_weight, "rows": total_weight / n}
+        return self.strength / over[self.beside]
+
+    @classmethod
+    def of(cls, optimizer: Any, beside: Literal["mean", "rows"]) -> "Penalty | None":
+        """Read it off an optimizer, None where its decay is no gradient of one penalty."""
+        groups = optimizer.param_groups
+        pairs = {
+            (p.ndim > 1, float(g.get("weight_decay") or 0)) for g in groups for p in g["params"]
+        }
+        weights, biases = ({decay for wide, decay in pairs if wide is w} for w in (True, False))
+        decoupled = any(group.get("decoupled_weight_decay") for group in groups)
+        strength = max(weights, default=0.0)
+        if decoupled or not strength or weights != {strength} or biases - {strength, 0.0}:
+            return None
+        return cls(strength, beside, biases=biases <= weights)
 
 
 @dataclass(frozen=True, eq=False)

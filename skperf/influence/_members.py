@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from skperf.backbone._nets import seed_of
-from skperf.backbone._opening import fit_estimator, open_network, source_of
+from skperf.backbone._opening import check_loss, fit_estimator, open_network, source_of
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import resolve_output
@@ -263,6 +263,8 @@ def learn(
     fitted: tuple[Any, ...], X: Rows, y: Any, weights: Tensor | None, choices: Choices
 ) -> tuple[Learned, Network]:
     """Fit a method on opened networks, of which the first: X (n, ...), y (n, ...), weights (n,)."""
+    for one in fitted if choices.loss is None else ():
+        check_loss(one)
     networks = [open_network(one, loss=choices.loss) for one in fitted]
     first = networks[0]
     _check_loss(first, X, y)
@@ -343,7 +345,7 @@ def _settings(
     tied = choices.horizon is not None or choices.damping in ("horizon", "flow")
     penalty, targets = network.penalty, network.targets(y).cpu()
     total = float(row_weights(network.loss, targets, weights).sum())
-    strength = 0.0 if penalty is None else penalty.on_mean_loss(total)
+    strength = 0.0 if penalty is None else penalty.on_mean_loss(total, len(targets))
     linear = _linear_head(network, parameters) is not None
     damping = choices.damping
     return Settings(

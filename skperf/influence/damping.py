@@ -90,6 +90,8 @@ def stretched(problem: Problem, gradients: Sequence[Factor], by: float) -> Gradi
 def curvature_trace(problem: Problem) -> float:
     """Sum of the curvature's eigenvalues."""
     rows = curvature_rows(problem)
+    if not len(rows.examples):  # of a network that is sure of everything
+        return 0.0
     return float(squared_norms(problem.gather(problem.X, rows.cotangents, rows.examples)).sum())
 
 

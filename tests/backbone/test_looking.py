@@ -168,7 +168,7 @@ def test_the_criterion_of_skorch_nets_is_read():
     assert isinstance(network.loss, CrossEntropy)
     assert network.loss.label_smoothing == 0.1
     assert torch.equal(network.loss.weight, WEIGHT)
-    assert network.penalty.on_mean_loss(150.0) == 1e-3
+    assert network.penalty.on_mean_loss(150.0, 150) == 1e-3
     mine = Net(MLP, criterion__weight=WEIGHT, max_epochs=1).fit(X, y)
     assert torch.equal(open_network(mine).loss.weight, WEIGHT)
     values = stock(NeuralNetRegressor, nn.Linear(4, 1)).fit(X.astype("f4"), X[:, :1].astype("f4"))
@@ -198,7 +198,7 @@ def objective_gradient(network, targets, weights):
     weights = weights if extra is None else weights * extra
     total = float(weights.sum())
     value = (weights * losses).sum() / total
-    strength = network.penalty.on_mean_loss(total)
+    strength = network.penalty.on_mean_loss(total, 150)
     for name, parameter in own.items():
         if network.penalty.biases or not name.endswith("bias"):
             value = value + strength / 2 * parameter.square().sum()
@@ -256,7 +256,9 @@ def test_other_models_of_scikit_learn_are_at_rest_too():
         value = network.loss.value(network(network.inputs(table), own), goals).mean()
         for name, parameter in own.items():
             if not name.endswith("bias"):
-                value = value + network.penalty.on_mean_loss(150.0) / 2 * parameter.square().sum()
+                value = (
+                    value + network.penalty.on_mean_loss(150.0, 150) / 2 * parameter.square().sum()
+                )
         gradients = torch.autograd.grad(value, list(own.values()))
         assert max(float(g.abs().max()) for g in gradients) < 2e-3
 

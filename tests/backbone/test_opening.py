@@ -15,9 +15,19 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
+from skorch.dataset import Dataset
 from torch import nn
+from torch.utils.data import default_collate
 
-from skperf import MLP, EditedClassifier, Net, from_module
+from skperf import (
+    MLP,
+    ComponentAttributor,
+    EditedClassifier,
+    InfluenceScorer,
+    Net,
+    PerformativeAdapter,
+    from_module,
+)
 from skperf.backbone._edited import edited
 from skperf.backbone._opening import class_logits, fit_estimator, open_network, source_of
 from skperf.backbone._validation import check_labelled_rows, check_rows
@@ -338,3 +348,90 @@ def test_the_steps_of_nested_pipelines_all_come_before_the_network():
     network = open_network(FrozenEstimator(fitted))
     proba = network.logits(X).softmax(1).numpy()
     np.testing.assert_allclose(proba, fitted.predict_proba(X), atol=1e-6)
+
+
+class Doubled(NeuralNetClassifier):
+    def infer(self, x, **fit_params):
+        return 2 * super().infer(x, **fit_params)
+
+
+class Focal(NeuralNetClassifier):
+    def get_loss(self, y_pred, y_true, *args, **kwargs):
+        return super().get_loss(y_pred, y_true, *args, **kwargs) ** 2
+
+
+class Turned(NeuralNetClassifier):
+    def evaluation_step(self, batch, training=False):
+        return -super().evaluation_step(batch, training)
+
+
+class Tempered(NeuralNetClassifier):
+    def predict_proba(self, X):
+        return super().predict_proba(X) / 2 + 1 / 6
+
+
+class OfOurs(Net):
+    def get_loss(self, *args, **kwargs):
+        return 2 * super().get_loss(*args, **kwargs)
+
+
+class Scaled(Dataset):
+    def transform(self, X, y):
+        inputs, targets = super().transform(X, y)
+        return inputs / 10, targets
+
+
+OPTIONS = {"criterion": nn.CrossEntropyLoss, "max_epochs": 2, "lr": 0.1, "verbose": 0}
+
+
+def of_own_class(kind, **options):
+    X, y = load_iris(return_X_y=True)
+    options = OPTIONS | ({} if issubclass(kind, Net) else {"train_split": None}) | options
+    return kind(nn.Linear(4, 3), **options).fit(X.astype("f4"), y), X.astype("f4"), y
+
+
+def test_infer_of_ones_own_is_run():
+    net, X, y = of_own_class(Doubled)
+    frozen = FrozenEstimator(net)
+    raw = X[:4] @ net.module_.weight.detach().numpy().T + net.module_.bias.detach().numpy()
+    before = net.module_.weight.detach().clone()
+    np.testing.assert_allclose(open_network(frozen).logits(X[:4]), 2 * raw, rtol=1e-5)
+    found = InfluenceScorer(frozen, method="gradient_dot", output="logit").fit(X, y)
+    # the gradient of a doubled logit by one row of weights
+    inputs = np.c_[X, np.ones(len(X), "f4")]
+    proba = net.predict_proba(X)
+    slope = (proba - np.eye(3)[y])[:, y[:4]].T * 2
+    expected = -slope * 2 * (inputs[:4] @ inputs.T)
+    np.testing.assert_allclose(found.influence(X[:4], y[:4]), expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(net.module_.weight, before)
+
+
+@pytest.mark.parametrize("kind", [Turned, Tempered])
+def test_answers_of_ones_own_are_asked_for(kind):
+    net, X, y = of_own_class(kind)
+    for room in (InfluenceScorer, ComponentAttributor, PerformativeAdapter):
+        with pytest.raises(TypeError, match=r"whose own .* would be lost: pass skperf.from_module"):
+            room(FrozenEstimator(net)).fit(X, y)
+
+
+@pytest.mark.parametrize(
+    "options", [{"iterator_valid__collate_fn": default_collate}, {"dataset": Scaled}]
+)
+def test_ways_in_of_ones_own_are_asked_for(options):
+    net, X, y = of_own_class(NeuralNetClassifier, **options)
+    with pytest.raises(TypeError, match=r"whose own .* would be lost: pass skperf.from_module"):
+        InfluenceScorer(FrozenEstimator(net)).fit(X, y)
+
+
+@pytest.mark.parametrize("kind", [Focal, OfOurs])
+def test_a_loss_of_ones_own_is_asked_for(kind):
+    net, X, y = of_own_class(kind)
+    frozen = FrozenEstimator(net)
+    for asked in (InfluenceScorer(frozen), ComponentAttributor(frozen, output="loss")):
+        with pytest.raises(ValueError, match=r"own get_loss says no loss .*loss="):
+            asked.fit(X, y)
+    found = InfluenceScorer(frozen, loss="cross_entropy").fit(X, y).influence(X[:3], y[:3])
+    same = from_module(net.module_, classes=[0, 1, 2], loss="cross_entropy")
+    expected = InfluenceScorer(same).fit(X, y).influence(X[:3], y[:3])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert ComponentAttributor(frozen, components="layers").fit(X, y).attributions_.shape[0] == 150

@@ -1,6 +1,7 @@
 """Leave-one-out, selection, attacks, denoisers and every method's actions, against the truth."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
+from skorch import NeuralNetClassifier
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from skperf import MLP, Net, from_module
-from skperf.backbone.losses import resolve_loss
+from skperf.backbone.losses import Penalty, resolve_loss
 from skperf.influence import (
     EKFAC,
     GGN,
@@ -167,6 +169,75 @@ def test_a_penalty_that_is_no_ridge_is_asked_for(model):
         InfluenceScorer(model).fit(X, y).influence(X[:3], y[:3])
     scores = InfluenceScorer(model, damping=0.1).fit(X, y).influence(X[:3], y[:3])
     assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("net", "spared"),
+    [
+        (Net, False),
+        (partial(NeuralNetClassifier, train_split=None, verbose=0), False),
+        (partial(Net, optimizer__param_groups=[("bias", {"weight_decay": 0.0})]), True),
+        (partial(Net, criterion__weight=torch.tensor([1.0, 3.0, 0.5])), False),
+    ],
+    ids=["Net", "skorch", "spared biases", "class weights"],
+)
+def test_weight_decay_of_a_net_is_its_penalty(net, spared):
+    X, y = load_iris(return_X_y=True)
+    X, y = ((X - X.mean(0)) / X.std(0)).astype(np.float32)[::3], y[::3]
+    rows, targets = torch.as_tensor(X, dtype=torch.float64), torch.as_tensor(y)
+    fitted = net(
+        nn.Linear(4, 3),
+        criterion=nn.CrossEntropyLoss,
+        optimizer=torch.optim.SGD,
+        optimizer__weight_decay=0.02,
+        lr=0.5,
+        max_epochs=1500,
+        batch_size=len(X),
+    )
+    # our own nets weigh rows
+    ours = isinstance(fitted, Net)
+    given = np.linspace(0.5, 2, len(X)) if ours else np.ones(len(X))
+    fitted.fit(X, y, **({"sample_weight": given} if ours else {}))
+    weight = fitted.criterion_.weight
+    each = torch.as_tensor(given) * (1 if weight is None else weight.double()[targets])
+
+    def losses(left_out=None):
+        weights = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
+        solver = torch.optim.LBFGS([weights], 1, 500, tolerance_grad=1e-11, tolerance_change=0)
+        kept = torch.arange(len(X)) != (-1 if left_out is None else left_out)
+
+        def closure():
+            solver.zero_grad()
+            logits = rows @ weights[:, :4].T + weights[:, 4]
+            value = (cross_entropy(logits, targets, reduction="none") * each * kept).mean()
+            value = value + 0.01 * weights[:, : 4 if spared else 5].square().sum()
+            value.backward()
+            return value
+
+        solver.step(closure)
+        logits = (rows @ weights[:, :4].T + weights[:, 4]).detach()
+        return cross_entropy(logits, targets, reduction="none").numpy()
+
+    before = losses()
+    actual = np.stack([losses(j) - before for j in range(len(X))], 1)
+    scorer = InfluenceScorer(FrozenEstimator(fitted)).fit(X, y, sample_weight=given)
+    found = scorer.loo_effect(X, y)
+    assert np.linalg.norm(found - actual) / np.linalg.norm(actual) < 5e-3
+
+
+@pytest.mark.parametrize("method", ["auto", "ggn", "ekfac", "arnoldi", "cg", "lissa", "exact"])
+def test_a_network_that_is_sure_of_everything_has_no_curvature(method):
+    X, y = load_iris(return_X_y=True)
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(3, 4) * 1e6)
+    scorer = InfluenceScorer(layer, method=method).fit(np.eye(3, 4)[y], y)
+    assert (scorer.influence(np.eye(3, 4), [0, 1, 2]) == 0).all()
+
+
+def test_decoupled_decay_is_no_penalty():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2, 2))], weight_decay=0.1)
+    assert Penalty.of(optimizer, "mean") is None
 
 
 @pytest.fixture(scope="module")
