@@ -128,7 +128,7 @@ def fine_tuned(seed):
     """Train a transformer on 20 Newsgroups and then on 1,000 rows of R8, a tenth mislabelled."""
     news, *r8 = texts()
     rng = np.random.default_rng(seed)
-    (X, y), (asked, answers) = (_some(rng, rows, n) for rows, n in zip(r8, (1000, 20), strict=True))
+    (X, y), (asked, answers) = (_some(rng, rows, n) for rows, n in zip(r8, (1000, 12), strict=True))
     y = flipped(y, seed)[0]
     torch.manual_seed(seed)
     net = _fitted(SmallTransformer(20), *_some(rng, news, 4000), n_epochs=3)
@@ -168,7 +168,7 @@ def residual(seed):
     net = _fitted(Residual(), X[:1000].numpy(), rows[1], n_epochs=20)
     # Adam goes to where the plain steps that `fading` takes would be too long
     net = _fitted(net, X[:1000].numpy(), rows[1], n_epochs=20, by=partial(torch.optim.SGD, lr=0.03))
-    return net.double(), rows, (asked[:20].double().numpy(), answers[:20])
+    return net.double(), rows, (asked[:12].double().numpy(), answers[:12])
 
 
 def _some(rng, rows, n):

@@ -12,6 +12,7 @@ from skperf.backbone.parameters import Parameters, flatten, unflatten
 from skperf.backbone.rows import Rows
 from skperf.influence._members import Learned, with_damping
 from skperf.influence._methods import GIF
+from skperf.influence._stages import with_weights
 from skperf.influence.captures import recording
 from skperf.influence.curvature import RowSpace
 from skperf.influence.damping import damping_of_each, resolve_damping
@@ -98,7 +99,7 @@ def repaired(
         report[name] = accuracy(network, values, judges["judged"])
     if baselines:
         report["baselines"] = _baselines(learned, task, (X, y), k, ways)
-    return changed(problem, outcome), {"action": f"repair:{how}", **report}
+    return with_weights(network, outcome), {"action": f"repair:{how}", **report}
 
 
 @dataclass(frozen=True)
@@ -439,13 +440,3 @@ def products(problem: Problem, curvature: str, damping: float | None, **which: A
     rows = problem.gather(problem.X, picked.cotangents, picked.examples)
     space = RowSpace.of(rows) if damping is None else None
     return row_product(problem.layers, problem.parameters, rows, of_each(space))
-
-
-def changed(problem: Problem, parameters: Parameters) -> Network:
-    """Copy a network with other parameters."""
-    network = problem.network.copy()
-    own = dict(network.module.named_parameters())
-    with torch.no_grad():
-        for name, value in parameters.items():
-            own[name].copy_(value)
-    return network

@@ -4,9 +4,11 @@ import textwrap
 
 import numpy as np
 import torch
+from sklearn.utils import Bunch
 
 from skperf.backbone.plotting import pyplot
 from skperf.influence._rows import TopRows
+from skperf.influence.horizon import curve
 
 _HELPFUL, _HARMFUL = "#3a6ea5", "#b5473c"
 
@@ -149,7 +151,6 @@ class InfluenceDisplay:
             Itself.
         """
         plt = pyplot()
-
         k = self.proponents.indices.shape[1]
         n, width = len(self.labels), 2 * k + 1
         if ax is not None:
@@ -198,11 +199,8 @@ def _as_image(values):
     if values.ndim in (2, 3):
         return values
     side = round(values.size**0.5)
-    return (
-        values.reshape(side, side)
-        if values.ndim == 1 and side > 3 and side**2 == values.size
-        else None
-    )
+    square = values.ndim == 1 and side > 3 and side**2 == values.size
+    return values.reshape(side, side) if square else None
 
 
 class FadingDisplay:
@@ -253,9 +251,8 @@ class FadingDisplay:
         FadingDisplay
             Drawn.
         """
-        scorers = estimator
-        if not isinstance(scorers, dict):
-            scorers = {name or estimator.method_: estimator}
+        one = not isinstance(estimator, dict)
+        scorers = {name or estimator.method_: estimator} if one else estimator
         curves = {key: scorer.fading(X, y, **fading) for key, scorer in scorers.items()}
         return cls(curves).plot(ax)
 
@@ -281,20 +278,8 @@ class FadingDisplay:
         FadingDisplay
             Drawn.
         """
-        from sklearn.utils import Bunch
-
-        from skperf.influence.horizon import agreement, usable_horizon
-
-        pairs = zip(torch.as_tensor(predicted), torch.as_tensor(actual), strict=True)
-        pearson, spearman, slope = zip(*(agreement(p, a) for p, a in pairs), strict=True)
-        curve = Bunch(
-            steps=np.asarray(steps),
-            pearson=np.array(pearson),
-            spearman=np.array(spearman),
-            slope=np.array(slope),
-            usable_horizon=usable_horizon(steps, pearson),
-        )
-        return cls({name: curve}).plot(ax)
+        figures = curve(steps, torch.as_tensor(predicted), torch.as_tensor(actual))
+        return cls({name: Bunch(**figures)}).plot(ax)
 
     def plot(self, ax=None, *, name=None, **line_kw):
         """Draw correlation against steps.
@@ -314,15 +299,14 @@ class FadingDisplay:
             Itself.
         """
         plt = pyplot()
-
         if ax is None:
             _, ax = plt.subplots(layout="constrained")
         self.lines_ = []
-        for key, curve in self.curves.items():
+        for key, found in self.curves.items():
             label = name if name and len(self.curves) == 1 else key
-            label = f"{label} (usable to {curve.usable_horizon})"
+            label = f"{label} (usable to {found.usable_horizon})"
             options = {"marker": "o", "markersize": 4, "label": label, **line_kw}
-            self.lines_ += ax.plot(curve.steps, curve.pearson, **options)
+            self.lines_ += ax.plot(found.steps, found.pearson, **options)
         ax.axhline(self.least, color="0.6", linewidth=1, linestyle=":")
         ax.set(
             xscale="log", xlabel="further training steps", ylabel="correlation with actual effect"

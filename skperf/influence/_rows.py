@@ -61,8 +61,6 @@ def second_order(ensemble: Ensemble, X: Rows, targets: Tensor, rows: NDArray[Any
     total = np.zeros(len(X))
     for member in ensemble.members:
         problem, fitted = member.problem, member.fit
-        if fitted.unit != LOSS_UNIT:
-            raise ValueError("order=2 needs a curvature method; this one is of first order.")
         n = problem.n_train
         index = torch.as_tensor(rows)
         shares, targets_of = problem.shares[index], problem.targets[index]

@@ -30,6 +30,7 @@ from skperf.influence._asked import checked, pair, steps_of
 from skperf.influence._members import OUTPUTS, Choices, fitted_members, learn, with_damping
 from skperf.influence._methods import RECORDS, Method, Nearest, Replay, nearest_rows, resolve_method
 from skperf.influence._replay import SMOOTH_ENOUGH, ReplayEnsemble, recording
+from skperf.influence._stages import with_weights
 from skperf.influence.problem import LOSS_UNIT
 from skperf.influence.tiles import budget_in_bytes
 
@@ -329,7 +330,6 @@ class InfluenceScorer(
         tokens : {"queries", "rows"}, optional
             Leave out the sum over the tokens of queries, (n_query, length, n_train), or of
             training rows, (n_query, n_train, length).
-
         change : {"weight", "label"}, default="weight"
             With ``method="replay"``, "label" asks how the loss on a query would change if a
             training row had another label: (n_query, n_train, n_classes).
@@ -921,7 +921,7 @@ class InfluenceScorer(
         parameters, report = task.run(how)
         if baseline and how != "ascent":
             report["baseline"] = task.run("ascent")[1]
-        network = _actions.changed(task.problem, parameters)
+        network = with_weights(task.problem.network, parameters)
         return self._edited(network, {"action": f"remove:{how}", **report})
 
     def _edited(self, network, report):

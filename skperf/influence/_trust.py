@@ -27,9 +27,8 @@ from skperf.influence.gradients import squared_norms
 from skperf.influence.horizon import (
     FurtherTraining,
     actual_effects,
-    agreement,
     correlation,
-    usable_horizon,
+    curve,
 )
 from skperf.influence.layers import to_vectors
 from skperf.influence.methods import RowForm
@@ -53,11 +52,7 @@ def fading_curve(
     least: float = 0.8,
 ) -> Bunch:
     """Hold predicted against actual effects of further training: X (n_query, ...)."""
-    settings, n = learned.settings, len(learned.X)
-    # the order of batches is that of a generator of its own: rows that are left out are not the
-    # ones that the first steps happen to use
-    generator = torch.Generator().manual_seed(settings.seed)
-    rows = torch.randperm(n, generator=generator)[:n_train]
+    settings, n, rows = learned.settings, len(learned.X), _drawn(learned, n_train)
     training = FurtherTraining(
         learning_rate or _rate_of(learned),
         min(batch_size, n),
@@ -67,18 +62,15 @@ def fading_curve(
     _check_step_size(learned, training.learning_rate)
     actual = _effects(learned, X, y, rows, training, steps)
     predicted = _predicted(learned, X, y, steps, rows, training)
-    figures = [agreement(p, a) for p, a in zip(predicted, actual, strict=True)]
-    pearson, spearman, slope = map(np.array, zip(*figures, strict=True))
-    return Bunch(
-        steps=np.array(steps),
-        pearson=pearson,
-        spearman=spearman,
-        slope=slope,
-        usable_horizon=usable_horizon(steps, pearson.tolist(), least=least),
-        rows=rows.numpy(),
-        predicted=predicted.numpy(),
-        actual=actual.cpu().numpy(),
-    )
+    figures = curve(steps, predicted, actual, least=least)
+    effects = {"predicted": predicted.numpy(), "actual": actual.cpu().numpy()}
+    return Bunch(rows=rows.numpy(), **effects, **figures)
+
+
+def _drawn(learned: Learned, n_train: int) -> Tensor:
+    # by a generator of its own: not the rows that the first batches happen to use
+    generator = torch.Generator().manual_seed(learned.settings.seed)
+    return torch.randperm(len(learned.X), generator=generator)[:n_train]
 
 
 def _rate_of(learned: Learned) -> float:
@@ -333,25 +325,23 @@ def _trajectory(learned: Learned) -> Bunch:
 def _divergence(learned: Learned, X: Rows, y: Any, n_train: int, steps: list[int]) -> Bunch:
     """Summarise the fading curve."""
     n = len(learned.X)
-    curve = fading_curve(learned, X, y, steps=steps, n_train=n_train, batch_size=n)
-    value = float(curve.pearson[-1])
+    found = fading_curve(learned, X, y, steps=steps, n_train=n_train, batch_size=n)
+    value = float(found.pearson[-1])
     return _entry(
         value,
         0.8,
-        f"Runs with and without a row drift apart: predictions hold for {curve.usable_horizon} "
+        f"Runs with and without a row drift apart: predictions hold for {found.usable_horizon} "
         "further steps. Tie the damping to the horizon: damping='flow', horizon=...",
         more_is_better=True,
-        curve=curve,
-        usable_horizon=curve.usable_horizon,
+        curve=found,
+        usable_horizon=found.usable_horizon,
     )
 
 
 def _first_order(learned: Learned, X: Rows, y: Any, n_train: int) -> Bunch:
     """Effects of row weights .5 and 0 beside each other: a straight line has half and whole."""
-    settings, n = learned.settings, len(learned.X)
-    generator = torch.Generator().manual_seed(settings.seed)
-    rows = torch.randperm(n, generator=generator)[:n_train]
-    training = FurtherTraining(_rate_of(learned), n, settings.weight_decay)
+    rows = _drawn(learned, n_train)
+    training = FurtherTraining(_rate_of(learned), len(learned.X), learned.settings.weight_decay)
     half, whole = (
         _effects(learned, X, y, rows, training, [20], kept)[0].double() for kept in (0.5, 0.0)
     )

@@ -132,6 +132,7 @@ def record(network: Network, inputs: Rows, layers: Sequence[Layer]) -> Tape:
         if n_calls != (len(layer.places) or 1):
             raise Unusual(layer, f"ran {n_calls} times, not {len(layer.places) or 1} as before")
 
+    _check_folds(network, inputs, watch, hooked)
     calls = [(layer, call) for layer in hooked for call in watch.calls[layer.name]]
 
     def pull(cotangent: Tensor) -> Gradients:
@@ -160,6 +161,58 @@ def record(network: Network, inputs: Rows, layers: Sequence[Layer]) -> Tape:
         ]
 
     return Tape(outputs, pull)
+
+
+def watched(network: Network, rows: Rows, layers: Sequence[Layer]) -> dict[Any, list[Any]]:
+    """Say what goes into each call of each layer, and the shape of what comes out."""
+    seen: dict[Any, list[Any]] = {layer.names: [] for layer in layers}
+
+    def look(names: tuple[str, ...]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            simple = args and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+            seen[names].append((args[0].clone(), output.shape) if simple else None)
+
+        return hook
+
+    with (
+        torch.no_grad(),
+        forward_hooks({site: look(layer.names) for layer in layers for site in layer.sites}),
+    ):
+        network(rows)
+    return seen
+
+
+def same_rows(one: Tensor, two: Tensor, place: Place, order: Tensor) -> bool:
+    """Compare what went into a call with that of its rows in another order."""
+    first, second = (_by_row(inputs, place) for inputs in (one, two))
+    away = (first[order] - second).abs().max()
+    return bool(away <= 1e-3 * first.abs().max().clamp_min(1e-30))
+
+
+def _by_row(inputs: Tensor, place: Place) -> Tensor:
+    """Lay a call's inputs out row by row: -> (n, fold, ...)."""
+    assert place.axis is not None
+    inputs = inputs.movedim(place.axis, 0).double()
+    if place.rows_last:
+        return inputs.unflatten(0, (place.fold, -1)).transpose(0, 1)
+    return inputs.unflatten(0, (-1, place.fold))
+
+
+def _check_folds(network: Network, inputs: Rows, watch: Watch, layers: Sequence[Layer]) -> None:
+    """Run a batch in another order: entries of one row that are those of others show."""
+    # rows of unequal lengths without padding come to as many entries as rows of equal ones
+    folded = [layer for layer in layers if any(place.fold > 1 for place in layer.places)]
+    if not folded or len(inputs) == 1:
+        return
+    order = torch.arange(len(inputs)).flip(0)
+    again = watched(network, inputs[order], folded)
+    for layer in folded:
+        for call, other in zip(watch.calls[layer.name], again[layer.names], strict=True):
+            place, shape = call.place, call.inputs.shape
+            if place.fold == 1 or shape[place.axis or 0] != len(inputs) * place.fold:
+                continue
+            if other[0].shape != shape or not same_rows(call.inputs, other[0], place, order):
+                raise Unusual(layer, "has entries of a row elsewhere than where some were tried")
 
 
 def alone(network: Network, inputs: Rows, layer: Layer, cotangent: Tensor) -> Tensor:

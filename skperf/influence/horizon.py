@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
@@ -98,6 +99,16 @@ def _batches(n: int, training: FurtherTraining) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(training.seed)
     while True:
         yield from torch.split(torch.randperm(n, generator=generator), training.batch_size)
+
+
+def curve(
+    steps: Sequence[int], predicted: Tensor, actual: Tensor, *, least: float = 0.8
+) -> dict[str, Any]:
+    """Compare step by step: predicted, actual (n_steps, n_queries, m)."""
+    figures = [agreement(p, a) for p, a in zip(predicted, actual, strict=True)]
+    pearson, spearman, slope = map(np.array, zip(*figures, strict=True))
+    found = {"steps": np.array(steps), "pearson": pearson, "spearman": spearman, "slope": slope}
+    return {**found, "usable_horizon": usable_horizon(steps, pearson.tolist(), least=least)}
 
 
 def agreement(predicted: Tensor, actual: Tensor) -> tuple[float, float, float]:

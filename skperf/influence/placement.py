@@ -17,7 +17,7 @@ from skperf.backbone.modes import forward_hooks
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import Parameters
 from skperf.backbone.rows import Rows
-from skperf.influence.captures import HINT, Unusual, alone, record, recording
+from skperf.influence.captures import HINT, Unusual, alone, record, recording, same_rows, watched
 from skperf.influence.layers import CONVOLUTIONS, Layer, Place, find_layers, one_by_one, to_vectors
 
 _TRIED = 6
@@ -90,7 +90,7 @@ def _places(network: Network, rows: Rows, layers: Sequence[Layer]) -> Places:
     # a network that sorts its rows gives itself away in one of two orders, and so does one that
     # sends rows to different layers by the sizes of what they get
     order = torch.arange(len(rows) - 1).flip(0)
-    whole, part = (_watched(network, batch, layers) for batch in (rows, rows[order]))
+    whole, part = (watched(network, batch, layers) for batch in (rows, rows[order]))
     found: Places = {}
     for layer in layers:
         one, two = whole[layer.names], part[layer.names]
@@ -105,25 +105,6 @@ def _places(network: Network, rows: Rows, layers: Sequence[Layer]) -> Places:
     return found
 
 
-def _watched(network: Network, rows: Rows, layers: Sequence[Layer]) -> dict[Any, list[Any]]:
-    """Say what goes into each call of each layer, and the shape of what comes out."""
-    seen: dict[Any, list[Any]] = {layer.names: [] for layer in layers}
-
-    def look(names: tuple[str, ...]) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            simple = args and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-            seen[names].append((args[0].clone(), output.shape) if simple else None)
-
-        return hook
-
-    with (
-        torch.no_grad(),
-        forward_hooks({site: look(layer.names) for layer in layers for site in layer.sites}),
-    ):
-        network(rows)
-    return seen
-
-
 def _place(layer: Layer, one: Any, two: Any, order: Tensor) -> Place | None:
     """Find the rows in one call: of n rows, and of n - 1 of them in another order."""
     n = len(order) + 1
@@ -135,9 +116,7 @@ def _place(layer: Layer, one: Any, two: Any, order: Tensor) -> Place | None:
         return None
     for rows_last in (False, True)[: 1 if where.fold == 1 else 2]:
         place = replace(where, rows_last=rows_last)
-        first, second = (_by_row(inputs, place) for inputs in (one[0], two[0]))
-        away = (first[order] - second).abs().max()
-        if bool(away <= 1e-3 * first.abs().max().clamp_min(1e-30)):
+        if same_rows(one[0], two[0], place, order):
             return place
     return None
 
@@ -153,15 +132,6 @@ def _along(one: torch.Size, two: torch.Size, n: int) -> Place | None:
     if len(changed) > 1 or rest or fold == 0 or two[axis] != (n - 1) * fold:
         return None
     return Place(axis, fold)
-
-
-def _by_row(inputs: Tensor, place: Place) -> Tensor:
-    """Lay a call's inputs out row by row: -> (n, fold, ...)."""
-    assert place.axis is not None
-    inputs = inputs.movedim(place.axis, 0).double()
-    if place.rows_last:
-        return inputs.unflatten(0, (place.fold, -1)).transpose(0, 1)
-    return inputs.unflatten(0, (-1, place.fold))
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,8 @@ class Ensemble:
                 scores = block(terms, fit.lift.store(problem, apart), scale, device)
                 scores = scores.reshape(len(X), self.n_train, -1)
                 total = total + (scores if weights is None else scores * weights.numpy()[:, None])
+        marked = self.candidates_of(X)
+        total = total * (marked[:, None] if of == "queries" else marked[:, :, None])
         return np.asarray(total, dtype=self.dtype)
 
     def self_influences(self, X: Rows, targets: Tensor) -> NDArray[Any]:

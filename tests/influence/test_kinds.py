@@ -323,6 +323,60 @@ def test_language_models_by_sequence_and_by_token(tied):
     np.testing.assert_allclose(of_rows.sum(2), whole, rtol=1e-6, atol=1e-8 * scale)
 
 
+class Unpadded(nn.Module):
+    """Runs a layer on the words that are there, one row's after the other's."""
+
+    def __init__(self, at_front):
+        super().__init__()
+        self.embed, self.middle = nn.Embedding(11, 4, padding_idx=0), nn.Linear(4, 5)
+        self.head, self.at_front = nn.Linear(5, 3), at_front
+
+    def forward(self, ids):
+        there = ids > 0
+        words = self.embed(ids[there])
+        found = self.middle(words if self.at_front else words[None]).view(-1, 5).tanh()
+        sums = found.new_zeros(len(ids), 5).index_add(0, there.nonzero()[:, 0], found)
+        return self.head(sums / there.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("at_front", [True, False])
+def test_rows_without_padding_whose_lengths_come_to_the_same_sum(at_front):
+    """Six rows of six words are tried; the others are longer and shorter, and six in the mean."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    lengths = np.full(N, 6)
+    others = np.setdiff1d(np.arange(N), np.linspace(0, N - 1, 6).astype(int))
+    lengths[others[:4]] = [5, 7, 4, 8]
+    X = np.where(np.arange(8) < lengths[:, None], rng.integers(1, 11, (N, 8)), 0)
+    y, inputs = np.arange(N) % 3, torch.as_tensor(X)
+    module = Unpadded(at_front).double().eval()
+    gradients = brute(
+        module,
+        lambda m, part: m(inputs[part]),
+        lambda outputs, i: cross_entropy(outputs, torch.as_tensor(y[i : i + 1])),
+    )
+    scorer = InfluenceScorer(module, method="gradient_dot").fit(X, y)
+    expected = (gradients @ gradients.T).numpy()
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(scorer.influence(X, y), expected, rtol=1e-6, atol=1e-8 * scale)
+
+
+@pytest.mark.parametrize("of", ["queries", "rows"])
+def test_scores_of_tokens_are_those_of_candidates_alone(of):
+    module = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 4)).double().eval()
+    rng = np.random.default_rng(0)
+    X, y = rng.integers(0, 7, (N, 5)), rng.integers(0, 4, (N, 5))
+    scorers = (
+        InfluenceScorer(module, method="gradient_dot", candidates=k).fit(X, y) for k in (3, None)
+    )
+    some, every = scorers
+    scored = some.influence(X[:2], y[:2]) != 0
+    assert (scored.sum(1) == 3).all()
+    kept = scored[:, None] if of == "queries" else scored[:, :, None]
+    expected = every.influence(X[:2], y[:2], tokens=of) * kept
+    np.testing.assert_array_equal(some.influence(X[:2], y[:2], tokens=of), expected)
+
+
 def test_sampled_rows_of_the_curvature_are_right_in_the_mean():
     """Their outer products come to the Gauss-Newton matrix of all tokens."""
     module = nn.Sequential(nn.Linear(3, 4)).double()
