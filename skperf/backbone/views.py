@@ -36,8 +36,6 @@ def view(module: nn.Module) -> nn.Module:
     copied = _copied(module, parameter, buffer)
     for part in copied.modules():
         part.training = False
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-            part.sparse = False  # of the gradient, which an optimizer of the user's may want
         if isinstance(part, nn.RNNBase) and next(part.parameters()).is_cuda:
             part.training, part.dropout = True, 0.0  # cuDNN goes back in training mode only
         _switch_off_fast_paths(part)
