@@ -28,7 +28,13 @@ from skperf.backbone.parameters import checksum
 from skperf.performative import _inputs, _steps, learning
 from skperf.performative._inputs import encode
 from skperf.performative._options import options_of
-from skperf.performative._scores import Opened, is_frozen, is_network, open_candidate
+from skperf.performative._scores import (
+    Opened,
+    is_frozen,
+    is_network,
+    open_candidate,
+    warn_of_threshold,
+)
 from skperf.performative._start import (
     Data,
     begin,
@@ -945,6 +951,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
                 self._check_weights()
             record = self.record_
             self._publish(_steps.learn(record, self.estimator_, data, measured, self.verbose))
+            if not self.record_.own_rule_holds:
+                warn_of_threshold(self.estimator_)
 
     def _check_unchanged(self):
         """Refuse to go on with other parameters than the record was started with."""

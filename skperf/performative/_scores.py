@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,20 @@ def check_agreement(opened: Opened, X: Any, logits: np.ndarray) -> None:
         # a rule of costs may be meant so
         told += "are the columns of predict_proba in the order of classes_?"
         warnings.warn(told, PerformativeWarning, stacklevel=4)
+
+
+def warn_of_threshold(fitted: Any) -> None:
+    """Warn that a threshold of the classifier's own decides no corrected predictions."""
+    last = innermost(fitted)
+    cut = getattr(last, "best_threshold_", getattr(last, "threshold", None))
+    if isinstance(cut, Real) and cut != 0.5:
+        warnings.warn(
+            f"{type(last).__name__} decides at its own threshold, {cut:.3g}, and corrected "
+            "predictions are the likelier class. Set it around the adapter: "
+            f"FixedThresholdClassifier(FrozenEstimator(adapter), threshold={cut:.3g}).",
+            PerformativeWarning,
+            stacklevel=4,
+        )
 
 
 def fit_classifier(estimator: Any, X: Any, y: np.ndarray, weight: Any, seed: int) -> Any:

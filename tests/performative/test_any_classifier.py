@@ -12,6 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
+from sklearn.datasets import make_classification
 from sklearn.ensemble import (
     AdaBoostClassifier,
     HistGradientBoostingClassifier,
@@ -21,12 +22,18 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.frozen import FrozenEstimator
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import FixedThresholdClassifier, cross_validate
+from sklearn.model_selection import (
+    FixedThresholdClassifier,
+    TunedThresholdClassifierCV,
+    cross_validate,
+)
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
+from skorch import NeuralNetBinaryClassifier
+from torch import nn
 
 from skperf import PerformativeAdapter, PerformativeWarning
 from skperf.model_selection import RoundForwardSplit
@@ -717,3 +724,25 @@ def test_rows_tell_nothing_of_a_class_that_the_first_round_lacked(world, classif
     assert adapter.calibrator_.temperature != 1.0
     share = adapter.correct(X, adapter.base_prior_)[:, 3]
     np.testing.assert_allclose(share, share[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "tuned", "skorch"])
+def test_a_threshold_of_the_classifier_is_set_around_the_adapter(kind):
+    X, y = make_classification(1200, 6, weights=[0.85], random_state=0)
+    X = X.astype("f4")
+    if kind == "skorch":
+        net = NeuralNetBinaryClassifier(nn.Linear(6, 1), threshold=0.2, train_split=None, verbose=0)
+        own = net.fit(X[:300], y[:300].astype("f4"))
+    elif kind == "fixed":
+        own = FixedThresholdClassifier(LogisticRegression(), threshold=0.2)
+    else:
+        own = TunedThresholdClassifierCV(LogisticRegression(), scoring="balanced_accuracy")
+    own = own if kind == "skorch" else own.fit(X[:300], y[:300])
+    cut = own.best_threshold_ if kind == "tuned" else 0.2
+    rows = np.arange(300, 900)
+    asked = PerformativeAdapter(FrozenEstimator(own), strength=1.0, **QUICK)
+    with pytest.warns(PerformativeWarning, match=rf"at its own threshold, {cut:.3g}.*FixedThresh"):
+        adapter = asked.fit(X[rows], y[rows], rounds=rows // 100)
+    around = FixedThresholdClassifier(FrozenEstimator(adapter), threshold=cut).fit(X[:9], y[:9])
+    likely = adapter.predict_proba(X[900:])[:, 1] >= cut
+    np.testing.assert_array_equal(around.predict(X[900:]), likely.astype(int))
