@@ -1,6 +1,6 @@
 """A frozen encoder with programs around it, in training."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,16 @@ class ProgrammedEncoder(nn.Module):
         """Encode images on the canvas: placed (n, channels, height, width) -> (n, n_outputs)."""
         self.n_queries += len(placed)
         with torch.set_grad_enabled(self.exact and torch.is_grad_enabled()):
-            seen = placed if weights is None else self.program.add(placed, weights)
-            outputs = self.encoder.encode_image(seen)
+            without = weights is None or not weights.numel()
+            seen = placed if without else self.program.add(placed, weights)
+            try:
+                outputs = self.encoder.encode_image(seen)
+            except RuntimeError as error:  # numpy inside the forward
+                if not (seen.requires_grad and "requires grad" in str(error)):
+                    raise
+                self._refuse_for_want_of_gradients(error)
+        if seen.requires_grad and not outputs.requires_grad:
+            self._refuse_for_want_of_gradients(None)
         if self.has_unit_embeddings:
             outputs = unit(outputs)
         self.outputs = outputs.detach()
@@ -142,6 +150,14 @@ class ProgrammedEncoder(nn.Module):
         deviation = outputs.double().std(0, correction=0)
         self.shift.copy_(outputs.double().mean(0))
         self.stretch.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), 1.0))
+
+    def _refuse_for_want_of_gradients(self, cause: Exception | None) -> NoReturn:
+        raise ValueError(
+            f"{type(self.encoder.model).__name__} lets no gradient through from its outputs to its "
+            "pictures (numpy or detach() inside its forward?), so no program on them can be "
+            "trained through it: set border=0, which trains on its features, or gradient='spsa', "
+            "which only calls it."
+        ) from cause
 
     def __getstate__(self) -> dict[str, Any]:
         # the encoder travels with whoever holds this module, once

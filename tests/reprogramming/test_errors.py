@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
@@ -201,3 +202,38 @@ def test_a_single_row_is_enough(towers, pictures, parameters, labelled, options)
     if labelled:
         assert (model.classes_ == [0, 1, 2]).all()
     assert model.predict_inlier(X) == [1]
+
+
+class Spectral(nn.Module):
+    """Computes in numpy, or lets go of its input, so that no gradient comes through."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.layer, self.cut, self.image_size = nn.Linear(192, 10), cut, 8
+
+    def forward(self, images):
+        if self.cut == "detach":
+            return self.layer(images.detach().flatten(1))
+        return self.layer(torch.as_tensor(np.abs(images.numpy())).flatten(1))
+
+
+@pytest.mark.parametrize("cut", ["numpy", "detach"])
+@pytest.mark.parametrize("layout", ["overlay", "mask"])
+def test_an_encoder_without_gradients_is_refused_by_name_where_a_picture_is_trained(cut, layout):
+    X, y = np.random.default_rng(0).random((30, 3, 8, 8), np.float32), np.arange(30) % 3
+    model = Reprogrammer(Spectral(cut), layout=layout, border=1, max_epochs=1, random_state=0)
+    with pytest.raises(ValueError, match=r"Spectral lets no gradient.*border=0.*'spsa'"):
+        model.fit(X, y)
+
+
+@pytest.mark.parametrize("cut", ["numpy", "detach"])
+def test_an_encoder_without_gradients_serves_by_its_features_or_by_calls(cut):
+    X, y = np.random.default_rng(0).random((200, 3, 8, 8), np.float32), np.arange(200) % 3
+
+    def brighter(images, generator):
+        return images + 0.01
+
+    for options in ({"border": 0}, {"border": 0, "augment": brighter}, {"gradient": "spsa"}):
+        options = {"border": 1, "head": "linear", "max_epochs": 1, "random_state": 0} | options
+        model = Reprogrammer(Spectral(cut), **options)
+        assert np.isfinite(model.fit(X, y).predict_proba(X)).all()
