@@ -233,6 +233,7 @@ def encode(y, classes, *, known_to="the estimator", name="y"):
 
 def deployed_codes(values, classes):
     """Turn logged predictions, labels (n,) or probabilities (n, n_classes), into columns."""
+    values = values[:, 0] if values.shape[1:] == (1,) else values
     if values.ndim == 1:
         return encode(values, classes, known_to="classes_", name="deployed_pred")
     if values.shape[1] != len(classes):
@@ -247,7 +248,11 @@ def check_by_row(values, n_rows, name):
     """Turn what is given for every row into an array (n_rows, ...)."""
     if values is None:
         return None
+    names = getattr(values, "columns", None)
     values = np.asarray(as_array(values))
+    if names is not None and len(names) > 1 and list(names) != list(range(len(names))):
+        check_by_row(values, n_rows, name)
+        values = np.asarray(names)[values.argmax(axis=1)]  # probabilities under their labels
     if values.shape[:1] != (n_rows,):
         raise ValueError(f"{name} has {values.shape} entries, but X has {n_rows} rows.")
     is_missing = np.vectorize(_is_missing, otypes=[bool])

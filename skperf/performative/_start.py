@@ -94,7 +94,8 @@ def taken(
     trained, held_out = _split(labelled, data, frozen, params, is_network(estimator))
     weight = data.weight[trained] if data.weighted else None
     y = data.y[trained]
-    y = y.astype(type(y[0])) if y.dtype == object and len(y) else y
+    if y.dtype == object and len(y) and not isinstance(y[0], str):
+        y = y.astype(type(y[0]))
     fitted = fit_classifier(estimator, take(data.X, trained), y, weight, seed)
     if estimator is None:
         # in double precision a row's scores do not depend on the rows around it

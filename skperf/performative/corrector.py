@@ -169,7 +169,8 @@ class Corrector:
             swing = np.inf if self.failed else np.sqrt(self.swings / self.weight)
             allowance = -allowance - BAD * swing
         if free and lost > allowance:
-            kept = [i for i in range(len(self.calibrators)) if self.keeps_order(i)]
+            every = range(len(self.calibrators))  # one that is asked for stays
+            kept = [i for i in every if self.keeps_order(i)] or every
             option = self._option((min(kept, key=lambda i: float(self.slow[i, 0, 0])), 0, 0))
         return replace(self, choice=option, proposed=proposed)
 

@@ -30,6 +30,7 @@ from sklearn.model_selection import (
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
+from sklearn.semi_supervised import SelfTrainingClassifier
 from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 from skorch import NeuralNetBinaryClassifier
@@ -746,3 +747,42 @@ def test_a_threshold_of_the_classifier_is_set_around_the_adapter(kind):
     around = FixedThresholdClassifier(FrozenEstimator(adapter), threshold=cut).fit(X[:9], y[:9])
     likely = adapter.predict_proba(X[900:])[:, 1] >= cut
     np.testing.assert_array_equal(around.predict(X[900:]), likely.astype(int))
+
+
+@pytest.mark.parametrize("form", ["in order", "in another order", "column of labels"])
+def test_logged_predictions_are_read_by_their_labels(world, form):
+    labels, told, by_label = np.array(list("dbac")), [], []
+    for _ in range(3):
+        X, y = world.draw(200)
+        proba = pd.DataFrame(world.rng.dirichlet(np.ones(K), 200), columns=sorted(labels))
+        told.append((X, labels[y], proba.columns.to_numpy()[proba.to_numpy().argmax(axis=1)]))
+        by_label.append(proba)
+    plain, other = (PerformativeAdapter(LogisticRegression(), **QUICK) for _ in range(2))
+    for number, ((X, y, sent), proba) in enumerate(zip(told, by_label, strict=True)):
+        plain.partial_fit(X, y, rounds=number, deployed_pred=sent)
+        proba = proba[list(labels)] if form == "in another order" else proba
+        proba = sent[:, None] if form == "column of labels" else proba
+        other.partial_fit(X, y, rounds=number, deployed_pred=proba)
+    np.testing.assert_array_equal(other.trajectory_.statistics, plain.trajectory_.statistics)
+
+
+def test_a_calibration_that_is_asked_for_stays_where_nothing_is_corrected(world):
+    """The frozen tree lacks a class, whose correction costs accuracy."""
+    X, y = world.draw(300, prior=[0.4, 0.3, 0.3, 0.0])
+    forest = RandomForestClassifier(20, random_state=0)
+    adapter = PerformativeAdapter(forest, calibration="bcts", base_prior="uniform", **QUICK)
+    adapter.partial_fit(X, y, rounds=0, classes=range(K))
+    for number in range(1, 9):
+        adapter.partial_fit(*world.draw(200, world.rng.dirichlet(np.ones(K))), rounds=number)
+    assert adapter.calibrator_ is not None
+
+
+@pytest.mark.filterwarnings("ignore:y contains no unlabeled")
+def test_labels_that_are_objects_stay_so(world):
+    """Self-training refuses strings of a fixed width, and says to give objects."""
+    X, y = world.draw(300)
+    names = np.array(list("abcd"), dtype=object)
+    classifier = SelfTrainingClassifier(LogisticRegression())
+    adapter = PerformativeAdapter(classifier, **QUICK).partial_fit(X, names[y], rounds=0)
+    assert adapter.classes_.tolist() == list("abcd")
+    assert set(adapter.predict(X)) <= set("abcd")
