@@ -1,14 +1,16 @@
 """How well candidates are ranked by what they would score in the round after their deployment.
 
 Run with ``python -m benchmarks.performative_selection [--seeds 8]``; writes
-``benchmarks/results/performative_selection.json``, and goes on where the same code was broken off.
-One frozen classifier lives through 60 rounds
+``benchmarks/results/performative_selection.json`` and, seed by seed,
+``performative_selection_rows.json``, from which it goes on where the same code was broken off. One
+frozen classifier lives through 60 rounds
 without correction; 20 others, each with strengths of its own, are then ranked on 2,000 labelled
 rows, and held against what each would truly score: its recalls on 100,000 rows, in the mix of the
 round that answers them.
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ from benchmarks import runner
 from benchmarks.performative_worlds import COLUMNS, World
 from skperf import PerformativeAdapter
 
-RESULTS = Path(__file__).parent / "results" / "performative_selection.json"
+FOLDER = Path(__file__).parent / "results"
+ROWS, TABLE = (FOLDER / f"performative_selection{end}.json" for end in ("_rows", ""))
 N_CLASSES, N_CANDIDATES, N_ROUNDS = 10, 20, 60
 WORLDS = ("C10 t0.1", "C10 t0.3", "C10 bent")
 ADAPTERS = {"auto": {}, "tied": {"adapter": "tied"}}
@@ -101,13 +104,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
-    records = runner.begun(RESULTS)
+    rows = runner.begun(ROWS)
+    done = [(one["world"], one["seed"]) for one in rows]
+    for seed, column in product(range(options.seeds), WORLDS):
+        if (column, seed) not in done:
+            for name, values in run(column, seed).items():
+                values = [float(value) for value in values]
+                rows.append({"world": column, "seed": seed, "scorer": name, "values": values})
+                print(*rows[-1].values(), sep="  ", flush=True)
+            runner.save(ROWS, rows)
+    records = []
     for column in WORLDS:
-        if any(one["world"] == column and one["seeds"] == options.seeds for one in records):
-            continue
-        runs = [run(column, seed) for seed in range(options.seeds)]
         for name in SCORERS:
-            values = np.array([found[name] for found in runs])
+            same = [r["values"] for r in rows if (r["world"], r["scorer"]) == (column, name)]
+            values = np.array(same)
             mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
             record = {
                 "world": column,
@@ -124,9 +134,8 @@ def main():
             record = {
                 k: round(float(v), 4) if isinstance(v, float) else v for k, v in record.items()
             }
-            print(*(f"{key} {value}" for key, value in record.items()), sep="  ", flush=True)
             records.append(record)
-        runner.save(RESULTS, records, seeds=range(options.seeds))
+    runner.save(TABLE, records, seeds=range(options.seeds))
 
 
 if __name__ == "__main__":

@@ -70,14 +70,14 @@ WORKLOADS = (
         "performative",
         "Anticipation in simulated worlds",
         "performative",
-        ("performative.json",),
+        ("performative.json", "performative_rows.json"),
         "guide/performative",
     ),
     Workload(
         "performative",
         "Ranking candidates before they are deployed",
         "performative_selection",
-        ("performative_selection.json",),
+        ("performative_selection.json", "performative_selection_rows.json"),
         "guide/performative",
     ),
     Workload(
