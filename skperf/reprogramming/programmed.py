@@ -78,8 +78,9 @@ class ProgrammedEncoder(nn.Module):
         """Encode images on the canvas: placed (n, channels, height, width) -> (n, n_outputs)."""
         self.n_queries += len(placed)
         with torch.set_grad_enabled(self.exact and torch.is_grad_enabled()):
-            without = weights is None or not weights.numel()
-            seen = placed if without else self.program.add(placed, weights)
+            seen = placed
+            if weights is not None and weights.numel():
+                seen = self.program.add(placed, weights)
             try:
                 outputs = self.encoder.encode_image(seen)
             except RuntimeError as error:  # numpy inside the forward
