@@ -53,6 +53,7 @@ class Case:
     loss: Callable  # (outputs, targets) -> (n,), as the network was trained
     called: str = "cross_entropy"  # the loss as skperf is told
     plain: Callable | None = None  # of queries, where the training loss has weights of rows
+    mean_weight: float = 1.0  # of the training rows, by whose sum torch divides
     how: str = "one"  # "one" tensor, "tuple" or "dict"
     on_disk: bool = False
     tokens: bool = False  # a score for every token of a training row
@@ -154,7 +155,7 @@ def weighted():
         return functional.cross_entropy(outputs, targets, own, reduction="none")
 
     called = nn.CrossEntropyLoss(weights)
-    return _simple(_mlp(), loss=loss, called=called, plain=cross_entropy)
+    return _simple(_mlp(), loss=loss, called=called, plain=cross_entropy, mean_weight=1.5)
 
 
 def smoothed():
@@ -389,7 +390,7 @@ def kronfluence(case):
 
     module, train, queries = flat(case)
     _as_linear(module)
-    known = _named(module, nn.Linear | nn.Conv2d)
+    known = _named(module, (nn.Linear, nn.Conv2d))
     model = prepare_model(module, task := Own())
     analyzer = Analyzer(
         "run", model, task, cpu=True, output_dir=tempfile.mkdtemp(), disable_model_save=True,
@@ -407,7 +408,7 @@ def kronfluence(case):
 
 def _named(module, kinds):
     """Name layers that train, as both libraries' examples do, of language models but the head."""
-    every = [name for name, part in module.named_modules() if isinstance(part, kinds)]
+    every = [name for name, part in module.named_modules() if type(part) in kinds]
     trains = [
         n for n in every if all(p.requires_grad for p in module.get_submodule(n).parameters())
     ]
@@ -618,10 +619,11 @@ def references(case, quantity, own_queries):
     loss = case.loss
     asked = case.plain if own_queries and case.plain else loss
     left, right = _each(module, asked, queries), _each(module, loss, train)
+    right = right / (case.mean_weight if own_queries else 1.0)
     known = tuple(
         f"{name}."
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear | nn.Conv2d) or type(part).__name__ == "Conv1D"
+        if type(part) in (nn.Linear, nn.Conv2d) or type(part).__name__ == "Conv1D"
     )
     names = [n for n, p in module.named_parameters() if p.requires_grad]
     sizes = [p.numel() for p in _own(module)]
