@@ -16,7 +16,6 @@ chosen on other data: drawn letters and Google's emoji (shipped encoder), R8 and
 
 import argparse
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 
 from benchmarks import runner
 from benchmarks.data import fetch_mnist
-from benchmarks.reprogramming import SIZES, Prompted, best_tuned, halfway, similarities
+from benchmarks.reprogramming import Prompted, Tuning, best_tuned, halfway, similarities
 from benchmarks.reprogramming_tasks import DIGITS, FASHION, PROMPT, Task, to_canvas
 from skperf.datasets import (
     load_emoji,
@@ -155,7 +154,7 @@ def beyond_heads(options, learned, sets, codes):
     encoder, tokenizer = options["encoder"], options["tokenizer"]
     side = encoder.image_size
     # the border at the same share of the canvas, the warm-up at that of a long training
-    preset = RELEASED_SETTINGS | {"warmup": 0.05, "max_epochs": SIZES["tiny"].preset_epochs}
+    preset = RELEASED_SETTINGS | {"warmup": 0.05, "max_epochs": 25}
     model = Reprogrammer(**options | preset | {"border": side // 16}).fit(X, y)
     scores = {part: model.score_samples(rows) for part, rows in sets.items()}
     own = scores.pop("own")
@@ -165,8 +164,8 @@ def beyond_heads(options, learned, sets, codes):
     plain = Prompted(encoder, tokenizer, names)
     canvas = (to_canvas(X, side), y)
     task = Task("", names, canvas, canvas, canvas, {})
-    size = replace(SIZES["tiny"], epochs=-(-100 // -(-len(X) // 128)))
-    tuned, _ = best_tuned(plain, task, seed, size)
+    tuning = Tuning(-(-100 // -(-len(X) // 128)), (3e-4, 1e-3), fixed_statistics=False)
+    tuned = best_tuned(plain, task, seed, tuning)
     parts = {part: to_canvas(rows, side) for part, rows in sets.items()}
     for method, module in (("fine-tuning", tuned), ("WiSE-FT 0.5", halfway(plain, tuned))):
         cosines = {part: similarities(module, rows) for part, rows in parts.items()}

@@ -1,6 +1,5 @@
 """Encoders and tasks of the benchmarks of Reprogrammer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,7 +17,6 @@ from benchmarks.data import (
     fetch_minilm,
     fetch_mnist,
 )
-from skperf.datasets import load_emoji, load_text_image_encoder
 
 FASHION = ["t-shirt", "trousers", "pullover", "dress", "coat"]
 FASHION += ["sandal", "shirt", "sneaker", "bag", "boot"]
@@ -51,16 +49,6 @@ class Pictures:
 
 
 @cache
-def tiny():
-    """Open the shipped encoder, with the emoji of which half were held out of its training."""
-    google, twitter = load_emoji(style="google"), load_emoji(style="twitter")
-    learn, held_out = np.flatnonzero(google.is_train), np.flatnonzero(~google.is_train)
-    names = _words(google.target_names)
-    pictures = Pictures(google.images, twitter.images, google.target, names, learn, held_out)
-    return *load_text_image_encoder(), pictures
-
-
-@cache
 def lite0_minilm():
     """Join EfficientNet-Lite0 and MiniLM by a ridge map fitted on Google's emoji.
 
@@ -81,9 +69,6 @@ def lite0_minilm():
         tokenizer,
         Pictures(google.images, twitter.images, google.target, names, learn, held_out),
     )
-
-
-ENCODERS: dict[str, Callable[[], tuple]] = {"tiny": tiny, "lite0": lite0_minilm}
 
 
 class MiniLMTokenizer:
