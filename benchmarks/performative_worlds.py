@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.special import log_softmax, logsumexp, softmax
+from scipy.special import log_softmax, softmax
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
 from skperf import PerformativeAdapter
+from skperf.performative.label_shift import log_loss as nll
 from skperf.performative.label_shift import smooth_shares
 
 ROUNDS = 200
@@ -97,10 +98,6 @@ ARMS = {
     "BBSE": {"adapter": "fixed", "strength": 0.0, "transductive": "bbse"},
     "auto + EM": {"transductive": "map_em"},
 }
-
-
-def nll(scores, y):
-    return float(np.mean(logsumexp(scores, axis=1) - scores[np.arange(len(y)), y]))
 
 
 def run(column, seed, arm, *, n_rounds=ROUNDS):

@@ -106,7 +106,8 @@ class Calibration:
 
 def _scaled(logits: Array, factor: float, bias: Array, shown: NDArray[np.bool_] | None) -> Array:
     """Scale and move logits (n, n_classes); rows tell nothing of classes that were not shown."""
-    scaled: Array = logits * factor + bias
+    scaled: Array = logits * factor
+    scaled += bias
     if shown is not None and not shown.all():
         # such a class keeps one share in every row, which a temperature would bend
         after, before = (np.logaddexp.reduce(x[:, shown], axis=1) for x in (scaled, logits))
@@ -125,23 +126,29 @@ def fit_calibration(
     shown: NDArray[np.bool_] | None = None,
 ) -> Calibration:
     """Temperature, and biases for `bcts`, of scores (n, n_classes) by maximum likelihood."""
-    n_classes = logits.shape[1]
+    n_classes, rows = logits.shape[1], np.arange(len(codes))
     weights = np.ones(len(codes)) if weight is None else weight
-    targets = np.eye(n_classes)[codes]
-    among = np.ones(n_classes, bool) if shown is None else shown
 
     def penalised(theta: Array) -> tuple[float, Array]:
         bias = theta[1:] if kind == "bcts" else np.zeros(n_classes)
         factor = float(np.exp(-theta[0]))
         scaled = _scaled(logits, factor, bias, shown)
-        log_proba = log_softmax(scaled + log_offset, axis=1)
-        residual = (np.exp(log_proba) - targets) * weights[:, None]
-        if not among.all():  # scores of the others move with the mass of those shown
-            apart = residual[:, ~among].sum(axis=1, keepdims=True)
-            residual[:, among] += apart * probabilities(scaled[:, among])
-        slope = -factor * np.sum(residual[:, among] * logits[:, among])
+        # one buffer: the residuals, weights times probabilities less those of the labels
+        residual = scaled + log_offset
+        residual -= residual.max(axis=1, keepdims=True)
+        own = residual[rows, codes]
+        np.exp(residual, out=residual)
+        mass = residual.sum(axis=1)
+        residual *= (weights / mass)[:, None]
+        residual[rows, codes] -= weights
+        if shown is None or shown.all():
+            slope = -factor * np.vdot(residual, logits)
+        else:  # scores of the others move with the mass of those shown
+            apart = residual[:, ~shown].sum(axis=1, keepdims=True)
+            residual[:, shown] += apart * probabilities(scaled[:, shown])
+            slope = -factor * np.vdot(residual[:, shown], logits[:, shown])
         gradient = np.append(slope, residual.sum(axis=0))[: len(theta)]
-        loss = -np.sum(weights * log_proba[np.arange(len(codes)), codes])
+        loss = weights @ (np.log(mass) - own)
         return loss + 0.5 * l2 * float(theta @ theta), gradient + l2 * theta
 
     start = np.zeros(1 + n_classes if kind == "bcts" else 1)
