@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from skperf.components.measures import Measure
 Array = NDArray[np.float64]
 Order = NDArray[np.intp]
 Mask = NDArray[np.bool_]
-_SHORTLIST = 24
+_SHORTLIST = 16
 _STEPS = 8
+_TOGETHER = (2, 3, 4, 6, 8, 12)
 _LEAST_GAIN = 0.003
 
 
@@ -49,6 +51,10 @@ def budgeted_order(
         noise = np.sqrt((target_error**2).sum(0)) / len(target)
         gain = np.sign(gain) * np.maximum(np.abs(gain) - noise, 0.0)
     harm = np.zeros(len(gain)) if reference is None else np.maximum(reference, 0.0).mean(0)
+    return _by_ratio(gain, harm)
+
+
+def _by_ratio(gain: Array, harm: Array) -> Order:
     ratio = gain / np.maximum(harm, 0.2 * harm.mean() + 1e-12)
     return np.lexsort((-gain, -ratio, gain <= 0))
 
@@ -164,16 +170,19 @@ class Search:
             n_kept = path.index(best) + 1
             self.path, self.beyond = path[:n_kept], path[n_kept:]
 
-    def one_by_one(
-        self, ranked: Callable[[Mask], Order], most: int, *, forced: bool = False
-    ) -> bool:
-        """Ablate a few more, each the best of those tried; say if any were worth it."""
+    def further(self, ranked: Callable[[Mask], Order], most: int, *, forced: bool = False) -> bool:
+        """Ablate more, few at a time by gain over what others lose; say if any were worth it."""
         start = self.k
-        while self.k < min(most, start + _STEPS):
-            tried = ranked(self.mask)[:_SHORTLIST]
-            masks = np.repeat(self.mask[None], len(tried), 0)
-            masks[np.arange(len(tried)), tried] = False
+        while self.k < most:
+            last, tried = self.path[-1], ranked(self.mask)[:_SHORTLIST]
+            masks = self._without(tried[:, None])
             steps = self.steps(masks)
+            worth = [self._worth(step) for step in steps]
+            if not forced:  # the best of them together as well
+                order = [i for i in np.argsort(-np.array(worth), kind="stable") if worth[i] > 0]
+                sizes = [n for n in _TOGETHER if n <= min(len(order), most - self.k)]
+                masks = np.concatenate([masks, self._without([tried[order[:n]] for n in sizes])])
+                steps += self.steps(masks[len(tried) :]) if sizes else []
             # the best of many steps is lucky with the few rows near the boundary; margins are not
             least = self.path[0]["guard_smooth"] - self.wish.max_drop
             allowed = [
@@ -181,13 +190,46 @@ class Search:
                 for i, step in enumerate(steps)
                 if forced or (self._harmless(step) and step["guard_smooth"] >= least)
             ]
-            best = max(allowed, key=lambda i: steps[i]["aim"], default=None)
-            gain = -np.inf if best is None else steps[best]["aim"] - self.path[-1]["aim"]
+            # as many together as keep half of the best one's worth
+            half = max((self._worth(steps[i]) for i in allowed), default=0.0) / 2
+            cheap = [i for i in allowed if forced or self._worth(steps[i]) >= half]
+            best = max(cheap, key=lambda i: steps[i]["aim"], default=None)
+            gain = -np.inf if best is None else steps[best]["aim"] - last["aim"]
             if best is None or not (forced or gain >= _LEAST_GAIN):
                 break
             self.mask = masks[best]
             self.path.append(steps[best])
         return self.k > start
+
+    def predicted(self, fit: Any, mask: Mask) -> Order:
+        """Rank what is left by linear models, from where rows stand now: mask (n_components,)."""
+        now = {name: seen[0] for name, seen in self._seen(mask[None]).items()}
+        sign = 1 if self.wish.direction == "increase" else -1
+
+        def gains(name: str, rows: NDArray[np.intp]) -> Array:
+            gone = self._smooth(now[name] - fit.coefficients[rows])
+            return np.asarray(gone - self._smooth(now[name]))
+
+        gain = sign * gains("target", self.wish.targets).mean(0)
+        harm = np.zeros(len(gain))
+        if "reference" in now:
+            harm = np.maximum(-gains("reference", self.wish.references), 0.0).mean(0)
+        order = _by_ratio(gain, harm)
+        return order[mask[order]]
+
+    def _without(self, sets: Any) -> Mask:
+        """Masks with more gone: sets of components -> (len(sets), n_components)."""
+        masks = np.repeat(self.mask[None], len(sets), 0)
+        for mask, gone in zip(masks, sets, strict=True):
+            mask[gone] = False
+        return masks
+
+    def _worth(self, step: dict[str, Any]) -> float:
+        """Say what a step wins for what the others lose."""
+        last = self.path[-1]
+        fall = max(last["guard_smooth"] - step["guard_smooth"], 0.0)
+        worth: float = (step["aim"] - last["aim"]) / (fall + self.wish.max_drop / 20 + 1e-6)
+        return worth
 
     def report(self) -> dict[str, Any]:
         """Say what was done, with a line for each group."""
@@ -270,7 +312,11 @@ def edit(search: Search, fit: Any) -> dict[str, Any]:
         search.along(own, candidates)
         if wish.criterion == "budgeted":  # the released ranking may know better
             search.along(wish.order(fit, "welch"), candidates)
-            search.one_by_one(lambda mask: own[mask[own]], n_components)
+            ends = [search, replace(search, beyond=[])]  # from there, and from the network intact
+            for end in ends:
+                end.further(partial(end.predicted, fit), n_components)
+            best = max(ends, key=lambda end: end.path[-1]["aim"])
+            search.mask, search.path, search.beyond = best.mask, best.path, best.beyond
     else:
         k = int(wish.k)
         steps = [step for step in grid_of_k(max(k, 1), k) if 0 < step <= k]
@@ -302,7 +348,7 @@ def raise_worst(
         predicted = (here[:, None] - falls[:, left]).min(0)
         return left[np.argsort(-predicted, kind="stable")]
 
-    return search.one_by_one(ranked, most, forced=forced)
+    return search.further(ranked, min(most, search.k + _STEPS), forced=forced)
 
 
 def rows_of(selection: Any, n_rows: int, name: str) -> NDArray[np.intp]:

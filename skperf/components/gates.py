@@ -109,7 +109,7 @@ class Circuit:
         self.stacked = STACKED  # most rows of a pass of several masks
         self.network, self.wiring, self.rule = network, wiring, rule
         self.by_weights = wiring.plain and rule.scales
-        if not self.by_weights:
+        if not (self.by_weights and all(site.weights for site in wiring.sites)):
             opened_attention(network.module)
         for part in network.module.modules():
             if getattr(part, "inplace", False) is True:

@@ -72,7 +72,7 @@ class Watcher(TorchFunctionMode):
         self.mixings: list[_Mixing] = []
         self.made: list[_Made] = []
         self.heads: list[Site] = []
-        self.taken: dict[nn.Module, int] = {}
+        self.taken: dict[nn.Module, int] = {}  # where in memory what a module takes lies
         self.kept: deque[Tensor] = deque(maxlen=_REMEMBERED)
         self.attention_layers: set[str] = set()
         self.inside: set[str] = set()
@@ -275,9 +275,11 @@ class Watcher(TorchFunctionMode):
             self.running.append(name)
             self.called.add(name)
             described = row_layer(part)
-            tensor = first_tensor((args, kwargs)) if described else None
-            if described is not None and tensor is not None and not vmapped(tensor):
-                self.taken[part] = tensor.data_ptr()
+            tensor = first_tensor((args, kwargs))
+            if tensor is None or vmapped(tensor):
+                return
+            self.taken[part] = tensor.data_ptr()
+            if described is not None:
                 self.kept.append(tensor)  # so that no other tensor gets its address
                 with torch.enable_grad():  # a model may run parts of itself without
                     self._takes(name, part, tensor, described[3])
@@ -366,8 +368,9 @@ class Watcher(TorchFunctionMode):
         self._add(Site(module, "attention_head", n_heads, (), width, start), name, part)
 
     def _add(self, site: Site, name: str, part: nn.Module) -> None:
-        spot = Spot(name, "input", row_layer(part)[3])  # type: ignore[index]
-        columns = weight_columns(part, name)
+        outer = self._adapted(site.module, name, part)
+        spot = Spot(outer, "input", row_layer(part)[3])  # type: ignore[index]
+        columns = weight_columns(part, name) if outer == name else None
         for position, other in enumerate(self.heads):
             if (other.kind, other.n_units, other.width, other.start) != (
                 site.kind,
@@ -394,6 +397,18 @@ class Watcher(TorchFunctionMode):
         self.heads.append(
             replace(site, spots=(spot,), weights=() if columns is None else (columns,))
         )
+
+    def _adapted(self, attention: str, name: str, part: nn.Module) -> str:
+        """Name the module around a layer that takes the same and does more with it (an adapter)."""
+        around = name
+        inside = f"{attention}." if attention else ""
+        while (around := around.rpartition(".")[0]) and around.startswith(inside):
+            outer = self.module.get_submodule(around)
+            if around not in self.running or self.taken.get(outer) != self.taken[part]:
+                continue
+            if any(p._parameters and row_layer(p) is None for p in outer.modules()):
+                return around
+        return name
 
     def _groups(
         self,

@@ -64,7 +64,7 @@ def test_the_search_keeps_the_best_that_is_allowed():
 def test_nothing_is_ablated_where_nothing_helps():
     search = Known(4, lambda gone: (-len(gone), 1.0), max_drop=0.1)
     search.along(np.arange(4), [0, 1, 2])
-    assert not search.one_by_one(lambda mask: np.flatnonzero(mask), 4)
+    assert not search.further(lambda mask: np.flatnonzero(mask), 4)
     assert search.k == 0
 
 
@@ -76,7 +76,7 @@ def test_another_ranking_and_single_steps_are_taken_where_they_are_better():
     search.along(np.array([2, 0, 3, 1]), [0, 1, 2, 3])
     assert search.k == 0
     search.along(np.array([3, 0, 2, 1]), [0, 1, 2, 3])
-    assert search.one_by_one(lambda mask: np.flatnonzero(mask), 4)
+    assert search.further(lambda mask: np.flatnonzero(mask), 4)
     assert np.flatnonzero(~search.mask).tolist() == [1, 3]
     assert [step["k"] for step in search.path] == [0, 1, 2]
 

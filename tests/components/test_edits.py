@@ -127,7 +127,7 @@ def test_the_worst_group_is_raised_in_the_order_of_the_linear_models():
     coefficients, outputs = RNG.normal(size=(N, C)), RNG.normal(size=N)
     fit = SimpleNamespace(coefficients=coefficients)
     orders = []
-    found.one_by_one = lambda ranked, most, forced: orders.extend(ranked(m) for m in tried) or True
+    found.further = lambda ranked, most, forced: orders.extend(ranked(m) for m in tried) or True
     tried = [MASKS[1], np.array([0, 0, 1, 1, 1], bool)]
     assert raise_worst(found, fit, outputs, GROUPS, 4, forced=False)
     for mask, order in zip(tried, orders, strict=True):
