@@ -520,7 +520,7 @@ class ComponentAttributor(
             Raise or lower the targets' output.
         criterion : {"budgeted", "welch"}, default="budgeted"
             Gain over loss, or the released t statistic alone. With ``k="auto"`` the former also
-            tries the latter's order, and then single components, each by true passes.
+            tries the latter's order, and then goes on by true passes of single components.
         guard : tuple, optional
             Rows (X, y), or (X, y, groups), on which the accuracy, with groups that of the worst
             of them, may fall by `max_drop`; where outputs are no classes the mean output

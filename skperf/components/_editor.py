@@ -46,8 +46,8 @@ class ComponentEditor(
     direction : {"increase", "decrease"}, default="increase"
         Raise or lower the targets' output.
     criterion : {"budgeted", "welch"}, default="budgeted"
-        As in :meth:`ComponentAttributor.edit`; to raise the worst group, components go one by one,
-        each the best of those tried by true passes.
+        As in :meth:`ComponentAttributor.edit`; to raise the worst group, components are chosen by
+        true passes alone.
     max_drop : float, default=0.01
         How far the accuracy on the guarded rows may fall with ``k="auto"``.
     max_rounds : int, default=3

@@ -81,6 +81,31 @@ def test_another_ranking_and_single_steps_are_taken_where_they_are_better():
     assert [step["k"] for step in search.path] == [0, 1, 2]
 
 
+def test_more_goes_together_while_it_keeps_half_of_the_best_ones_worth():
+    # four that cost nothing, one that wins most and costs most, one that costs too much
+    gains, costs = [1.0, 0.9, 0.8, 0.1, 3.0, 9.0], [0.0, 0.0, 0.0, 0.0, 0.04, 0.2]
+
+    def outcome(gone):
+        return sum(gains[i] for i in gone), 1.0 - sum(costs[i] for i in gone)
+
+    search, asked = Known(6, outcome, max_drop=0.05), []
+
+    def ranked(mask):
+        asked.append((~mask).sum())
+        return np.flatnonzero(mask)
+
+    assert search.further(ranked, 6)
+    assert np.flatnonzero(~search.mask).tolist() == [0, 1, 2, 3, 4]
+    assert search.path[1]["k"] in (3, 4)  # the free ones, in one pass of singles
+    assert len(asked) <= 4
+    few = Known(6, outcome, max_drop=0.05)
+    few.further(lambda mask: np.flatnonzero(mask), 2)
+    assert few.k == 2
+    forced = Known(6, lambda gone: (-sum(gone), 0.0), max_drop=0.0)
+    assert forced.further(lambda mask: np.flatnonzero(mask), 3, forced=True)
+    assert np.flatnonzero(~forced.mask).tolist() == [0, 1, 2]
+
+
 def test_the_grid_starts_at_zero_and_ends_where_asked():
     assert grid_of_k(1) == [0, 1]
     grid = grid_of_k(1000, 300)

@@ -141,6 +141,29 @@ def test_the_worst_group_is_raised_in_the_order_of_the_linear_models():
         np.testing.assert_array_equal(order, expected)
 
 
+@pytest.mark.parametrize("direction", ["increase", "decrease"])
+@pytest.mark.parametrize("guard", [slice(0, 8), None])
+def test_what_is_left_is_ranked_by_models_from_where_rows_now_stand(direction, guard):
+    wish = Wish(WISH.targets, WISH.references, direction)
+    found = search(wish, guard=guard)
+    coefficients = RNG.normal(size=(N, C))
+    order = found.predicted(SimpleNamespace(coefficients=coefficients), MASKS[1])
+    sign = 1 if direction == "increase" else -1
+    ratio, harms = {}, []
+    for component in range(C):
+        change = {}
+        for name, rows in (("target", wish.targets), ("reference", wish.references)):
+            now = margins(MASKS[1], rows)
+            after = sigmoid((now - coefficients[rows, component]) / found.width)
+            change[name] = after - sigmoid(now / found.width)
+        harms.append(np.maximum(-change["reference"], 0).mean())
+        ratio[component] = sign * change["target"].mean()
+    worth = {c: ratio[c] / max(harms[c], 0.2 * np.mean(harms)) for c in np.flatnonzero(MASKS[1])}
+    best = [c for c in sorted(worth, key=lambda c: -worth[c]) if ratio[c] > 0]
+    assert order[: len(best)].tolist() == best
+    assert sorted(order) == np.flatnonzero(MASKS[1]).tolist()
+
+
 def test_means_by_group():
     values = np.arange(4.0)
     assert _means(values, np.array([1, 0, 1, 0])) == {0: 2.0, 1: 1.0}

@@ -211,6 +211,62 @@ def routed(s, x):
     return s.head(torch.relu(made))
 
 
+class Product(nn.Module):
+    """An adapter whose map is a product of parameters that no layer holds."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, shape = base, base.weight.shape
+        self.factors = nn.ParameterDict({str(i): nn.Parameter(torch.randn(shape)) for i in (0, 1)})
+
+    def forward(self, x):
+        return self.base(x) + nn.functional.linear(x, self.factors["0"] * self.factors["1"])
+
+
+def attends(s, x):
+    query, key, value = s.mix(x).unflatten(2, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+    heads = nn.functional.scaled_dot_product_attention(query, key, value)
+    return s.head((x + s.out(heads.transpose(1, 2).flatten(2))).mean(1))
+
+
+def test_heads_are_gone_from_adapters_that_hold_parameters_of_their_own():
+    torch.manual_seed(0)
+    parts = {"mix": nn.Linear(12, 36), "out": Product(nn.Linear(12, 12)), "head": nn.Linear(12, 3)}
+    module = Of(attends, **parts).eval()
+    X, y = np.random.default_rng(0).normal(size=(5, 6, 12)).astype(np.float32), np.arange(5) % 3
+    model = fitted(module, X, y, components="attention_heads", fraction=0.5)
+    assert model.n_components_ == 3
+    for mask in np.eye(3, dtype=bool):
+        copied = copy.deepcopy(module)
+        kept = torch.as_tensor(np.repeat(mask, 4)).float()
+        copied.out.register_forward_pre_hook(lambda part, args, kept=kept: args[0] * kept)
+        with torch.no_grad():
+            expected = copied(torch.as_tensor(X)).numpy()
+        np.testing.assert_allclose(
+            model.counterfactual(mask)[:, 0], expected[range(5), y], atol=1e-5
+        )
+        edited = model.ablate(mask).decision_function(X)
+        np.testing.assert_allclose(edited, expected, atol=1e-5)
+    assert model.path_ == "gates"
+
+
+def test_places_at_the_projection_of_torchs_attention_are_reached_on_both_paths():
+    torch.manual_seed(0)
+    parts = {"attend": nn.MultiheadAttention(12, 3, batch_first=True), "head": nn.Linear(12, 3)}
+    module = Of(lambda s, x: s.head((x + s.attend(x, x, x)[0]).mean(1)), **parts).eval()
+    X, y = np.random.default_rng(0).normal(size=(5, 6, 12)).astype(np.float32), np.arange(5) % 3
+    place = Place("attend.out_proj", "input", dim=-1, width=2)
+    model = fitted(module, X, y, components=place)
+    assert model.path_ == "gates"
+    mask = np.arange(6) % 2 == 0
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        copied.attend.out_proj.weight[:, ~np.repeat(mask, 2)] = 0
+        expected = copied(torch.as_tensor(X)).numpy()
+    np.testing.assert_allclose(model.counterfactual(mask)[:, 0], expected[range(5), y], atol=1e-5)
+    assert model.score() > 0.5
+
+
 def test_means_are_over_the_rows_that_reach_a_layer():
     torch.manual_seed(0)
     experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
