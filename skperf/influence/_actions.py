@@ -1,6 +1,7 @@
 """Change a copy of the network: correct predictions, forget rows."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from skperf.influence.methods import RowForm
 from skperf.influence.neighbours import features_of, nearest
 from skperf.influence.problem import Problem, curvature_rows
 from skperf.influence.repair import (
+    REHEARSALS,
     Labelled,
     Lesson,
     accuracy,
@@ -81,10 +83,8 @@ def repaired(
         max_drop,
         {"learning_rate": learning_rate, "max_steps": max_steps},
     )
-    natural_steps = precondition is True or (
-        precondition == "auto" and learned.method.name == "ggn"
-    )
-    ways = _natural_ways(learned) if natural_steps else [None]
+    by_itself = precondition == "auto" and learned.method.name == "ggn"
+    ways = _natural_ways(learned) if by_itself or precondition is True else [None]
     weights = np.maximum(worth[chosen], 0)
     weights = weights / weights.mean() if weights.any() else np.ones(k)
     weights = weights * (-1.0 if how == "ascend" else 1.0)
@@ -115,10 +115,10 @@ class _Repair:
     options: Report
 
     def run(self, lesson: Lesson, ways: list[Any]) -> tuple[Parameters, Report]:
-        """Take the first of several ways to step that flips all queries within the guard."""
+        """Take the first way to step that flips all queries within the guard; hold less if none."""
         best: tuple[Parameters, Report] | None = None
-        for way in ways:
-            found = self._along(lesson, way)
+        for rehearsal, way in product(REHEARSALS, ways):
+            found = self._along(replace(lesson, rehearsal=rehearsal), way)
             if best is None or found[1]["flipped"].sum() > best[1]["flipped"].sum():
                 best = found
             if best[1]["flipped"].all():
@@ -200,8 +200,7 @@ def _natural_ways(learned: Learned) -> list[Any]:
     """Take steps at the damping of the scores, and at a tenth and ten times of it."""
     ways, damping = [natural(learned)], learned.stages[0].fit.report.get("damping")
     if isinstance(damping, float) and learned.choices.damping != "flow":
-        for factor in (0.1, 10.0):
-            ways.append(natural(with_damping(learned, factor * damping)))
+        ways += [natural(with_damping(learned, factor * damping)) for factor in (0.1, 10.0)]
     return ways
 
 
