@@ -46,7 +46,7 @@ from skperf.reprogramming._training import (
 )
 from skperf.reprogramming._training import with_classes as with_other_classes
 from skperf.reprogramming.encoders import FrozenEncoder, opener_of
-from skperf.reprogramming.pictures import Pictures, is_array, is_table
+from skperf.reprogramming.pictures import Pictures, is_array, is_table, refuse_uneven
 from skperf.reprogramming.residual import alpha_curve
 from skperf.reprogramming.tokens import tokens_for
 
@@ -731,6 +731,7 @@ default="auto"
         X = self._given(X)
         # token ids are no table: texts may be of any length
         if self.encoder is None or (is_table(X) and self._pixels.rows != "tokens"):
+            refuse_uneven(X)
             X = check_rows(self, X, reset=reset).array
         elif is_array(X):
             X = np.asarray(X)

@@ -518,7 +518,7 @@ def _read(returned: Any) -> tuple[Tensor, str]:
     value = getattr(returned, "last_hidden_state", None)
     if isinstance(value, Tensor):  # a tower without a pooler: its first token
         return (value[:, 0] if value.ndim == 3 else value.flatten(1)), "features"
-    if isinstance(returned, tuple):
+    if isinstance(returned, tuple | list) and len(returned):
         returned = returned[0]
     if not isinstance(returned, Tensor):
         raise TypeError(

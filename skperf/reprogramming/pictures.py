@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,25 @@ def is_table(X: Any) -> bool:
     if hasattr(X, "ndim"):
         return int(X.ndim) < 3
     return not (hasattr(X, "__getitem__") and hasattr(X, "__len__"))
+
+
+def refuse_uneven(X: Any) -> None:
+    """Refuse rows of several lengths, and names of files in the place of pictures."""
+    listed = isinstance(X, list | tuple) or str(getattr(X, "dtype", "")) == "object"
+    if not (listed and getattr(X, "ndim", 1) == 1 and len(X)):
+        return
+    rows = list(X)
+    if isinstance(rows[0], str | bytes | Path):
+        raise ValueError(
+            f"X holds a {type(rows[0]).__name__} where a picture is expected; open files first, "
+            "as PIL.Image.open does, or give a data set that opens them."
+        )
+    lengths = sorted({np.shape(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"X holds rows of different shapes, {lengths[0]} and {lengths[-1]} among them; cut or "
+            "pad them to one."
+        )
 
 
 def is_array(X: Any) -> bool:

@@ -93,9 +93,9 @@ class SignalProgram(InputProgram):
 
     def picture(self, weights: Tensor) -> Tensor:
         """Draw both ends: weights (channels, 2 border) -> (channels, canvas)."""
-        first, last = BOUNDS[self.bound](weights).split(self.border, 1)
+        ends = BOUNDS[self.bound](weights)
         between = weights.new_zeros(self.channels, self.canvas[0] - 2 * self.border)
-        return torch.cat([first, between, last], 1)
+        return torch.cat([ends[:, : self.border], between, ends[:, self.border :]], 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -243,3 +243,25 @@ def test_a_column_that_was_constant_is_drawn_in_its_own_units():
     picture = RowPicture(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 4.0]))
     drawn = picture(torch.tensor([[1.25, 1.0], [0.5, 3.0]]))
     torch.testing.assert_close(drawn.flatten(1)[:, :2], torch.tensor([[0.25, 0.25], [0, 0.75]]))
+
+
+def test_series_without_a_border_go_by_their_features(digits, filters):
+    X, y = digits
+    options = {"rows": "series", "max_epochs": 2, "random_state": 0}
+    model = Reprogrammer(filters, border=0, **options).fit(X, y)
+    assert not model.program_.any()
+    with torch.no_grad():
+        signals = torch.as_tensor((X - X.mean()) / X.std())[:, None].float().expand(-1, 2, -1)
+        expected = filters(signals).flatten(1).numpy()
+    np.testing.assert_allclose(model.transform(X), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, "object"])
+def test_rows_of_several_lengths_and_names_of_files_are_refused(digits, filters, kind):
+    X, y = digits
+    make = kind if kind != "object" else lambda rows: np.array([*rows, None], dtype=object)[:-1]
+    uneven = make([row[: 20 + i % 3] for i, row in enumerate(X)])
+    with pytest.raises(ValueError, match=r"different shapes, \(20,\) and \(22,\).*cut or pad"):
+        Reprogrammer(filters, rows="series").fit(uneven, y)
+    with pytest.raises(ValueError, match=r"holds a str where a picture.*open files first"):
+        Reprogrammer(filters).fit(make([f"{i}.png" for i in range(len(y))]), y)
