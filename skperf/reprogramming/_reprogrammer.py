@@ -719,6 +719,7 @@ default="auto"
             if self.tokenizer is None:
                 raise ValueError("X holds texts, which must be tokenized: give tokenizer=.")
             return tokens_for(self.tokenizer, None)(list(X)).ids.numpy()
+        refuse_uneven(X)
         ids = np.asarray(X)
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min() < 0:
             raise ValueError(

@@ -278,6 +278,12 @@ def _program(
         return RowProgram((first.flatten(1).shape[1],))
     pixels, pipeline = settings.pixels, encoder.pipeline
     if pixels.rows == "tokens":
+        largest, known = int(pictures.source.max()), len(encoder._token_weight())
+        if largest >= known:
+            raise ValueError(
+                f"X holds the token id {largest}, but the encoder knows {known} tokens: were the "
+                "texts tokenized for another one?"
+            )
         return TokenProgram((first.shape[1],), encoder.token_width)
     front = None
     if pixels.rows != "pictures":

@@ -370,7 +370,7 @@ def _open_transformers(model: Any, processor: Any, tokenizer: Any) -> FrozenEnco
         image=_transformers_patches if guess.resize == "patches" else _transformers_image,
         outputs="embeddings",
         text=_transformers_text,
-        tokenize=tokenizer and tokens_for(tokenizer, _text_length(text, tower), fill=siglip),
+        tokenize=tokenizer and tokens_for(tokenizer, _text_length(text, tower), siglip, siglip),
         token_embedding=_name_in(model, tower.get_input_embeddings()),
         pipeline=guess if processor is None else read_processor(processor, guess),
         channels=getattr(vision, "num_channels", 3),

@@ -214,7 +214,8 @@ def read_processor(processor: Any, guess: PixelPipeline) -> PixelPipeline:
         return _agreeing(source, _read_composition(source.transforms, guess))
     if isinstance(source, Mapping) or not hasattr(source, "image_mean"):
         read = read_configuration(source, guess)
-        if read == guess and callable(source):
+        silent = all(_get(source, name) is None for name in _TOLD)
+        if silent or (read == guess and callable(source)):
             raise ValueError(
                 f"processor is a {type(source).__name__} that says nothing of size, mean and std. "
                 "Give processor={'size': ..., 'mean': ..., 'std': ...}, or what it composes."
@@ -323,10 +324,16 @@ def _affine(source: Any) -> tuple[tuple[float, ...] | None, tuple[float, ...] | 
     return tuple(map(float, (mean + offset) / full)), tuple(map(float, std / full))
 
 
+#: What a configuration may say.
+_SIZES = ("size", "input_size", "input_resolution", "image_size")
+_TOLD = (*_SIZES, "mean", "std", "image_mean", "interpolation", "resize_mode", "crop_pct")
+
+
 def read_configuration(source: Any, guess: PixelPipeline) -> PixelPipeline:
     """Read open_clip's ``preprocess_cfg``, timm's ``pretrained_cfg`` or bare statistics."""
     known: dict[str, Any] = {}
-    size = _get(source, "size", _get(source, "input_size", _get(source, "input_resolution")))
+    sizes = [_get(source, name) for name in _SIZES]
+    size = next((size for size in sizes if size is not None), None)
     if size is not None:
         known["size"] = pair(size[-2:] if isinstance(size, Sequence) else size)
     statistics = [(_get(source, "image_mean"), _get(source, "image_std"))]

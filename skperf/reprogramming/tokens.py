@@ -54,6 +54,7 @@ class PlainTokens:
 
     tokenizer: Any
     length: int | None
+    whole: bool = False  # whether the tower reads the last of all its places
 
     def __call__(self, texts: list[str]) -> Tokens:
         """Tokenize: -> (n_texts, n_tokens)."""
@@ -73,6 +74,11 @@ class PlainTokens:
             return Tokens(ids, mask)
         if ids.shape[1] > self.length:
             raise _too_long(max(texts, key=len), ids.shape[1], self.length)
+        if self.whole and ids.shape[1] < self.length:
+            raise ValueError(
+                f"tokenizer gives {ids.shape[1]} tokens a text, but the text tower reads the last "
+                f"of {self.length}: let it pad to that length."
+            )
         if "context_length" in inspect.signature(self.tokenizer).parameters:
             # open_clip cuts long texts without a word; one more place would change the cut
             longer = torch.as_tensor(self.tokenizer(texts, context_length=ids.shape[1] + 1))
@@ -84,13 +90,13 @@ class PlainTokens:
 
 
 def tokens_for(
-    tokenizer: Any, length: int | None, fill: bool = True
+    tokenizer: Any, length: int | None, fill: bool = True, whole: bool = False
 ) -> Callable[[list[str]], Tokens]:
     """Find out how a tokenizer is to be called."""
     if hasattr(tokenizer, "batch_encode_plus") or hasattr(tokenizer, "convert_ids_to_tokens"):
         most = getattr(tokenizer, "model_max_length", None) or length or 77
         return TransformersTokens(tokenizer, min(length or 77, most), fill=fill)
-    return PlainTokens(tokenizer, length)
+    return PlainTokens(tokenizer, length, whole)
 
 
 def _too_long(text: str, needed: int, length: int) -> ValueError:

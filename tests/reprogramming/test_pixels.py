@@ -184,3 +184,12 @@ def test_first_size_of_the_released_code():
     small = Image.fromarray(array).resize((16, 16), 3).resize((32, 32), 3)
     ours = placed(PixelPipeline(size=(32, 32), shrink=16), array)
     assert np.abs(ours - np.asarray(small).transpose(2, 0, 1)).max() <= 1
+
+
+def test_a_processor_that_says_nothing_is_refused_by_name_and_a_size_has_several_names():
+    plain = PixelPipeline(size=(9, 9))
+    for silent in ("openai/clip-vit-base-patch32", {}, {"url": "x"}):
+        with pytest.raises(ValueError, match=f"processor is a {type(silent).__name__} that says"):
+            read_processor(silent, plain)
+    for name in ("size", "input_size", "input_resolution", "image_size"):
+        assert read_processor({name: 32}, plain).size == (32, 32)

@@ -265,3 +265,12 @@ def test_rows_of_several_lengths_and_names_of_files_are_refused(digits, filters,
         Reprogrammer(filters, rows="series").fit(uneven, y)
     with pytest.raises(ValueError, match=r"holds a str where a picture.*open files first"):
         Reprogrammer(filters).fit(make([f"{i}.png" for i in range(len(y))]), y)
+
+
+def test_tokens_of_another_vocabulary_and_of_several_lengths_are_refused():
+    ids, y = np.arange(24).reshape(8, 3) % 7, np.arange(8) % 2
+    model = Reprogrammer(Words(), rows="tokens", max_epochs=1)
+    with pytest.raises(ValueError, match=r"token id 99, but the encoder knows \d+ tokens"):
+        model.fit(np.where(ids == 6, 99, ids), y)
+    with pytest.raises(ValueError, match=r"different shapes, \(2,\) and \(3,\).*cut or pad"):
+        model.fit([row[: 2 + i % 2].tolist() for i, row in enumerate(ids)], y)

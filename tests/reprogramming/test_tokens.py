@@ -24,3 +24,12 @@ def test_a_function_may_return_ids_or_a_dict_with_their_mask(length):
 def test_what_is_no_table_of_ids_is_refused(returned):
     with pytest.raises(ValueError, match=r"tokenizer returned a \w+; expected ids .* Does it pad"):
         tokens_for(lambda texts: returned, 7)(["a", "b"])
+
+
+def test_a_tower_that_reads_its_last_place_wants_texts_of_full_length():
+    def tokenizer(texts):
+        return torch.ones(len(texts), 6, dtype=torch.long)
+
+    assert tokens_for(tokenizer, 6, True, True)(["a"]).ids.shape == (1, 6)
+    with pytest.raises(ValueError, match=r"6 tokens a text.*the last of 9: let it pad"):
+        tokens_for(tokenizer, 9, True, True)(["a"])
