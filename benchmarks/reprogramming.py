@@ -18,6 +18,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -146,33 +147,45 @@ def halfway(plain, tuned):
     return mixed
 
 
-def methods(encoder, tokenizer, task, seed):
-    """Yield functions from images to logits or cosines, by name."""
+def plainly(encoder, tokenizer, task, seed):
+    """Zero-shot and a linear probe: functions from images to logits or cosines, by name."""
     X, y = task.train
     plain = Prompted(encoder, tokenizer, task.classes).eval()
-    yield "zero-shot", partial(similarities, plain)
 
     def embed(images):
         return in_batches(plain.embed, images).numpy()
 
     probe = LogisticRegression(C=100.0, max_iter=500).fit(embed(X), y)
-    yield "linear probe", lambda images: torch.as_tensor(probe.decision_function(embed(images)))
-    tuned = best_tuned(plain, task, seed, TUNING)
-    yield "full fine-tuning", partial(similarities, tuned)
-    yield "WiSE-FT 0.5", partial(similarities, halfway(plain, tuned))
+    return {
+        "zero-shot": partial(similarities, plain),
+        "linear probe": lambda images: torch.as_tensor(probe.decision_function(embed(images))),
+    }
 
+
+def tuning(encoder, tokenizer, task, seed):
+    """Fine-tuning, and the mix of its weights with the first ones."""
+    plain = Prompted(encoder, tokenizer, task.classes).eval()
+    tuned = best_tuned(plain, task, seed, TUNING)
+    scores = {"full fine-tuning": tuned, "WiSE-FT 0.5": halfway(plain, tuned)}
+    return {name: partial(similarities, module) for name, module in scores.items()}
+
+
+def reprogramming(encoder, tokenizer, task, seed):
+    """The released preset, a border with a text table and offsets, and the default."""
     shared = {"tokenizer": tokenizer, "class_names": task.classes, "prompts": PROMPT}
     shared |= {"random_state": seed, "max_epochs": EPOCHS, "border": encoder.image_size // 8}
     # the border at the same share of the canvas, the warm-up at that of a long training
     preset = {"warmup": 0.05, "border": encoder.image_size // 16, "max_epochs": PRESET_EPOCHS}
-    preset = Reprogrammer(encoder, **(shared | RELEASED_SETTINGS | preset)).fit(X, y)
-    yield "released preset", partial(cosines, preset, 0.4)
-    program = Reprogrammer(encoder, head="linear", text="table", **shared).fit(X, y)
-    for alpha in (0.0, 0.4):
-        yield f"program, alpha {alpha:.1f}", partial(cosines, program, alpha)
-    yield "program, alpha as chosen", partial(cosines, program, program.alpha_)
-    default = Reprogrammer(encoder, **shared).fit(X, y)
-    yield "default", lambda images: torch.as_tensor(default.decision_function(images))
+    preset = Reprogrammer(encoder, **(shared | RELEASED_SETTINGS | preset)).fit(*task.train)
+    program = Reprogrammer(encoder, head="linear", text="table", **shared).fit(*task.train)
+    default = Reprogrammer(encoder, **shared).fit(*task.train)
+    return {
+        "released preset": partial(cosines, preset, 0.4),
+        "program, alpha 0": partial(cosines, program, 0.0),
+        "program, alpha 0.4": partial(cosines, program, 0.4),
+        "program, alpha as chosen": partial(cosines, program, program.alpha_),
+        "default": lambda images: torch.as_tensor(default.decision_function(images)),
+    }
 
 
 def cosines(model, alpha, images):
@@ -213,14 +226,15 @@ def main():
     warnings.simplefilter("ignore")
     rows = runner.begun(ROWS)
     encoder, tokenizer, pictures = lite0_minilm()
+    done = {(row["task"], row["seed"], row["by"]) for row in rows}
     for seed in options.seeds:
-        for task in make_tasks(pictures, encoder.image_size, seed, N_ROWS, N_ROWS):
-            if task.name == "MNIST" or any(
-                (row["task"], row["seed"]) == (task.name, seed) for row in rows
-            ):
-                continue  # of digits this encoder knows nothing to begin with
-            for method, score in methods(encoder, tokenizer, task, seed):
-                rows.append({"task": task.name, "seed": seed, "method": method})
+        tasks = make_tasks(pictures, encoder.image_size, seed, N_ROWS, N_ROWS)
+        for task, by in product(tasks, (plainly, tuning, reprogramming)):
+            # of digits this encoder knows nothing to begin with
+            if task.name == "MNIST" or (task.name, seed, by.__name__) in done:
+                continue
+            for method, score in by(encoder, tokenizer, task, seed).items():
+                rows.append({"task": task.name, "seed": seed, "by": by.__name__, "method": method})
                 rows[-1] |= figures(score)(task)
                 print(*rows[-1].values(), flush=True)
             runner.save(ROWS, rows)

@@ -265,16 +265,9 @@ WORKLOADS = (
     ),
     Workload(
         "reprogramming",
-        "Reprogramming against fine-tuning, probes and mixes",
-        "reprogramming --seeds 0 1 2",
-        ("reprogramming.json", "reprogramming_paired.json"),
-        "guide/reprogramming",
-    ),
-    Workload(
+        "Reprogramming EfficientNet-Lite0 joined to MiniLM",
         "reprogramming",
-        "Reprogramming, on EfficientNet-Lite0 joined to MiniLM",
-        "reprogramming --encoder lite0 --seeds 0 1 2",
-        ("reprogramming_lite0.json",),
+        ("reprogramming_lite0.json", "reprogramming_lite0_rows.json"),
         "guide/reprogramming",
     ),
     Workload(
