@@ -171,7 +171,7 @@ def tuning(encoder, tokenizer, task, seed):
 
 
 def reprogramming(encoder, tokenizer, task, seed):
-    """The released preset, a border with a text table and offsets, and the default."""
+    """Fit the released preset, a border with a text table and offsets, and the default."""
     shared = {"tokenizer": tokenizer, "class_names": task.classes, "prompts": PROMPT}
     shared |= {"random_state": seed, "max_epochs": EPOCHS, "border": encoder.image_size // 8}
     # the border at the same share of the canvas, the warm-up at that of a long training
