@@ -259,14 +259,19 @@ class Study:
         gates = torch.as_tensor(masks[:1].astype(np.float32))
         n_rows = question.n_rows
         worst, size, trouble = 0.0, 0.0, ""
-        for count in sorted({1, min(3, n_rows), min(33, n_rows)}):
+        draws = self.rule.kind == "resample"  # donors go by number
+        for count, twice in (
+            (1, 2),
+            (min(3, n_rows), 2),
+            (min(33, n_rows), 1),
+            (min(6, n_rows), 9),
+        ):
             here = replace(question, asked=question.asked[n_rows - count :])
             truth = replace(plain, asked=plain.asked[n_rows - count :]).outcomes(masks)
             size = max(size, float(np.abs(truth).max()))
-            # so many that what is remembered of a pass is used in the next; donors go by number
-            few = count <= 3 and self.rule.kind != "resample"
-            here.circuit.stacked = 2 * count if few else count
-            again = np.arange(5 if few else 3) % 3
+            # two masks a pass, so that what one leaves is used by the next; one; and all of them
+            here.circuit.stacked = min(STACKED, count * twice) if not draws else count
+            again = np.arange(5 if twice > 1 and not draws else 3) % 3
             try:
                 gated = here.outcomes(masks[again])
                 worst = max(worst, float(np.abs(gated - truth[again]).max()))

@@ -211,6 +211,25 @@ def routed(s, x):
     return s.head(torch.relu(made))
 
 
+def settles(s, x):
+    for _ in range(6):
+        x = x + torch.tanh(s.layer(x))
+        if x.norm() > 35:  # all rows of a pass decide together
+            break
+    return s.head(x)
+
+
+def test_rows_that_decide_together_are_never_stacked():
+    torch.manual_seed(0)
+    module = Of(settles, layer=nn.Linear(12, 12), head=nn.Linear(12, 3)).eval()
+    X, y = vectors(5), np.arange(5) % 3
+    with pytest.warns(UserWarning, match="the plain path is used"):
+        model = fitted(module, X, y)
+    masks = np.random.default_rng(1).random((6, 12)) > 0.4
+    expected = [without_rows(module, model.components_, mask, X)[range(5), y] for mask in masks]
+    np.testing.assert_allclose(model.counterfactual(masks), np.stack(expected, 1), atol=1e-5)
+
+
 class Product(nn.Module):
     """An adapter whose map is a product of parameters that no layer holds."""
 
