@@ -260,18 +260,14 @@ class Study:
         n_rows = question.n_rows
         worst, size, trouble = 0.0, 0.0, ""
         draws = self.rule.kind == "resample"  # donors go by number
-        for count, twice in (
-            (1, 2),
-            (min(3, n_rows), 2),
-            (min(33, n_rows), 1),
-            (min(6, n_rows), 9),
-        ):
+        passes = ((1, 2), (min(3, n_rows), 2), (min(33, n_rows), 1), (min(6, n_rows), 9))
+        for count, at_once in passes:
             here = replace(question, asked=question.asked[n_rows - count :])
             truth = replace(plain, asked=plain.asked[n_rows - count :]).outcomes(masks)
             size = max(size, float(np.abs(truth).max()))
             # two masks a pass, so that what one leaves is used by the next; one; and all of them
-            here.circuit.stacked = min(STACKED, count * twice) if not draws else count
-            again = np.arange(5 if twice > 1 and not draws else 3) % 3
+            here.circuit.stacked = min(STACKED, count * at_once) if not draws else count
+            again = np.arange(5 if at_once > 1 and not draws else 3) % 3
             try:
                 gated = here.outcomes(masks[again])
                 worst = max(worst, float(np.abs(gated - truth[again]).max()))

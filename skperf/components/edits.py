@@ -194,8 +194,7 @@ class Search:
             half = max((self._worth(steps[i]) for i in allowed), default=0.0) / 2
             cheap = [i for i in allowed if forced or self._worth(steps[i]) >= half]
             best = max(cheap, key=lambda i: steps[i]["aim"], default=None)
-            gain = -np.inf if best is None else steps[best]["aim"] - last["aim"]
-            if best is None or not (forced or gain >= _LEAST_GAIN):
+            if best is None or not (forced or steps[best]["aim"] >= last["aim"] + _LEAST_GAIN):
                 break
             self.mask = masks[best]
             self.path.append(steps[best])
