@@ -342,11 +342,18 @@ class ModuleClassifier(OfLogits, ClassifierMixin, BaseEstimator):
 _PROBLEMS = {"regression": "squared_error", "multi_label_classification": "binary_cross_entropy"}
 
 
-def trained_names(module: nn.Module) -> tuple[str, ...] | None:
+def trained_names(module: nn.Module, optimizer: Any = None) -> tuple[str, ...] | None:
     """Names of the parameters that train, None where all do, or none (a network at rest)."""
     named = list(original(module).named_parameters())
+    groups = [] if optimizer is None else optimizer.param_groups
+    # a schedule keeps the rate it began with
+    rates = {
+        id(p): group.get("initial_lr", group["lr"]) for group in groups for p in group["params"]
+    }
     trained = tuple(
-        name.replace("_orig_mod.", "") for name, parameter in named if parameter.requires_grad
+        name.replace("_orig_mod.", "")
+        for name, parameter in named
+        if parameter.requires_grad and (not any(rates.values()) or rates.get(id(parameter)))
     )
     return None if len(trained) in (0, len(named)) else trained
 

@@ -3,10 +3,12 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -49,7 +51,24 @@ from skperf.backbone.views import view
 TINY = float(np.finfo(np.float64).tiny)
 
 
-def fit_estimator(
+# whether skorch's modules draw random numbers when they predict, as far as they were run
+_DRAWS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def fit_estimator(estimator: Any, X: Any, y: Any, **options: Any) -> Any:
+    """Clone and fit a classifier; what is frozen, a module or has to_module() is used as it is."""
+    fitted = _fitted(estimator, X, y, **options)
+    inner, _ = _inner(fitted)
+    if isinstance(inner, NeuralNet) and inner.module_ not in _DRAWS:
+        generator, network = torch.Generator().manual_seed(0), open_network(fitted)
+        # what doesn't run is refused where it is asked
+        with suppress(Exception), torch.no_grad(), drawing_from(generator) as mode:
+            network(*next(network.batches(Rows.of(X)[:2])))
+            _DRAWS[inner.module_] = mode.drawn
+    return fitted
+
+
+def _fitted(
     estimator: Any,
     X: Any,
     y: Any,
@@ -58,7 +77,6 @@ def fit_estimator(
     random_state: Any = None,
     loss: Loss | None = None,
 ) -> Any:
-    """Clone and fit a classifier; what is frozen, a module or has to_module() is used as it is."""
     inner = estimator.estimator if isinstance(estimator, FrozenEstimator) else estimator
     if isinstance(inner, nn.Module):
         inner = ModuleClassifier(inner)
@@ -321,6 +339,8 @@ def _of_net(net: Any, labels: Any = None) -> Network:
             "which says what goes in and comes out, and rows as the module takes them."
         )
     network: Network = net._to_network() if isinstance(net, Net) else _of_stock(net, labels)
+    trained = trained_names(net.module_, getattr(net, "optimizer_", None))
+    network = replace(network, trainable=trained, draws=_DRAWS.get(net.module_, False))
     return replace(network, forward=partial(_inferred, net)) if "infer" in own else network
 
 
@@ -331,13 +351,21 @@ def _inferred(net: Any, module: nn.Module, tree: Any) -> Any:
     return other.infer(tree)
 
 
-def check_loss(fitted: Any) -> None:
-    """Refuse a net whose loss is a method's, which says none for each row."""
+def check_told(fitted: Any, loss: Any, parameters: Any = None) -> None:
+    """Refuse a net whose loss is a method's, or of which single entries train, until told."""
     inner, _ = _inner(fitted)
-    if isinstance(inner, NeuralNet) and "get_loss" in own_names(inner):
+    if not isinstance(inner, NeuralNet):
+        return
+    name, masks = type(inner).__name__, vars(inner).get("train_masks_")
+    if loss is None and "get_loss" in own_names(inner):
         raise ValueError(
-            f"estimator is a {type(inner).__name__} whose own get_loss says no loss for each row: "
+            f"estimator is a {name} whose own get_loss says no loss for each row: "
             "give InfluenceScorer(loss=...), or skperf.from_module(net.module_, loss=...)."
+        )
+    if parameters == "all" and masks:
+        raise ValueError(
+            f"train_only chose single entries of {sorted(masks)}, and influence is of whole "
+            "parameters: name in parameters= those to take whole, or use method='replay'."
         )
 
 
@@ -369,7 +397,6 @@ def _of_stock(net: Any, labels: Any = None) -> Network:
         readout,
         loss=loss,
         penalty=Penalty.of(net.optimizer_, "mean") if hasattr(net, "optimizer_") else None,
-        trainable=trained_names(net.module_),
     )
 
 

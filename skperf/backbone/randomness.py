@@ -40,6 +40,9 @@ class Drawing(TorchDispatchMode):
         if func is torch.ops.aten.native_dropout.default:
             return self._dropout(*args)
         taking = _taking_a_generator(func)
+        if taking is None and func._can_decompose():  # as dropout in inference mode
+            with self:
+                return func.decompose(*args, **kwargs)
         if taking is None or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         return taking(*args, **kwargs | {"generator": self._on(_device(args, kwargs))})

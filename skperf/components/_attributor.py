@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
 from skperf.backbone._edited import EditedClassifier, edited
 from skperf.backbone._nets import seed_of
-from skperf.backbone._opening import check_loss, fit_estimator, open_network
+from skperf.backbone._opening import check_told, fit_estimator, open_network
 from skperf.backbone._sklearn import (
     DOC_LINK,
     Interval,
@@ -674,7 +674,7 @@ class ComponentAttributor(
             del self.attributions_
         network = open_network(self.estimator_)
         if self.output == "loss":
-            check_loss(self.estimator_)
+            check_told(self.estimator_, None)
         if network.classes is not None:
             self.classes_ = network.classes
             if self.output in ("margin", "log_odds") and network.n_classes < 2:

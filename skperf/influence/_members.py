@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from skperf.backbone._nets import seed_of
-from skperf.backbone._opening import check_loss, fit_estimator, open_network, source_of
+from skperf.backbone._opening import check_told, fit_estimator, open_network, source_of
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import resolve_output
@@ -263,8 +263,9 @@ def learn(
     fitted: tuple[Any, ...], X: Rows, y: Any, weights: Tensor | None, choices: Choices
 ) -> tuple[Learned, Network]:
     """Fit a method on opened networks, of which the first: X (n, ...), y (n, ...), weights (n,)."""
-    for one in fitted if choices.loss is None else ():
-        check_loss(one)
+    for one in fitted:
+        whole = None if isinstance(choices.method, Replay) else choices.parameters
+        check_told(one, choices.loss, whole)
     networks = [open_network(one, loss=choices.loss) for one in fitted]
     first = networks[0]
     _check_loss(first, X, y)

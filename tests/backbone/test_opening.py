@@ -1,5 +1,6 @@
 import pickle
 import warnings
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
+from skorch.callbacks import Freezer
 from skorch.dataset import Dataset
 from torch import nn
 from torch.utils.data import default_collate
@@ -26,6 +28,7 @@ from skperf import (
     InfluenceScorer,
     Net,
     PerformativeAdapter,
+    Sparse,
     from_module,
 )
 from skperf.backbone._edited import edited
@@ -435,3 +438,82 @@ def test_a_loss_of_ones_own_is_asked_for(kind):
     expected = InfluenceScorer(same).fit(X, y).influence(X[:3], y[:3])
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert ComponentAttributor(frozen, components="layers").fit(X, y).attributions_.shape[0] == 150
+
+
+class Deep(nn.Module):
+    def __init__(self, frozen=False):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.body.requires_grad_(not frozen)
+
+    def forward(self, inputs):
+        return self.head(torch.tanh(self.body(inputs)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Net, {"train_only": "head*"}),
+        *product(
+            (Net, NeuralNetClassifier),
+            (
+                {"module__frozen": True},
+                {"callbacks": [Freezer("body*")]},
+                {"optimizer__param_groups": [("body*", {"lr": 0.0})]},
+            ),
+        ),
+    ],
+)
+def test_what_a_net_did_not_train_has_no_part(kind, options):
+    options = OPTIONS | ({} if kind is Net else {"train_split": None}) | options
+    inputs = X.astype("f4")
+    net = kind(Deep, optimizer=torch.optim.SGD, **options).fit(inputs, y)
+    found = InfluenceScorer(FrozenEstimator(net), method="gradient_dot").fit(inputs, y)
+    with torch.no_grad():
+        features = torch.tanh(net.module_.body(torch.as_tensor(inputs))).numpy()
+        slope = net.module_(torch.as_tensor(inputs)).softmax(1).numpy() - np.eye(3)[y]
+    features = np.c_[features, np.ones(150)]
+    expected = (slope[:5] @ slope.T) * (features[:5] @ features.T)
+    np.testing.assert_allclose(found.influence(inputs[:5], y[:5]), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_single_entries_that_train_are_asked_about():
+    inputs = X.astype("f4")
+    net = Net(Deep, train_only=Sparse(ratio=0.3), max_epochs=2, random_state=0).fit(inputs, y)
+    frozen = FrozenEstimator(net)
+    with pytest.raises(ValueError, match=r"train_only chose single entries of .*parameters="):
+        InfluenceScorer(frozen).fit(inputs, y)
+    whole = InfluenceScorer(frozen, method="gradient_dot", parameters="head*").fit(inputs, y)
+    assert whole.influence(inputs[:2], y[:2]).shape == (2, 150)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(nn.functional.dropout(self.body(inputs), 0.3, training=True))
+
+
+@pytest.mark.parametrize("kind", [Net, NeuralNetClassifier, from_module])
+def test_what_draws_when_it_predicts_draws_from_no_stream_of_others(kind):
+    inputs, trained = X.astype("f4"), Dropping()
+    if kind is from_module:
+        frozen = from_module(trained)
+    else:
+        options = OPTIONS | ({} if kind is Net else {"train_split": None})
+        frozen = FrozenEstimator(kind(trained, **options).fit(inputs, y))
+    before = torch.get_rng_state()
+    attributor = ComponentAttributor(frozen, budget=16, random_state=0)
+    rounds = np.arange(150) % 5
+    found = [
+        (
+            PerformativeAdapter(frozen).fit(X, y, rounds=rounds).predict_proba(X[:4]),
+            attributor.fit(inputs[:20], y[:20]).attributions_,
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(before, torch.get_rng_state())
+    for once, again in zip(*found, strict=True):
+        np.testing.assert_array_equal(once, again)

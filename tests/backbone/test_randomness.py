@@ -1,5 +1,7 @@
 """Every random operator draws from the generator given, none from the global stream."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -34,12 +36,13 @@ OPERATORS = {
 }
 
 
+@pytest.mark.parametrize("grad", [nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_draws_are_the_generators_own(name):
+def test_draws_are_the_generators_own(name, grad):
     before = torch.get_rng_state()
     drawn = []
     for seed in (1, 1, 2):
-        with drawing_from(torch.Generator().manual_seed(seed)) as mode:
+        with grad(), drawing_from(torch.Generator().manual_seed(seed)) as mode:
             drawn.append(OPERATORS[name]())
         assert mode.drawn
     assert torch.equal(before, torch.get_rng_state())
