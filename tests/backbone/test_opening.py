@@ -496,6 +496,7 @@ class Dropping(nn.Module):
         return self.head(nn.functional.dropout(self.body(inputs), 0.3, training=True))
 
 
+@pytest.mark.filterwarnings("ignore:gating the network")
 @pytest.mark.parametrize("kind", [Net, NeuralNetClassifier, from_module])
 def test_what_draws_when_it_predicts_draws_from_no_stream_of_others(kind):
     inputs, trained = X.astype("f4"), Dropping()
