@@ -39,6 +39,7 @@ from skperf.backbone.losses import (
 from skperf.backbone.network import (
     Network,
     Readout,
+    chained,
     log_odds_of_probability,
     log_of_probabilities,
     logits_of_shares,
@@ -46,25 +47,26 @@ from skperf.backbone.network import (
 )
 from skperf.backbone.randomness import drawing_from
 from skperf.backbone.rows import Rows
+from skperf.backbone.training_run import tensor_of
 from skperf.backbone.views import view
 
 TINY = float(np.finfo(np.float64).tiny)
 
 
-# whether skorch's modules draw random numbers when they predict, as far as they were run
-_DRAWS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# whether skorch's modules draw random numbers and return more than a tensor, once they were run
+_SEEN: WeakKeyDictionary[nn.Module, tuple[bool, bool]] = WeakKeyDictionary()
 
 
 def fit_estimator(estimator: Any, X: Any, y: Any, **options: Any) -> Any:
     """Clone and fit a classifier; what is frozen, a module or has to_module() is used as it is."""
     fitted = _fitted(estimator, X, y, **options)
     inner, _ = _inner(fitted)
-    if isinstance(inner, NeuralNet) and inner.module_ not in _DRAWS:
+    if isinstance(inner, NeuralNet) and inner.module_ not in _SEEN:
         generator, network = torch.Generator().manual_seed(0), open_network(fitted)
         # what doesn't run is refused where it is asked
         with suppress(Exception), torch.no_grad(), drawing_from(generator) as mode:
-            network(*next(network.batches(Rows.of(X)[:2])))
-            _DRAWS[inner.module_] = mode.drawn
+            returned = network.returned(*next(network.batches(Rows.of(X)[:2])))
+            _SEEN[inner.module_] = mode.drawn, not isinstance(returned, Tensor)
     return fitted
 
 
@@ -340,7 +342,9 @@ def _of_net(net: Any, labels: Any = None) -> Network:
         )
     network: Network = net._to_network() if isinstance(net, Net) else _of_stock(net, labels)
     trained = trained_names(net.module_, getattr(net, "optimizer_", None))
-    network = replace(network, trainable=trained, draws=_DRAWS.get(net.module_, False))
+    draws, several = _SEEN.get(net.module_, (False, True))
+    readout = chained(tensor_of if several and not isinstance(net, Net) else None, network.readout)
+    network = replace(network, trainable=trained, draws=draws, readout=readout)
     return replace(network, forward=partial(_inferred, net)) if "infer" in own else network
 
 

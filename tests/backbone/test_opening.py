@@ -518,3 +518,37 @@ def test_what_draws_when_it_predicts_draws_from_no_stream_of_others(kind):
     assert torch.equal(before, torch.get_rng_state())
     for once, again in zip(*found, strict=True):
         np.testing.assert_array_equal(once, again)
+
+
+class Several(nn.Module):
+    def __init__(self, named=False):
+        super().__init__()
+        self.own, self.other, self.named = nn.Linear(4, 3), nn.Linear(4, 2), named
+
+    def forward(self, inputs):
+        own, other = self.own(inputs), self.other(inputs)
+        return {"other": other, "logits": own} if self.named else (own, other)
+
+
+class OfSeveral(NeuralNetClassifier):
+    def get_loss(self, y_pred, *args, **kwargs):
+        outputs = y_pred["logits"] if isinstance(y_pred, dict) else y_pred[0]
+        return super().get_loss(outputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_stock_nets_whose_modules_return_several(named):
+    inputs = X.astype("f4")
+    net = OfSeveral(Several, module__named=named, train_split=None, **OPTIONS).fit(inputs, y)
+    frozen = FrozenEstimator(net)
+    asked = {"method": "gradient_dot", "loss": "cross_entropy"}
+    scorer = InfluenceScorer(frozen, **asked).fit(inputs, y)
+    own = net.module_.own
+    plain = InfluenceScorer(own, **asked).fit(inputs, y)
+    expected = plain.influence(inputs[:3], y[:3])
+    np.testing.assert_allclose(scorer.influence(inputs[:3], y[:3]), expected, rtol=1e-4)
+    again = pickle.loads(pickle.dumps(scorer))
+    np.testing.assert_allclose(again.influence(inputs[:3], y[:3]), expected, rtol=1e-4)
+    proba = PerformativeAdapter(frozen).fit(inputs, y).predict_proba(inputs[:3])
+    raw = own(torch.as_tensor(inputs[:3])).softmax(1).detach()
+    np.testing.assert_allclose(proba, raw, rtol=1e-5)
