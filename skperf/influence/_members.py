@@ -263,9 +263,8 @@ def learn(
     fitted: tuple[Any, ...], X: Rows, y: Any, weights: Tensor | None, choices: Choices
 ) -> tuple[Learned, Network]:
     """Fit a method on opened networks, of which the first: X (n, ...), y (n, ...), weights (n,)."""
-    for one in fitted:
-        whole = None if isinstance(choices.method, Replay) else choices.parameters
-        check_told(one, choices.loss, whole)
+    for one in () if isinstance(choices.method, Replay) else fitted:
+        check_told(one, choices.loss, choices.parameters)
     networks = [open_network(one, loss=choices.loss) for one in fitted]
     first = networks[0]
     _check_loss(first, X, y)
