@@ -126,13 +126,30 @@ def fit_calibration(
     shown: NDArray[np.bool_] | None = None,
 ) -> Calibration:
     """Temperature, and biases for `bcts`, of scores (n, n_classes) by maximum likelihood."""
-    n_classes, rows = logits.shape[1], np.arange(len(codes))
+    n_classes = logits.shape[1]
     weights = np.ones(len(codes)) if weight is None else weight
+    centre = np.zeros(1 + n_classes if kind == "bcts" else 1)
+    theta = _most_likely(logits, codes, log_offset, weights, centre, l2, shown)
+    bias = theta[1:] - theta[1:].mean() if kind == "bcts" else np.zeros(n_classes)
+    return Calibration(float(np.exp(theta[0])), bias, shown)
+
+
+def _most_likely(
+    logits: Array,
+    codes: Codes,
+    log_offset: Array,
+    weights: Array,
+    centre: Array,
+    l2: float,
+    shown: NDArray[np.bool_] | None = None,
+    max_iter: int = 15_000,
+) -> Array:
+    """Log temperature, and biases where `centre` has them, of rows (n, n_classes), held to it."""
+    rows, none = np.arange(len(codes)), np.zeros(logits.shape[1])
 
     def penalised(theta: Array) -> tuple[float, Array]:
-        bias = theta[1:] if kind == "bcts" else np.zeros(n_classes)
         factor = float(np.exp(-theta[0]))
-        scaled = _scaled(logits, factor, bias, shown)
+        scaled = _scaled(logits, factor, theta[1:] if len(theta) > 1 else none, shown)
         # one buffer: the residuals, weights times probabilities less those of the labels
         residual = scaled + log_offset
         residual -= residual.max(axis=1, keepdims=True)
@@ -147,14 +164,14 @@ def fit_calibration(
             apart = residual[:, ~shown].sum(axis=1, keepdims=True)
             residual[:, shown] += apart * probabilities(scaled[:, shown])
             slope = -factor * np.vdot(residual[:, shown], logits[:, shown])
-        gradient = np.append(slope, residual.sum(axis=0))[: len(theta)]
+        distance = theta - centre
+        gradient = np.append(slope, residual.sum(axis=0))[: len(theta)] + l2 * distance
         loss = weights @ (np.log(mass) - own)
-        return loss + 0.5 * l2 * float(theta @ theta), gradient + l2 * theta
+        return loss + 0.5 * l2 * float(distance @ distance), gradient
 
-    start = np.zeros(1 + n_classes if kind == "bcts" else 1)
-    theta = minimize(penalised, start, jac=True, method="L-BFGS-B").x
-    bias = theta[1:] - theta[1:].mean() if kind == "bcts" else np.zeros(n_classes)
-    return Calibration(float(np.exp(theta[0])), bias, shown)
+    options = {"maxiter": max_iter}
+    found = minimize(penalised, centre, jac=True, method="L-BFGS-B", options=options)
+    return np.asarray(found.x)
 
 
 def estimate_base_prior(
@@ -171,30 +188,13 @@ def estimate_base_prior(
     n_classes = logits.shape[1]
     weights = np.ones(len(codes)) if weight is None else weight
     counts: Array = np.bincount(codes, weights, minlength=n_classes).astype(np.float64)
-    log_mix = np.log(np.maximum(counts, TINY) / counts.sum())
-    centre = np.log(smooth_shares(counts))
     seen = counts > 0
-    among = np.cumsum(seen) - 1
-
-    def penalised(theta: Array) -> tuple[float, Array]:
-        scaled = logits[:, seen] * np.exp(-theta[-1])
-        scores = scaled + log_mix[seen] - theta[:-1][seen]
-        log_proba = log_softmax(scores, axis=1)
-        loss = -np.sum(weights * log_proba[np.arange(len(codes)), among[codes]])
-        distance = theta - start
-        gradient = l2 * distance
-        proba = np.exp(log_proba)
-        gradient[:-1][seen] += counts[seen] - weights @ proba
-        # of the expected less the labels' own scores
-        told = scaled[np.arange(len(codes)), among[codes]] - (proba * scaled).sum(axis=1)
-        gradient[-1] += weights @ told
-        return loss + 0.5 * l2 * float(distance @ distance), gradient
-
-    start = np.append(centre, 0.0)
-    result = minimize(penalised, start, jac=True, method="L-BFGS-B", options={"maxiter": max_iter})
-    theta = log_softmax(result.x[:-1])
-    if not seen.all():
-        # a class without rows may be as common as any other for all that is known
-        theta[~seen] = np.log(np.exp(theta[seen]).mean())
-    prior: Array = np.exp(log_softmax(theta))
-    return prior
+    among, log_mix = np.cumsum(seen) - 1, np.log(counts[seen] / counts.sum())
+    # the mix is a bias with its sign turned, and goes with a temperature
+    centre = np.append(0.0, -np.log(smooth_shares(counts))[seen])
+    given = logits[:, seen], among[codes], log_mix, weights, centre
+    found = np.exp(-_most_likely(*given, l2, max_iter=max_iter)[1:])
+    # a class without rows may be as common as any other for all that is known
+    prior = np.full(n_classes, found.mean())
+    prior[seen] = found
+    return prior / prior.sum()
