@@ -308,7 +308,7 @@ def by_task(part, seed, known, deadline=float("inf"), only=""):
         if key in known:
             yield from known[key]
         elif only in name:
-            raise SystemExit(f"{part}: {name!r} of seed {seed} waits; run it again.")
+            print(f"{part}: {name!r} of seed {seed} waits; run it again.", flush=True)
 
 
 def _plain(value):
@@ -317,13 +317,14 @@ def _plain(value):
 
 def summarised(runs):
     """One flat record for each task and way: means over seeds, the values beside them."""
+    groups = {}
+    for record in chain.from_iterable(runs):
+        named = {key: value for key, value in record.items() if isinstance(value, str)}
+        groups.setdefault(tuple(named.items()), []).append(record)
     rows = []
-    for records in zip(*runs, strict=True):
-        row = {}
-        for key, first in records[0].items():
-            if isinstance(first, str):
-                row[key] = first
-                continue
+    for named, records in groups.items():
+        row = {**dict(named), "seeds": len(records)}
+        for key in (key for key in records[0] if key not in row):
             values = [float(record[key]) for record in records]
             row[key] = round(float(np.mean(values)), 4)
             row[f"{key}: range"] = f"{min(values):.3g} to {max(values):.3g}"

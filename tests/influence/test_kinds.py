@@ -377,6 +377,19 @@ def test_scores_of_tokens_are_those_of_candidates_alone(of):
     np.testing.assert_array_equal(some.influence(X[:2], y[:2], tokens=of), expected)
 
 
+def test_few_rows_are_all_kept_in_the_curvature():
+    """A sample of their small eigenvalues would be far off."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.PReLU(5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    X, y = rng.normal(size=(9, 4)), np.arange(9) % 3
+    ggn, exact = (
+        InfluenceScorer(module.eval(), method=method, damping=0.1).fit(X, y).influence(X, y)
+        for method in ("ggn", "exact")
+    )
+    np.testing.assert_allclose(ggn, exact, rtol=1e-6, atol=1e-9 * np.abs(exact).max())
+
+
 def test_sampled_rows_of_the_curvature_are_right_in_the_mean():
     """Their outer products come to the Gauss-Newton matrix of all tokens."""
     module = nn.Sequential(nn.Linear(3, 4)).double()
