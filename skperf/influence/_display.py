@@ -251,8 +251,9 @@ class FadingDisplay:
         FadingDisplay
             Drawn.
         """
-        one = not isinstance(estimator, dict)
-        scorers = {name or estimator.method_: estimator} if one else estimator
+        scorers = (
+            estimator if isinstance(estimator, dict) else {name or estimator.method_: estimator}
+        )
         curves = {key: scorer.fading(X, y, **fading) for key, scorer in scorers.items()}
         return cls(curves).plot(ax)
 
@@ -278,7 +279,7 @@ class FadingDisplay:
         FadingDisplay
             Drawn.
         """
-        figures = curve(steps, torch.as_tensor(predicted), torch.as_tensor(actual))
+        figures = curve(steps, torch.as_tensor(predicted), torch.as_tensor(actual), 0.8)
         return cls({name: Bunch(**figures)}).plot(ax)
 
     def plot(self, ax=None, *, name=None, **line_kw):

@@ -62,7 +62,7 @@ def fading_curve(
     _check_step_size(learned, training.learning_rate)
     actual = _effects(learned, X, y, rows, training, steps)
     predicted = _predicted(learned, X, y, steps, rows, training)
-    figures = curve(steps, predicted, actual, least=least)
+    figures = curve(steps, predicted, actual, least)
     effects = {"predicted": predicted.numpy(), "actual": actual.cpu().numpy()}
     return Bunch(rows=rows.numpy(), **effects, **figures)
 

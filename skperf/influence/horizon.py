@@ -101,9 +101,7 @@ def _batches(n: int, training: FurtherTraining) -> Iterator[Tensor]:
         yield from torch.split(torch.randperm(n, generator=generator), training.batch_size)
 
 
-def curve(
-    steps: Sequence[int], predicted: Tensor, actual: Tensor, *, least: float = 0.8
-) -> dict[str, Any]:
+def curve(steps: Sequence[int], predicted: Tensor, actual: Tensor, least: float) -> dict[str, Any]:
     """Compare step by step: predicted, actual (n_steps, n_queries, m)."""
     figures = [agreement(p, a) for p, a in zip(predicted, actual, strict=True)]
     pearson, spearman, slope = map(np.array, zip(*figures, strict=True))
