@@ -251,9 +251,8 @@ class FadingDisplay:
         FadingDisplay
             Drawn.
         """
-        scorers = (
-            estimator if isinstance(estimator, dict) else {name or estimator.method_: estimator}
-        )
+        several = isinstance(estimator, dict)
+        scorers = estimator if several else {name or estimator.method_: estimator}
         curves = {key: scorer.fading(X, y, **fading) for key, scorer in scorers.items()}
         return cls(curves).plot(ax)
 

@@ -26,7 +26,6 @@ from skperf.influence.tiles import Shelf, Terms, Through, gather
 LOSS_UNIT = "loss"
 DOT_UNIT = "squared gradient"
 _MOST_OUTPUTS = 1 << 24  # numbers in the outputs of all rows that are held at once
-_FEW = 256  # rows that are cheap to keep
 _MOST_SAMPLED = 1000
 
 
@@ -229,7 +228,7 @@ def curvature_rows(
     with torch.no_grad():
         shape = problem.network(problem.network.inputs(problem.X[:1])).shape[1:]
     several = len(shape) > 1
-    if not several and problem.n_train * shape.numel() <= min(_FEW, max_rows or _FEW):
+    if not several and problem.n_train * shape.numel() <= min(256, max_rows or 256):
         kept_trace = 1.0  # a sample of so few would be far off
     if curvature == "empirical":
         examples = torch.arange(problem.n_train)
