@@ -233,7 +233,6 @@ def encode(y, classes, *, known_to="the estimator", name="y"):
 
 def deployed_codes(values, classes):
     """Turn logged predictions, labels (n,) or probabilities (n, n_classes), into columns."""
-    values = values[:, 0] if values.shape[1:] == (1,) else values
     if values.ndim == 1:
         return encode(values, classes, known_to="classes_", name="deployed_pred")
     if values.shape[1] != len(classes):
@@ -248,13 +247,18 @@ def check_by_row(values, n_rows, name):
     """Turn what is given for every row into an array (n_rows, ...)."""
     if values is None:
         return None
-    names = getattr(values, "columns", None)
+    names = list(getattr(values, "columns", ()))
     values = np.asarray(as_array(values))
-    if names is not None and len(names) > 1 and list(names) != list(range(len(names))):
+    if name == "deployed_pred" and len(names) > 1 and names != list(range(len(names))):
         check_by_row(values, n_rows, name)
         values = np.asarray(names)[values.argmax(axis=1)]  # probabilities under their labels
     if values.shape[:1] != (n_rows,):
         raise ValueError(f"{name} has {values.shape} entries, but X has {n_rows} rows.")
+    values = values[:, 0] if values.shape[1:] == (1,) else values
+    if name == "strata" and values.ndim > 1:
+        raise ValueError(
+            f"strata has shape {values.shape}, but each row is in one group: join the columns."
+        )
     is_missing = np.vectorize(_is_missing, otypes=[bool])
     missing = is_missing(values) if values.dtype == object else values != values
     if missing.any():

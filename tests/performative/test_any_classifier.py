@@ -786,3 +786,17 @@ def test_labels_that_are_objects_stay_so(world):
     adapter = PerformativeAdapter(classifier, **QUICK).partial_fit(X, names[y], rounds=0)
     assert adapter.classes_.tolist() == list("abcd")
     assert set(adapter.predict(X)) <= set("abcd")
+
+
+def test_groups_in_a_column_are_groups_and_several_columns_are_refused(world):
+    (X, y), groups = world.draw(300), np.array(["north", "south", "west"] * 100)
+    rounds, plain = np.repeat(range(3), 100), {"statistic": "stratum", **QUICK}
+    expected = PerformativeAdapter(LogisticRegression(), **plain)
+    expected.fit(X, y, rounds=rounds, strata=groups)
+    for column in (groups[:, None], pd.DataFrame({"region": groups})):
+        adapter = PerformativeAdapter(LogisticRegression(), **plain)
+        adapter.fit(X, y, rounds=rounds, strata=column)
+        np.testing.assert_array_equal(adapter.statistic_, expected.statistic_)
+    two = pd.DataFrame({"region": groups, "age": groups})
+    with pytest.raises(ValueError, match=r"strata has shape \(300, 2\).*one group"):
+        PerformativeAdapter(LogisticRegression(), **plain).fit(X, y, rounds=rounds, strata=two)
