@@ -342,7 +342,7 @@ def _of_net(net: Any, labels: Any = None) -> Network:
         )
     network: Network = net._to_network() if isinstance(net, Net) else _of_stock(net, labels)
     trained = trained_names(net.module_, getattr(net, "optimizer_", None))
-    draws, several = _SEEN.get(net.module_, (False, True))
+    draws, several = _SEEN.get(net.module_, (False, "get_loss" in own))
     readout = chained(tensor_of if several and not isinstance(net, Net) else None, network.readout)
     network = replace(network, trainable=trained, draws=draws, readout=readout)
     return replace(network, forward=partial(_inferred, net)) if "infer" in own else network

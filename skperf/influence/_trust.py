@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from skperf.backbone._modules import ModuleClassifier
 from skperf.backbone._opening import fit_estimator, open_network
+from skperf.backbone._stock import own_names
 from skperf.backbone.losses import Loss
 from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
@@ -196,11 +197,16 @@ def _recipe_of(fitted: Any, network: Network, n_train: int) -> Recipe | None:
     weighted = getattr(network.loss, "weight", None) is not None
     if weighted or fitted.optimizer not in (torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW):
         return None
+    called = fitted.callbacks not in (None, [], "disable")
+    if fitted.train_split or called or own_names(fitted) or vars(fitted).get("train_masks_"):
+        return None
     extra = {
         name.removeprefix("optimizer__"): value
         for name, value in fitted.get_params(deep=False).items()
         if name.startswith("optimizer__")
     }
+    if "param_groups" in extra:
+        return None
 
     def optimizer(tensors: list[Tensor]) -> Any:
         return fitted.optimizer(tensors, lr=fitted.lr, **extra)

@@ -15,10 +15,13 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
 from skorch import NeuralNetClassifier
+from skorch.callbacks import LRScheduler
+from skorch.dataset import ValidSplit
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from skperf import MLP, Net, from_module
+from skperf.backbone._opening import open_network
 from skperf.backbone.losses import Penalty, resolve_loss
 from skperf.influence import (
     EKFAC,
@@ -32,6 +35,7 @@ from skperf.influence import (
     noised,
     read_checkpoints,
 )
+from skperf.influence._trust import _recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -630,3 +634,28 @@ def test_gif_options_reach_removal(digits, net):
     scorer = InfluenceScorer(FrozenEstimator(net), method=GIF(ratio=0.3, curvature="ggn"))
     report = scorer.fit(X[:150], y[:150]).remove(class_=1, max_iter=5).edit_report_
     assert 0.2 < report["share_changed"] <= 0.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"callbacks": [LRScheduler("StepLR", step_size=1)]},
+        {"optimizer__param_groups": [("0*", {"lr": 0.0})]},
+        {"train_split": ValidSplit(5)},
+        {"train_only": {"2.bias": torch.tensor([True, False, True])}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_retraining_that_is_more_than_steps_is_the_nets_own(options):
+    X, y = load_iris(return_X_y=True)
+    module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    net = Net(module, max_epochs=2, random_state=0, **options).fit(X, y)
+    assert _recipe_of(net, open_network(net), 150) is None
+    scorer = InfluenceScorer(FrozenEstimator(net), method="gradient_dot", parameters="2*").fit(X, y)
+    assert np.isfinite(scorer.score(X[:30], y[:30], n_subsets=3))
+
+
+def test_retraining_of_plain_steps_is_by_a_recipe():
+    X, y = load_iris(return_X_y=True)
+    net = Net(nn.Linear(4, 3), max_epochs=2, random_state=0, callbacks="disable").fit(X, y)
+    assert _recipe_of(net, open_network(net), 150) is not None
