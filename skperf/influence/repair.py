@@ -79,7 +79,7 @@ class Lesson:
         return dict(zip(leaves, gradients, strict=True))
 
 
-# how much rows at rest count, tried in turn; the first was chosen on digits, word vectors of
+# how much rows at rest count, tried in turn; the first was chosen on MNIST, word vectors of
 # e-mails and breast cancer, the others on tables with a fifth of the labels wrong
 REHEARSALS = (100.0, 10.0, 1.0)
 
