@@ -1,6 +1,6 @@
 """Edits by ablation, against the released ranking at its own k, magnitudes and chance.
 
-    python -m benchmarks.components_edits                       # all, five seeds
+    python -m benchmarks.components_edits                       # all, ten seeds
     python -m benchmarks.components_edits backdoor --seeds 0
     python -m benchmarks.components_edits table                 # the table of the guide
 
@@ -507,7 +507,7 @@ def lead(task, runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", default=list(TASKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     options = parser.parse_args()
     if options.tasks == ["table"]:
         print("\n".join(table()))
