@@ -358,13 +358,23 @@ def _inferred(net: Any, module: nn.Module, tree: Any) -> Any:
 def check_told(fitted: Any, loss: Any, parameters: Any = None) -> None:
     """Refuse a net whose loss is a method's, or of which single entries train, until told."""
     inner, _ = _inner(fitted)
-    if not isinstance(inner, NeuralNet):
-        return
     name, masks = type(inner).__name__, vars(inner).get("train_masks_")
-    if loss is None and "get_loss" in own_names(inner):
+    if loss is None and isinstance(inner, NeuralNet) and "get_loss" in own_names(inner):
         raise ValueError(
             f"estimator is a {name} whose own get_loss says no loss for each row: "
             "give InfluenceScorer(loss=...), or skperf.from_module(net.module_, loss=...)."
+        )
+    split = getattr(inner, "train_split", None)
+    if "valid_ds" in getattr(split, "keywords", {}):  # skorch.helper.predefined_split
+        split = None
+    held = f"train_split={type(split).__name__}" if split else "early_stopping=True"
+    if parameters is not None and (split or getattr(inner, "early_stopping", False)):
+        warnings.warn(
+            f"estimator is a {name} with {held}, which keeps rows out of its training, and all "
+            "rows given to fit count as trained on. Train without it; for a frozen estimator, give "
+            "those that it trained on.",
+            UserWarning,
+            stacklevel=4,
         )
     if parameters == "all" and masks:
         raise ValueError(

@@ -17,7 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Freezer
-from skorch.dataset import Dataset
+from skorch.dataset import Dataset, ValidSplit
+from skorch.helper import predefined_split
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -552,3 +553,16 @@ def test_stock_nets_whose_modules_return_several(named):
     proba = PerformativeAdapter(frozen).fit(inputs, y).predict_proba(inputs[:3])
     raw = own(torch.as_tensor(inputs[:3])).softmax(1).detach()
     np.testing.assert_allclose(proba, raw, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Net, NeuralNetClassifier])
+def test_rows_that_a_net_held_out_are_warned_of(kind):
+    inputs = X.astype("f4")
+    net = kind(nn.Linear(4, 3), train_split=ValidSplit(5), **OPTIONS).fit(inputs, y)
+    with pytest.warns(UserWarning, match=r"train_split=ValidSplit, which keeps rows out"):
+        InfluenceScorer(FrozenEstimator(net)).fit(inputs, y)
+    with pytest.warns(UserWarning, match=r"early_stopping=True, which keeps rows out"):
+        InfluenceScorer(MLPClassifier((4,), early_stopping=True)).fit(inputs, y)
+    apart = predefined_split(Dataset(inputs[:9], y[:9]))
+    net = kind(nn.Linear(4, 3), train_split=apart, **OPTIONS).fit(inputs, y)
+    InfluenceScorer(FrozenEstimator(net)).fit(inputs, y)
