@@ -259,19 +259,25 @@ class Study:
         gates = torch.as_tensor(masks[:1].astype(np.float32))
         n_rows = question.n_rows
         worst, size, trouble = 0.0, 0.0, ""
-        draws = self.rule.kind == "resample"  # donors go by number
-        passes = ((1, 2), (min(3, n_rows), 2), (min(33, n_rows), 1), (min(6, n_rows), 9))
-        for count, at_once in passes:
+        # two masks a pass, so that what one leaves is used by the next; one; and all of them, of a
+        # large network as many as its gradients have room for; donors go by number
+        light, draws = question.circuit.light, self.rule.kind == "resample"
+        sizes = ((1, 2), (min(3, n_rows), 2), (min(33, n_rows), 1), (min(6, n_rows), 9))
+        passes = {
+            (count, count if draws else min(STACKED, count * at_once, max(2 * count, light)))
+            for count, at_once in sizes
+        }
+        for count, stacked in sorted(passes):
             here = replace(question, asked=question.asked[n_rows - count :])
             truth = replace(plain, asked=plain.asked[n_rows - count :]).outcomes(masks)
             size = max(size, float(np.abs(truth).max()))
-            # two masks a pass, so that what one leaves is used by the next; one; and all of them
-            here.circuit.stacked = min(STACKED, count * at_once) if not draws else count
-            again = np.arange(5 if at_once > 1 and not draws else 3) % 3
+            here.circuit.stacked = stacked
+            again = np.arange(5 if stacked > count else 3) % 3
             try:
                 gated = here.outcomes(masks[again])
                 worst = max(worst, float(np.abs(gated - truth[again]).max()))
-                if count == min(3, n_rows) and truth.shape[1] == count:
+                once = count == min(3, n_rows) and stacked == (count if draws else 2 * count)
+                if once and truth.shape[1] == count:
                     values, _ = here.circuit.gradients(here.asked, here.measure, gates[0])
                     worst = max(worst, float(np.abs(values.numpy() - truth[0]).max()))
             except Exception as error:  # whatever it is, the plain path has none

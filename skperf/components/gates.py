@@ -150,6 +150,11 @@ class Circuit:
         most = min(self.stacked, self._most(_PASS_FLOATS))
         return max(1, most // n_rows) if self.wiring.knows_rows else 1
 
+    @property
+    def light(self) -> int:
+        """Rows of a pass that takes no more memory than gradients may."""
+        return self._most(_GRADIENT_FLOATS)
+
     def _most(self, n_floats: int) -> int:
         """Rows of a pass whose layers make at most so many numbers."""
         return max(1, min(_ROWS_PER_PASS, n_floats // max(self.wiring.floats_per_row, 1)))
@@ -158,7 +163,7 @@ class Circuit:
         self, asked: Asked, measure: Measure, gates: Tensor, *, first: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Compute outputs (n,) and slopes (n, N) of every gate: gates (N,) or (n, N)."""
-        size = self._most(_GRADIENT_FLOATS) if self.wiring.knows_rows else 1
+        size = self.light if self.wiring.knows_rows else 1
         values, gradients = [], []
         for start in range(0, len(asked), size):
             part = asked[start : start + size].ready(self.network)

@@ -636,6 +636,7 @@ def test_gif_options_reach_removal(digits, net):
     assert 0.2 < report["share_changed"] <= 0.3
 
 
+@pytest.mark.filterwarnings("ignore:.*keeps rows out")
 @pytest.mark.parametrize(
     "options",
     [
