@@ -434,7 +434,7 @@ def pydvl(case):
     try:
         model = DirectInfluence(module, loss, regularization=case.ridge).fit(loader)
         return model.influences(*queries, *train).detach()
-    except Exception:
+    except Exception:  # of any library
         model = CgInfluence(module, loss, regularization=case.ridge, maxiter=500, rtol=1e-7)
         return model.fit(loader).influences(*queries, *train).detach()
 
@@ -497,7 +497,7 @@ def dattri(case):
         attributor = IFAttributorExplicit(task, regularization=case.ridge)
         attributor.cache(rows)
         return attributor.attribute(rows, asked).detach().T
-    except Exception:
+    except Exception:  # of any library
         attributor = IFAttributorCG(task, regularization=case.ridge, max_iter=20)
         attributor.cache(rows)
         return attributor.attribute(rows, asked).detach().T
