@@ -25,10 +25,7 @@ ESTIMATOR_NAMES = {"scorer", "attributor", "adapter", "reprogrammer", "editor"}
 # Offenders that wait for their turn: entries are removed as they are mended, none is added.
 TAKE_AN_ESTIMATOR: set[str] = set()
 MANY_PARAMETERS: dict[str, int] = {}
-LONG_FILES = {
-    "components/_study.py": 453,
-}
-MOST_LINES = 34_647  # to be 25,000
+MOST_LINES = 34_643  # to be 25,000
 
 
 def test_every_file_of_mathematics_is_linted_as_such():
@@ -127,6 +124,4 @@ def test_the_package_stays_small_and_is_mostly_code(lines):
 
 
 def test_no_file_is_over_450_lines_of_code(lines):
-    assert {
-        name: code for name, (_, code, _) in lines.items() if code > LONG_FILES.get(name, 450)
-    } == {}
+    assert {name: code for name, (_, code, _) in lines.items() if code > 450} == {}

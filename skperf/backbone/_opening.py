@@ -356,7 +356,7 @@ def _inferred(net: Any, module: nn.Module, tree: Any) -> Any:
 
 
 def check_told(fitted: Any, loss: Any, parameters: Any = None) -> None:
-    """Refuse a net whose loss is a method's, or of which single entries train, until told."""
+    """Refuse a loss that is a method's, and single entries that train; warn of held-out rows."""
     inner, _ = _inner(fitted)
     name, masks = type(inner).__name__, vars(inner).get("train_masks_")
     if loss is None and isinstance(inner, NeuralNet) and "get_loss" in own_names(inner):

@@ -262,12 +262,8 @@ class Study:
         # two masks a pass, so that what one leaves is used by the next; one; and all of them, of a
         # large network as many as its gradients have room for; donors go by number
         light, draws = question.circuit.light, self.rule.kind == "resample"
-        sizes = (
-            (1, 2),
-            (min(3, n_rows), 2),
-            (min(33, n_rows), 2 - (n_rows > 3)),
-            (min(6, n_rows), 9),
-        )
+        few, one = min(3, n_rows), 1 if n_rows > 3 else 2  # masks a pass of the many rows
+        sizes = ((1, 2), (few, 2), (min(33, n_rows), one), (min(6, n_rows), 9))
         passes = {
             (count, count if draws else min(STACKED, count * at_once, max(2 * count, light)))
             for count, at_once in sizes
@@ -281,7 +277,7 @@ class Study:
             try:
                 gated = here.outcomes(masks[again])
                 worst = max(worst, float(np.abs(gated - truth[again]).max()))
-                once = count == min(3, n_rows) and stacked == (count if draws else 2 * count)
+                once = count == few and stacked == (count if draws else 2 * count)
                 if once and truth.shape[1] == count:
                     values, _ = here.circuit.gradients(here.asked, here.measure, gates[0])
                     worst = max(worst, float(np.abs(values.numpy() - truth[0]).max()))
