@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.data import fetch_fashion_mnist, fetch_newsgroups, fetch_wordllama
 from skperf.backbone.network import Network
 from skperf.backbone.outputs import loss
+from skperf.backbone.rows import Rows
 from skperf.datasets import load_email_vectors
 from skperf.influence.retraining import (
     Recipe,
@@ -80,13 +81,13 @@ def stacked_workload(
     X_train, X_test, y_train, y_test = parts
     network = Network(mlp(*widths), np.unique(y))
     recipe = Recipe(partial(adam, lr=1e-3), n_epochs=n_epochs, batch_size=32)
-    rows, codes = torch.from_numpy(X_train), torch.from_numpy(y_train)
+    rows, codes = Rows(torch.from_numpy(X_train)), torch.from_numpy(y_train)
     everything = torch.ones(n_members, len(rows), dtype=torch.bool)
     members = train_subsets(network, rows, codes, everything, recipe, seeds=list(range(n_members)))
     subsets = half_subsets(len(rows), n_subsets, torch.Generator().manual_seed(draw))
     seeds = [1000 + i for i in range(n_subsets * n_seeds)]
     retrained = train_subsets(network, rows, codes, subsets.repeat(n_seeds, 1), recipe, seeds=seeds)
-    queries = torch.from_numpy(X_test), torch.from_numpy(y_test)
+    queries = Rows(torch.from_numpy(X_test)), torch.from_numpy(y_test)
     losses = stacked_outputs(network, retrained, *queries, loss)
     losses = losses.view(n_seeds, n_subsets, -1).mean(0)
     modules = [_filled(mlp(*widths), members, i) for i in range(n_members)]
