@@ -100,7 +100,7 @@ def _copied(
                 memo[id(own)] = buffer(own)
         # all empty copies first, so that references between parts end inside the copy
         # (the __deepcopy__ of what is parametrized does that too, with no way past what refuses)
-        if "__deepcopy__" not in dir(type(part)) or "parametrizations" in part._modules:
+        if not hasattr(type(part), "__deepcopy__") or "parametrizations" in part._modules:
             memo[id(part)] = shells[id(part)] = type(part).__new__(type(part))
     for part in parts:  # what is compiled runs the user's own module: the copy is not compiled
         if id(original(part)) in shells:
