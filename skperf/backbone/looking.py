@@ -44,42 +44,8 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     """Find the outputs in what a network returns for a row of X; a known readout stays."""
     few = X[: min(2, len(X))]
     generator = torch.Generator().manual_seed(0)
-    scripted = any(isinstance(part, torch.jit.ScriptModule) for part in network.module.modules())
-    known = {id(part.weight) for part in network.module.modules() if bounds_its_norms(part)}
-    large = sum(parameter.nbytes for parameter in network.module.parameters()) > _MOST_BYTES
-    own = {
-        name: (p.detach() if large and id(p) not in known else p.detach().clone()).requires_grad_()
-        for name, p in network.module.named_parameters()
-        if p.is_floating_point() and not scripted
-    }
-    # of a large network there is no second copy; what would write to it is stopped before
-    shared = {w.untyped_storage().data_ptr() for w in own.values()} if large else set()
-    sums = {} if large else {name: _digest(weight) for name, weight in own.items()}
-    # with gradients, so that the last operation can be seen, but nothing is kept for them
-    nothing = saved_tensors_hooks(lambda tensor: None, lambda _: torch.empty(0))
-    with torch.enable_grad(), nothing, drawing_from(generator) as mode:
-        mode.read_only = shared
-        plain = replace(network, readout=None, draws=False)
-        (inputs,) = next(plain.batches(few))
-        try:
-            try:
-                returned = plain(inputs, own or None)
-            except RuntimeError:  # as of a forward that takes gradients itself, and keeps for them
-                with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-                    returned = plain(inputs, own or None)
-            outputs = returned if network.readout is None else network.readout(returned)
-        except Exception as error:
-            raise ValueError(
-                f"{type(network.module).__name__} does not run on the first rows of X, of shape "
-                f"{few.shape}: {type(error).__name__}: {error}"
-            ) from error
-    for name, total in sums.items():  # before a run that has the user's own
-        bounded = id(network.module.get_parameter(name)) in known
-        if not bounded and total != _digest(own[name]):
-            raise ValueError(
-                f"{type(network.module).__name__} writes to its own parameter {name!r} when it "
-                "runs, and would change yours: write to a copy in its forward."
-            )
+    plain = replace(network, readout=None, draws=False)
+    returned, outputs, drawn = _returned(network, few, generator)
     entry, two, final = network.readout, False, None
     if entry is None:
         entry, outputs = _entry(returned, len(few), n_labels, network)
@@ -111,8 +77,52 @@ def look(network: Network, X: Rows, *, n_labels: int | None, loss: Loss | None =
     if outputs.element_size() < 4:
         entry = chained(entry, Tensor.float)
     return Seen(
-        chained(entry, final), shape if final is None else final(outputs).shape[1:], mode.drawn, two
+        chained(entry, final), shape if final is None else final(outputs).shape[1:], drawn, two
     )
+
+
+def _returned(network: Network, few: Rows, generator: torch.Generator) -> tuple[Any, Any, bool]:
+    """Run rows few (n, ...): what is returned, what is read out of it, and whether any was drawn.
+
+    Copies of the parameters run, with gradients, so that the last operation can be seen.
+    """
+    module, plain = network.module, replace(network, readout=None, draws=False)
+    scripted = any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
+    known = {id(part.weight) for part in module.modules() if bounds_its_norms(part)}
+    large = sum(parameter.nbytes for parameter in module.parameters()) > _MOST_BYTES
+    own = {
+        name: (p.detach() if large and id(p) not in known else p.detach().clone()).requires_grad_()
+        for name, p in module.named_parameters()
+        if p.is_floating_point() and not scripted
+    }
+    # of a large network there is no second copy; what would write to it is stopped before
+    shared = {w.untyped_storage().data_ptr() for w in own.values()} if large else set()
+    sums = {} if large else {name: _digest(weight) for name, weight in own.items()}
+    # nothing is kept for the gradients
+    nothing = saved_tensors_hooks(lambda tensor: None, lambda _: torch.empty(0))
+    with torch.enable_grad(), nothing, drawing_from(generator) as mode:
+        mode.read_only = shared
+        (inputs,) = next(plain.batches(few))
+        try:
+            try:
+                returned = plain(inputs, own or None)
+            except RuntimeError:  # as of a forward that takes gradients itself, and keeps for them
+                with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                    returned = plain(inputs, own or None)
+            outputs = returned if network.readout is None else network.readout(returned)
+        except Exception as error:
+            raise ValueError(
+                f"{type(module).__name__} does not run on the first rows of X, of shape "
+                f"{few.shape}: {type(error).__name__}: {error}"
+            ) from error
+    for name, total in sums.items():  # before a run that has the user's own
+        bounded = id(module.get_parameter(name)) in known
+        if not bounded and total != _digest(own[name]):
+            raise ValueError(
+                f"{type(module).__name__} writes to its own parameter {name!r} when it "
+                "runs, and would change yours: write to a copy in its forward."
+            )
+    return returned, outputs, mode.drawn
 
 
 def _digest(weight: Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skperf.backbone.randomness import drawing_from
-from skperf.reprogramming._options import ALPHA_GRID, Settings
+from skperf.reprogramming._options import ALPHA_GRID, Pixels, Settings
 from skperf.reprogramming.encoders import FrozenEncoder, examined, of_tokens, open_encoder
 from skperf.reprogramming.heads import HEADS
 from skperf.reprogramming.masks import MaskProgram
@@ -276,55 +276,71 @@ def _program(
 ) -> InputProgram:
     if settings.encoder is None:
         return RowProgram((first.flatten(1).shape[1],))
-    pixels, pipeline = settings.pixels, encoder.pipeline
-    if pixels.rows == "tokens":
-        largest, known = int(pictures.source.max()), len(encoder._token_weight())
-        if largest >= known:
-            raise ValueError(
-                f"X holds the token id {largest}, but the encoder knows {known} tokens: were the "
-                "texts tokenized for another one?"
-            )
-        return TokenProgram((first.shape[1],), encoder.token_width)
-    front = None
-    if pixels.rows != "pictures":
+    if settings.pixels.rows == "tokens":
+        return _token_program(encoder, pictures, first)
+    pipeline, front = encoder.pipeline, None
+    if settings.pixels.rows != "pictures":
         if settings.layout == "mask":
-            raise ValueError(f"layout='mask' is for pictures; rows={pixels.rows!r} takes a border.")
-        some = torch.cat(pictures.tensors(np.arange(len(pictures))))
-        if encoder.axes == 1 and pixels.rows != "spectrogram":
-            return _signal_program(settings, encoder, some)
-        if encoder.axes is None and encoder.text is None and isinstance(pixels.canvas, str):
             raise ValueError(
-                f"rows={pixels.rows!r}: the encoder says neither that it takes signals nor that "
-                "it takes pictures; set canvas to the (height, width) of its pictures."
+                f"layout='mask' is for pictures; rows={settings.pixels.rows!r} takes a border."
             )
-        spectral = pixels.rows == "spectrogram"
-        flat = some.flatten(1)
-        front = Spectrogram.of(some) if spectral else RowPicture(flat.amin(0), flat.amax(0))
+        some = torch.cat(pictures.tensors(np.arange(len(pictures))))
+        if encoder.axes == 1 and settings.pixels.rows != "spectrogram":
+            return _signal_program(settings, encoder, some)
+        front = _row_front(settings.pixels, encoder, some)
         first, pipeline = front(first), replace(pipeline, resize="squash", scaled=None)
     n_channels = first.shape[1] if encoder.channels is None else encoder.channels
     if first.shape[1] not in (1, n_channels):
         raise ValueError(f"X has {first.shape[1]} channels; the encoder takes {n_channels}.")
-    source = (int(first.shape[-2]), int(first.shape[-1]))
-    if not isinstance(pixels.canvas, str):
-        height, width = np.broadcast_to(pixels.canvas, 2)
-        canvas = int(height), int(width)
-        if pipeline.resize == "patches":
-            pipeline = replace(pipeline, resize="squash")
-    else:
-        canvas = pipeline.canvas(source)
-        ragged = pipeline.size is None and pipeline.resize != "patches"
-        if ragged and not isinstance(pictures.source, np.ndarray):
-            shapes = {tuple(t.shape[-2:]) for t in pictures.tensors(range(min(64, len(pictures))))}
-            if len(shapes) > 1:
-                raise ValueError(
-                    f"X holds pictures of different sizes ({sorted(shapes)[:3]}), and the encoder "
-                    "does not say what size it takes; set canvas."
-                )
-    options = {"bound": pixels.bound, "clip": pixels.clip, "pipeline": pipeline}
+    if not isinstance(settings.pixels.canvas, str) and pipeline.resize == "patches":
+        pipeline = replace(pipeline, resize="squash")
+    canvas = _canvas(settings.pixels, pipeline, pictures, first)
+    options = {"bound": settings.pixels.bound, "clip": settings.pixels.clip, "pipeline": pipeline}
     if settings.layout == "mask":
         return MaskProgram(n_channels, canvas, **options)
     border = int(settings.border)
     return ImageProgram(n_channels, canvas, border, layout=settings.layout, front=front, **options)
+
+
+def _token_program(encoder: FrozenEncoder, pictures: Pictures, first: Tensor) -> TokenProgram:
+    largest, known = int(pictures.source.max()), len(encoder._token_weight())
+    if largest >= known:
+        raise ValueError(
+            f"X holds the token id {largest}, but the encoder knows {known} tokens: were the "
+            "texts tokenized for another one?"
+        )
+    return TokenProgram((first.shape[1],), encoder.token_width)
+
+
+def _row_front(pixels: Pixels, encoder: FrozenEncoder, some: Tensor) -> Spectrogram | RowPicture:
+    """Make pictures of rows: some (n, ...)."""
+    if encoder.axes is None and encoder.text is None and isinstance(pixels.canvas, str):
+        raise ValueError(
+            f"rows={pixels.rows!r}: the encoder says neither that it takes signals nor that "
+            "it takes pictures; set canvas to the (height, width) of its pictures."
+        )
+    if pixels.rows == "spectrogram":
+        return Spectrogram.of(some)
+    flat = some.flatten(1)
+    return RowPicture(flat.amin(0), flat.amax(0))
+
+
+def _canvas(
+    pixels: Pixels, pipeline: PixelPipeline, pictures: Pictures, first: Tensor
+) -> tuple[int, int]:
+    """Height and width of what the encoder sees."""
+    if not isinstance(pixels.canvas, str):
+        height, width = np.broadcast_to(pixels.canvas, 2)
+        return int(height), int(width)
+    ragged = pipeline.size is None and pipeline.resize != "patches"
+    if ragged and not isinstance(pictures.source, np.ndarray):
+        shapes = {tuple(t.shape[-2:]) for t in pictures.tensors(range(min(64, len(pictures))))}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"X holds pictures of different sizes ({sorted(shapes)[:3]}), and the encoder "
+                "does not say what size it takes; set canvas."
+            )
+    return pipeline.canvas((int(first.shape[-2]), int(first.shape[-1])))
 
 
 def _signal_program(settings: Settings, encoder: FrozenEncoder, some: Tensor) -> SignalProgram:
