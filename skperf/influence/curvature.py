@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Filtered:
 
     curvature: RowSpace
     at_zero: float  # f(0)
-    root: Tensor  # R (r, n_rows), in double precision: small damping takes many digits
+    squared: Callable[[Tensor], Tensor]  # times R' R, in double precision: (n, n_rows) -> same
 
     @classmethod
     def damped(cls, curvature: RowSpace, damping: float) -> "Filtered":
@@ -85,9 +86,7 @@ class Filtered:
                 f"damping={damping:.3g} is lost in the rounding of a curvature of this size: raise "
                 f"it above {least:.1g}, use method='exact', or a float64 module."
             )
-        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        root = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), identity, upper=False)
-        return cls(curvature, 1 / damping, root)
+        return cls(curvature, 1 / damping, partial(_solved, torch.linalg.cholesky(matrix)))
 
     @classmethod
     def of(cls, curvature: RowSpace, function: Filter) -> "Filtered":
@@ -97,12 +96,12 @@ class Filtered:
         values, vectors = values[keep], vectors[:, keep]
         at_zero = function(values.new_zeros(1))
         weights = (1 - function(values) / at_zero) / values
-        return cls(curvature, float(at_zero), (vectors * weights.clamp_min(0).sqrt()).T)
+        return cls(curvature, float(at_zero), partial(_spread, vectors, weights.clamp_min(0)))
 
     def weights(self, vectors: Sequence[Factor]) -> Tensor:
         """Of the curvature's rows: -> (n, n_rows)."""
         found = inner(vectors, self.curvature.rows)
-        return -(found.double() @ self.root.T @ self.root).to(found)
+        return -self.squared(found.double()).to(found)
 
     def apply(self, vectors: Sequence[Factor]) -> Gradients:
         """Multiply vectors: (n, ...) each."""
@@ -111,6 +110,14 @@ class Filtered:
             Dense((written_out(v) + combine(weights, row)) * self.at_zero)
             for v, row in zip(vectors, rows, strict=True)
         ]
+
+
+def _solved(lower: Tensor, found: Tensor) -> Tensor:
+    return torch.cholesky_solve(found.T, lower).T
+
+
+def _spread(vectors: Tensor, weights: Tensor, found: Tensor) -> Tensor:
+    return (found @ vectors * weights) @ vectors.T
 
 
 # torch's forward mode knows of one derivative at a time, whichever thread asks for it
