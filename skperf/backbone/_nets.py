@@ -2,6 +2,7 @@
 
 import inspect
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -63,7 +64,7 @@ def seed_of(random_state: Any) -> int:
     return int(check_random_state(random_state).randint(2**31 - 1))
 
 
-@undisturbed
+@partial(undisturbed, within=("notify", "train_step", "train_step_single", "get_loss", "infer"))
 class Net(OfLogits, NeuralNetClassifier):
     """Skorch classifier for ordinary training of a logits-producing module.
 
@@ -366,8 +367,7 @@ class Net(OfLogits, NeuralNetClassifier):
 
     def notify(self, method_name: str, **cb_kwargs: Any) -> None:
         """Call a method of the callbacks."""
-        scored = any(isinstance(callback, ScoringBase) for _, callback in self.callbacks_)
-        if method_name == "on_batch_end" and scored:
+        if method_name == "on_batch_end" and self._scores():
             # scorers hold predictions against labels, not against codes and weights
             inputs, targets = cb_kwargs["batch"]
             codes = targets[0] if isinstance(targets, tuple | list) else targets
@@ -384,6 +384,9 @@ class Net(OfLogits, NeuralNetClassifier):
             if raised_by_callback(error):  # skorch's way to end training; else it is the user
                 raise StopTraining from None
             raise
+
+    def _scores(self) -> bool:
+        return any(isinstance(callback, ScoringBase) for _, callback in self.callbacks_)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Tensor]:
         """Differentiate the loss of a batch."""

@@ -1,7 +1,7 @@
 """What a second Ctrl-C may leave behind in torch, put back at the end of every public method."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import wraps
 from traceback import clear_frames
@@ -20,10 +20,13 @@ _C: Any = torch._C
 _dispatch: Any = torch.utils._python_dispatch
 
 
-def undisturbed(owner: Owner) -> Owner:
-    """Have every public method of a class leave torch's modes as it found them, however it ends."""
+def undisturbed(owner: Owner, within: Collection[str] = ()) -> Owner:
+    """Have every public method of a class leave torch's modes as it found them, however it ends.
+
+    Those of `within` are left out: others of the class call them, at every step of a training say.
+    """
     for name, method in list(vars(owner).items()):
-        if isinstance(method, FunctionType) and not name.startswith("_"):
+        if isinstance(method, FunctionType) and not name.startswith("_") and name not in within:
             setattr(owner, name, _undisturbed(method))
     return owner
 
