@@ -1,6 +1,7 @@
 """Where a model and the label mix that answers it come to rest."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,22 +59,24 @@ def rest_point(
     """Rest of the corrected model on rows: logits (n, n_classes), codes, strata (n,)."""
     start, coming = np.exp(record.log_base), record.anticipation.trajectory.coming()
 
-    def corrected(prior: Array) -> Array:
-        return record.corrected(logits, np.log(np.maximum(prior, 1e-12)))
+    def corrected(prior: Array, full: bool = False) -> Array:
+        log_prior = np.log(np.maximum(prior, 1e-12))
+        return record.corrected(logits, log_prior if full else record.applied(log_prior)[0])
 
-    def statistic(prior: Array) -> Array:
-        scores = corrected(prior)
+    def statistic(scores: Array) -> Array:
         return record.measured(codes, scores.argmax(axis=1), scores, strata=strata)
 
-    def answer(prior: Array) -> Array:
-        expected = record.anticipation.log_answer(coming.at(statistic(prior)[None]))[0]
-        return np.exp(record.corrector.log_prior(expected, record.log_base))
+    def answer(prior: Array, full: bool = False) -> Array:
+        seen = statistic(corrected(prior, full))
+        found: Array = np.exp(record.anticipation.log_answer(coming.at(seen[None]))[0])
+        return found
 
     rest = stable_prior(answer, start, damping=damping, tol=tol, max_iter=max_iter)
-    one, two = plain_gaps(answer, start)
-    right = corrected(rest["prior"]).argmax(axis=1) == codes
+    one, two = plain_gaps(partial(answer, full=True), start)
+    scores = corrected(rest["prior"])
+    right = scores.argmax(axis=1) == codes
     return rest | {
-        "statistic": statistic(rest["prior"]),
+        "statistic": statistic(scores),
         "cycle": bool(one > FLIP and two < 0.5 * one),
         "cycle_gap": one,
         "worst_recall": worst_share(codes, right),

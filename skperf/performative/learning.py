@@ -188,6 +188,7 @@ def _entry(
     predicted, unknown = np.exp(expected.log_prior), np.full(len(record.log_base), np.nan)
     entry = {"round": number} | dict.fromkeys(MEASURED, np.nan)
     entry |= {"strength": expected.strength, "predicted": predicted, "realised": unknown}
+    entry["expected"] = np.exp(expected.answer)
     if part is not None:
         counts = counted(part.codes, part.weight, len(predicted))
         shares = counts / counts.sum()

@@ -119,14 +119,14 @@ def predict_scores(
     for candidate in candidates:
         prior = exogenous
         if prior is None:
-            prior = _applied(record, record.anticipation.log_answer, candidate, everything)
+            prior = _met(record, record.anticipation.log_answer, candidate, everything)
         value = candidate.score(prior, everything)
         resampled = []
         for i, (rows, error) in enumerate(zip(draws, errors, strict=True)):
             mix = prior
             if maps:
                 answer = maps[i % len(maps)].log_prior
-                mix = _applied(record, answer, candidate, rows)
+                mix = _met(record, answer, candidate, rows)
                 mix = mix if np.isfinite(mix).all() else prior
             met = np.maximum(mix + error, 1e-12)
             resampled.append(candidate.score(met / met.sum(), rows))
@@ -139,17 +139,16 @@ def predict_scores(
     return found
 
 
-def _applied(
-    record: Record, answer: Callable[..., Array], candidate: Candidate, rows: Codes
-) -> Array:
+def _met(record: Record, answer: Callable[..., Array], candidate: Candidate, rows: Codes) -> Array:
+    """Mix (n_classes,) that answers a candidate: in full, however much of it would be applied."""
     inputs = record.anticipation.trajectory.coming().at(candidate.statistic(rows)[None])
-    log_prior: Array = record.corrector.log_prior(answer(inputs)[0], record.log_base)
-    return np.exp(log_prior)
+    mix: Array = np.exp(answer(inputs)[0])
+    return mix
 
 
 def _one_step_errors(record: Record) -> Array:
-    """Realised minus anticipated shares, (n_errors, n_classes), of the rounds to learn from."""
-    known = [one["realised"] - one["predicted"] for one in record.losses]
+    """Realised minus expected shares, (n_errors, n_classes), of the rounds to learn from."""
+    known = [one["realised"] - one["expected"] for one in record.losses]
     errors = np.reshape(known, (-1, len(record.log_base)))[record.options.min_rounds :]
     errors = errors[np.isfinite(errors).all(axis=1)][-(record.settings.buffer_size or 0) :]
     return errors if len(errors) else np.zeros((1, len(record.log_base)))

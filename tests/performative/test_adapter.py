@@ -3,6 +3,7 @@
 import datetime
 import pickle
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -916,6 +917,20 @@ def test_rest_point(frozen):
     again = np.exp(adapter.record_.prior(rest.statistic)[0])
     np.testing.assert_allclose(again, rest.prior, atol=0.1)
     assert rest.worst_recall > 0.2
+
+
+def test_a_model_that_is_not_corrected_rests_at_the_answer_to_its_own_recalls(frozen):
+    adapter = PerformativeAdapter(frozen, adapter="tied", random_state=0)
+    live(adapter, World(temperature=0.3), 12)
+    record = adapter.record_
+    nothing = replace(record.corrector.choice, strength=0.0, calibration=0)
+    adapter.record_ = replace(record, corrector=replace(record.corrector, choice=nothing))
+    X, y = World(seed=9).draw(4000, prior=np.full(K, 1 / K))
+    rest = adapter.stable_point(X, y)
+    recalls = [np.mean(adapter.estimator_.predict(X[y == c]) == c) for c in np.unique(y)]
+    expected = softmax(-np.array(recalls) / 0.3)  # what this world does
+    np.testing.assert_allclose(rest.prior, expected, atol=0.03)
+    assert np.abs(expected - 1 / K).max() > 0.05
 
 
 @pytest.mark.filterwarnings("ignore:the correction is withdrawn")

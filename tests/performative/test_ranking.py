@@ -61,7 +61,7 @@ def test_intervals_look_at_resampled_maps_that_have_an_answer(lived, monkeypatch
     corrector = replace(
         record.corrector, choice=replace(record.corrector.choice, strength=1.0, mix=0.1)
     )
-    losses = [one | {"realised": one["predicted"]} for one in record.losses]  # never off
+    losses = [one | {"realised": one["expected"]} for one in record.losses]  # never off
     record = replace(record, corrector=corrector, losses=losses)
     mix = np.array([0.85, 0.05, 0.05, 0.05]) if known else np.full(4, np.nan)
     monkeypatch.setattr(ranking, "resampled_maps", lambda *_: [Constant(mix)])
@@ -72,6 +72,22 @@ def test_intervals_look_at_resampled_maps_that_have_an_answer(lived, monkeypatch
         record, [candidate], codes, 20, np.random.default_rng(0), answers=True
     )
     assert value == pytest.approx(prior[0])
-    applied = 0.9 * 0.85 + 0.1 * np.exp(record.log_base[0])
-    bounds = [value, applied] if known else [value, value]
-    assert [low, high] == pytest.approx(bounds)
+    # what a world answers, of which the adapter would apply less
+    assert [low, high] == pytest.approx([value, 0.85] if known else [value, value])
+
+
+def test_what_a_candidate_meets_is_not_weakened_with_the_correction(lived):
+    record = lived[0].record_
+    statistic = record.anticipation.trajectory.coming().statistics[0, 0]
+    candidate = Candidate(lambda rows: statistic, lambda prior, rows: float(prior[0]))
+    found = []
+    for strength in (0.0, 1.0):
+        choice = replace(record.corrector.choice, strength=strength)
+        own = replace(record, corrector=replace(record.corrector, choice=choice))
+        generator = np.random.default_rng(0)
+        codes = np.repeat(np.arange(4), 3)
+        found.append(predict_scores(own, [candidate], codes, 5, generator, answers=True)[0][3])
+    inputs = record.anticipation.trajectory.coming().at(statistic[None])
+    expected = np.exp(record.anticipation.log_answer(inputs)[0])
+    np.testing.assert_allclose(found, [expected, expected], atol=1e-12)
+    assert np.abs(expected - np.exp(record.log_base)).max() > 0.01
