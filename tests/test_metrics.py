@@ -83,3 +83,9 @@ def test_rows_as_sure_as_the_threshold_count_by_their_share():
     # 3 of 5 are right, one lies above 2, so that two of the three at 2 are counted
     found = atc_accuracy([3, 2, 2, 2, 1], [True, True, False, True, False], [3, 2, 2, 1, 0])
     assert found == pytest.approx((1 + 2 * 2 / 3) / 5)
+
+
+def test_the_threshold_may_lie_where_the_curve_goes_straight_on():
+    # one of each kind at every score: all points of the curve lie on one line
+    y_true, y_score = np.tile([1, 0], 20), np.repeat(np.arange(20), 2)
+    assert fpr_at_95_tpr(y_true, y_score) == pytest.approx(0.95)

@@ -24,7 +24,6 @@ from skperf.performative.trajectory import smoothed_confusion, smoothed_shares
 from skperf.reprogramming import rejection
 from skperf.reprogramming.black_box import estimated_gradient
 from skperf.reprogramming.label_mapping import bayesian, cooccurrence, one_to_one, random_mapping
-from skperf.reprogramming.objectives import ClassObjective
 
 SEEDS = range(5)
 rng_of = np.random.default_rng
@@ -548,25 +547,6 @@ def test_mappings_by_hand():
     with pytest.raises(ValueError, match="needs 6; the encoder has 5"):
         one_to_one(counts, 3)
     assert one_to_one(counts[:, :1], 5).sum() == 1
-
-
-@pytest.mark.parametrize("gamma", [0.0, 2.0])
-@pytest.mark.parametrize("contrastive", [True, False])
-def test_objectives_by_loops(gamma, contrastive):
-    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    codes = torch.tensor([2, 0, 1, 1, 2])
-
-    def focal(row, target):
-        p = torch.softmax(row, 0)[target]
-        return -0.7 * (1 - p) ** gamma * torch.log(p)
-
-    if contrastive:
-        pairs = torch.stack([logits[:, c] for c in codes], 1)
-        expected = [(focal(pairs[i], i) + focal(pairs[:, i], i)) / 2 for i in range(5)]
-    else:
-        expected = [focal(logits[i], codes[i]) for i in range(5)]
-    expected = torch.stack(expected)
-    torch.testing.assert_close(ClassObjective(contrastive, gamma, 0.7)(logits, codes), expected)
 
 
 @pytest.mark.parametrize("kind", ["rge", "spsa"])

@@ -27,7 +27,6 @@ from skperf.performative import report
 from skperf.performative.label_shift import estimate_base_prior
 from skperf.performative.ranking import RECENT, gains_of
 from skperf.performative.trajectory import measure_by_name
-from skperf.reprogramming.masks import MaskProgram
 from skperf.reprogramming.rejection import Gaussians, VirtualLogit
 
 RNG = np.random.default_rng(0)
@@ -100,16 +99,6 @@ def test_the_last_fifty_rounds_say_whether_the_mix_answers():
     losses.insert(70, dict.fromkeys(names, np.nan))
     for gains in gains_of(SimpleNamespace(losses=losses)).values():
         np.testing.assert_array_equal(gains, np.arange(30.0, 80.0))
-
-
-def test_a_mask_holds_a_pattern_of_the_canvas_and_two_layers_between():
-    program = MaskProgram(2, (5, 7))
-    weights = program.start("zeros", torch.Generator().manual_seed(0))
-    layers = [(8, 2, 3, 3), (16, 8, 3, 3), (2, 16, 3, 3)]
-    assert program.shape == weights.shape
-    assert len(weights) == 2 * 5 * 7 + sum(np.prod(layer) + layer[0] for layer in layers)
-    assert not weights[:70].any()
-    assert weights[70:].any()
 
 
 def test_groups_of_a_seed_are_those_of_numpys_own_stream():

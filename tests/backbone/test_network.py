@@ -9,6 +9,7 @@ from torch import nn
 
 from skperf.backbone import network as module_of
 from skperf.backbone.network import (
+    Field,
     Network,
     WithReadout,
     _mask_maker,
@@ -139,3 +140,14 @@ def test_targets_that_are_no_classes_are_numbers():
     assert found.tolist() == [1, 2.5]
     with pytest.raises(ValueError, match="y must hold numbers"):
         network.targets(["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["record", "dict", "tuple"])
+def test_a_field_is_read_off_a_record_a_dictionary_or_a_tuple(kind):
+    wanted, other = torch.ones(2), torch.zeros(2)
+    returned, key = {
+        "record": (SimpleNamespace(scores=wanted, other=other), "scores"),
+        "dict": ({"scores": wanted, "other": other}, "scores"),
+        "tuple": ((other, wanted), 1),
+    }[kind]
+    assert Field(key)(returned) is wanted

@@ -61,3 +61,14 @@ def test_what_draws_nothing_is_seen_to():
     with drawing_from(torch.Generator()) as mode:
         nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3))
     assert not mode.drawn
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.7, 1.0])
+def test_what_dropout_keeps_makes_up_for_what_it_drops(p):
+    with drawing_from(torch.Generator().manual_seed(0)):
+        found = F.dropout(torch.ones(4000), p)
+        still = F.dropout(torch.ones(9), p, training=False)
+    kept = found[found != 0]
+    assert len(kept) / 4000 == pytest.approx(1 - p, abs=0.03)
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p) if p < 1 else 1.0))
+    assert torch.equal(still, torch.ones(9))

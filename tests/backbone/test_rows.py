@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from transformers import BatchEncoding
 
-from skperf.backbone.rows import Rows
+from skperf.backbone.rows import Rows, _inputs_of
 
 A = np.arange(30.0).reshape(10, 3)
 B = np.arange(10)
@@ -140,3 +140,30 @@ def test_the_key_tells_rows_apart_that_differ_in_one(row):
     changed = A.copy()
     changed[row, 1] += 1
     assert Rows.of(A).key() == Rows.of(A.copy()).key() != Rows.of(changed).key()
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+        ([], []),
+        (([1.0, 2.0], 4), [1.0, 2.0]),
+        (([[1.0], [2.0]], 0), [[1.0], [2.0]]),
+        ([[1.0, 2.0], 1], [1.0, 2.0]),
+        (({"a": [1, 2], "labels": 3}, 1), {"a": [1, 2]}),
+        ((np.ones(2),), [1.0, 1.0]),
+        (7.0, 7.0),
+    ],
+)
+def test_items_of_data_sets_lose_their_target_and_nothing_else(item, expected):
+    found = _inputs_of(item)
+    if isinstance(expected, dict):
+        assert {name: value.tolist() for name, value in found.items()} == expected
+    else:
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_two_inputs_and_a_target_are_two_inputs():
+    first, second = _inputs_of((np.ones(2), np.zeros(3), 1))
+    assert (first.shape, second.shape) == ((2,), (3,))
+    assert len(_inputs_of((np.ones(2), np.zeros(3)))) == 2

@@ -9,7 +9,6 @@ from skperf.components.priors import (
     PathSums,
     mixture,
     path_prior,
-    pooled_slopes,
     population,
     with_singles,
 )
@@ -101,41 +100,6 @@ def test_standard_errors_match_the_spread_of_repeated_draws(n_masks):
     spread = np.var([fit.coefficients for fit in fits], 0)
     claimed = np.mean([fit.stderr**2 for fit in fits], 0)
     np.testing.assert_allclose(claimed.mean(), spread.mean(), rtol=0.2)
-
-
-def test_noise_of_the_path_follows_the_scale_of_each_example():
-    scale = np.array([1.0, 10.0, 0.1])[:, None]
-    sums = PathSums(N, 3)
-    for number in range(400):
-        tested = np.broadcast_to(np.arange(N) % 2 == number % 2, (3, N))
-        sums.add(scale * rng.normal(size=(3, N)), tested)
-    noise = path_prior(sums, population(sums)).noise
-    np.testing.assert_allclose(noise.mean(1), scale[:, 0] ** 2 / 200, rtol=0.15)
-
-
-def test_path_means_recover_a_linear_network_exactly():
-    sums = sums_around(TRUTH, noise=0.0)
-    on_path, open_gate = sums.means()
-    np.testing.assert_allclose(on_path, TRUTH)
-    np.testing.assert_allclose(open_gate, TRUTH)
-
-
-def test_slopes_find_the_guess_that_is_right():
-    wrong = rng.normal(size=TRUTH.shape)
-    features = np.stack([MASKS @ wrong.T, MASKS @ (TRUTH.T / 2)])
-    slopes = pooled_slopes([(features, MASKS @ TRUTH.T)])
-    np.testing.assert_allclose(slopes, [0, 2], atol=0.01)
-
-
-def test_sums_over_passes_do_not_depend_on_the_cut():
-    whole, parts = PathSums(N, 2), [PathSums(N, 2), PathSums(N, 2)]
-    for number in range(6):
-        gradient, tested = rng.normal(size=(2, N)), rng.random((2, N)) < 0.5
-        whole.add(gradient, tested)
-        parts[number > 3].add(gradient, tested)
-    parts[0].merge(parts[1])
-    for a, b in zip(whole.means(), parts[0].means(), strict=True):
-        np.testing.assert_allclose(a, b)
 
 
 def test_correlation_leaves_constant_rows_out():

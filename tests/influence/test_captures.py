@@ -214,3 +214,31 @@ def test_a_sequence_is_short_where_products_of_rows_are_fewer_than_weights():
     assert _is_short(1, 8, 8)
     assert not _is_short(2, 8, 8)  # 4 x 16 = 8 x 8
     assert not _is_short(3, 8, 8)
+
+
+NORMS = {
+    "layer": (nn.LayerNorm(4), (5, 3, 4)),
+    "layer over two axes": (nn.LayerNorm((3, 4)), (5, 2, 3, 4)),
+    "rms": (nn.RMSNorm(4), (5, 3, 2, 4)),
+    "group": (nn.GroupNorm(2, 4), (5, 4, 3, 3)),
+    "batch": (nn.BatchNorm2d(4), (5, 4, 3, 2)),
+    "instance": (nn.InstanceNorm1d(4, affine=True), (5, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_scales_and_shifts_are_summed_over_the_positions(name):
+    norm, shape = NORMS[name]
+    norm = norm.double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in norm.parameters():
+        tensor.data = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    module = nn.Sequential(norm, nn.Flatten())
+    rows = torch.randn(shape, generator=generator, dtype=torch.float64)
+    network = Network(module, None)
+    layers = layers_of(module)
+    with recording(module):
+        tape = record(network, Rows(rows), layers)
+        cotangent = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64)
+        found = to_vectors(layers, tape.pull(cotangent), select_parameters(module))
+    torch.testing.assert_close(found, brute_gradients(network, rows, cotangent))

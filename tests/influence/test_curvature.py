@@ -220,3 +220,10 @@ def test_outputs_move_as_they_should_where_there_is_no_forward_mode():
     assert move.__name__ == "twice_backward"
     moved = move({"w": torch.tensor([1.0, 0.5, 4.0])})
     torch.testing.assert_close(moved, torch.tensor([3.0, 6.0, 3.0]))
+
+
+def test_what_is_applied_to_vectors_is_the_damped_inverse(row_space, gradients):
+    factors, matrix = gradients
+    expected = matrix @ torch.linalg.solve(EXACT + 0.1 * torch.eye(len(EXACT)), matrix.T)
+    applied = RowForm(Filtered.damped(row_space, 0.1)).applied(None, factors)
+    torch.testing.assert_close(inner(applied, factors), expected)

@@ -33,7 +33,6 @@ from skperf.influence import (
     PerDraw,
     TracIn,
     noised,
-    read_checkpoints,
 )
 from skperf.influence._trust import _recipe_of
 
@@ -546,26 +545,6 @@ def test_denoisers_average_over_drawn_levels():
     np.testing.assert_allclose(scores, expected, rtol=1e-6, atol=1e-9)
     drawn = InfluenceScorer(PerDraw(denoiser), method=GGN(0.9, 500), **given).fit(X, noise)
     assert pearsonr(drawn.influence(X, noise).ravel(), scores.ravel())[0] > 0.97
-
-
-def test_checkpoints_of_other_libraries_are_read(tmp_path):
-    from safetensors.torch import save_file
-
-    states = [{k: v.detach() for k, v in mlp(4, 3, seed=i).state_dict().items()} for i in range(3)]
-    for step, state in zip((10, 200), states, strict=False):
-        folder = tmp_path / "run" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        save_file(state, folder / "model.safetensors")
-    torch.save(
-        {"state_dict": {f"model.{k}": v for k, v in states[2].items()}, "epoch": 3},
-        tmp_path / "last.ckpt",
-    )
-    read = read_checkpoints([tmp_path / "run", tmp_path / "last.ckpt"])
-    for found, expected in zip(read, states, strict=True):
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[k], expected[k]) for k in expected)
-    with pytest.raises(FileNotFoundError, match="holds none of"):
-        read_checkpoints(tmp_path)
 
 
 def test_the_assumptions_are_measured(digits):

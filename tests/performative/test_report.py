@@ -28,3 +28,16 @@ def test_a_report_tells_each_recall_and_the_worst_of_the_last_round(lived):
         assert [float(cell) for cell in cells] == pytest.approx(told, abs=6e-4)
     worst = adapter.prequential_.worst_recall[-1]
     assert f"worst recall of a class in the last round: {worst:.2f}" in report.answer["notes"]
+
+
+def test_a_report_tells_the_mix_of_each_class_with_its_interval(lived):
+    report = drift_report(lived[0].record_)
+    lines = str(report).splitlines()
+    assert lines[0] == f"round {report.answer['round']}: mix"
+    assert lines[1].split() == ["class", "base", "before", "last", "next", "low", "high"]
+    names = ("base", "before", "last", "anticipated", "low", "high")
+    for row, line in zip(report.mix, lines[2:6], strict=True):
+        label, *cells = line.split()
+        assert label == str(row["label"])
+        assert [float(cell) for cell in cells] == pytest.approx([row[n] for n in names], abs=6e-4)
+    assert lines[6] == "recall"

@@ -1,16 +1,12 @@
 """Response maps against closed forms, brute force and known worlds."""
 
-from copy import deepcopy
-
 import numpy as np
 import pytest
-import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from skperf.performative._neural import fit_neural
 from skperf.performative._options import MAPS
-from skperf.performative.paper import FADE, LEARNING_RATE, fit_paper, new_map
 from skperf.performative.response import (
     SLOPE_SHARE,
     Form,
@@ -259,49 +255,6 @@ def test_neural_map_learns_and_is_reproducible():
     assert divergence(truth, one.log_prior(at(fresh))) < 0.3 * divergence(truth, EQUAL[None])
     further = fit_neural(inputs, counts, log_base=EQUAL, hidden=(32,), max_epochs=60, start=one)
     assert divergence(truth, further.log_prior(at(fresh))) < divergence(truth, EQUAL[None])
-
-
-def test_paper_adapter_makes_two_or_three_steps_a_round():
-    inputs, counts = rounds(adversarial(), n_rounds=7)
-    response = None
-    for t in range(1, 8):
-        response = fit_paper(inputs[:t], counts[:t], log_base=EQUAL, start=response)
-    assert response.n_updates == 7
-    steps = {state["step"].item() for state in response.optimizer.state.values()}
-    assert steps == {sum(-(-t // max(1, t // 2)) for t in range(1, 8))}
-    sizes = [p.numel() for p in response.module.parameters()]
-    assert sum(sizes) == K * 256 + 256 + 256 * 256 + 256 + 256 * K + K
-
-
-def test_paper_adapter_fades_positions_as_released():
-    """Step by step in plain torch: coefficients belong to positions in the batch and persist."""
-    inputs, counts = rounds(adversarial(), n_rounds=5)
-    response = start = new_map(K, K, seed=0)
-    module, coefficients = deepcopy(start.module), torch.ones(200)
-    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
-    X = torch.as_tensor(inputs.statistics[:, 0], dtype=torch.float32)
-    Y = torch.as_tensor(counts / counts.sum(axis=1, keepdims=True), dtype=torch.float32)
-    for t in range(1, 6):
-        response = fit_paper(inputs[:t], counts[:t], log_base=EQUAL, start=response)
-        order = torch.randperm(t, generator=torch.Generator().manual_seed(t - 1))
-        for rows in order.split(max(1, t // 2)):
-            out = torch.nn.KLDivLoss(reduction="none")(module(X[rows]).log_softmax(1), Y[rows])
-            loss = (out.mean(1) * coefficients[: len(rows)]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            coefficients[: len(rows)] = coefficients[: len(rows)] * FADE
-    expected = module(X).log_softmax(1).detach().double().numpy()
-    np.testing.assert_allclose(response.log_prior(inputs), expected, atol=1e-5)
-    np.testing.assert_allclose(response.coefficients.numpy(), coefficients[:5].numpy(), rtol=1e-6)
-
-
-def test_paper_adapter_leaves_its_past_alone():
-    inputs, counts = rounds(adversarial(), n_rounds=3)
-    first = fit_paper(inputs, counts, log_base=EQUAL)
-    before = first.log_prior(inputs)
-    fit_paper(inputs, counts, log_base=EQUAL, start=first)
-    np.testing.assert_array_equal(first.log_prior(inputs), before)
 
 
 @pytest.mark.parametrize("same", [True, False])

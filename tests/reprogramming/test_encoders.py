@@ -244,3 +244,10 @@ class Told(nn.Module):
 def test_channels_are_those_of_the_visual_tower():
     opened = _open_two_towers(Told(), None, None)
     assert (opened.channels, opened.token_embedding) == (1, "token_embedding")
+
+
+@pytest.mark.parametrize("returned", [(3,), (2, 4), (4,)])
+def test_outputs_that_are_no_row_for_each_image_are_refused(returned):
+    encoder = open_encoder(lambda images: np.zeros(returned, np.float32))
+    with pytest.raises(ValueError, match="the encoder turned 3 images into an array of shape"):
+        encoder.encode_image(torch.zeros(3, 1, 2, 2))

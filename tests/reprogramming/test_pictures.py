@@ -111,3 +111,14 @@ def test_arrays_are_read_at_once_and_lists_one_by_one():
     assert torch.equal(torch.cat([one, two]), whole)
     (last,) = Pictures.of(images, PictureForm())[np.array([3, 1])].tensors([1])
     assert torch.equal(last, torch.tensor(images[1:2]))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(np.nan, "X contains NaN"), (np.inf, "X contains infinity"), (-np.inf, "X contains infinity")],
+)
+def test_what_is_not_finite_is_said_by_its_name(value, said):
+    X = np.full((3, 1, 2, 2), 0.5)
+    X[2, 0, 1, 1] = value
+    with pytest.raises(ValueError, match=said):
+        Pictures.of(X, PictureForm())

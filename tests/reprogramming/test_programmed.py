@@ -22,9 +22,8 @@ def test_program_and_text_are_parameters_of_the_module(fitted, towers, pictures)
     module, before = fitted.to_module(), state_of(towers)
     names = [name for name, _ in module.named_parameters() if not name.startswith("model.")]
     assert names == ["programmed.image", "programmed.text", "programmed.head.weight"]
-    if True:
-        loss = functional.cross_entropy(module(torch.tensor(X[:20])), torch.arange(20) % 3)
-        loss.backward()
+    loss = functional.cross_entropy(module(torch.tensor(X[:20])), torch.arange(20) % 3)
+    loss.backward()
     assert all(module.get_parameter(name).grad.abs().sum() > 0 for name in names)
     assert_same_state(before, state_of(towers))
 
@@ -111,3 +110,18 @@ def test_none_of_these_raises_the_similarity_of_the_tasks_own_pictures(
         for margin in (None, 3.0)
     )
     assert with_ > without
+
+
+def test_logits_are_those_of_what_the_program_makes_of_the_pictures(fitted, pictures):
+    images = torch.tensor(pictures[0][:5])
+    programmed = fitted.to_module().programmed
+    with torch.no_grad():
+        placed = programmed.program.place(images)
+        seen = programmed.encode(placed, programmed.image)
+        plain = programmed.encode(placed, None)
+        assert not torch.allclose(seen, plain, atol=1e-3)
+        classes = torch.tensor([2, 0])
+        expected = programmed.logits(seen, plain, classes)
+        torch.testing.assert_close(programmed(placed, plain, classes), expected)
+        # both representations, each with the logit of "none of these"
+        assert expected.shape == (2, 5, 3)

@@ -1,9 +1,7 @@
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from skperf.reprogramming.objectives import ClassObjective, focal_cross_entropy
 from skperf.reprogramming.residual import AlphaCurve, Representations, alpha_curve, mixed
 
 
@@ -37,36 +35,6 @@ def test_curve_equals_direct_computation():
 def test_of_the_most_accurate_alphas_that_of_least_loss_is_chosen():
     curve = AlphaCurve((0.0, 0.2, 0.4, 1.0), (0.8, 0.85, 0.85, 0.3), (0.5, 1.0, 1.1, 0.4))
     assert curve.best() == 0.2
-
-
-def test_focal_loss_is_cross_entropy_at_gamma_zero():
-    logits, codes = torch.randn(8, 3).double(), torch.arange(8) % 3
-    torch.testing.assert_close(
-        focal_cross_entropy(logits, codes),
-        functional.cross_entropy(logits, codes, reduction="none"),
-    )
-    p = logits.softmax(1)[torch.arange(8), codes]
-    torch.testing.assert_close(
-        focal_cross_entropy(logits, codes, gamma=4.0, scale=0.8), -0.8 * (1 - p) ** 4 * p.log()
-    )
-
-
-def test_contrast_equals_the_released_loop():
-    """Every image against the caption of every image of the batch, and the reverse."""
-    u, classes = unit(6, 4), unit(3, 4, seed=1)
-    codes = torch.tensor([0, 1, 2, 0, 0, 1])
-    captions = classes[codes]
-    similarity = 10 * u @ captions.T
-    target = torch.arange(6)
-
-    def focal(logits):
-        p = logits.softmax(1)[target, target]
-        return (-0.8 * (1 - p) ** 4 * p.log()).mean()
-
-    expected = (focal(similarity) + focal(similarity.T)) / 2
-    objective = ClassObjective(contrastive=True, gamma=4.0, scale=0.8)
-    torch.testing.assert_close(objective(10 * u @ classes.T, codes).mean(), expected)
-    assert np.isfinite(expected.item())
 
 
 def test_accuracies_are_compared_to_six_digits():
