@@ -89,3 +89,9 @@ def test_the_threshold_may_lie_where_the_curve_goes_straight_on():
     # one of each kind at every score: all points of the curve lie on one line
     y_true, y_score = np.tile([1, 0], 20), np.repeat(np.arange(20), 2)
     assert fpr_at_95_tpr(y_true, y_score) == pytest.approx(0.95)
+
+
+def test_two_masks_are_enough_for_a_correlation_and_one_is_not():
+    assert counterfactual_correlation([[1.0, 2.0]], [[5.0, 9.0]]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="needs at least two masks, got 1"):
+        counterfactual_correlation([[1.0]], [[1.0]])

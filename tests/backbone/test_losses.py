@@ -185,3 +185,10 @@ def test_a_module_without_a_reduction_is_taken_as_it_is():
     assert loss.name == "Plain"
     expected = (values - CODES[:, None]).abs().amax(1)
     torch.testing.assert_close(loss.value(values, CODES), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_curvature_of_a_squared_error_is_the_same_for_every_row(n):
+    targets = torch.zeros(n, 2, dtype=torch.float64)
+    found = resolve_loss(nn.MSELoss()).hessian(torch.ones(n, 2, dtype=torch.float64), targets)
+    torch.testing.assert_close(found, torch.eye(2, dtype=torch.float64).repeat(n, 1, 1))

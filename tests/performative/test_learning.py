@@ -9,14 +9,16 @@ from sklearn.frozen import FrozenEstimator
 
 from skperf import PerformativeAdapter
 from skperf.performative.learning import (
+    STEP,
     Expected,
     _judged,
+    _stepped,
     counted_round,
     learned,
     remembering,
     replaced,
 )
-from skperf.performative.record import WORTHS, Memory, Round
+from skperf.performative.record import COVERED, WORTHS, Memory, Round
 from skperf.performative.trajectory import KEPT_ROUNDS
 from tests.performative.conftest import K
 
@@ -114,3 +116,11 @@ def test_of_another_classifier_only_its_own_rows_are_known(record):
         )
     assert replaced(record, None, None).base_rows == 0
     np.testing.assert_array_equal(replaced(record, None, None).log_base, record.log_base)
+
+
+def test_intervals_widen_by_what_they_missed_and_narrow_by_what_they_held():
+    wide = _stepped(2.0, np.array([True, True, False, False]))
+    narrow = _stepped(2.0, np.zeros(4, bool))
+    assert wide == pytest.approx(2.0 * np.exp(STEP * (0.5 - (1 - COVERED))))
+    assert narrow == pytest.approx(2.0 * np.exp(-STEP * (1 - COVERED)))
+    assert narrow < 2.0 < wide

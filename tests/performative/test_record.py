@@ -133,3 +133,18 @@ def test_an_interval_holds_nine_in_ten_rounds_of_a_beta_distribution(lived):
         assert low[k] == pytest.approx(min(np.floor(own[0] * size) / size, share))
         assert high[k] == pytest.approx(max(np.ceil(own[1] * size) / size, share))
     assert (low < prior).any()
+
+
+def test_the_statistic_of_remembered_rows_is_the_recall_of_the_corrected_model(lived):
+    record = lived[0].record_
+    log_prior = np.log([0.7, 0.1, 0.1, 0.1])
+    scores = record.corrected(record.memory.scores, log_prior)
+    codes, right = record.memory.codes, scores.argmax(axis=1) == record.memory.codes
+    totals = np.bincount(codes, minlength=4)
+    smoothing, pooled = record.options.smoothing, right.mean()
+    expected = (np.bincount(codes, right, minlength=4) + smoothing * pooled) / (totals + smoothing)
+    np.testing.assert_allclose(record.remembered_statistic(log_prior), expected)
+    predicted = np.bincount(scores.argmax(axis=1), minlength=4)
+    assert np.abs(totals - predicted).max() > 10  # recall is not precision here
+    empty = replace(record, memory=Memory.empty(4))
+    assert np.isnan(empty.remembered_statistic(log_prior)).all()
