@@ -611,7 +611,8 @@ class PerformativeAdapter(CallbackSupportMixin, ClassifierMixin, MetaEstimatorMi
         Returns
         -------
         prior : ndarray of shape (n_classes,) or (n, n_classes)
-            Shares.
+            Shares that predictions are corrected for: between the base mix and what the maps
+            expect, as far as `strength_` goes.
         interval : ndarray of shape (2, ...)
             Low and high shares, if asked for.
         """
