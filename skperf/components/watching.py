@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from skperf.components.taps import (
     OpenAttention,
@@ -79,6 +80,7 @@ class Watcher(TorchFunctionMode):
         self.leading_back: set[str] = set()
         self.expert_slices: dict[str, dict[str, Tensor]] = {}
         self.used: set[int] = set()
+        self.buffers = {id(buffer) for buffer in module.buffers()}
         self.holders = {
             id(parameter): (name, own)
             for name, part in module.named_modules()
@@ -120,12 +122,26 @@ class Watcher(TorchFunctionMode):
             self._projects(args)
         if func is torch.einsum:
             self._takes_by_parameter(args)
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        fixed = [self._is_fixed(value) for value in given]
         result = func(*args, **kwargs)
         least_axes = 3 if "bmm" in func.__name__ or not torch.is_grad_enabled() else 4
-        if func in _PRODUCTS and result.ndim >= least_axes:
+        # a product with what no row has a part in turns entries, and mixes none
+        if func in _PRODUCTS and result.ndim >= least_axes and not any(fixed):
             leaf = self._mixing(result, range(result.ndim - 1))
             return leaf.clone() + (result - result.detach())
+        if all(fixed):
+            for value in tree_leaves(result):
+                if isinstance(value, Tensor):
+                    value._of_no_row = True  # type: ignore[attr-defined]
+        elif func.__name__ == "__setitem__" or func.__name__.endswith("_"):
+            given[0]._of_no_row = False  # type: ignore[attr-defined]
         return result
+
+    def _is_fixed(self, value: Tensor) -> bool:
+        """Whether a tensor was made of parameters, buffers and constants alone."""
+        known = isinstance(value, nn.Parameter) or id(value) in self.buffers
+        return known or getattr(value, "_of_no_row", False)
 
     @contextmanager
     def hooks(self, *, whole: bool = True) -> Iterator[None]:
