@@ -102,7 +102,12 @@ def is_table(X: Any) -> bool:
 
 
 def refuse_uneven(X: Any) -> None:
-    """Refuse rows of several lengths, and names of files in the place of pictures."""
+    """Refuse rows of several lengths, tables of pictures, and names of files in their place."""
+    if hasattr(X, "iloc") and X.ndim == 2 and len(X):
+        first = X.iloc[0]
+        column = next((name for name in X.columns if hasattr(first[name], "getbands")), None)
+        if column is not None:
+            raise ValueError(f"X is a table with pictures in a column: pass X[{column!r}] alone.")
     listed = isinstance(X, list | tuple) or str(getattr(X, "dtype", "")) == "object"
     if not (listed and getattr(X, "ndim", 1) == 1 and len(X)):
         return

@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
+from skperf.reprogramming import Reprogrammer
 from skperf.reprogramming.pictures import (
     PictureForm,
     Pictures,
@@ -122,3 +124,11 @@ def test_what_is_not_finite_is_said_by_its_name(value, said):
     X[2, 0, 1, 1] = value
     with pytest.raises(ValueError, match=said):
         Pictures.of(X, PictureForm())
+
+
+def test_a_table_of_pictures_is_told_which_column_to_pass(towers, parameters):
+    image = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    table = pd.DataFrame({"name": ["a", "b", "c"], "photo": [image] * 3})
+    model = Reprogrammer(towers, **parameters)
+    with pytest.raises(ValueError, match=r"pictures in a column: pass X\['photo'\] alone"):
+        model.fit(table, ["cat", "dog", "bird"])
