@@ -15,6 +15,7 @@ from skperf.backbone.network import (
     _mask_maker,
     _names_of,
     _only_inputs,
+    check_device,
     logits_of_shares,
 )
 from skperf.backbone.rows import Rows
@@ -151,3 +152,12 @@ def test_a_field_is_read_off_a_record_a_dictionary_or_a_tuple(kind):
         "tuple": ((other, wanted), 1),
     }[kind]
     assert Field(key)(returned) is wanted
+
+
+def test_devices_are_tried_before_anything_else():
+    check_device(None)
+    check_device("cpu")
+    check_device(torch.device("cpu"))
+    for wrong in ("gpu", "cpu:zero", 3.5, *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=f"device={wrong!r} can't be computed on"):
+            check_device(wrong)

@@ -148,3 +148,17 @@ def test_the_statistic_of_remembered_rows_is_the_recall_of_the_corrected_model(l
     assert np.abs(totals - predicted).max() > 10  # recall is not precision here
     empty = replace(record, memory=Memory.empty(4))
     assert np.isnan(empty.remembered_statistic(log_prior)).all()
+
+
+def test_the_worst_recall_is_of_a_class_in_a_group_where_there_are_groups(lived):
+    record = lived[0].record_
+    codes, groups = record.memory.codes, np.arange(len(record.memory.codes)) % 3
+    memory = replace(record.memory, strata=groups)
+    grouped = replace(record, memory=memory, strata=np.array(["a", "b", "c"]))
+    log_prior = np.log([0.6, 0.2, 0.1, 0.1])
+    right = record.corrected(record.memory.scores, log_prior).argmax(axis=1) == codes
+    expected = min(right[(codes == c) & (groups == g)].mean() for c in range(4) for g in range(3))
+    assert grouped._worst_recall(log_prior) == pytest.approx(expected)
+    plain = min(right[codes == c].mean() for c in range(4))
+    assert record._worst_recall(log_prior) == pytest.approx(plain)
+    assert expected < plain

@@ -15,6 +15,7 @@ from skperf.reprogramming.heads import (
     Cached,
     _adapter,
     calibrated,
+    few_rows,
     folds_of,
     rebuilt,
     sharpened_losses,
@@ -300,3 +301,12 @@ def test_attributes_take_one_prompt_a_class_and_say_when_there_are_too_many():
     torch.testing.assert_close(Attributes(cached, 1)(outputs), 2.0 * outputs @ texts.T)
     with pytest.raises(ValueError, match="head='attributes': there are too many prompts"):
         Attributes(Cached(outputs, codes, torch.ones(4), 3, texts), 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([1, 1, 9, 9], False), ([1, 1, 1, 9, 9], True), ([2, 2, 0, 0, 9], True), ([3, 3, 3], False)],
+)
+def test_rows_are_few_where_most_classes_have_one_or_two(sizes, expected):
+    codes = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    assert few_rows(codes, 2) is expected
