@@ -311,14 +311,28 @@ def _fit_other_net(net: Any, rows: Rows, y: Any, sample_weight: Any, seed: int) 
         targets = targets.astype(np.float32)
     with drawing_from(torch.Generator().manual_seed(seed)):
         net.initialize()
-        inputs = Network(net.module_, None).inputs(rows)
-        net.partial_fit(inputs.map(lambda leaf: leaf.cpu()).tree, targets)
+        inputs = Network(net.module_, None).inputs(rows).map(lambda leaf: leaf.cpu())
+        if targets.ndim == 1 and labels is None and criterion.__module__ == nn.MSELoss.__module__:
+            _refuse_broadcast(name, view(net.module_), inputs[:2], targets)
+        net.partial_fit(inputs.tree, targets)
     if labels is None:
         return net
     network = replace(_of_net(net, labels), module=net.module_)
     return ModuleClassifier(
         network.to_module(), labels, batch_size=network.batch_size, loss=network.loss
     )
+
+
+def _refuse_broadcast(name: str, module: nn.Module, few: Rows, targets: Any) -> None:
+    """Refuse targets (n,) beside outputs (n, 1), which torch's losses make (n, n) of."""
+    shape: Any = None
+    with suppress(Exception), torch.no_grad():  # what does not run says so in training
+        shape = tensor_of(Network(module, None).returned(few)).shape
+    if shape == (len(few), 1):
+        raise ValueError(
+            f"y has shape {targets.shape}, and the module of {name} returns (n, 1): its criterion "
+            "would hold every row against all others. Pass y[:, None]."
+        )
 
 
 # methods of skorch by which a net's answers are more than what its module returns

@@ -566,3 +566,17 @@ def test_rows_that_a_net_held_out_are_warned_of(kind):
     apart = predefined_split(Dataset(inputs[:9], y[:9]))
     net = kind(nn.Linear(4, 3), train_split=apart, **OPTIONS).fit(inputs, y)
     InfluenceScorer(FrozenEstimator(net)).fit(inputs, y)
+
+
+@pytest.mark.parametrize("squeezed", [True, False])
+def test_targets_of_one_axis_beside_outputs_of_two_are_refused(squeezed):
+    X = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    parts = [nn.Linear(4, 1), nn.Flatten(0)] if squeezed else [nn.Linear(4, 1)]
+    net = NeuralNetRegressor(nn.Sequential(*parts), train_split=None, max_epochs=2, verbose=0)
+    if squeezed:
+        assert fit_estimator(net, X, X[:, 0]).module_ is not None
+        return
+    with pytest.raises(ValueError, match=r"y has shape \(12,\).* returns \(n, 1\).*y\[:, None\]"):
+        fit_estimator(net, X, X[:, 0])
+    fitted = fit_estimator(net, X, X[:, :1])
+    assert open_network(fitted).loss.kind == "values"
