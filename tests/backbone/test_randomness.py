@@ -63,11 +63,13 @@ def test_what_draws_nothing_is_seen_to():
     assert not mode.drawn
 
 
+@pytest.mark.parametrize("trains", [True, False])  # torch has an operator of its own for each
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.7, 1.0])
-def test_what_dropout_keeps_makes_up_for_what_it_drops(p):
+def test_what_dropout_keeps_makes_up_for_what_it_drops(p, trains):
     with drawing_from(torch.Generator().manual_seed(0)):
-        found = F.dropout(torch.ones(4000), p)
+        found = F.dropout(torch.ones(4000, requires_grad=trains), p)
         still = F.dropout(torch.ones(9), p, training=False)
+    found = found.detach()
     kept = found[found != 0]
     assert len(kept) / 4000 == pytest.approx(1 - p, abs=0.03)
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p) if p < 1 else 1.0))

@@ -1,5 +1,7 @@
 """Where rows lie in a tensor, and when the first gate acts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from skperf.backbone.network import Network
 from skperf.backbone.rows import Rows
 from skperf.backbone.views import view
 from skperf.components.finding import find, size_at
-from skperf.components.units import Spot, select
+from skperf.components.units import Site, Spot, select
 from skperf.components.wiring import Layout, Wiring, _layout, _Seen, wire
 
 
@@ -78,3 +80,15 @@ def test_batch_normalisation_is_folded_where_that_changes_nothing():
     )
     wiring = wire(network, components, sites, rows, outputs_themselves=False)
     assert wiring.followers == {"0": "1"}
+
+
+def test_rows_are_known_where_every_call_of_every_gated_tensor_tells_them():
+    spot, other = Spot("a", "output", 1), Spot("b", "output", 1)
+    site = Site("a", "neuron", 3, (spot, other))
+    layouts = {(spot, 0): None, (spot, 1): None, (other, 0): None}
+    known = Wiring((), (site,), n_calls={spot: 2, other: 1}, layouts=layouts)
+    assert known.knows_rows
+    assert not replace(known, n_calls={spot: 2}).knows_rows  # never seen to run
+    assert not replace(known, n_calls={spot: 3, other: 1}).knows_rows
+    weight = replace(site, spots=(Spot("a", "weight", 0),))
+    assert not replace(known, sites=(weight,)).knows_rows

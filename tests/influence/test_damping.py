@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from skperf.influence import CG, EKFAC, GGN, Exact, InfluenceScorer
-from skperf.influence.damping import noise_damping
+from skperf.influence.damping import noise_damping, of_each
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(40, 5)), np.arange(40) % 3
@@ -65,3 +69,29 @@ def test_weights_of_zero_are_no_reason_to_fail():
     damping = noise_damping(trace, shares, [torch.zeros(3, 5)])
     assert damping == pytest.approx((trace / 40) ** 0.5)
     assert noise_damping(0.0, shares, [torch.ones(2)]) == 1e-8
+
+
+def test_weights_and_biases_get_a_number_each():
+    parameters = {"w": torch.ones(2, 3), "b": torch.ones(3), "kernel": torch.ones(2, 1, 2)}
+    found = of_each(SimpleNamespace(parameters=parameters), 0.5, 7.0)
+    assert found.tolist() == [0.5] * 6 + [7.0] * 3 + [0.5] * 4
+    assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize("C", [0.02, 5.0])
+def test_a_penalty_that_spares_intercepts_hardly_holds_them(C):
+    y = (X[:, 0] + 0.3 * np.arange(40) % 2 > 0.2).astype(int)
+    fitted = LogisticRegression(C=C, tol=1e-10, max_iter=5000).fit(X, y)
+    scorer = InfluenceScorer(FrozenEstimator(fitted), method=GGN(kept_trace=1.0, max_rows=None))
+    found = scorer.fit(X, y).influence(X[:7], y[:7])
+    # by hand, in the parameters of one logit, the intercept last and free
+    rows = np.c_[X, np.ones(40)]
+    p = fitted.predict_proba(X)[:, 1]
+    gradients = (p - y)[:, None] * rows
+    hessian = (rows * (p * (1 - p))[:, None]).T @ rows / 40
+    ridge = np.diag([1 / (C * 40)] * 5 + [0.0])
+    expected = gradients[:7] @ np.linalg.solve(hessian + ridge, gradients.T) / 40
+    np.testing.assert_allclose(found, expected, atol=3e-3 * np.abs(expected).max())
+    held = gradients[:7] @ np.linalg.solve(hessian + ridge[0, 0] * np.eye(6), gradients.T) / 40
+    if C < 1:
+        assert np.abs(held - expected).max() > 0.05 * np.abs(expected).max()

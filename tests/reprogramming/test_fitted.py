@@ -34,3 +34,23 @@ def test_inliers_are_told_by_plus_and_minus_one(towers, pictures, parameters):
     found = fitted.predict_inlier(rows)
     assert {*found.tolist()} == {-1, 1}
     np.testing.assert_array_equal(found > 0, scores >= record.choice.thresholds[name])
+
+
+def test_similarities_are_products_with_the_classes_or_the_heads_logits(
+    towers, pictures, parameters
+):
+    X, y = pictures
+    record = Reprogrammer(towers, **parameters | {"max_epochs": 0}).fit(X, y)._record().open()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        classes = record.classes()
+        outputs = torch.randn(5, classes.shape[1], generator=generator)
+        torch.testing.assert_close(record.similarities(outputs), outputs @ classes.T)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), nn.Linear(36, 5))
+    plain = Reprogrammer(net, border=2, max_epochs=0, random_state=0).fit(X, y)._record().open()
+    assert plain.classes() is None
+    with torch.no_grad():
+        outputs = torch.randn(4, 5, generator=generator)
+        expected = plain.programmed.logits(outputs)
+        torch.testing.assert_close(plain.similarities(outputs), expected)
