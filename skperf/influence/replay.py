@@ -410,7 +410,9 @@ def _check_reversible(run: Run) -> None:
             f"{', '.join(sorted(known.__name__ for known in BACK))} can."
         )
     if any(settings.get("amsgrad") for settings in run.steps[0].settings):
-        raise ValueError(f"a run of {name} with amsgrad=True can't be gone back through.")
+        raise ValueError(
+            f"a run of {name} with amsgrad=True can't be gone back through; train without it."
+        )
 
 
 def smoothness(
