@@ -11,6 +11,7 @@ import torch
 from numpy.lib.recfunctions import append_fields
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, TransformerMixin
 from sklearn.utils import Bunch
+from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted
 
 from skperf.backbone._callbacks import CallbackSupportMixin, tells_callbacks
@@ -25,7 +26,12 @@ from skperf.backbone._sklearn import (
     fit_context,
 )
 from skperf.backbone._state import unchanged_on_error
-from skperf.backbone._validation import check_labelled_rows, check_rows, check_targets
+from skperf.backbone._validation import (
+    as_labels,
+    check_labelled_rows,
+    check_rows,
+    check_targets,
+)
 from skperf.backbone.interrupts import undisturbed
 from skperf.backbone.network import Network
 from skperf.backbone.parameters import checksum
@@ -642,6 +648,12 @@ class ComponentAttributor(
             raise ValueError(
                 f"output={self.output!r} is of one label a row, and y has shape {y.shape}: use "
                 "'loss', or a function of (outputs, y) that returns one number a row or several."
+            )
+        labels = as_labels(y) if by_class else None
+        if labels is not None and type_of_target(labels, input_name="y") == "continuous":
+            raise ValueError(
+                f"output={self.output!r} is of one label a row, and y holds numbers (Unknown label "
+                "type: continuous): use 'value', 'loss', or a function of (outputs, y)."
             )
         if by_class or self.estimator is None:
             return check_labelled_rows(self, X, y, reset=reset)

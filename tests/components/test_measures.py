@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from skperf import ComponentAttributor, from_module
 from skperf.backbone.losses import resolve_loss
 from skperf.backbone.rows import Rows
 from skperf.components.measures import Measure, _guarded, checked_output
@@ -80,3 +81,13 @@ def test_names_are_of_one_label_a_row():
     assert measured("value", None, outputs=torch.tensor([[1.0], [2.0]])).tolist() == [1.0, 2.0]
     with pytest.raises(ValueError, match="one output a row, and this one has"):
         measured("value", None)
+
+
+def test_numbers_are_no_labels_and_the_message_names_the_output():
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    X = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    network = from_module(module, loss="squared_error")
+    with pytest.raises(ValueError, match=r"output='margin' is of one label a row.*use 'value'"):
+        ComponentAttributor(network, budget=12).fit(X, X[:, 0])
+    fitted = ComponentAttributor(network, budget=12, output="value").fit(X, X[:, 0])
+    assert fitted.attributions_.shape == (9, 4)
