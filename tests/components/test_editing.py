@@ -112,3 +112,11 @@ def test_the_grid_starts_at_zero_and_ends_where_asked():
     assert grid[:4] == [0, 1, 2, 3]
     assert grid[-1] == 300
     assert len(grid) < 25
+
+
+def test_a_ranking_is_left_where_it_has_cost_the_intact_network_far_too_much():
+    outcomes = {0: (0.0, 0.9), 1: (1.0, 0.82), 2: (2.0, 0.75), 3: (9.0, 0.895)}
+    search = Known(4, lambda gone: outcomes[len(gone)], max_drop=0.01)
+    search.along(np.arange(4), [0, 1, 2, 3])
+    assert search.k == 0  # what came later was not looked at
+    assert [step["k"] for step in search.beyond] == [1, 2]

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from skperf import ComponentAttributor
 from skperf.components.recipes import _spread, exact
 
 
@@ -21,3 +24,33 @@ def test_some_of_many_are_spread_from_the_first_to_the_last(count, most):
     assert found[0] == 0
     assert found[-1] == count - 1 or most == 1
     assert found == sorted(set(found))
+
+
+class Sums(nn.Module):
+    """A logit that is linear in what its neurons add, whatever the row."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.inner(x))
+
+
+@pytest.mark.parametrize("method", ["path_gradient", "regression", "loo", "auto"])
+def test_of_a_network_linear_in_its_gates_every_method_finds_all(method):
+    torch.manual_seed(0)
+    X, y = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32), np.arange(7) % 2
+    module = Sums()
+    model = ComponentAttributor(
+        module, components="inner", output="logit", method=method, budget=80, random_state=0
+    ).fit(X, y)
+    with torch.no_grad():
+        added = module.inner(torch.as_tensor(X))[:, None] * module.head.weight  # (7, 2, 6)
+        expected = added[range(7), y].numpy()
+        offsets = module.head.bias[y].numpy()
+    tolerance = 1e-2 if method == "regression" else 1e-3
+    np.testing.assert_allclose(model.attributions_, expected, atol=tolerance)
+    masks = np.random.default_rng(1).integers(0, 2, (5, 6))
+    found = model.predict_counterfactual(masks)
+    np.testing.assert_allclose(found, expected @ masks.T + offsets[:, None], atol=3 * tolerance)

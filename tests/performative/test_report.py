@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
+from skperf.performative.diagnostics import extrapolation, identifiability
 from skperf.performative.report import drift_report, quick_diagnostics
 
 
@@ -41,3 +42,17 @@ def test_a_report_tells_the_mix_of_each_class_with_its_interval(lived):
         assert label == str(row["label"])
         assert [float(cell) for cell in cells] == pytest.approx([row[n] for n in names], abs=6e-4)
     assert lines[6] == "recall"
+
+
+def test_diagnostics_hold_the_model_in_force_against_those_before_it(lived):
+    record = lived[0].record_
+    trajectory = record.anticipation.trajectory
+    before, latest = (
+        trajectory.statistics[: -trajectory.lag],
+        trajectory.statistics[-trajectory.lag],
+    )
+    found = quick_diagnostics(record)
+    assert found["extrapolation"] == pytest.approx(extrapolation(latest, before))
+    assert found["extrapolation"] != pytest.approx(extrapolation(before[0], before))
+    for name, value in identifiability(before).items():
+        np.testing.assert_allclose(found[name], value)
