@@ -226,4 +226,5 @@ def test_what_is_applied_to_vectors_is_the_damped_inverse(row_space, gradients):
     factors, matrix = gradients
     expected = matrix @ torch.linalg.solve(EXACT + 0.1 * torch.eye(len(EXACT)), matrix.T)
     applied = RowForm(Filtered.damped(row_space, 0.1)).applied(None, factors)
-    torch.testing.assert_close(inner(applied, factors), expected)
+    # EXACT is of another order of sums, and the inverse of its rounding
+    torch.testing.assert_close(inner(applied, factors), expected, rtol=1e-5, atol=1e-6)
