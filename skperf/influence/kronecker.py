@@ -82,7 +82,7 @@ def _second_moments(rotated: Factor, shape: tuple[int, int] | None) -> Tensor:
     if isinstance(rotated, Tokens):
         shape = (rotated.n_embeddings, rotated.outputs.shape[-1])
     assert shape is not None
-    size = max(1, _CHUNK // max(1, abs(shape[0] * shape[1])))
+    size = max(1, _CHUNK // max(1, shape[0] * shape[1]))
     total = None
     for start in range(0, len(rotated), size):
         summed = written_out(rotated[start : start + size]).square().sum(0)

@@ -74,3 +74,11 @@ def test_what_dropout_keeps_makes_up_for_what_it_drops(p, trains):
     assert len(kept) / 4000 == pytest.approx(1 - p, abs=0.03)
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p) if p < 1 else 1.0))
     assert torch.equal(still, torch.ones(9))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.8])
+def test_the_fused_operator_scales_what_it_keeps_as_well(p):
+    with drawing_from(torch.Generator().manual_seed(0)):
+        found, kept = torch.native_dropout(torch.ones(4000), p, True)
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=0.03)
+    torch.testing.assert_close(found, kept / (1 - p))
